@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets itself up in a virtual environment, .venv, from PYTHON with the compiler CC.
+
+PYTHON ?= python3
+# Without a choice of ours: gcc, else clang, whatever compiler that Python itself was built with.
+ifeq ($(origin CC),default)
+CC := $(firstword $(foreach name,gcc clang cc,$(if $(shell command -v $(name)),$(name))) gcc)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc -name '*.[ch]')
+CHECK_OUT := build/check
+
+DEMO_CARDS ?= 3
+DEMO_PROMPT ?= What is the capital of France, and what is it known for?
+
+.PHONY: help build demo test test-long check check-python check-c check-sanitize bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@echo "make <target> [PYTHON=python3.12] [CC=clang]"
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
+
+build: $(INSTALLED)  ## set up .venv and compile the native part
+
+demo: $(INSTALLED)  ## fetch a model and let it answer on three emulated cards
+	$(BIN)/spanker pull smollm2
+	$(BIN)/spanker run "$(DEMO_PROMPT)" --chat --model smollm2 --cards $(DEMO_CARDS) --max-tokens 48
+
+test: $(INSTALLED)  ## run the tests (PYTEST_ARGS=... adds options)
+	$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+
+test-long: $(INSTALLED)  ## run the tests that take minutes
+	$(BIN)/python -m pytest --durations=10 -m long $(PYTEST_ARGS)
+
+check: check-python check-c check-sanitize  ## run all checks of the code itself
+
+check-python: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check-c: $(INSTALLED)  ## C warnings as errors (clang too, if installed), no fused multiply-add
+	$(BIN)/python tools/check_native.py warnings --cc "$(CC)"
+	$(BIN)/python tools/lint_fma.py $(CHECK_OUT)/$(notdir $(firstword $(CC)))
+	@if [ "$(CC)" != clang ] && command -v clang >/dev/null; then \
+	  set -e -x; \
+	  $(BIN)/python tools/check_native.py warnings --cc clang; \
+	  $(BIN)/python tools/lint_fma.py $(CHECK_OUT)/clang; \
+	fi
+
+check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour and thread sanitizers
+	$(BIN)/python tools/check_native.py sanitize --cc "$(CC)"
+
+bench: $(INSTALLED)  ## measure decode and prefill (BENCH_ARGS=... adds options)
+	$(BIN)/spanker bench --model smollm2 --cards 2 $(BENCH_ARGS)
+
+clean:  ## remove everything that was built, .venv too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f spanker/_native*.so
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py spanker/native_build.py spanker/_version.py $(NATIVE)
+	@$(PYTHON) tools/check_setup.py "$(CC)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Building into $(VENV); the first time takes a minute or two."
+	CC="$(CC)" $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Channels: an ordered, bounded, two-way way for messages between two actors, on trio.
+
+A channel moves whole messages with their raw buffers and knows nothing of requests and replies.
+`MemoryChannel` hands frames over by reference; `StreamChannel` puts encoded frames on any trio
+stream: a Unix socket, the host link, TCP.  tests/actors/test_channel.py is the conformance suite
+that each kind must pass.
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import trio
+
+from spanker.actors.frame import (
+    DEFAULT_LIMITS,
+    Buffer,
+    Frame,
+    FrameDecoder,
+    FrameLimits,
+    check_frame,
+    encode_frame,
+)
+from spanker.actors.message import Message, decode, encode
+from spanker.errors import ChannelClosedError, RemoteProtocolError
+
+# A message of several small pieces is one write; a larger piece is worth a write of its own,
+# since joining would copy it.
+_JOIN_BYTES_MAX = 16 << 10
+# A read allocates what it asks for, so it asks for more only while a large buffer is under way.
+_READ_BYTES_MIN = 64 << 10
+_READ_BYTES_MAX = 1 << 20
+
+
+class Channel(trio.abc.AsyncResource):
+    """One end of a two-way message channel.
+
+    Any number of tasks may send; one task at a time receives.
+    """
+
+    @abstractmethod
+    async def send(self, message: Message, request_id: int) -> None:
+        """Send one message; a checkpoint, and blocks while the peer is behind.
+
+        Raises LocalProtocolError, with nothing sent, for a message that is out of range or exceeds
+        the limits, and ChannelClosedError when either side has closed.
+        """
+
+    @abstractmethod
+    async def receive(self) -> tuple[int, Message]:
+        """Wait for the next message; return its request id and itself.  A checkpoint.
+
+        Messages sent before the peer closed still arrive.  Then, and after `aclose`, raises
+        ChannelClosedError.  Raises RemoteProtocolError, closing the channel, when the peer breaks
+        the protocol.  Cancellation loses nothing.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close this end; wakes whoever sends or receives on either end.  Idempotent."""
+
+
+# --- in memory ---------------------------------------------------------------------
+
+
+class MemoryChannel(Channel):
+    """A channel within one process.  Raw buffers arrive as the very objects that were sent.
+
+    Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
+    A cancelled `send` has sent nothing.
+    """
+
+    def __init__(
+        self,
+        sending: trio.MemorySendChannel[Frame],
+        receiving: trio.MemoryReceiveChannel[Frame],
+        *,
+        name: str = "memory channel",
+        limits: FrameLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self._sending = sending
+        self._receiving = receiving
+        self._limits = limits
+        self.name = name
+
+    async def send(self, message: Message, request_id: int) -> None:
+        frame = encode(message, request_id)
+        check_frame(frame, self._limits)
+        try:
+            await self._sending.send(frame)
+        except trio.ClosedResourceError:
+            raise _closed(self.name, "on this side") from None
+        except trio.BrokenResourceError:
+            raise _closed(self.name, "by the peer") from None
+
+    async def receive(self) -> tuple[int, Message]:
+        try:
+            frame = await self._receiving.receive()
+        except trio.ClosedResourceError:
+            raise _closed(self.name, "on this side") from None
+        except trio.EndOfChannel:
+            raise _closed(self.name, "by the peer") from None
+        try:
+            return decode(frame)
+        except RemoteProtocolError:
+            self._close()
+            raise
+
+    async def aclose(self) -> None:
+        self._close()
+        await trio.lowlevel.checkpoint()
+
+    def _close(self) -> None:
+        self._sending.close()
+        self._receiving.close()
+
+
+def memory_channel_pair(
+    capacity: int = 16, *, name: str = "memory channel", limits: FrameLimits = DEFAULT_LIMITS
+) -> tuple[MemoryChannel, MemoryChannel]:
+    """Two connected ends; at most `capacity` messages wait in each direction."""
+    a_to_b = trio.open_memory_channel[Frame](capacity)
+    b_to_a = trio.open_memory_channel[Frame](capacity)
+    return (
+        MemoryChannel(a_to_b[0], b_to_a[1], name=name, limits=limits),
+        MemoryChannel(b_to_a[0], a_to_b[1], name=name, limits=limits),
+    )
+
+
+# --- over a byte stream --------------------------------------------------------------
+
+
+class StreamChannel(Channel):
+    """Encoded frames over a trio stream, which it owns and closes.
+
+    Bounded by what the stream buffers.  A `send` cancelled while it waits its turn has sent
+    nothing.  One cancelled while it writes may have left half a frame: it closes the channel, so
+    that no later frame can be taken for the rest of this one.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        name: str = "stream channel",
+        limits: FrameLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self._stream = stream
+        self._limits = limits
+        self._decoder = FrameDecoder(limits)
+        self._arrived: deque[Frame] = deque()
+        self._send_lock = trio.Lock()
+        self._closed = False
+        self.name = name
+
+    async def send(self, message: Message, request_id: int) -> None:
+        pieces = encode_frame(encode(message, request_id), self._limits)
+        async with self._send_lock:
+            if self._closed:
+                raise _closed(self.name, "on this side")
+            try:
+                for piece in _join_small(pieces):
+                    await self._stream.send_all(piece)
+            except trio.ClosedResourceError:
+                raise _closed(self.name, "on this side") from None
+            except trio.BrokenResourceError:
+                # What the peer sent before it went away can still be received.
+                raise _closed(self.name, "by the peer") from None
+            except BaseException:
+                await self._abandon()
+                raise
+
+    async def receive(self) -> tuple[int, Message]:
+        if self._arrived:
+            await trio.lowlevel.checkpoint()
+        try:
+            while not self._arrived:
+                if self._closed:
+                    raise _closed(self.name, "on this side")
+                # Raises the violation that came behind the frames handed out so far.
+                self._decoder.feed(b"")
+                await self._read_more()
+            return decode(self._arrived.popleft())
+        except RemoteProtocolError:
+            await self._abandon()
+            raise
+
+    async def _read_more(self) -> None:
+        nbytes = min(max(self._decoder.bytes_wanted, _READ_BYTES_MIN), _READ_BYTES_MAX)
+        try:
+            data = await self._stream.receive_some(nbytes)
+        except trio.ClosedResourceError:
+            raise _closed(self.name, "on this side") from None
+        except trio.BrokenResourceError:
+            raise _closed(self.name, "by the peer") from None
+        if not data:
+            self._decoder.eof()
+            raise _closed(self.name, "by the peer")
+        self._arrived.extend(self._decoder.feed(data))
+
+    async def aclose(self) -> None:
+        self._forget()
+        await self._stream.aclose()
+
+    async def _abandon(self) -> None:
+        """Close at once, in a cancelled scope too."""
+        self._forget()
+        await trio.aclose_forcefully(self._stream)
+
+    def _forget(self) -> None:
+        self._closed = True
+        self._arrived.clear()
+
+
+def unix_channel_pair(
+    *, name: str = "Unix channel", limits: FrameLimits = DEFAULT_LIMITS
+) -> tuple[StreamChannel, StreamChannel]:
+    """Two connected ends over a Unix socket pair; call it inside trio."""
+    a, b = (
+        trio.SocketStream(trio.socket.from_stdlib_socket(s))
+        for s in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    )
+    return StreamChannel(a, name=name, limits=limits), StreamChannel(b, name=name, limits=limits)
+
+
+def _join_small(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes in fewer pieces: small neighbours joined, large ones passed through."""
+    joined: list[Buffer] = []
+    for piece in pieces:
+        if len(piece) <= _JOIN_BYTES_MAX:
+            joined.append(piece)
+            continue
+        if joined:
+            yield b"".join(joined)
+            joined = []
+        yield piece
+    if joined:
+        yield b"".join(joined)
+
+
+def _closed(name: str, where: str) -> ChannelClosedError:
+    return ChannelClosedError(f"{name}: closed {where}; open a new channel to go on")

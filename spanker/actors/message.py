@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between the coordinator and a card actor, as typed values.
+
+This module is sans-I/O: it turns a message into a frame and back, and knows nothing of channels or
+cards.  A message class below is the whole declaration of a message: its kind number, its fields
+with their ranges, how many raw buffers it carries, and, for a request, which reply answers it.
+Numbers, fields and versioning rules are specified in docs/api/wire-protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from types import MappingProxyType
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
+
+import attrs
+import msgpack
+
+from spanker import errors
+from spanker.actors.frame import DEFAULT_LIMITS, Buffer, Frame, flat_buffer, repr_sizes
+from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
+
+PROTOCOL_VERSION = 1
+
+NAME_CHARS_MAX = 256
+ERROR_CHARS_MAX = 4096
+READS_MAX = DEFAULT_LIMITS.buffers_max
+LINKS_MAX = 64
+
+# --- field types -----------------------------------------------------------------
+# The annotation of a field carries its check; both sides apply it.
+
+
+@attrs.frozen
+class UInt:
+    """An integer of so many bits; bool and numpy integers are not integers here."""
+
+    bits: int
+    most: int = attrs.field(init=False)
+
+    @most.default
+    def _most(self) -> int:
+        return (1 << self.bits) - 1
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is int and 0 <= value <= self.most
+
+    def __str__(self) -> str:
+        return f"u{self.bits}"
+
+
+@attrs.frozen
+class OptionalUInt:
+    """None, or an integer of so many bits."""
+
+    bits: int
+
+    def accepts(self, value: object) -> bool:
+        return value is None or (type(value) is int and 0 <= value < 1 << self.bits)
+
+    def __str__(self) -> str:
+        return f"u{self.bits} or nil"
+
+
+@attrs.frozen
+class Text:
+    """A string of at most so many characters."""
+
+    chars_max: int
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is str and len(value) <= self.chars_max
+
+    def __str__(self) -> str:
+        return f"str (at most {self.chars_max} characters)"
+
+
+@attrs.frozen
+class UInts:
+    """A tuple of at most so many u64."""
+
+    count_max: int
+
+    def accepts(self, value: object) -> bool:
+        return type(value) is tuple and len(value) <= self.count_max and _all_u64(value)
+
+    def __str__(self) -> str:
+        return f"array of u64 (at most {self.count_max})"
+
+
+@attrs.frozen
+class UIntTriples:
+    """A tuple of at most so many triples of u64."""
+
+    count_max: int
+
+    def accepts(self, value: object) -> bool:
+        if type(value) is not tuple or len(value) > self.count_max:
+            return False
+        return all(type(row) is tuple and len(row) == 3 and _all_u64(row) for row in value)
+
+    def __str__(self) -> str:
+        return f"array of [u64, u64, u64] (at most {self.count_max})"
+
+
+def _all_u64(values: tuple[object, ...]) -> bool:
+    for value in values:
+        if type(value) is not int or not 0 <= value <= 0xFFFF_FFFF_FFFF_FFFF:
+            return False
+    return True
+
+
+U32 = Annotated[int, UInt(32)]
+U64 = Annotated[int, UInt(64)]
+CardNumber = Annotated[int | None, OptionalUInt(16)]
+Name = Annotated[str, Text(NAME_CHARS_MAX)]
+ErrorText = Annotated[str, Text(ERROR_CHARS_MAX)]
+LinkCounters = Annotated[tuple[int, ...], UInts(LINKS_MAX)]
+Reads = Annotated[tuple[tuple[int, int, int], ...], UIntTriples(READS_MAX)]
+
+_REQUEST_ID = UInt(32)
+
+# --- the registry ------------------------------------------------------------------
+
+
+@attrs.frozen
+class Message:
+    """Base of all messages.  `buffers` are the raw buffers that travel with it, by reference.
+
+    A buffer must not be altered before the reply to its request has come: on a memory channel the
+    receiver reads that very memory.
+    """
+
+    buffers: tuple[Buffer, ...] = attrs.field(default=(), kw_only=True, repr=repr_sizes)
+
+
+MessageT = TypeVar("MessageT", bound=Message)
+ReplyT = TypeVar("ReplyT", bound=Message)
+
+
+@attrs.frozen
+class Request(Message, Generic[ReplyT]):
+    """Base of what the coordinator sends; `ReplyT` answers it, or `Failed` does."""
+
+    def reply_sizes(self) -> tuple[int, ...]:
+        """The bytes of each raw buffer that the reply must carry."""
+        return ()
+
+    def check_reply(self, reply: Message) -> ReplyT:
+        """`reply`, known to be the right answer to this request.
+
+        Raises what `Failed` reports, and RemoteProtocolError for an answer of another class or
+        with raw buffers of other sizes than asked for.
+        """
+        if isinstance(reply, Failed):
+            raise_failed(reply)
+        expected = REPLIES[type(self)]
+        if not isinstance(reply, expected):
+            raise RemoteProtocolError(
+                f"reply to {type(self).__name__}: expected {expected.__name__}, "
+                f"got {type(reply).__name__}"
+            )
+        sizes = tuple(map(len, reply.buffers))
+        if sizes != self.reply_sizes():
+            raise RemoteProtocolError(
+                f"reply to {type(self).__name__}: expected raw buffers of {self.reply_sizes()} "
+                f"bytes, got {sizes}"
+            )
+        return reply  # type: ignore[return-value]
+
+
+@attrs.frozen
+class _Codec:
+    kind: int
+    message_class: type[Message]
+    buffers_min: int
+    buffers_max: int
+    names: tuple[str, ...]
+    checks: tuple[Any, ...]
+    values: Callable[[Message], tuple[object, ...]]
+
+
+_BY_KIND: dict[int, _Codec] = {}
+_BY_CLASS: dict[type[Message], _Codec] = {}
+_REPLIES: dict[type[Message], type[Message]] = {}
+
+KINDS: Mapping[int, _Codec] = MappingProxyType(_BY_KIND)
+"""Every message of the protocol by its kind number."""
+
+REPLIES: Mapping[type[Message], type[Message]] = MappingProxyType(_REPLIES)
+"""The reply class that answers each request class."""
+
+
+def _values_getter(names: tuple[str, ...]) -> Callable[[Message], tuple[object, ...]]:
+    # attrgetter yields a tuple only for two names or more.
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda message: tuple(getattr(message, name) for name in names)
+
+
+def _wire(
+    kind: int, *, buffers: int | tuple[int, int] = 0
+) -> Callable[[type[MessageT]], type[MessageT]]:
+    """Enter a message class under `kind`, with so many raw buffers or a range of their number."""
+
+    def register(message_class: type[MessageT]) -> type[MessageT]:
+        hints = get_type_hints(message_class, include_extras=True)
+        names = tuple(f.name for f in attrs.fields(message_class) if f.name != "buffers")
+        checks = tuple(hints[name].__metadata__[0] for name in names)
+        least, most = (buffers, buffers) if isinstance(buffers, int) else buffers
+        codec = _Codec(kind, message_class, least, most, names, checks, _values_getter(names))
+        assert kind not in _BY_KIND, f"kind {kind} is taken"
+        _BY_KIND[kind] = codec
+        _BY_CLASS[message_class] = codec
+        if issubclass(message_class, Request):
+            (_REPLIES[message_class],) = get_args(message_class.__orig_bases__[0])  # type: ignore[attr-defined]
+        return message_class
+
+    return register
+
+
+# --- replies -------------------------------------------------------------------------
+
+
+@_wire(0x80)
+@attrs.frozen
+class Ok(Message):
+    """Done; there is nothing to tell."""
+
+
+@_wire(0x81)
+@attrs.frozen
+class CardInfo(Message):
+    """What a card is.  A coordinator refuses versions unlike its own."""
+
+    protocol_version: U32
+    semantics_version: U32
+    serial: U64
+    name: Name
+    isa: Name
+    ddr_bytes: U64
+    max_programs: U32
+
+
+@_wire(0x82)
+@attrs.frozen
+class BufferAllocated(Message):
+    handle: U64
+    nbytes: U64
+
+
+@_wire(0x83, buffers=1)
+@attrs.frozen
+class BufferData(Message):
+    """The bytes that ReadBuffer asked for, as one raw buffer."""
+
+
+@_wire(0x84)
+@attrs.frozen
+class ProgramLoaded(Message):
+    program: U64
+
+
+@_wire(0x85, buffers=(0, READS_MAX))
+@attrs.frozen
+class StepDone(Message):
+    """A step has completed; one raw buffer for each of its reads, in order."""
+
+    fence: U64
+    busy_ns: U64
+
+
+@_wire(0x86)
+@attrs.frozen
+class Counters(Message):
+    """Totals since the card was opened; the link counters are one for each link, in link order."""
+
+    commands: U64
+    steps: U64
+    ddr_bytes_read: U64
+    ddr_bytes_written: U64
+    busy_ns: U64
+    ddr_used_bytes: U64
+    ddr_total_bytes: U64
+    link_tx_bytes: LinkCounters
+    link_rx_bytes: LinkCounters
+
+
+@_wire(0xFF)
+@attrs.frozen
+class Failed(Message):
+    """The reply to any request that failed: a class name of spanker.errors, and its text."""
+
+    error: Name
+    message: ErrorText
+    card: CardNumber
+
+
+# --- requests ------------------------------------------------------------------------
+
+
+@_wire(0x01)
+@attrs.frozen
+class Describe(Request[CardInfo]):
+    """Who are you?  The first request on a channel."""
+
+
+@_wire(0x02)
+@attrs.frozen
+class AllocBuffer(Request[BufferAllocated]):
+    nbytes: U64
+
+
+@_wire(0x03)
+@attrs.frozen
+class FreeBuffer(Request[Ok]):
+    handle: U64
+
+
+@_wire(0x04, buffers=1)
+@attrs.frozen
+class WriteBuffer(Request[Ok]):
+    """Write the raw buffer into a card buffer at `offset`."""
+
+    handle: U64
+    offset: U64
+
+
+@_wire(0x05)
+@attrs.frozen
+class ReadBuffer(Request[BufferData]):
+    handle: U64
+    offset: U64
+    nbytes: U64
+
+    def reply_sizes(self) -> tuple[int, ...]:
+        return (self.nbytes,)
+
+
+@_wire(0x06, buffers=1)
+@attrs.frozen
+class LoadProgram(Request[ProgramLoaded]):
+    """Load the command bytes in the raw buffer."""
+
+
+@_wire(0x07)
+@attrs.frozen
+class UnloadProgram(Request[Ok]):
+    program: U64
+
+
+@_wire(0x08, buffers=1)
+@attrs.frozen
+class RunStep(Request[StepDone]):
+    """Run a program with the parameter block in the raw buffer, then read back card memory.
+
+    `reads` are (handle, offset, nbytes).
+    """
+
+    program: U64
+    reads: Reads = ()
+
+    def reply_sizes(self) -> tuple[int, ...]:
+        return tuple(nbytes for _, _, nbytes in self.reads)
+
+
+@_wire(0x09)
+@attrs.frozen
+class ReadCounters(Request[Counters]):
+    pass
+
+
+@_wire(0x0A)
+@attrs.frozen
+class Abort(Request[Ok]):
+    """Abort what runs, complete every fence, and enter `epoch`."""
+
+    epoch: U64
+
+
+@_wire(0x0B)
+@attrs.frozen
+class Stop(Request[Ok]):
+    """Release everything and end, after this reply."""
+
+
+# --- encoding and decoding -----------------------------------------------------------
+
+
+def encode(message: Message, request_id: int) -> Frame:
+    """The frame of `message`; its raw buffers are passed on by reference.
+
+    Raises LocalProtocolError for a field, request id or number of raw buffers out of range.
+    """
+    codec = _BY_CLASS.get(type(message))
+    if codec is None:
+        raise LocalProtocolError(f"{type(message).__name__} is not a message of this protocol")
+    values = codec.values(message)
+    problem = _problem(codec, request_id, values, len(message.buffers))
+    if problem:
+        raise LocalProtocolError(f"outgoing {problem}")
+    try:
+        body = msgpack.packb((request_id, *values))
+    except UnicodeEncodeError as error:
+        raise LocalProtocolError(
+            f"outgoing {codec.message_class.__name__}: text cannot be encoded: {error}"
+        ) from None
+    return Frame(codec.kind, body, tuple(map(flat_buffer, message.buffers)))
+
+
+def decode(frame: Frame) -> tuple[int, Message]:
+    """The request id and message of `frame`; raw buffers are passed on by reference.
+
+    Raises RemoteProtocolError for an unknown kind, a malformed body, a wrong number of fields or
+    raw buffers, and a field of another type or out of range.
+    """
+    codec = _BY_KIND.get(frame.kind)
+    if codec is None:
+        raise RemoteProtocolError(
+            f"incoming message: unknown kind {frame.kind:#06x}; run the same Spanker on both sides"
+        )
+    try:
+        # msgpack allocates an array when it reads its length: a small maximum keeps nested
+        # headers of a short body from claiming memory.
+        fields = msgpack.unpackb(
+            frame.body,
+            use_list=False,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=READS_MAX,
+            max_str_len=4 * ERROR_CHARS_MAX,
+            max_bin_len=0,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(
+            f"incoming {codec.message_class.__name__}: body is not valid msgpack "
+            f"({type(error).__name__})"
+        ) from None
+    if type(fields) is not tuple or len(fields) != 1 + len(codec.names):
+        got = f"{len(fields)} fields" if type(fields) is tuple else type(fields).__name__
+        raise RemoteProtocolError(
+            f"incoming {codec.message_class.__name__}: expected an array of "
+            f"{1 + len(codec.names)} fields, got {got}"
+        )
+    request_id, *values = fields
+    problem = _problem(codec, request_id, values, len(frame.buffers))
+    if problem:
+        raise RemoteProtocolError(f"incoming {problem}")
+    return request_id, codec.message_class(*values, buffers=frame.buffers)
+
+
+def _problem(codec: _Codec, request_id: object, values: Any, buffer_count: int) -> str | None:
+    """What is wrong with the fields of a message, or None."""
+    name = codec.message_class.__name__
+    if not _REQUEST_ID.accepts(request_id):
+        return f"{name}, request id: expected {_REQUEST_ID}, got {_brief(request_id)}"
+    for field, check, value in zip(codec.names, codec.checks, values, strict=True):
+        if not check.accepts(value):
+            return f"{name}, field {field}: expected {check}, got {_brief(value)}"
+    if not codec.buffers_min <= buffer_count <= codec.buffers_max:
+        most = "" if codec.buffers_min == codec.buffers_max else f" to {codec.buffers_max}"
+        return f"{name}: expected {codec.buffers_min}{most} raw buffers, got {buffer_count}"
+    return None
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+# --- failures ------------------------------------------------------------------------
+
+
+def failed(error: Exception, card: int | None = None) -> Failed:
+    """The reply that reports `error`; what is not a SpankerError is reported as CardError."""
+    name, text = type(error).__name__, str(error)
+    if _error_class(name) is not type(error):
+        name, text = "CardError", f"{name}: {text}"
+    if isinstance(error, CardError) and error.card is not None:
+        card = error.card
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) > ERROR_CHARS_MAX:
+        text = text[: ERROR_CHARS_MAX - 3] + "..."
+    return Failed(name, text, card)
+
+
+def raise_failed(report: Failed) -> NoReturn:
+    """Raise the error that `report` names; a name unknown to spanker.errors becomes CardError."""
+    # The text is the peer's: it stays one line and cannot drive a terminal.
+    text = "".join(c if c.isprintable() else " " for c in report.message)
+    error_class = _error_class(report.error)
+    if error_class is None:
+        name = "".join(c if c.isprintable() else " " for c in report.error)
+        raise CardError(f"{name}: {text}", card=report.card)
+    if issubclass(error_class, CardError):
+        raise error_class(text, card=report.card)
+    raise error_class(text)
+
+
+def _error_class(name: str) -> type[SpankerError] | None:
+    found = getattr(errors, name, None)
+    if isinstance(found, type) and issubclass(found, SpankerError):
+        return found
+    return None

@@ -1,0 +1,595 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The card's outside: DDR buffers, programs, the queue, completions, and the step that drives
+ * the engine. */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "card_internal.h"
+
+/* A step gives the worker back after this much work, to look for aborts and other cards. */
+#define STEP_BUDGET_NS 1000000u
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t align_up(uint64_t n)
+{
+    return (n + SPK_DDR_ALIGN - 1) / SPK_DDR_ALIGN * SPK_DDR_ALIGN;
+}
+
+static bool is_dead(struct spk_card *c)
+{
+    return atomic_load(&c->plant) == SPK_PLANT_DIE;
+}
+
+/* --- life ------------------------------------------------------------------------------- */
+
+struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
+{
+    const struct spk_kernels *kernels = spk_kernels_get(isa);
+    struct spk_card *c = NULL;
+
+    *status = SPK_E_ARG;
+    if (!kernels || ddr_bytes == 0 || ddr_bytes % SPK_DDR_ALIGN)
+        return NULL;
+    *status = SPK_E_SYSTEM;
+    c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    c->kernels = kernels;
+    c->ddr_bytes = ddr_bytes;
+    c->waiting_for = -1;
+    c->next_fence = 1;
+    c->epoch = c->epoch_seen = 1;
+    c->abort_epoch = 1;
+    c->event_fd = -1;
+    pthread_mutex_init(&c->mutex, NULL);
+    /* Reserved, not committed: a 16 GB card costs what is written to it. */
+    c->ddr = mmap(NULL, ddr_bytes, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (c->ddr == MAP_FAILED) {
+        c->ddr = NULL;
+        goto fail;
+    }
+    c->links = calloc(SPK_CARDS_MAX, sizeof *c->links);
+    if (!c->links)
+        goto fail;
+    c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (c->event_fd < 0)
+        goto fail;
+    *status = SPK_OK;
+    return c;
+fail:
+    spk_card_destroy(c);
+    return NULL;
+}
+
+static void free_program(struct program *p)
+{
+    if (p)
+        free(p->commands);
+    free(p);
+}
+
+void spk_card_destroy(struct spk_card *c)
+{
+    if (!c)
+        return;
+    for (uint32_t i = 0; i < c->queue_count; i++)
+        free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].params);
+    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
+        free_program(c->programs[i]);
+    if (c->links)
+        link_release(c);
+    free(c->links);
+    free(c->buffers);
+    free(c->scratch);
+    if (c->event_fd >= 0)
+        close(c->event_fd);
+    if (c->ddr)
+        munmap(c->ddr, c->ddr_bytes);
+    pthread_mutex_destroy(&c->mutex);
+    free(c);
+}
+
+/* --- memory ------------------------------------------------------------------------------ */
+
+/* First fit over the buffers in order of address: few hundred buffers, allocated at load. */
+static bool find_gap(struct spk_card *c, uint64_t need, uint64_t *offset)
+{
+    uint64_t at = 0;
+    for (;;) {
+        uint64_t next = c->ddr_bytes, next_end = 0;
+        for (uint32_t i = 0; i < c->buffer_count; i++) {
+            const struct buffer *b = &c->buffers[i];
+            if (b->bytes && b->offset >= at && b->offset < next) {
+                next = b->offset;
+                next_end = b->offset + align_up(b->bytes);
+            }
+        }
+        if (next - at >= need) {
+            *offset = at;
+            return true;
+        }
+        if (!next_end)
+            return false;
+        at = next_end;
+    }
+}
+
+static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
+{
+    uint64_t offset, need = align_up(nbytes);
+    uint32_t slot = 0;
+
+    while (slot < c->buffer_count && c->buffers[slot].bytes)
+        slot++;
+    /* Most cards only ever allocate: then everything before is packed and the gap is the end. */
+    if (slot == c->buffer_count && c->ddr_used + need <= c->ddr_bytes) {
+        uint64_t end = 0;
+        for (uint32_t i = 0; i < c->buffer_count; i++) {
+            uint64_t e = c->buffers[i].offset + align_up(c->buffers[i].bytes);
+            end = e > end ? e : end;
+        }
+        if (c->ddr_bytes - end >= need)
+            offset = end;
+        else if (!find_gap(c, need, &offset))
+            return SPK_E_NOMEM;
+    } else if (!find_gap(c, need, &offset)) {
+        return SPK_E_NOMEM;
+    }
+    if (slot == c->buffer_count) {
+        if (slot == SPK_BUFFERS_MAX)
+            return SPK_E_NOMEM;
+        struct buffer *grown = realloc(c->buffers, (slot + 1) * sizeof *grown);
+        if (!grown)
+            return SPK_E_SYSTEM;
+        c->buffers = grown;
+        c->buffer_count++;
+    }
+    c->buffers[slot] = (struct buffer){.offset = offset, .bytes = nbytes};
+    c->ddr_used += need;
+    *handle = slot;
+    return SPK_OK;
+}
+
+int spk_card_alloc(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
+{
+    if (is_dead(c))
+        return SPK_E_LOST;
+    if (nbytes == 0)
+        return SPK_E_ARG;
+    if (nbytes > c->ddr_bytes)
+        return SPK_E_NOMEM;
+    pthread_mutex_lock(&c->mutex);
+    /* The engine reads the table without the lock: it may only move while nothing runs. */
+    int status = c->queue_count ? SPK_E_BUSY : alloc_locked(c, nbytes, handle);
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+static struct buffer *find_buffer(struct spk_card *c, uint32_t handle)
+{
+    if (handle >= c->buffer_count || !c->buffers[handle].bytes)
+        return NULL;
+    return &c->buffers[handle];
+}
+
+int spk_card_free(struct spk_card *c, uint32_t handle)
+{
+    int status = SPK_OK;
+    if (is_dead(c))
+        return SPK_E_LOST;
+    pthread_mutex_lock(&c->mutex);
+    struct buffer *b = find_buffer(c, handle);
+    if (!b) {
+        status = SPK_E_HANDLE;
+    } else if (b->users) {
+        status = SPK_E_BUSY;
+    } else {
+        uint64_t bytes = align_up(b->bytes);
+        /* Gives the pages back and makes the next owner see zeros. */
+        madvise(c->ddr + b->offset, bytes, MADV_DONTNEED);
+        c->ddr_used -= bytes;
+        b->bytes = 0;
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, uint8_t **at)
+{
+    int status = SPK_OK;
+    if (is_dead(c))
+        return SPK_E_LOST;
+    pthread_mutex_lock(&c->mutex);
+    struct buffer *b = find_buffer(c, handle);
+    if (!b)
+        status = SPK_E_HANDLE;
+    else if (offset > b->bytes || nbytes > b->bytes - offset)
+        status = SPK_E_BOUNDS;
+    else
+        *at = c->ddr + b->offset + offset;
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const void *data,
+                   uint64_t nbytes)
+{
+    uint8_t *at;
+    int status = locate(c, handle, offset, nbytes, &at);
+    if (status == SPK_OK && nbytes)
+        memcpy(at, data, nbytes);
+    return status;
+}
+
+int spk_card_read(struct spk_card *c, uint32_t handle, uint64_t offset, void *data, uint64_t nbytes)
+{
+    uint8_t *at;
+    int status = locate(c, handle, offset, nbytes, &at);
+    if (status == SPK_OK && nbytes)
+        memcpy(data, at, nbytes);
+    return status;
+}
+
+/* --- programs ---------------------------------------------------------------------------- */
+
+static int load_locked(struct spk_card *c, struct program *p, uint32_t *handle, uint32_t *bad,
+                       char *why)
+{
+    uint32_t slot = 0;
+    while (slot < SPK_PROGRAMS_MAX && c->programs[slot])
+        slot++;
+    if (slot == SPK_PROGRAMS_MAX) {
+        snprintf(why, 256, "all %d program slots are taken", SPK_PROGRAMS_MAX);
+        return SPK_E_NOMEM;
+    }
+    int status = program_check(c, p, bad, why);
+    if (status != SPK_OK)
+        return status;
+    size_t scratch = program_scratch_bytes(p);
+    if (scratch > c->scratch_bytes) {
+        if (c->queue_count) {
+            snprintf(why, 256, "the program needs more scratch memory while another runs");
+            return SPK_E_BUSY;
+        }
+        free(c->scratch);
+        c->scratch_bytes = 0;
+        c->scratch = aligned_alloc(64, scratch);
+        if (!c->scratch) {
+            snprintf(why, 256, "no host memory for %zu bytes of scratch", scratch);
+            return SPK_E_SYSTEM;
+        }
+        c->scratch_bytes = scratch;
+    }
+    program_count_users(c, p, 1);
+    c->programs[slot] = p;
+    *handle = slot;
+    return SPK_OK;
+}
+
+int spk_card_load_program(struct spk_card *c, const void *blob, size_t nbytes, uint32_t *handle,
+                          uint32_t *bad, char *why)
+{
+    struct program *p;
+    size_t body;
+
+    *bad = 0;
+    if (is_dead(c)) {
+        snprintf(why, 256, "the card is gone");
+        return SPK_E_LOST;
+    }
+    p = calloc(1, sizeof *p);
+    if (!p) {
+        snprintf(why, 256, "no host memory");
+        return SPK_E_SYSTEM;
+    }
+    if (nbytes < sizeof p->header) {
+        snprintf(why, 256, "a program has at least %zu bytes, got %zu", sizeof p->header, nbytes);
+        goto bad_argument;
+    }
+    memcpy(&p->header, blob, sizeof p->header);
+    if (p->header.magic != SPK_PROGRAM_MAGIC || p->header.version != SPK_PROGRAM_VERSION) {
+        snprintf(why, 256, "not a version %d program", SPK_PROGRAM_VERSION);
+        goto bad_argument;
+    }
+    body = nbytes - sizeof p->header;
+    if (p->header.commands > SPK_COMMANDS_MAX ||
+        body != (size_t)p->header.commands * sizeof *p->commands) {
+        snprintf(why, 256, "%u commands (at most %d) do not fill %zu bytes", p->header.commands,
+                 SPK_COMMANDS_MAX, body);
+        goto bad_argument;
+    }
+    p->commands = malloc(body ? body : 1);
+    if (!p->commands) {
+        snprintf(why, 256, "no host memory");
+        free_program(p);
+        return SPK_E_SYSTEM;
+    }
+    memcpy(p->commands, (const uint8_t *)blob + sizeof p->header, body);
+    pthread_mutex_lock(&c->mutex);
+    int status = load_locked(c, p, handle, bad, why);
+    pthread_mutex_unlock(&c->mutex);
+    if (status != SPK_OK)
+        free_program(p);
+    return status;
+bad_argument:
+    free_program(p);
+    return SPK_E_ARG;
+}
+
+int spk_card_unload_program(struct spk_card *c, uint32_t handle)
+{
+    int status = SPK_OK;
+    if (is_dead(c))
+        return SPK_E_LOST;
+    pthread_mutex_lock(&c->mutex);
+    if (handle >= SPK_PROGRAMS_MAX || !c->programs[handle]) {
+        status = SPK_E_HANDLE;
+    } else if (c->programs[handle]->users) {
+        status = SPK_E_BUSY;
+    } else {
+        program_count_users(c, c->programs[handle], -1);
+        free_program(c->programs[handle]);
+        c->programs[handle] = NULL;
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+/* --- queue ------------------------------------------------------------------------------- */
+
+int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                    uint64_t *fence, char *why)
+{
+    int status;
+    uint8_t *copy;
+
+    if (is_dead(c)) {
+        snprintf(why, 256, "the card is gone");
+        return SPK_E_LOST;
+    }
+    if (nbytes > SPK_STEP_BYTES_MAX) {
+        snprintf(why, 256, "%zu bytes of parameters, at most %d", nbytes, SPK_STEP_BYTES_MAX);
+        return SPK_E_PARAMS;
+    }
+    copy = malloc(nbytes ? nbytes : 1);
+    if (!copy) {
+        snprintf(why, 256, "no host memory");
+        return SPK_E_SYSTEM;
+    }
+    memcpy(copy, params, nbytes);
+    pthread_mutex_lock(&c->mutex);
+    if (handle >= SPK_PROGRAMS_MAX || !c->programs[handle]) {
+        snprintf(why, 256, "no program %u", handle);
+        status = SPK_E_HANDLE;
+        goto out;
+    }
+    if (c->queue_count + c->completion_count >= SPK_QUEUE_MAX) {
+        snprintf(why, 256, "%d steps are queued or wait to be collected", SPK_QUEUE_MAX);
+        status = SPK_E_BUSY;
+        goto out;
+    }
+    status = step_check(c->programs[handle], copy, nbytes, why);
+    if (status != SPK_OK)
+        goto out;
+    *fence = c->next_fence++;
+    c->programs[handle]->users++;
+    c->queue[(c->queue_head + c->queue_count) % SPK_QUEUE_MAX] =
+        (struct submission){.program = c->programs[handle], .params = copy, .fence = *fence};
+    c->queue_count++;
+    copy = NULL;
+    atomic_store(&c->ready, 1);
+out:
+    pthread_mutex_unlock(&c->mutex);
+    free(copy);
+    if (status == SPK_OK)
+        pool_notify(c->pool);
+    return status;
+}
+
+static void signal_fd(struct spk_card *c)
+{
+    uint64_t one = 1;
+    ssize_t n = write(c->event_fd, &one, sizeof one);
+    (void)n; /* fails only when the counter is full, and then the fd is readable already */
+}
+
+/* Completes the submission at the head of the queue. */
+static void complete(struct spk_card *c, int status)
+{
+    struct execution *run = &c->run;
+    pthread_mutex_lock(&c->mutex);
+    struct submission *s = &c->queue[c->queue_head];
+    uint32_t slot = (c->completion_head + c->completion_count) % SPK_QUEUE_MAX;
+    c->completions[slot] = (struct spk_completion){
+        .fence = s->fence,
+        .busy_ns = run->active ? run->busy_ns : 0,
+        .status = status,
+        .command = run->active ? run->pc : 0,
+    };
+    c->completion_count++;
+    s->program->users--;
+    free(s->params);
+    c->queue_head = (c->queue_head + 1) % SPK_QUEUE_MAX;
+    c->queue_count--;
+    run->active = false;
+    pthread_mutex_unlock(&c->mutex);
+    atomic_store(&c->waiting_for, -1);
+    if (status == SPK_OK)
+        atomic_fetch_add(&c->steps, 1);
+    signal_fd(c);
+}
+
+int spk_card_completion(struct spk_card *c, struct spk_completion *out)
+{
+    uint64_t drained;
+    int got = 0;
+    pthread_mutex_lock(&c->mutex);
+    if (c->completion_count) {
+        *out = c->completions[c->completion_head];
+        c->completion_head = (c->completion_head + 1) % SPK_QUEUE_MAX;
+        c->completion_count--;
+        got = 1;
+    }
+    if (!c->completion_count) {
+        ssize_t n = read(c->event_fd, &drained, sizeof drained);
+        (void)n; /* EAGAIN: nothing was signalled */
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return got;
+}
+
+int spk_card_fd(struct spk_card *c)
+{
+    return c->event_fd;
+}
+
+int spk_card_abort(struct spk_card *c, uint32_t epoch)
+{
+    uint32_t seen = atomic_load(&c->abort_epoch);
+    do {
+        if (epoch <= seen)
+            return SPK_E_ARG;
+    } while (!atomic_compare_exchange_weak(&c->abort_epoch, &seen, epoch));
+    atomic_store(&c->ready, 1);
+    pool_notify(c->pool);
+    return SPK_OK;
+}
+
+void spk_card_plant(struct spk_card *c, int fault)
+{
+    atomic_store(&c->plant, fault);
+    atomic_store(&c->ready, 1);
+    pool_notify(c->pool);
+}
+
+void spk_card_counters(struct spk_card *c, struct spk_counters *out)
+{
+    pthread_mutex_lock(&c->mutex);
+    *out = (struct spk_counters){
+        .commands = c->commands,
+        .steps = c->steps,
+        .ddr_read_bytes = c->ddr_read,
+        .ddr_written_bytes = c->ddr_written,
+        .busy_ns = c->busy_ns,
+        .progress = c->progress,
+        .ddr_used_bytes = c->ddr_used,
+        .ddr_total_bytes = c->ddr_bytes,
+        .queued = c->queue_count,
+        .waiting_for = c->waiting_for,
+        .command = c->command,
+        .epoch = c->epoch_seen,
+    };
+    pthread_mutex_unlock(&c->mutex);
+}
+
+void spk_card_link_bytes(struct spk_card *c, uint32_t peer, uint64_t *tx, uint64_t *rx)
+{
+    *tx = *rx = 0;
+    if (peer < SPK_CARDS_MAX) {
+        *tx = atomic_load(&c->links[peer].tx_bytes);
+        *rx = atomic_load(&c->links[peer].rx_bytes);
+    }
+}
+
+/* --- the engine -------------------------------------------------------------------------- */
+
+static uint32_t queued(struct spk_card *c)
+{
+    pthread_mutex_lock(&c->mutex);
+    uint32_t n = c->queue_count;
+    pthread_mutex_unlock(&c->mutex);
+    return n;
+}
+
+static bool start_next(struct spk_card *c)
+{
+    pthread_mutex_lock(&c->mutex);
+    bool any = c->queue_count > 0;
+    if (any) {
+        memset(&c->run, 0, sizeof c->run);
+        c->run.submission = c->queue[c->queue_head];
+        c->run.active = true;
+        step_bind(&c->run);
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return any;
+}
+
+static void flush(struct spk_card *c, int status)
+{
+    while (queued(c))
+        complete(c, status);
+}
+
+int spk_card_step(struct spk_card *c)
+{
+    uint32_t abort_epoch = atomic_load(&c->abort_epoch);
+    int plant = atomic_load(&c->plant);
+    if (plant == SPK_PLANT_DIE) {
+        flush(c, SPK_E_LOST);
+        return SPK_STEP_IDLE;
+    }
+    if (abort_epoch != c->epoch) {
+        flush(c, SPK_E_ABORTED);
+        c->epoch = abort_epoch;
+        atomic_store(&c->epoch_seen, abort_epoch);
+        link_new_epoch(c);
+        return SPK_STEP_RAN;
+    }
+    if (!c->run.active && !start_next(c))
+        return SPK_STEP_IDLE;
+    if (plant == SPK_PLANT_HANG)
+        return SPK_STEP_IDLE; /* holds work, does nothing, and is not polled for it */
+
+    uint64_t begin = now_ns(), end = begin;
+    uint64_t slices = 0;
+    int result = SPK_STEP_RAN;
+    for (;;) {
+        struct execution *run = &c->run;
+        if (run->pc == run->submission.program->header.commands) {
+            atomic_fetch_add(&c->busy_ns, end - begin);
+            run->busy_ns += end - begin;
+            atomic_fetch_add(&c->progress, slices + 1);
+            complete(c, SPK_OK);
+            return SPK_STEP_RAN;
+        }
+        bool done = false, waiting = false;
+        int status = execute_slice(c, &done, &waiting);
+        if (status != SPK_OK) {
+            complete(c, status);
+            return SPK_STEP_RAN;
+        }
+        if (waiting) {
+            result = slices ? SPK_STEP_RAN : SPK_STEP_WAITING;
+            break;
+        }
+        slices++;
+        if (done) {
+            atomic_fetch_add(&c->commands, 1);
+            run->pc++;
+            run->cursor = run->cursor2 = 0;
+            atomic_store(&c->command, run->pc);
+            atomic_store(&c->waiting_for, -1);
+        }
+        end = now_ns();
+        if (end - begin > STEP_BUDGET_NS)
+            break;
+    }
+    atomic_fetch_add(&c->busy_ns, end - begin);
+    c->run.busy_ns += end - begin;
+    atomic_fetch_add(&c->progress, slices);
+    return result;
+}

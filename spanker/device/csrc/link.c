@@ -1,0 +1,250 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Links: a ring of bytes in each direction, one producer and one consumer.
+ *
+ * A message is a header and up to MESSAGE_MAX bytes of payload, padded to 8; it is published by
+ * one store to `tail` once it is complete.  It carries the epoch of its sender: after an abort,
+ * what an earlier epoch left in a ring is dropped.  docs/api/wire-protocol.md has the layout.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "card_internal.h"
+
+#define MESSAGE_MAX 65536u
+#define RING_BYTES_MIN (2 * (MESSAGE_MAX + 64))
+#define CRC_TRIES 3
+
+struct message {
+    uint32_t epoch;
+    uint32_t bytes;
+    uint64_t sequence;
+    uint32_t crc; /* CRC32C of the fields above and the payload */
+    uint32_t reserved;
+};
+
+#define CRC_COVERS offsetof(struct message, crc)
+
+static uint64_t padded(uint64_t bytes)
+{
+    return sizeof(struct message) + (bytes + 7) / 8 * 8;
+}
+
+static struct ring *ring_create(uint64_t capacity)
+{
+    struct ring *r = mmap(NULL, sizeof *r + capacity, PROT_READ | PROT_WRITE,
+                          MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (r == MAP_FAILED)
+        return NULL;
+    r->capacity = capacity;
+    return r;
+}
+
+static void ring_destroy(struct ring *r)
+{
+    if (r)
+        munmap(r, sizeof *r + r->capacity);
+}
+
+/* The part of [position, position + n) that lies before the ring's end. */
+static uint64_t before_wrap(const struct ring *r, uint64_t position, uint64_t n)
+{
+    uint64_t room = r->capacity - position % r->capacity;
+    return n < room ? n : room;
+}
+
+static void ring_put(struct ring *r, uint64_t position, const void *data, uint64_t n)
+{
+    uint64_t first = before_wrap(r, position, n);
+    memcpy(r->data + position % r->capacity, data, first);
+    memcpy(r->data, (const uint8_t *)data + first, n - first);
+}
+
+static void ring_get(const struct ring *r, uint64_t position, void *data, uint64_t n)
+{
+    uint64_t first = before_wrap(r, position, n);
+    memcpy(data, r->data + position % r->capacity, first);
+    memcpy((uint8_t *)data + first, r->data, n - first);
+}
+
+static uint32_t ring_crc(const struct ring *r, uint32_t crc, uint64_t position, uint64_t n)
+{
+    uint64_t first = before_wrap(r, position, n);
+    crc = spk_crc32c(crc, r->data + position % r->capacity, first);
+    return spk_crc32c(crc, r->data, n - first);
+}
+
+int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, uint32_t number_b,
+                     uint64_t ring_bytes)
+{
+    if (a == b || number_a >= SPK_CARDS_MAX || number_b >= SPK_CARDS_MAX ||
+        a->links[number_b].tx || b->links[number_a].tx || ring_bytes % 8 ||
+        ring_bytes < RING_BYTES_MIN)
+        return SPK_E_ARG;
+    struct ring *ab = ring_create(ring_bytes), *ba = ring_create(ring_bytes);
+    _Atomic uint32_t *refs = malloc(sizeof *refs);
+    if (!ab || !ba || !refs) {
+        ring_destroy(ab);
+        ring_destroy(ba);
+        free((void *)refs);
+        return SPK_E_SYSTEM;
+    }
+    atomic_init(refs, 2);
+    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .refs = refs};
+    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .refs = refs};
+    return SPK_OK;
+}
+
+void link_release(struct spk_card *c)
+{
+    for (int i = 0; i < SPK_CARDS_MAX; i++) {
+        struct link *l = &c->links[i];
+        if (l->tx && atomic_fetch_sub(l->refs, 1) == 1) {
+            ring_destroy(l->tx);
+            ring_destroy(l->rx);
+            free((void *)l->refs);
+        }
+    }
+}
+
+void link_new_epoch(struct spk_card *c)
+{
+    for (int i = 0; i < SPK_CARDS_MAX; i++)
+        c->links[i].tx_sequence = c->links[i].rx_sequence = 0;
+    memset(c->transfers, 0, sizeof c->transfers);
+}
+
+/* --- one transfer ---------------------------------------------------------------------------- */
+
+/* Calls `move` for each contiguous piece of bytes [from, from + n) of a strided region. */
+typedef void (*piece_fn)(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n);
+
+static void put_piece(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n)
+{
+    ring_put(r, position, memory, n);
+}
+
+static void get_piece(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n)
+{
+    ring_get(r, position, memory, n);
+}
+
+static void for_pieces(struct ring *r, uint64_t position, uint8_t *base, uint64_t stride,
+                       uint64_t row_bytes, uint64_t from, uint64_t n, piece_fn move)
+{
+    while (n) {
+        uint64_t row = from / row_bytes, in_row = from % row_bytes;
+        uint64_t piece = row_bytes - in_row < n ? row_bytes - in_row : n;
+        move(r, position, base + row * stride + in_row, piece);
+        position += piece;
+        from += piece;
+        n -= piece;
+    }
+}
+
+static bool send_some(struct spk_card *c, struct link *l, const struct spk_command *cmd,
+                      uint64_t total, struct transfer *t)
+{
+    struct ring *r = l->tx;
+    uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
+    bool moved = false;
+    while (t->done_bytes < total) {
+        uint64_t left = total - t->done_bytes, n = left < MESSAGE_MAX ? left : MESSAGE_MAX;
+        uint64_t head = atomic_load_explicit(&r->head, memory_order_acquire);
+        if (r->capacity - (tail - head) < padded(n))
+            break;
+        struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = l->tx_sequence++};
+        uint64_t payload = tail + sizeof m;
+        for_pieces(r, payload, card_at(c, &cmd->ref[0]), cmd->ref[0].stride, cmd->arg[1],
+                   t->done_bytes, n, put_piece);
+        m.crc = ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, n);
+        ring_put(r, tail, &m, sizeof m);
+        tail += padded(n);
+        atomic_store_explicit(&r->tail, tail, memory_order_release);
+        t->done_bytes += n;
+        atomic_fetch_add_explicit(&l->tx_bytes, n, memory_order_relaxed);
+        moved = true;
+    }
+    return moved;
+}
+
+static int receive_some(struct spk_card *c, struct link *l, const struct spk_command *cmd,
+                        uint64_t total, struct transfer *t, bool *moved)
+{
+    struct ring *r = l->rx;
+    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
+    while (t->done_bytes < total) {
+        uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
+        if (tail == head)
+            break;
+        struct message m;
+        if (tail - head < sizeof m)
+            return SPK_E_LINK;
+        ring_get(r, head, &m, sizeof m);
+        if (m.bytes > MESSAGE_MAX || padded(m.bytes) > tail - head)
+            return SPK_E_LINK;
+        /* Epochs only grow: a message from ahead waits until this card has been aborted too. */
+        if (m.epoch > c->epoch)
+            break;
+        if (m.epoch == c->epoch) {
+            uint64_t payload = head + sizeof m;
+            if (m.sequence != l->rx_sequence || m.bytes > total - t->done_bytes)
+                return SPK_E_LINK;
+            int tries = 0;
+            while (ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, m.bytes) != m.crc)
+                if (++tries == CRC_TRIES)
+                    return SPK_E_LINK;
+            for_pieces(r, payload, card_at(c, &cmd->ref[3]), cmd->ref[3].stride, cmd->arg[1],
+                       t->done_bytes, m.bytes, get_piece);
+            t->done_bytes += m.bytes;
+            l->rx_sequence++;
+            atomic_fetch_add_explicit(&l->rx_bytes, m.bytes, memory_order_relaxed);
+        }
+        head += padded(m.bytes);
+        atomic_store_explicit(&r->head, head, memory_order_release);
+        *moved = true;
+    }
+    return SPK_OK;
+}
+
+/* All transfers of an exchange advance together: no order of sends and receives can deadlock. */
+int link_exchange(struct spk_card *c, bool *done, bool *waiting)
+{
+    struct execution *run = &c->run;
+    const struct spk_command *cmd = &run->submission.program->commands[run->pc];
+    uint32_t count = cmd->arg[0], finished = 0;
+    int32_t waits_for = -1;
+    bool moved = false;
+
+    if (run->cursor == 0) {
+        memset(c->transfers, 0, count * sizeof *c->transfers);
+        run->cursor = 1;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        const struct spk_command *x = cmd + 1 + i;
+        struct link *l = &c->links[x->arg[0]];
+        uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? run->outputs : run->tokens;
+        uint64_t total = rows * x->arg[1];
+        if (c->transfers[i].done_bytes < total) {
+            if (x->op == SPK_OP_LINK_SEND) {
+                moved |= send_some(c, l, x, total, &c->transfers[i]);
+            } else {
+                int status = receive_some(c, l, x, total, &c->transfers[i], &moved);
+                if (status != SPK_OK)
+                    return status;
+            }
+        }
+        if (c->transfers[i].done_bytes == total)
+            finished++;
+        else
+            waits_for = (int32_t)x->arg[0];
+    }
+    *done = finished == count;
+    *waiting = !*done && !moved;
+    if (*waiting)
+        atomic_store_explicit(&c->waiting_for, waits_for, memory_order_relaxed);
+    if (moved)
+        pool_notify(c->pool);
+    return SPK_OK;
+}

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Workers: native threads that step cards.
+ *
+ * A worker drives its own cards and, when they cannot move, lends a hand to a card that can but
+ * is not being stepped.  It spins for SPIN_NS while one of its cards waits for a link (the peer is
+ * usually a few microseconds away), then sleeps on the doorbell, which every submission, abort
+ * and link movement rings.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "card_internal.h"
+
+#define SPIN_NS 100000u
+
+struct worker {
+    struct spk_pool *pool;
+    size_t number;
+    pthread_t thread;
+};
+
+struct spk_pool {
+    struct spk_card **cards;
+    size_t card_count, worker_count;
+    _Atomic uint32_t doorbell;
+    _Atomic uint32_t sleepers;
+    _Atomic int stop;
+    struct worker workers[];
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t seen)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+}
+
+static void futex_wake_all(_Atomic uint32_t *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+}
+
+void pool_notify(struct spk_pool *pool)
+{
+    if (!pool)
+        return;
+    atomic_fetch_add(&pool->doorbell, 1);
+    if (atomic_load(&pool->sleepers))
+        futex_wake_all(&pool->doorbell);
+}
+
+static int try_step(struct spk_card *c)
+{
+    /* Someone else steps it: they carry on. */
+    if (atomic_exchange(&c->stepping, 1))
+        return SPK_STEP_IDLE;
+    int result = spk_card_step(c);
+    atomic_store(&c->ready, result == SPK_STEP_RAN);
+    atomic_store(&c->stepping, 0);
+    return result;
+}
+
+/* One round over the cards.  Own cards are always tried, others only where work is known. */
+static void round_over_cards(struct worker *w, bool *ran, bool *waiting)
+{
+    struct spk_pool *p = w->pool;
+    for (size_t i = w->number; i < p->card_count; i += p->worker_count) {
+        int result = try_step(p->cards[i]);
+        *ran |= result == SPK_STEP_RAN;
+        *waiting |= result == SPK_STEP_WAITING;
+    }
+    for (size_t i = 0; i < p->card_count && !*ran; i++) {
+        struct spk_card *c = p->cards[i];
+        if (i % p->worker_count == w->number || !atomic_load(&c->ready) ||
+            atomic_load(&c->stepping))
+            continue;
+        *ran |= try_step(c) == SPK_STEP_RAN;
+        /* Its own worker may have looked away meanwhile and must not miss what is left. */
+        pool_notify(p);
+    }
+}
+
+static void *work(void *argument)
+{
+    struct worker *w = argument;
+    struct spk_pool *p = w->pool;
+    uint64_t spin_since = 0;
+    spk_fp_enter();
+    while (!atomic_load(&p->stop)) {
+        uint32_t seen = atomic_load(&p->doorbell);
+        bool ran = false, waiting = false;
+        round_over_cards(w, &ran, &waiting);
+        if (ran) {
+            spin_since = 0;
+            continue;
+        }
+        if (waiting) {
+            uint64_t now = now_ns();
+            if (!spin_since)
+                spin_since = now;
+            if (now - spin_since < SPIN_NS) {
+                for (int i = 0; i < 8; i++)
+                    relax();
+                continue;
+            }
+        }
+        spin_since = 0;
+        atomic_fetch_add(&p->sleepers, 1);
+        if (!atomic_load(&p->stop))
+            futex_wait(&p->doorbell, seen);
+        atomic_fetch_sub(&p->sleepers, 1);
+    }
+    return NULL;
+}
+
+struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers, int *status)
+{
+    *status = SPK_E_ARG;
+    if (!count || !workers || workers > count)
+        return NULL;
+    struct spk_pool *p = calloc(1, sizeof *p + workers * sizeof *p->workers);
+    *status = SPK_E_SYSTEM;
+    if (!p)
+        return NULL;
+    p->cards = malloc(count * sizeof *p->cards);
+    if (!p->cards) {
+        free(p);
+        return NULL;
+    }
+    for (size_t i = 0; i < count; i++) {
+        p->cards[i] = cards[i];
+        cards[i]->pool = p;
+    }
+    p->card_count = count;
+    for (size_t i = 0; i < workers; i++)
+        p->workers[i] = (struct worker){.pool = p, .number = i};
+    /* Threads read worker_count: it is final before the first one starts. */
+    p->worker_count = workers;
+    for (size_t i = 0; i < workers; i++) {
+        if (pthread_create(&p->workers[i].thread, NULL, work, &p->workers[i]) != 0) {
+            p->worker_count = i;
+            spk_pool_destroy(p);
+            return NULL;
+        }
+    }
+    *status = SPK_OK;
+    return p;
+}
+
+void spk_pool_destroy(struct spk_pool *p)
+{
+    if (!p)
+        return;
+    atomic_store(&p->stop, 1);
+    atomic_fetch_add(&p->doorbell, 1);
+    futex_wake_all(&p->doorbell);
+    for (size_t i = 0; i < p->worker_count; i++)
+        pthread_join(p->workers[i].thread, NULL);
+    for (size_t i = 0; i < p->card_count; i++)
+        p->cards[i]->pool = NULL;
+    free(p->cards);
+    free(p);
+}

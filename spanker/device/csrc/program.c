@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What may run.  A program is checked once against the buffers of its card for the largest step
+ * it declares; a step's parameters are checked against its program.  After that the engine may
+ * follow every reference without looking.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "card_internal.h"
+
+static const char *const op_names[] = {
+    "?",      "embed", "rmsnorm", "quantize",    "matmul", "rope",     "kv_append", "attention",
+    "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
+};
+
+/* One operand: rows of row_bytes. */
+struct operand {
+    int ref;
+    uint64_t rows, row_bytes;
+    uint32_t align;
+};
+
+#define OPERANDS_MAX 3
+
+static bool mul(uint64_t a, uint64_t b, uint64_t *out)
+{
+    return !__builtin_mul_overflow(a, b, out) && *out < ((uint64_t)1 << 48);
+}
+
+static uint64_t floats(uint64_t n)
+{
+    return n * 4;
+}
+
+static int check_operand(struct spk_card *c, const struct spk_command *cmd, const struct operand *o,
+                         const char *op, char *why)
+{
+    const struct spk_ref *ref = &cmd->ref[o->ref];
+    uint64_t span = 0;
+    if (ref->buffer >= c->buffer_count || !c->buffers[ref->buffer].bytes) {
+        snprintf(why, 256, "%s: operand %d names buffer %u, which does not exist", op, o->ref,
+                 ref->buffer);
+        return SPK_E_HANDLE;
+    }
+    if (ref->offset % o->align || (o->rows > 1 && ref->stride % o->align)) {
+        snprintf(why, 256, "%s: operand %d must be aligned to %u bytes: offset %llu, stride %u",
+                 op, o->ref, o->align, (unsigned long long)ref->offset, ref->stride);
+        return SPK_E_ARG;
+    }
+    if (o->rows > 1 && ref->stride < o->row_bytes) {
+        snprintf(why, 256, "%s: operand %d has rows of %llu bytes but a stride of %u", op, o->ref,
+                 (unsigned long long)o->row_bytes, ref->stride);
+        return SPK_E_ARG;
+    }
+    uint64_t have = c->buffers[ref->buffer].bytes;
+    bool fits = o->rows == 0 || (mul(o->rows - 1, ref->stride, &span) &&
+                                 ref->offset <= have && o->row_bytes <= have - ref->offset &&
+                                 span <= have - ref->offset - o->row_bytes);
+    if (!fits) {
+        snprintf(why, 256,
+                 "%s: operand %d needs %llu rows of %llu bytes at offset %llu, buffer %u ends at "
+                 "%llu",
+                 op, o->ref, (unsigned long long)o->rows, (unsigned long long)o->row_bytes,
+                 (unsigned long long)ref->offset, ref->buffer, (unsigned long long)have);
+        return SPK_E_BOUNDS;
+    }
+    return SPK_OK;
+}
+
+static int refuse(char *why, const char *op, const char *what)
+{
+    snprintf(why, 256, "%s: %s", op, what);
+    return SPK_E_ARG;
+}
+
+/* Each KV command of a program must agree, so that one check of a step's pages covers all. */
+static int check_kv(struct program *p, const struct spk_command *cmd, const char *op, char *why,
+                    uint64_t *pool_bytes)
+{
+    uint32_t heads = cmd->arg[0], dim = cmd->arg[1], page = cmd->arg[2], pages = cmd->arg[3];
+    if (!heads || !dim || !pages || !page || page % 16 || dim > 65536 || page > 65536)
+        return refuse(why, op, "needs heads, a head size, pages, and pages of 16n positions");
+    if (p->kv_pages && (p->kv_pages != pages || p->page_positions != page))
+        return refuse(why, op, "disagrees with an earlier command about the KV pages");
+    p->kv_pages = pages;
+    p->page_positions = page;
+    if (!mul((uint64_t)4 * dim * page, (uint64_t)heads * pages, pool_bytes))
+        return refuse(why, op, "has a KV pool beyond any card");
+    return SPK_OK;
+}
+
+static int check_matmul_format(const struct spk_command *cmd, uint64_t *x_bytes)
+{
+    uint64_t k = cmd->arg[1];
+    if (cmd->format == SPK_F32 || cmd->format == SPK_F16)
+        *x_bytes = floats(k);
+    else if (spk_row_bytes(cmd->format, k) == 0)
+        return SPK_E_ARG;
+    else
+        *x_bytes = k / SPK_BLOCK * SPK_Q8_BLOCK_BYTES;
+    return SPK_OK;
+}
+
+static int check_command(struct spk_card *c, struct program *p, uint32_t i, char *why)
+{
+    const struct spk_command *cmd = &p->commands[i];
+    const uint32_t *arg = cmd->arg;
+    uint64_t rows = cmd->flags & SPK_FLAG_OUTPUTS ? p->header.outputs_max : p->header.tokens_max;
+    uint64_t n = arg[0], bytes = 0;
+    struct operand o[OPERANDS_MAX];
+    int count = 0, status;
+
+    if (cmd->op == 0 || cmd->op >= sizeof op_names / sizeof *op_names) {
+        snprintf(why, 256, "unknown operation %u", cmd->op);
+        return SPK_E_ARG;
+    }
+    const char *op = op_names[cmd->op];
+    if (cmd->flags & ~SPK_FLAG_OUTPUTS)
+        return refuse(why, op, "has unknown flags");
+    switch (cmd->op) {
+    case SPK_OP_EMBED:
+        if (arg[1] == 0 || (p->vocabulary && p->vocabulary != arg[1]))
+            return refuse(why, op, "disagrees with an earlier command about the vocabulary");
+        p->vocabulary = arg[1];
+        bytes = spk_row_bytes(cmd->format, n);
+        if (n && !bytes)
+            return refuse(why, op, "has an unknown format or a row that cuts a block");
+        o[count++] = (struct operand){0, arg[1], bytes, 1};
+        o[count++] = (struct operand){3, rows, floats(n), 4};
+        break;
+    case SPK_OP_RMSNORM:
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){1, 1, floats(n), 4};
+        o[count++] = (struct operand){3, rows, floats(n), 4};
+        break;
+    case SPK_OP_QUANTIZE:
+        if (n % SPK_BLOCK)
+            return refuse(why, op, "needs whole blocks of 32");
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){3, rows, n / SPK_BLOCK * SPK_Q8_BLOCK_BYTES, 2};
+        break;
+    case SPK_OP_MATMUL:
+        if (check_matmul_format(cmd, &bytes) != SPK_OK)
+            return refuse(why, op, "has an unknown format or a k that cuts a block");
+        o[count++] = (struct operand){0, 1, spk_packed_bytes(cmd->format, n, arg[1]), 32};
+        o[count++] = (struct operand){1, rows, bytes, 2};
+        o[count++] = (struct operand){3, rows, floats(n), 4};
+        break;
+    case SPK_OP_ROPE:
+        if (arg[2] > arg[1] || arg[2] % 2)
+            return refuse(why, op, "needs an even rotated part within the head");
+        if (!mul(p->header.positions_max, floats(arg[2]), &bytes))
+            return refuse(why, op, "has a table beyond any card");
+        o[count++] = (struct operand){0, rows, floats(n * arg[1]), 4};
+        o[count++] = (struct operand){1, 1, bytes, 4};
+        break;
+    case SPK_OP_KV_APPEND:
+        status = check_kv(p, cmd, op, why, &bytes);
+        if (status != SPK_OK)
+            return status;
+        o[count++] = (struct operand){0, rows, floats(n * arg[1]), 4};
+        o[count++] = (struct operand){1, rows, floats(n * arg[1]), 4};
+        o[count++] = (struct operand){3, 1, bytes, 2};
+        break;
+    case SPK_OP_ATTENTION:
+        status = check_kv(p, cmd, op, why, &bytes);
+        if (status != SPK_OK)
+            return status;
+        if (!arg[4] || !arg[6] || arg[4] > 65536 || arg[5] > 65536 ||
+            (arg[5] + arg[4] - 1) / arg[6] - arg[5] / arg[6] >= n)
+            return refuse(why, op, "has query heads without their KV head on this card");
+        o[count++] = (struct operand){0, rows, floats((uint64_t)arg[4] * arg[1]), 4};
+        o[count++] = (struct operand){1, 1, bytes, 2};
+        o[count++] = (struct operand){3, rows, floats((uint64_t)arg[4] * arg[1]), 4};
+        break;
+    case SPK_OP_SWIGLU:
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){1, rows, floats(n), 4};
+        o[count++] = (struct operand){3, rows, floats(n), 4};
+        break;
+    case SPK_OP_ADD:
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){1, rows, floats(n), 4};
+        break;
+    case SPK_OP_SELECT:
+        o[count++] = (struct operand){0, p->header.tokens_max, floats(n), 4};
+        o[count++] = (struct operand){3, p->header.outputs_max, floats(n), 4};
+        break;
+    case SPK_OP_LOGIT_STATS:
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){3, rows, (n + 255) / SPK_LOGIT_CHUNK * 8, 4};
+        break;
+    case SPK_OP_TOP_K:
+        if (arg[1] == 0 || arg[1] > 4096)
+            return refuse(why, op, "takes 1 to 4096 candidates");
+        o[count++] = (struct operand){0, rows, floats(n), 4};
+        o[count++] = (struct operand){3, rows, (uint64_t)arg[1] * 8, 4};
+        break;
+    case SPK_OP_EXCHANGE:
+        if (n > 2 * SPK_CARDS_MAX || n > p->header.commands - i - 1)
+            return refuse(why, op, "has more transfers than follow it");
+        for (uint32_t t = i + 1; t <= i + n; t++)
+            if (p->commands[t].op != SPK_OP_LINK_SEND && p->commands[t].op != SPK_OP_LINK_RECV)
+                return refuse(why, op, "is followed by something that is no transfer");
+        break;
+    case SPK_OP_LINK_SEND:
+    case SPK_OP_LINK_RECV:
+        if (n >= SPK_CARDS_MAX || !c->links[n].tx)
+            return refuse(why, op, "names a peer without a link");
+        o[count++] = (struct operand){cmd->op == SPK_OP_LINK_SEND ? 0 : 3, rows, arg[1], 1};
+        break;
+    }
+    for (int j = 0; j < count; j++) {
+        status = check_operand(c, cmd, &o[j], op, why);
+        if (status != SPK_OK)
+            return status;
+    }
+    return SPK_OK;
+}
+
+int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *why)
+{
+    const struct spk_program_header *h = &p->header;
+    if (!h->tokens_max || h->tokens_max > SPK_TOKENS_MAX || h->outputs_max > h->tokens_max ||
+        !h->positions_max || h->positions_max > (1u << 24) || h->reserved[0] || h->reserved[1]) {
+        snprintf(why, 256,
+                 "the header needs 1 to %d tokens, no more outputs than tokens, 1 to 2^24 "
+                 "positions and zero reserved words",
+                 SPK_TOKENS_MAX);
+        return SPK_E_ARG;
+    }
+    uint32_t transfers = 0; /* left of the exchange in progress */
+    for (uint32_t i = 0; i < h->commands; i++) {
+        const struct spk_command *cmd = &p->commands[i];
+        bool is_transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
+        *bad = i;
+        int status = check_command(c, p, i, why);
+        if (status != SPK_OK)
+            return status;
+        if (is_transfer && !transfers)
+            return refuse(why, op_names[cmd->op], "stands outside an exchange");
+        transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
+    }
+    return SPK_OK;
+}
+
+/* --- the parameters of a step --------------------------------------------------------------- */
+
+static void bind(struct execution *run, const uint8_t *params)
+{
+    const struct spk_step_header *h = (const struct spk_step_header *)params;
+    const uint32_t *at = (const uint32_t *)(h + 1);
+    run->tokens = h->tokens;
+    run->outputs = h->outputs;
+    run->token_id = at;
+    run->position = at += h->tokens;
+    run->sequence = at += h->tokens;
+    run->output_token = at += h->tokens;
+    run->inv_temperature = (const float *)(at += h->outputs);
+    run->first_page = at += h->outputs;
+    run->page = at + h->sequences + 1;
+}
+
+void step_bind(struct execution *run)
+{
+    bind(run, run->submission.params);
+    run->waiting_for = -1;
+}
+
+static int bad_step(char *why, const char *what, uint64_t index, uint64_t got, uint64_t limit)
+{
+    snprintf(why, 256, "%s %llu is %llu, must be below %llu", what, (unsigned long long)index,
+             (unsigned long long)got, (unsigned long long)limit);
+    return SPK_E_PARAMS;
+}
+
+int step_check(const struct program *p, const uint8_t *params, size_t nbytes, char *why)
+{
+    const struct spk_step_header *h = (const struct spk_step_header *)params;
+    struct execution run;
+
+    if (nbytes < sizeof *h || h->magic != SPK_STEP_MAGIC || h->version != SPK_STEP_VERSION ||
+        h->reserved[0] || h->reserved[1]) {
+        snprintf(why, 256, "not a version %d parameter block", SPK_STEP_VERSION);
+        return SPK_E_PARAMS;
+    }
+    if (h->tokens > p->header.tokens_max || h->outputs > p->header.outputs_max ||
+        h->sequences > h->tokens) {
+        snprintf(why, 256,
+                 "a step of %u tokens, %u outputs, %u sequences; the program takes %u tokens, %u "
+                 "outputs, a token at least per sequence",
+                 h->tokens, h->outputs, h->sequences, p->header.tokens_max,
+                 p->header.outputs_max);
+        return SPK_E_PARAMS;
+    }
+    uint64_t words = (uint64_t)3 * h->tokens + (uint64_t)2 * h->outputs + h->sequences + 1 +
+                     (uint64_t)h->pages;
+    if (nbytes != sizeof *h + words * 4) {
+        snprintf(why, 256, "the parameter block has %zu bytes, its counts need %llu", nbytes,
+                 (unsigned long long)(sizeof *h + words * 4));
+        return SPK_E_PARAMS;
+    }
+    bind(&run, params);
+    if (run.first_page[0] != 0 || run.first_page[h->sequences] != h->pages)
+        return bad_step(why, "last entry of the page index", h->sequences,
+                        run.first_page[h->sequences], (uint64_t)h->pages + 1);
+    for (uint32_t s = 0; s < h->sequences; s++)
+        if (run.first_page[s] > run.first_page[s + 1])
+            return bad_step(why, "start of pages of sequence", s, run.first_page[s],
+                            (uint64_t)run.first_page[s + 1] + 1);
+    for (uint32_t i = 0; i < h->pages; i++)
+        if (p->kv_pages && run.page[i] >= p->kv_pages)
+            return bad_step(why, "page", i, run.page[i], p->kv_pages);
+    for (uint32_t t = 0; t < h->tokens; t++) {
+        uint32_t s = run.sequence[t];
+        if (p->vocabulary && run.token_id[t] >= p->vocabulary)
+            return bad_step(why, "token id", t, run.token_id[t], p->vocabulary);
+        if (s >= h->sequences)
+            return bad_step(why, "sequence of token", t, s, h->sequences);
+        if (run.position[t] >= p->header.positions_max)
+            return bad_step(why, "position of token", t, run.position[t],
+                            p->header.positions_max);
+        uint64_t covered =
+            (uint64_t)(run.first_page[s + 1] - run.first_page[s]) * p->page_positions;
+        if (p->kv_pages && run.position[t] >= covered)
+            return bad_step(why, "position of token", t, run.position[t], covered);
+    }
+    for (uint32_t i = 0; i < h->outputs; i++)
+        if (run.output_token[i] >= h->tokens)
+            return bad_step(why, "output token", i, run.output_token[i], h->tokens);
+    return SPK_OK;
+}
+
+/* --- resources ------------------------------------------------------------------------------ */
+
+static size_t align64(size_t n)
+{
+    return (n + 63) / 64 * 64;
+}
+
+size_t program_scratch_bytes(const struct program *p)
+{
+    size_t most = 64;
+    for (uint32_t i = 0; i < p->header.commands; i++) {
+        const struct spk_command *cmd = &p->commands[i];
+        size_t rows = p->header.tokens_max, need = 0;
+        if (cmd->op == SPK_OP_MATMUL && cmd->format != SPK_F32 && cmd->format != SPK_F16) {
+            size_t blocks = cmd->arg[1] / SPK_BLOCK;
+            need = align64(rows * blocks * SPK_BLOCK) + 2 * align64(rows * blocks * 4);
+        } else if (cmd->op == SPK_OP_ATTENTION) {
+            need = 4 * sizeof(float) * (((size_t)p->header.positions_max + 15) / 16 * 16);
+        }
+        most = need > most ? need : most;
+    }
+    return align64(most);
+}
+
+void program_count_users(struct spk_card *c, const struct program *p, int delta)
+{
+    static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+    for (uint32_t i = 0; i < p->header.commands; i++)
+        for (int r = 0; r < 4; r++)
+            if (refs_of[p->commands[i].op] & (1u << r))
+                c->buffers[p->commands[i].ref[r].buffer].users += (uint32_t)delta;
+}

@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A card: DDR, a resumable command processor, a bounded in-order queue and links to peers.
+ *
+ * The host side (alloc, write, load, submit, completion) may be called from any one thread while
+ * workers step the card.  `spk_card_step` is the whole engine: it never blocks, so that one
+ * thread can drive any number of cards.  docs/architecture.md has the picture.
+ */
+#ifndef SPK_CARD_H
+#define SPK_CARD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+#define SPK_PROGRAM_MAGIC 0x474b5053u /* "SPKG" */
+#define SPK_PROGRAM_VERSION 1
+#define SPK_STEP_MAGIC 0x504b5053u /* "SPKP" */
+#define SPK_STEP_VERSION 1
+
+#define SPK_CARDS_MAX 256
+#define SPK_BUFFERS_MAX 65536
+#define SPK_PROGRAMS_MAX 64
+#define SPK_COMMANDS_MAX 65536
+#define SPK_QUEUE_MAX 8
+#define SPK_STEP_BYTES_MAX 4194304
+#define SPK_DDR_ALIGN 64
+#define SPK_TOKENS_MAX 65536
+
+/* Operations.  ref[] and arg[] of each are listed in spanker/kernels/program.py. */
+#define SPK_OP_EMBED 1
+#define SPK_OP_RMSNORM 2
+#define SPK_OP_QUANTIZE 3
+#define SPK_OP_MATMUL 4
+#define SPK_OP_ROPE 5
+#define SPK_OP_KV_APPEND 6
+#define SPK_OP_ATTENTION 7
+#define SPK_OP_SWIGLU 8
+#define SPK_OP_ADD 9
+#define SPK_OP_SELECT 10
+#define SPK_OP_LOGIT_STATS 11
+#define SPK_OP_TOP_K 12
+#define SPK_OP_EXCHANGE 13
+#define SPK_OP_LINK_SEND 14
+#define SPK_OP_LINK_RECV 15
+
+#define SPK_FLAG_OUTPUTS 1u /* rows are the step's outputs, not its tokens */
+
+/* Row t of an operand starts at buffer + offset + t*stride (bytes). */
+struct spk_ref {
+    uint32_t buffer;
+    uint32_t stride;
+    uint64_t offset;
+};
+
+struct spk_command {
+    uint16_t op;
+    uint16_t format;
+    uint32_t flags;
+    struct spk_ref ref[4];
+    uint32_t arg[14];
+};
+
+struct spk_program_header {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t commands;
+    uint32_t tokens_max;
+    uint32_t outputs_max;
+    uint32_t positions_max;
+    uint32_t reserved[2];
+};
+
+/* A step's parameters: this header, then u32 token_id[tokens], position[tokens],
+ * sequence[tokens], output_token[outputs], f32 inv_temperature[outputs],
+ * u32 first_page[sequences + 1], page[pages]. */
+struct spk_step_header {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t tokens;
+    uint32_t outputs;
+    uint32_t sequences;
+    uint32_t pages;
+    uint32_t reserved[2];
+};
+
+struct spk_completion {
+    uint64_t fence;
+    uint64_t busy_ns;
+    int32_t status;
+    uint32_t command; /* where a fault happened */
+};
+
+struct spk_counters {
+    uint64_t commands;
+    uint64_t steps;
+    uint64_t ddr_read_bytes;
+    uint64_t ddr_written_bytes;
+    uint64_t busy_ns;
+    uint64_t progress;       /* grows whenever the card gets anything done */
+    uint64_t ddr_used_bytes;
+    uint64_t ddr_total_bytes;
+    uint32_t queued;         /* submissions not completed */
+    int32_t waiting_for;     /* peer whose link the card waits on, -1 when it does not */
+    uint32_t command;        /* command being executed */
+    uint32_t epoch;
+};
+
+/* Results of spk_card_step. */
+#define SPK_STEP_IDLE 0    /* nothing submitted */
+#define SPK_STEP_RAN 1     /* did some work; more may be ready */
+#define SPK_STEP_WAITING 2 /* waits for a link */
+
+/* Faults that a test can plant. */
+#define SPK_PLANT_NONE 0
+#define SPK_PLANT_HANG 1 /* the engine stops making progress */
+#define SPK_PLANT_DIE 2  /* every fence completes with SPK_E_LOST, every call answers it */
+
+struct spk_card;
+struct spk_pool;
+
+struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status);
+void spk_card_destroy(struct spk_card *card);
+int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
+int spk_card_free(struct spk_card *card, uint32_t handle);
+int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
+                   uint64_t nbytes);
+int spk_card_read(struct spk_card *card, uint32_t handle, uint64_t offset, void *data,
+                  uint64_t nbytes);
+/* On refusal, *bad_command is the index of the command and `why` (256 bytes) says why. */
+int spk_card_load_program(struct spk_card *card, const void *program, size_t nbytes,
+                          uint32_t *handle, uint32_t *bad_command, char *why);
+int spk_card_unload_program(struct spk_card *card, uint32_t handle);
+int spk_card_submit(struct spk_card *card, uint32_t program, const void *params, size_t nbytes,
+                    uint64_t *fence, char *why);
+/* 1 and a completion, or 0 when there is none.  The fd is an eventfd that polls readable
+ * whenever completions wait. */
+int spk_card_completion(struct spk_card *card, struct spk_completion *out);
+int spk_card_fd(struct spk_card *card);
+/* Completes everything queued with SPK_E_ABORTED and enters `epoch`; workers do it. */
+int spk_card_abort(struct spk_card *card, uint32_t epoch);
+void spk_card_counters(struct spk_card *card, struct spk_counters *out);
+void spk_card_link_bytes(struct spk_card *card, uint32_t peer, uint64_t *tx, uint64_t *rx);
+void spk_card_plant(struct spk_card *card, int fault);
+int spk_card_step(struct spk_card *card);
+
+/* Two rings between cards numbered number_a and number_b; before the pool starts. */
+int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
+                     uint32_t number_b, uint64_t ring_bytes);
+
+/* `workers` native threads that step `count` cards; destroy stops and joins them. */
+struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers,
+                                 int *status);
+void spk_pool_destroy(struct spk_pool *pool);
+/* cffi: end */
+
+#endif

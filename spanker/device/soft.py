@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `soft` card: the card model in C, in this process, stepped by native threads.
+
+`SoftRig` makes the cards of one fleet with links between all of them, and min(cards, cores)
+workers.  Python only submits and collects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import attrs
+
+from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo
+from spanker.errors import CardCommandError, CardLostError, CardMemoryError, ConfigError
+from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
+
+DEFAULT_DDR_BYTES = 16 << 30
+CARDS_MAX = 64
+LINK_RING_BYTES = 512 << 10
+_WHY_BYTES = 256
+
+
+@attrs.frozen
+class SoftCardSpec:
+    """How to make one soft card.  `isa` None means $SPANKER_ISA or the fastest there is."""
+
+    isa: str | None = None
+    ddr_bytes: int = DEFAULT_DDR_BYTES
+
+
+class SoftCard(CardDevice):
+    """One card of a `SoftRig`, which owns its memory and threads."""
+
+    def __init__(self, rig: SoftRig, number: int, spec: SoftCardSpec) -> None:
+        isa = spec.isa or default_isa()
+        align = int(lib.SPK_DDR_ALIGN)
+        if spec.ddr_bytes < align:
+            raise ConfigError(f"card {number}: DDR must have at least {align} bytes")
+        ddr_bytes = spec.ddr_bytes // align * align
+        status = ffi.new("int *")
+        self.number = number
+        self._rig = rig
+        self._card: Any = lib.spk_card_create(ddr_bytes, isa_number(isa), status)
+        check(status[0], f"opening card {number}", card=number)
+        self._info = DeviceInfo(
+            name=f"soft{number}",
+            serial=number,
+            isa=isa,
+            semantics_version=lib.SPK_SEMANTICS_VERSION,
+            ddr_bytes=ddr_bytes,
+            programs_max=lib.SPK_PROGRAMS_MAX,
+        )
+        self._completion = ffi.new("struct spk_completion *")
+        self._why = ffi.new("char[]", _WHY_BYTES)
+
+    @property
+    def handle(self) -> Any:
+        """The native card; CardLostError after close."""
+        if self._card is None:
+            raise CardLostError(f"card {self.number} is closed", card=self.number)
+        return self._card
+
+    @property
+    def info(self) -> DeviceInfo:
+        return self._info
+
+    @property
+    def completion_fd(self) -> int | None:
+        return int(lib.spk_card_fd(self.handle))
+
+    def alloc(self, nbytes: int) -> int:
+        out = ffi.new("uint32_t *")
+        status = lib.spk_card_alloc(self.handle, nbytes, out)
+        if status == lib.SPK_E_NOMEM:
+            c = self.counters()
+            raise CardMemoryError(
+                f"card {self.number}: no room for {nbytes:,} bytes: {c.ddr_used_bytes:,} of "
+                f"{c.ddr_total_bytes:,} are taken; free buffers or open the card with more DDR",
+                card=self.number,
+            )
+        self._check(status, f"allocating {nbytes} bytes")
+        return int(out[0])
+
+    def free(self, handle: int) -> None:
+        self._check(lib.spk_card_free(self.handle, handle), f"freeing buffer {handle}")
+
+    def write(self, handle: int, offset: int, data: Buffer) -> None:
+        view = ffi.from_buffer("char[]", data)
+        status = lib.spk_card_write(self.handle, handle, offset, view, len(view))
+        self._check(status, f"writing {len(view)} bytes at {offset} of buffer {handle}")
+
+    def read(self, handle: int, offset: int, nbytes: int) -> bytes:
+        if nbytes > self._info.ddr_bytes:
+            raise CardCommandError(
+                f"card {self.number}: reading {nbytes} bytes, its DDR has {self._info.ddr_bytes}",
+                card=self.number,
+            )
+        out = bytearray(nbytes)
+        status = lib.spk_card_read(
+            self.handle, handle, offset, ffi.from_buffer("char[]", out), nbytes
+        )
+        self._check(status, f"reading {nbytes} bytes at {offset} of buffer {handle}")
+        return bytes(out)
+
+    def load_program(self, program: Buffer) -> int:
+        handle, bad = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        view = ffi.from_buffer("char[]", program)
+        status = lib.spk_card_load_program(
+            self.handle, view, len(view), handle, bad, self._why
+        )
+        self._check(status, f"program refused at command {bad[0]}", self._reason())
+        return int(handle[0])
+
+    def unload_program(self, program: int) -> None:
+        status = lib.spk_card_unload_program(self.handle, program)
+        self._check(status, f"unloading program {program}")
+
+    def submit(self, program: int, parameters: Buffer) -> int:
+        fence = ffi.new("uint64_t *")
+        view = ffi.from_buffer("char[]", parameters)
+        status = lib.spk_card_submit(self.handle, program, view, len(view), fence, self._why)
+        self._check(status, f"step of program {program} refused", self._reason())
+        return int(fence[0])
+
+    def completions(self) -> Sequence[Completion]:
+        out: list[Completion] = []
+        c = self._completion
+        while lib.spk_card_completion(self.handle, c):
+            error = None
+            if c.status != lib.SPK_OK:
+                error = status_error(
+                    c.status, f"card {self.number}, command {c.command}", card=self.number
+                )
+            out.append(Completion(int(c.fence), int(c.busy_ns), error))
+        return out
+
+    def abort(self, epoch: int) -> None:
+        self._check(lib.spk_card_abort(self.handle, epoch), f"entering epoch {epoch}")
+
+    def counters(self) -> DeviceCounters:
+        c = ffi.new("struct spk_counters *")
+        lib.spk_card_counters(self.handle, c)
+        tx, rx = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        links: list[tuple[int, int]] = []
+        for peer in range(len(self._rig.cards)):
+            lib.spk_card_link_bytes(self.handle, peer, tx, rx)
+            links.append((int(tx[0]), int(rx[0])))
+        return DeviceCounters(
+            commands=c.commands,
+            steps=c.steps,
+            ddr_read_bytes=c.ddr_read_bytes,
+            ddr_written_bytes=c.ddr_written_bytes,
+            busy_ns=c.busy_ns,
+            progress=c.progress,
+            ddr_used_bytes=c.ddr_used_bytes,
+            ddr_total_bytes=c.ddr_total_bytes,
+            queued=c.queued,
+            waiting_for=c.waiting_for if c.waiting_for >= 0 else None,
+            link_tx_bytes=tuple(t for t, _ in links),
+            link_rx_bytes=tuple(r for _, r in links),
+        )
+
+    def kill(self) -> None:
+        """Fault injection: the card vanishes; all it holds and all later calls fail."""
+        lib.spk_card_plant(self.handle, lib.SPK_PLANT_DIE)
+
+    def hang(self) -> None:
+        """Fault injection: the card accepts work and never does it."""
+        lib.spk_card_plant(self.handle, lib.SPK_PLANT_HANG)
+
+    def close(self) -> None:
+        """Closing one card stops the workers of its rig: a card cannot outlive its fleet."""
+        self._rig.close()
+
+    def _release(self) -> None:
+        card, self._card = self._card, None
+        if card is not None:
+            lib.spk_card_destroy(card)
+
+    def _reason(self) -> str:
+        return bytes(ffi.string(self._why)).decode("ascii", "replace")
+
+    def _check(self, status: int, what: str, detail: str = "") -> None:
+        if status != lib.SPK_OK:
+            check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
+
+
+class SoftRig:
+    """The cards of one fleet, fully linked, and the threads that step them."""
+
+    def __init__(self, specs: Sequence[SoftCardSpec], workers: int | None = None) -> None:
+        if not 1 <= len(specs) <= CARDS_MAX:
+            raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
+        self.cards: list[SoftCard] = []
+        self._pool: Any = None
+        try:
+            for number, spec in enumerate(specs):
+                self.cards.append(SoftCard(self, number, spec))
+            for a in self.cards:
+                for b in self.cards[a.number + 1 :]:
+                    check(
+                        lib.spk_link_connect(
+                            a.handle, a.number, b.handle, b.number, LINK_RING_BYTES
+                        ),
+                        f"linking cards {a.number} and {b.number}",
+                    )
+            status = ffi.new("int *")
+            count = min(len(specs), workers or len(os.sched_getaffinity(0)))
+            self._pool = lib.spk_pool_create(
+                [c.handle for c in self.cards], len(specs), count, status
+            )
+            check(status[0], f"starting {count} workers")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop the workers, then release the cards.  Idempotent; takes a few milliseconds."""
+        pool, self._pool = self._pool, None
+        if pool is not None and pool != ffi.NULL:
+            lib.spk_pool_destroy(pool)
+        for card in self.cards:
+            card._release()
+
+    def __enter__(self) -> SoftRig:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception tree of Spanker.
+
+Every error that Spanker raises on purpose derives from `SpankerError`, and its
+text says what went wrong, what was expected, what was found, where, and what
+to do next, on one line.  The command line prints that line and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class SpankerError(Exception):
+    """Base of every error raised by Spanker."""
+
+
+class ConfigError(SpankerError):
+    """An option, fleet specification or environment variable makes no sense."""
+
+
+# --- models ------------------------------------------------------------------
+
+
+class ModelError(SpankerError):
+    """A model file cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """No such model name or file."""
+
+
+class ModelFormatError(ModelError):
+    """The file is not a well-formed GGUF: truncated, corrupt, out of bounds."""
+
+
+class UnsupportedModelError(ModelError):
+    """A well-formed file holds something whose effect on the result is not understood."""
+
+
+class DownloadError(ModelError):
+    """Fetching a model failed, or what arrived is not what was asked for."""
+
+
+# --- requests ----------------------------------------------------------------
+
+
+class RequestError(SpankerError):
+    """A generation request cannot be served as it stands."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or the prompt with its requested tokens, exceeds the context."""
+
+
+class TemplateError(RequestError):
+    """The chat template is missing, invalid, or rejected the messages."""
+
+
+# --- plans -------------------------------------------------------------------
+
+
+class PlanError(SpankerError):
+    """No valid plan: bad plan name, more stages than layers, mismatched cards."""
+
+
+# --- wire --------------------------------------------------------------------
+
+
+class WireError(SpankerError):
+    """A frame or message channel failed."""
+
+
+class LocalProtocolError(WireError):
+    """Our own side tried to send what the protocol does not allow."""
+
+
+class RemoteProtocolError(WireError):
+    """The peer sent what the protocol does not allow; the channel is unusable."""
+
+
+class ChannelClosedError(WireError):
+    """The peer is gone, or this side has been closed."""
+
+
+# --- cards -------------------------------------------------------------------
+
+
+class CardError(SpankerError):
+    """A card, or the actor that owns it, failed.  `card` is its number in the fleet."""
+
+    def __init__(self, message: str, *, card: int | None = None) -> None:
+        super().__init__(message)
+        self.card = card
+
+
+class CardMemoryError(CardError):
+    """An allocation, or a whole plan, does not fit into a card's DDR."""
+
+
+class CardCommandError(CardError):
+    """A command or program was refused before it ran: bad buffer, bounds, argument."""
+
+
+class CardFaultError(CardError):
+    """A program stopped on a fault: non-finite value, corrupt link message."""
+
+
+class CardAbortedError(CardError):
+    """A program was aborted before it finished."""
+
+
+class CardHungError(CardError):
+    """A card holds work and makes no progress."""
+
+
+class CardLostError(CardError):
+    """A card is gone: it was closed, killed, or its actor crashed."""

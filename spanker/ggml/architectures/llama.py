@@ -1,0 +1,636 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `llama` architecture: reading its GGUF, and its program for each card of a plan.
+
+Whatever in a file could change the result and is not understood here is refused by name.
+
+One layer on one card of a stage; h is the hidden row, and every card of the stage holds it whole:
+
+    xn = rmsnorm(x)                             all of h, redundantly on every card
+    q, k, v = W xn                              this card's heads
+    rope(q), rope(k); KV append; attention      this card's heads
+    gather                                      Q8 blocks (or floats) of the heads
+    y = Wo att          gather y; x += y        this card's rows of h
+    xn = rmsnorm(x); gate, up = W xn; swiglu    this card's rows of the FFN
+    gather                                      Q8 blocks (or floats) of the FFN
+    y = Wdown act       gather y; x += y        this card's rows of h
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from spanker.errors import ModelFormatError, UnsupportedModelError
+from spanker.ggml import rope
+from spanker.ggml.gguf import GGUFFile, TensorInfo
+from spanker.kernels import program as op
+from spanker.kernels.formats import Format, pack, row_bytes
+from spanker.kernels.program import Command, Program, Ref, Transfer
+from spanker.sched.collectives import direct
+from spanker.sched.layout import chunks, layer_rows, q8_bytes
+from spanker.sched.plan import (
+    Q8_BLOCK,
+    CardShare,
+    LayerShape,
+    Limits,
+    ModelShape,
+    Plan,
+    Stage,
+    WeightShape,
+)
+from spanker.sched.shares import Share
+
+DIMENSION_MAX = 1 << 20
+LAYERS_MAX = 4096
+
+# Keys of the architecture that are read, and those whose neutral value changes nothing.
+_READ = frozenset(
+    {
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "vocab_size",
+    }
+)
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.layer_norm_epsilon": (),  # of the other kind of norm, which llama has not
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "use_parallel_residual": (True, False),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+# Families of keys outside of the architecture that cannot change the forward pass.
+_INERT = ("general.", "tokenizer.", "quantize.", "split.", "mradermacher.", "prefix.")
+
+
+# --- the model -----------------------------------------------------------------------
+
+
+@attrs.frozen
+class Weight:
+    """A weight matrix in the file."""
+
+    info: TensorInfo
+    format: Format
+    shape: WeightShape
+
+
+@attrs.frozen
+class LlamaModel:
+    """A llama model in a GGUF: its shape for planning, and where its tensors are."""
+
+    shape: ModelShape
+    rms_eps: float
+    rope_base: float
+    weights: Mapping[str, Weight]
+    norms: Mapping[str, TensorInfo]
+    tied: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads (the embedding apart)."""
+        layers = sum(layer.weight_bytes for layer in self.shape.layers)
+        return layers + self.shape.output.rows * self.shape.output.row_bytes
+
+
+def _bad(gguf: GGUFFile, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{gguf.path}: {what}")
+
+
+class _Keys:
+    """Typed access to the metadata of one file, with errors that name key and file."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.gguf = gguf
+
+    def integer(self, name: str, default: int | None = None, limit: int = DIMENSION_MAX) -> int:
+        value = self.gguf.metadata.get(f"llama.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _bad(
+                self.gguf,
+                f"key llama.{name} must be one integer, got {_brief(value)}; "
+                f"models with different values per layer are not supported",
+            )
+        if not 1 <= value <= limit:
+            raise ModelFormatError(
+                f"{self.gguf.path}: key llama.{name} must be 1 to {limit}, got {value}"
+            )
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.gguf.metadata.get(f"llama.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _bad(self.gguf, f"key llama.{name} must be a number, got {_brief(value)}")
+        if not math.isfinite(value) or value <= 0:
+            raise ModelFormatError(
+                f"{self.gguf.path}: key llama.{name} must be positive, got {value}"
+            )
+        return float(value)
+
+
+def _brief(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_keys(gguf: GGUFFile) -> None:
+    architecture = gguf.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise _bad(
+            gguf, f"architecture {_brief(architecture)} is not supported; supported: 'llama'"
+        )
+    kind = gguf.metadata.get("general.type", "model")
+    if kind != "model":
+        raise _bad(gguf, f"this file holds a {_brief(kind)}, not a model")
+    if gguf.metadata.get("split.count", 0) not in (0, 1):
+        raise _bad(gguf, "the model is split over several files; merge them into one GGUF first")
+    for key, value in gguf.metadata.items():
+        if key.startswith("llama."):
+            name = key[len("llama.") :]
+            if name in _READ or (name in _NEUTRAL and _is_neutral(value, _NEUTRAL[name])):
+                continue
+            raise _bad(
+                gguf,
+                f"key {key} = {_brief(value)} would change the result and is not supported",
+            )
+        if not key.startswith(_INERT):
+            raise _bad(gguf, f"key {key} = {_brief(value)} is not understood")
+
+
+def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    return not neutral or any(value == n for n in neutral)
+
+
+def read_model(gguf: GGUFFile) -> LlamaModel:
+    """Check a GGUF's keys and tensors and describe its model.
+
+    Raises UnsupportedModelError for what is not understood, ModelFormatError for contradictions.
+    """
+    _check_keys(gguf)
+    keys = _Keys(gguf)
+    layer_count = keys.integer("block_count", limit=LAYERS_MAX)
+    hidden = keys.integer("embedding_length")
+    ffn = keys.integer("feed_forward_length")
+    heads = keys.integer("attention.head_count", limit=65536)
+    kv_heads = keys.integer("attention.head_count_kv", heads, limit=65536)
+    if hidden % heads and "llama.attention.key_length" not in gguf.metadata:
+        raise ModelFormatError(f"{gguf.path}: {heads} heads do not divide the hidden size {hidden}")
+    head_dim = keys.integer("attention.key_length", hidden // heads, limit=65536)
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        raise _bad(gguf, "keys and values of different head sizes are not supported")
+    rope_dim = keys.integer("rope.dimension_count", head_dim, limit=65536)
+    if heads % kv_heads or rope_dim > head_dim or rope_dim % 2:
+        raise ModelFormatError(
+            f"{gguf.path}: {heads} heads, {kv_heads} KV heads, head size {head_dim} and rotated "
+            f"size {rope_dim} do not go together"
+        )
+
+    weights: dict[str, Weight] = {}
+    norms: dict[str, TensorInfo] = {}
+    seen: set[str] = set()
+
+    def tensor(name: str, *shape: int) -> TensorInfo:
+        info = gguf.tensors.get(name)
+        if info is None:
+            raise ModelFormatError(f"{gguf.path}: tensor {name!r} is missing")
+        if info.shape != shape:
+            raise ModelFormatError(
+                f"{gguf.path}: tensor {name!r} must have shape {shape}, got {info.shape}"
+            )
+        seen.add(name)
+        return info
+
+    def norm(name: str) -> None:
+        info = tensor(name, hidden)
+        if info.type not in (Format.F32, Format.F16):
+            raise _bad(gguf, f"tensor {name!r} must be F32 or F16, got {info.type.name}")
+        norms[name] = info
+
+    def weight(name: str, rows: int, k: int) -> WeightShape:
+        info = tensor(name, rows, k)
+        if info.type not in tuple(Format):
+            supported = ", ".join(f.name for f in Format)
+            raise _bad(
+                gguf,
+                f"tensor {name!r} has format {info.type.name}; supported formats: {supported}",
+            )
+        fmt = Format(info.type)
+        shape = WeightShape(
+            name=name,
+            rows=rows,
+            k=k,
+            row_bytes=row_bytes(fmt, k),
+            quantized=not fmt.is_float,
+            columns_unit=fmt.block,
+            unit_bytes=row_bytes(fmt, fmt.block),
+        )
+        weights[name] = Weight(info, fmt, shape)
+        return shape
+
+    if "token_embd.weight" not in gguf.tensors:
+        raise ModelFormatError(f"{gguf.path}: tensor 'token_embd.weight' is missing")
+    vocabulary = gguf.tensors["token_embd.weight"].shape[0]
+    if not 1 <= vocabulary <= 1 << 24:
+        raise ModelFormatError(f"{gguf.path}: a vocabulary of {vocabulary} is out of range")
+    if gguf.metadata.get("llama.vocab_size", vocabulary) != vocabulary:
+        raise ModelFormatError(
+            f"{gguf.path}: key llama.vocab_size is {gguf.metadata['llama.vocab_size']}, but the "
+            f"embedding has {vocabulary} rows"
+        )
+    embedding = weight("token_embd.weight", vocabulary, hidden)
+    tied = "output.weight" not in gguf.tensors
+    output = embedding if tied else weight("output.weight", vocabulary, hidden)
+    norm("output_norm.weight")
+    layers: list[LayerShape] = []
+    for i in range(layer_count):
+        norm(f"blk.{i}.attn_norm.weight")
+        norm(f"blk.{i}.ffn_norm.weight")
+        layers.append(
+            LayerShape(
+                attn_q=weight(f"blk.{i}.attn_q.weight", heads * head_dim, hidden),
+                attn_k=weight(f"blk.{i}.attn_k.weight", kv_heads * head_dim, hidden),
+                attn_v=weight(f"blk.{i}.attn_v.weight", kv_heads * head_dim, hidden),
+                attn_output=weight(f"blk.{i}.attn_output.weight", hidden, heads * head_dim),
+                ffn_gate=weight(f"blk.{i}.ffn_gate.weight", ffn, hidden),
+                ffn_up=weight(f"blk.{i}.ffn_up.weight", ffn, hidden),
+                ffn_down=weight(f"blk.{i}.ffn_down.weight", hidden, ffn),
+            )
+        )
+    extra = sorted(set(gguf.tensors) - seen)
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise _bad(
+            gguf,
+            f"tensor {extra[0]!r}{more} is not part of a llama model as understood here, "
+            f"and leaving it out would change the result",
+        )
+    return LlamaModel(
+        shape=ModelShape(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope_dim=rope_dim,
+            ffn=ffn,
+            vocabulary=vocabulary,
+            context=keys.integer("context_length", limit=1 << 24),
+            layers=tuple(layers),
+            embedding=embedding,
+            output=output,
+        ),
+        rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_base=keys.number("rope.freq_base", 10000.0),
+        weights=weights,
+        norms=norms,
+        tied=tied,
+    )
+
+
+# --- what is uploaded ------------------------------------------------------------------
+
+# A piece of an upload: packing and sending go in pieces of about this many bytes.
+UPLOAD_BYTES = 2 << 20
+
+
+@attrs.frozen
+class Upload:
+    """A buffer's content in pieces (byte offset, data); made lazily, a few MiB at a time."""
+
+    buffer: str
+    nbytes: int
+    pieces: Callable[[], Iterator[tuple[int, npt.NDArray[np.uint8]]]]
+
+
+def _whole(buffer: str, data: npt.NDArray[np.generic]) -> Upload:
+    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        for begin in range(0, flat.size, UPLOAD_BYTES):
+            yield begin, flat[begin : begin + UPLOAD_BYTES]
+
+    return Upload(buffer, flat.size, pieces)
+
+
+def _packed_rows(gguf: GGUFFile, weight: Weight, buffer: str, first: int, rows: int) -> Upload:
+    step = max(UPLOAD_BYTES // weight.shape.row_bytes // 16 * 16, 16)
+
+    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        data = gguf.tensor_data(weight.info.name)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            part = pack(weight.format, data[first + begin : first + end], weight.shape.k)
+            yield begin * weight.shape.row_bytes, part
+
+    return Upload(buffer, weight.shape.packed_bytes(rows), pieces)
+
+
+def _columns(gguf: GGUFFile, weight: Weight, buffer: str, columns: Share) -> Upload:
+    unit, nbytes = weight.shape.columns_unit, weight.shape.unit_bytes
+    begin, end = columns.start // unit * nbytes, columns.stop // unit * nbytes
+    width = end - begin
+    step = max(UPLOAD_BYTES // width, 1)
+
+    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        data = gguf.tensor_data(weight.info.name)
+        for row in range(0, weight.shape.rows, step):
+            part = np.ascontiguousarray(data[row : row + step, begin:end])
+            yield row * width, part.reshape(-1)
+
+    return Upload(buffer, weight.shape.rows * width, pieces)
+
+
+def uploads(
+    model: LlamaModel, gguf: GGUFFile, plan: Plan, card: int, limits: Limits
+) -> tuple[Upload, ...]:
+    """What must be written into a card's buffers before its program can run."""
+    number, share = plan.place(card)
+    stage = plan.stages[number]
+    out: list[Upload] = [
+        _whole("rope", rope.table(limits.context, model.shape.rope_dim, model.rope_base))
+    ]
+
+    def norm(name: str) -> None:
+        info = model.norms[name]
+        data = gguf.tensor_data(name).reshape(-1)
+        values = data.view(np.float32 if info.type == Format.F32 else np.float16)
+        out.append(_whole(name, values.astype(np.float32)))
+
+    if not share.columns.empty:
+        embedding = model.weights["token_embd.weight"]
+        out.append(_columns(gguf, embedding, "token_embd.weight.columns", share.columns))
+    for i in range(stage.layers.start, stage.layers.stop):
+        norm(f"blk.{i}.attn_norm.weight")
+        norm(f"blk.{i}.ffn_norm.weight")
+        for matrix, first, rows in layer_rows(model.shape.layers[i], model.shape, share):
+            out.append(_packed_rows(gguf, model.weights[matrix.name], matrix.name, first, rows))
+    if not share.vocabulary.empty:
+        norm("output_norm.weight")
+        weight = model.weights[model.shape.output.name]
+        v = share.vocabulary
+        out.append(_packed_rows(gguf, weight, "output.rows", v.start, v.size))
+    return tuple(out)
+
+
+# --- programs --------------------------------------------------------------------------
+
+
+def build_program(model: LlamaModel, plan: Plan, card: int, limits: Limits) -> Program:
+    """The program of one step on one card of the plan."""
+    return Program(
+        commands=tuple(_Builder(model, plan, card, limits).commands()),
+        tokens_max=limits.tokens_max,
+        outputs_max=limits.outputs_max,
+        positions_max=limits.context,
+    )
+
+
+@attrs.define
+class _Row:
+    """A row-wise activation buffer: `at(element)` is a reference to a column of it."""
+
+    name: str
+    elements: int
+    quantized: bool = False
+
+    @property
+    def stride(self) -> int:
+        return q8_bytes(self.elements) if self.quantized else self.elements * 4
+
+    def at(self, element: int = 0) -> Ref:
+        return Ref(self.name, self.stride, q8_bytes(element) if self.quantized else element * 4)
+
+    def nbytes(self, elements: int) -> int:
+        return q8_bytes(elements) if self.quantized else elements * 4
+
+
+class _Builder:
+    def __init__(self, model: LlamaModel, plan: Plan, card: int, limits: Limits) -> None:
+        self.model, self.plan, self.card, self.limits = model, plan, card, limits
+        self.shape = shape = model.shape
+        number, self.share = plan.place(card)
+        self.stage: Stage = plan.stages[number]
+        self.previous = plan.stages[number - 1] if number else None
+        self.next = plan.stages[number + 1] if number + 1 < len(plan.stages) else None
+        attention_row = shape.heads * shape.head_dim
+        self.x = _Row("x", shape.hidden)
+        self.xn = _Row("xn", shape.hidden)
+        self.xq = _Row("xq", shape.hidden, True)
+        self.att = _Row("att", attention_row)
+        self.attq = _Row("attq", attention_row, True)
+        self.y = _Row("y", shape.hidden)
+        self.act = _Row("act", shape.ffn)
+        self.actq = _Row("actq", shape.ffn, True)
+
+    def commands(self) -> Iterator[Command]:
+        if self.previous is None:
+            yield from self._embed()
+        else:
+            yield from self._handover(self.previous, self.stage)
+        for index in range(self.stage.layers.start, self.stage.layers.stop):
+            layer = self.shape.layers[index]
+            yield from self._attention(index, layer)
+            yield from self._ffn(index, layer)
+        if self.next is None:
+            yield from self._output()
+        else:
+            yield from self._handover(self.stage, self.next)
+
+    # --- exchanges ---
+
+    def _transfers(self, moves: Sequence[direct.Move], row: _Row) -> tuple[Command, ...]:
+        transfers = []
+        for move in moves:
+            if self.card in (move.source, move.target):
+                send = move.source == self.card
+                transfers.append(
+                    Transfer(
+                        send=send,
+                        peer=move.target if send else move.source,
+                        ref=row.at(move.part.start),
+                        nbytes=row.nbytes(move.part.size),
+                    )
+                )
+        return op.exchange(transfers)
+
+    def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
+        shares = [share_of(s) for s in self.stage.shares]
+        return self._transfers(direct.all_gather(self.stage.cards, shares), row)
+
+    def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
+        moves = direct.handover(source.cards, target.cards, self.shape.hidden)
+        return self._transfers(moves, self.x)
+
+    # --- pieces of the model ---
+
+    def _embed(self) -> Iterator[Command]:
+        columns, weight = self.share.columns, self.model.weights["token_embd.weight"]
+        if not columns.empty:
+            nbytes = columns.size // weight.shape.columns_unit * weight.shape.unit_bytes
+            yield op.embed(
+                weight.format,
+                Ref("token_embd.weight.columns", nbytes),
+                self.x.at(columns.start),
+                columns=columns.size,
+                vocabulary=self.shape.vocabulary,
+            )
+        yield from self._gather(self.x, lambda s: s.columns)
+
+    def _norm(self, weight: str, matrices: Sequence[WeightShape]) -> Iterator[Command]:
+        """x normalised into xn, and into xq where a matrix wants Q8 blocks."""
+        hidden = self.shape.hidden
+        yield op.rmsnorm(self.x.at(), Ref(weight), self.xn.at(), n=hidden, eps=self.model.rms_eps)
+        if any(m.quantized for m in matrices):
+            yield op.quantize(self.xn.at(), self.xq.at(), k=hidden)
+
+    def _matmul(self, matrix: WeightShape, rows: int, x: Ref, out: Ref) -> Command:
+        fmt = self.model.weights[matrix.name].format
+        return op.matmul(fmt, Ref(matrix.name), x, out, rows=rows, k=matrix.k)
+
+    def _gather_input(
+        self, matrix: WeightShape, row: _Row, rowq: _Row, share_of: Callable[[CardShare], Share]
+    ) -> Iterator[Command]:
+        """Bring the input of `matrix` together: as Q8 blocks where every share consists of whole
+        blocks, else as floats that are quantised afterwards."""
+        shares = [share_of(s) for s in self.stage.shares]
+        own = share_of(self.share)
+        whole_blocks = all(s.start % Q8_BLOCK == 0 and s.size % Q8_BLOCK == 0 for s in shares)
+        if matrix.quantized and whole_blocks:
+            if not own.empty:
+                yield op.quantize(row.at(own.start), rowq.at(own.start), k=own.size)
+            yield from self._gather(rowq, share_of)
+            return
+        yield from self._gather(row, share_of)
+        if matrix.quantized:
+            yield op.quantize(row.at(), rowq.at(), k=row.elements)
+
+    def _project_and_add(self, matrix: WeightShape, row: _Row, rowq: _Row) -> Iterator[Command]:
+        """x += matrix times the gathered row."""
+        own = self.share.hidden
+        if not own.empty:
+            x = rowq.at() if matrix.quantized else row.at()
+            yield self._matmul(matrix, own.size, x, self.y.at(own.start))
+        yield from self._gather(self.y, lambda s: s.hidden)
+        yield op.add(self.x.at(), self.y.at(), n=self.shape.hidden)
+
+    def _attention(self, index: int, layer: LayerShape) -> Iterator[Command]:
+        shape, share, limits = self.shape, self.share, self.limits
+        dim, heads, kv = shape.head_dim, share.heads, share.kv_heads(shape.group)
+        inputs = (layer.attn_q, layer.attn_k, layer.attn_v)
+        if not heads.empty:
+            yield from self._norm(f"blk.{index}.attn_norm.weight", inputs)
+            q, k, v = (
+                _Row("q", heads.size * dim),
+                _Row("k", kv.size * dim),
+                _Row("v", kv.size * dim),
+            )
+            for matrix, out in zip(inputs, (q, k, v), strict=True):
+                x = self.xq.at() if matrix.quantized else self.xn.at()
+                yield self._matmul(matrix, out.elements, x, out.at())
+            for row, count in ((q, heads.size), (k, kv.size)):
+                yield op.rope(
+                    row.at(), Ref("rope"), heads=count, head_dim=dim, rope_dim=shape.rope_dim
+                )
+            pool = Ref(f"kv.{index}")
+            yield op.kv_append(
+                k.at(),
+                v.at(),
+                pool,
+                kv_heads=kv.size,
+                head_dim=dim,
+                page_positions=limits.page_positions,
+                pages=limits.kv_pages,
+            )
+            yield op.attention(
+                q.at(),
+                pool,
+                self.att.at(heads.start * dim),
+                kv_heads=kv.size,
+                head_dim=dim,
+                page_positions=limits.page_positions,
+                pages=limits.kv_pages,
+                heads=heads.size,
+                first_head=heads.start,
+                group=shape.group,
+                scale=float(np.float32(1) / np.sqrt(np.float32(dim))),
+            )
+        yield from self._gather_input(
+            layer.attn_output,
+            self.att,
+            self.attq,
+            lambda s: Share(s.heads.start * dim, s.heads.stop * dim),
+        )
+        yield from self._project_and_add(layer.attn_output, self.att, self.attq)
+
+    def _ffn(self, index: int, layer: LayerShape) -> Iterator[Command]:
+        own = self.share.ffn
+        if not own.empty:
+            inputs = (layer.ffn_gate, layer.ffn_up)
+            yield from self._norm(f"blk.{index}.ffn_norm.weight", inputs)
+            gate, up = _Row("gate", own.size), _Row("up", own.size)
+            for matrix, out in zip(inputs, (gate, up), strict=True):
+                x = self.xq.at() if matrix.quantized else self.xn.at()
+                yield self._matmul(matrix, own.size, x, out.at())
+            yield op.swiglu(gate.at(), up.at(), self.act.at(own.start), n=own.size)
+        yield from self._gather_input(layer.ffn_down, self.act, self.actq, lambda s: s.ffn)
+        yield from self._project_and_add(layer.ffn_down, self.act, self.actq)
+
+    def _output(self) -> Iterator[Command]:
+        shape, vocabulary = self.shape, self.share.vocabulary
+        if vocabulary.empty:
+            return
+        fmt = self.model.weights[shape.output.name].format
+        xo, xon = _Row("xo", shape.hidden), _Row("xon", shape.hidden)
+        xoq, logits = _Row("xoq", shape.hidden, True), _Row("logits", vocabulary.size)
+        yield op.select(self.x.at(), xo.at(), n=shape.hidden)
+        yield op.rmsnorm(
+            xo.at(),
+            Ref("output_norm.weight"),
+            xon.at(),
+            n=shape.hidden,
+            eps=self.model.rms_eps,
+            outputs=True,
+        )
+        x = xon
+        if shape.output.quantized:
+            yield op.quantize(xon.at(), xoq.at(), k=shape.hidden, outputs=True)
+            x = xoq
+        yield op.matmul(
+            fmt,
+            Ref("output.rows"),
+            x.at(),
+            logits.at(),
+            rows=vocabulary.size,
+            k=shape.hidden,
+            outputs=True,
+        )
+        yield op.logit_stats(
+            logits.at(), Ref("stats", chunks(vocabulary.size) * 8), n=vocabulary.size
+        )
+        yield op.top_k(
+            logits.at(),
+            Ref("top", self.limits.candidates * 8),
+            n=vocabulary.size,
+            k=self.limits.candidates,
+            first_id=vocabulary.start,
+        )

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Which instruction sets this build has and this machine can run. */
+#include "spk_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if SPK_HAVE_X86_ISAS
+/* __builtin_cpu_supports also asks the operating system whether it saves the registers. */
+static int machine_has(int isa)
+{
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    if (isa == SPK_ISA_AVX2)
+        return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const struct spk_kernels *spk_kernels_get(int isa)
+{
+    if (isa == SPK_ISA_SCALAR)
+        return &spk_kernels__scalar;
+#if SPK_HAVE_X86_ISAS
+    if (isa == SPK_ISA_AVX2 && machine_has(isa))
+        return &spk_kernels__avx2;
+    if (isa == SPK_ISA_AVX512VNNI && machine_has(isa))
+        return &spk_kernels__avx512vnni;
+#endif
+    return NULL;
+}
+
+#if defined(__x86_64__)
+#define MXCSR_DEFAULT 0x1f80u /* all exceptions masked, round to nearest, no FTZ, no DAZ */
+
+uint64_t spk_fp_enter(void)
+{
+    uint32_t saved = _mm_getcsr();
+    _mm_setcsr(MXCSR_DEFAULT);
+    return saved;
+}
+
+void spk_fp_leave(uint64_t saved)
+{
+    _mm_setcsr((uint32_t)saved);
+}
+#elif defined(__aarch64__)
+uint64_t spk_fp_enter(void)
+{
+    uint64_t saved;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return saved;
+}
+
+void spk_fp_leave(uint64_t saved)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved));
+}
+#else
+uint64_t spk_fp_enter(void)
+{
+    return 0;
+}
+
+void spk_fp_leave(uint64_t saved)
+{
+    (void)saved;
+}
+#endif

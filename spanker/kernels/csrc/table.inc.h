@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The function table of one instruction set; table.c of each directory includes this. */
+#include "spk_kernels.h"
+
+#define SPK_JOIN2(op, isa) op##__##isa
+#define SPK_JOIN(op, isa) SPK_JOIN2(op, isa)
+#define SPK_STR2(x) #x
+#define SPK_STR(x) SPK_STR2(x)
+#define K(op) SPK_JOIN(op, SPK_TABLE)
+#define MATMUL_Q8(op)                                                                          \
+    void K(op)(const uint8_t *, const struct spk_q8 *, float *, size_t, size_t, size_t, size_t, \
+               size_t)
+#define MATMUL_F32(op)                                                                          \
+    void K(op)(const uint8_t *, const float *, size_t, float *, size_t, size_t, size_t, size_t, \
+               size_t, size_t)
+
+int K(quantize_q8)(const float *, size_t, uint8_t *, size_t, size_t, size_t);
+void K(expand_q8)(const uint8_t *, size_t, int8_t *, float *, int32_t *, size_t, size_t);
+MATMUL_Q8(matmul_q4_0_q8);
+MATMUL_Q8(matmul_q4_1_q8);
+MATMUL_Q8(matmul_q8_0_q8);
+MATMUL_F32(matmul_f16_f32);
+MATMUL_F32(matmul_f32_f32);
+int K(rmsnorm)(const float *, size_t, const float *, float *, size_t, size_t, size_t, float);
+void K(rope)(float *, size_t, size_t, size_t, size_t, const float *, const uint32_t *, size_t);
+int K(kv_append)(const struct spk_kv *, uint32_t, uint32_t, const float *, const float *);
+int K(attention)(const struct spk_attention *);
+void K(swiglu)(const float *, size_t, const float *, size_t, float *, size_t, size_t, size_t);
+void K(add)(float *, size_t, const float *, size_t, size_t, size_t);
+int K(dequantize_row)(int, const uint8_t *, float *, size_t);
+int K(logit_stats)(const float *, size_t, float, float *);
+size_t K(top_k)(const float *, size_t, size_t, uint32_t *, float *);
+
+const struct spk_kernels K(spk_kernels) = {
+    .name = SPK_STR(SPK_TABLE),
+    .isa = SPK_TABLE_ISA,
+    .quantize_q8 = K(quantize_q8),
+    .expand_q8 = K(expand_q8),
+    .matmul_q4_0_q8 = K(matmul_q4_0_q8),
+    .matmul_q4_1_q8 = K(matmul_q4_1_q8),
+    .matmul_q8_0_q8 = K(matmul_q8_0_q8),
+    .matmul_f16_f32 = K(matmul_f16_f32),
+    .matmul_f32_f32 = K(matmul_f32_f32),
+    .rmsnorm = K(rmsnorm),
+    .rope = K(rope),
+    .kv_append = K(kv_append),
+    .attention = K(attention),
+    .swiglu = K(swiglu),
+    .add = K(add),
+    .dequantize_row = K(dequantize_row),
+    .logit_stats = K(logit_stats),
+    .top_k = K(top_k),
+};

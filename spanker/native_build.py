@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the native part is built: flags, static libraries, and the cffi module.
+
+The single source of these facts.  `setup.py` and `tools/check_native.py` run this file by its
+path, so it must import nothing of the package; at run time nobody imports it.  All paths are
+relative to the project's root, which is the working directory of every build.
+"""
+
+from __future__ import annotations
+
+import glob
+import platform
+import sys
+from typing import Any, NamedTuple
+
+import cffi
+
+KERNELS = "spanker/kernels/csrc"
+CARD = "spanker/device/csrc"
+INCLUDE_DIRS = [KERNELS, CARD]
+HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h"]
+
+# Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
+# before, or keeps the archives linkable and open to tools/lint_fma.py.
+CFLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fno-fast-math",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-fno-lto",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+]
+LINK_FLAGS = ["-pthread", "-fno-lto"]
+
+X86_ISAS = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+
+# First the baseline, so that a -march or -mfma in CFLAGS raises no library above its own level.
+X86_BASELINE = ("-march=x86-64", "-mno-fma") if X86_ISAS else ()
+X86_AVX2 = (*X86_BASELINE, "-mavx2", "-mf16c", "-mbmi2")
+X86_AVX512VNNI = (
+    *(*X86_BASELINE, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    *("-mf16c", "-mavx2"),
+    # AVX-512F has fused instructions of its own, and gcc 12 makes a*c - b*s, a*s + b*c into
+    # vfmaddsub whatever -ffp-contract says, but only where it vectorises by itself.
+    "-fno-tree-vectorize",
+)
+
+
+class Library(NamedTuple):
+    """A static library: one directory of C files, one set of flags."""
+
+    name: str
+    directory: str
+    isa_flags: tuple[str, ...]
+    macros: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        return sorted(glob.glob(f"{self.directory}/*.c"))
+
+    @property
+    def cflags(self) -> list[str]:
+        return [*CFLAGS, *self.isa_flags]
+
+
+def _libraries() -> list[Library]:
+    """In link order: a library uses only those after it."""
+    macros = (("SPK_HAVE_X86_ISAS", "1"),) if X86_ISAS else ()
+    libraries = [
+        Library("spk_card", CARD, X86_BASELINE),
+        Library("spk_common", KERNELS, X86_BASELINE, macros),
+        Library("spk_scalar", f"{KERNELS}/scalar", X86_BASELINE),
+    ]
+    if X86_ISAS:
+        libraries.append(Library("spk_avx2", f"{KERNELS}/avx2", X86_AVX2))
+        libraries.append(Library("spk_avx512vnni", f"{KERNELS}/avx512vnni", X86_AVX512VNNI))
+    return [library for library in libraries if library.sources]
+
+
+LIBRARIES = _libraries()
+
+
+def headers() -> list[str]:
+    """Every header: each object depends on all of them, which is cheap and never wrong."""
+    return sorted(
+        path for top in INCLUDE_DIRS for path in glob.glob(f"{top}/**/*.h", recursive=True)
+    )
+
+
+def cdef_of(path: str) -> str:
+    """The declarations between `/* cffi: begin */` and `/* cffi: end */` in a header."""
+    kept: list[str] = []
+    inside = False
+    with open(path, encoding="utf-8") as header:
+        for number, line in enumerate(header, 1):
+            mark = line.strip()
+            if mark in ("/* cffi: begin */", "/* cffi: end */"):
+                begins = mark == "/* cffi: begin */"
+                if begins == inside:
+                    raise ValueError(f"{path}:{number}: {mark} without its counterpart before it")
+                inside = begins
+            elif inside:
+                kept.append(line)
+    if inside or not kept:
+        raise ValueError(f"{path}: cffi regions are {'not closed' if inside else 'missing'}")
+    return "".join(kept)
+
+
+def _ffibuilder() -> Any:
+    builder = cffi.FFI()
+    for path in HEADERS_WITH_CDEFS:
+        builder.cdef(cdef_of(path))
+    builder.set_source(
+        "spanker._native",
+        "".join(f'#include "{path.rpartition("/")[2]}"\n' for path in HEADERS_WITH_CDEFS),
+        libraries=[library.name for library in LIBRARIES],
+        include_dirs=INCLUDE_DIRS,
+        extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-fno-lto", "-pthread"],
+        extra_link_args=LINK_FLAGS,
+    )
+    return builder
+
+
+ffibuilder = _ffibuilder()

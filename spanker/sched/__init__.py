@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler: bandwidths, topology and the decisions made from them.
+
+Everything here is a value or a pure function.  It imports neither trio nor any device.
+"""
+
+from spanker.sched.bandwidth import (
+    HOST_LINK_BW_BYTES_PER_SEC,
+    INTERCARD_BW_BYTES_PER_SEC,
+    LOCAL_DDR_BW_BYTES_PER_SEC,
+    NATIVE,
+    PROFILES,
+    REV_A,
+    Profile,
+    profile,
+)
+from spanker.sched.decision import Strategy, TileShape, pick_strategy
+from spanker.sched.shares import Share, split
+from spanker.sched.topology import Link, LinkState, Topology
+
+__all__ = [
+    "HOST_LINK_BW_BYTES_PER_SEC",
+    "INTERCARD_BW_BYTES_PER_SEC",
+    "LOCAL_DDR_BW_BYTES_PER_SEC",
+    "Profile",
+    "PROFILES",
+    "REV_A",
+    "NATIVE",
+    "profile",
+    "Link",
+    "LinkState",
+    "Topology",
+    "TileShape",
+    "Strategy",
+    "pick_strategy",
+    "Share",
+    "split",
+]

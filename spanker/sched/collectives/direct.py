@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct algorithms on a full mesh: every card sends its part straight to every other.
+
+all-gather: 1 step, each card sends its share n - 1 times: (n - 1)/n of the row leaves over
+n - 1 links at once, and each link carries one share.  handover: 1 step, one row per link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from spanker.sched.shares import Share
+
+
+@attrs.frozen
+class Move:
+    """Elements [part.start, part.stop) of every row go from card `source` to card `target`,
+    to the same place."""
+
+    source: int
+    target: int
+    part: Share
+
+
+def all_gather(cards: Sequence[int], shares: Sequence[Share]) -> tuple[Move, ...]:
+    """After it every card holds the whole row; card cards[i] contributes shares[i]."""
+    return tuple(
+        Move(source, target, share)
+        for source, share in zip(cards, shares, strict=True)
+        if not share.empty
+        for target in cards
+        if target != source
+    )
+
+
+def handover(sources: Sequence[int], targets: Sequence[int], row: int) -> tuple[Move, ...]:
+    """Every target gets the whole row of `row` elements that each source holds."""
+    return tuple(
+        Move(sources[i % len(sources)], target, Share(0, row)) for i, target in enumerate(targets)
+    )

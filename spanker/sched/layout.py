@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a card's DDR under a plan: every buffer by name, with its size.
+
+This is the one statement of a card's memory.  The planner sums it to see whether a plan fits, the
+coordinator allocates it, and programs name its buffers.  T is the tokens of the largest step, O
+its outputs.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from spanker.errors import CardMemoryError
+from spanker.sched.plan import (
+    DDR_ALIGN,
+    LOGIT_CHUNK,
+    Q8_BLOCK,
+    Q8_BLOCK_BYTES,
+    CardShare,
+    LayerShape,
+    Limits,
+    ModelShape,
+    Plan,
+    Stage,
+    WeightShape,
+)
+
+
+@attrs.frozen
+class BufferSpec:
+    """A buffer: `nbytes` as allocated; on the card it takes whole multiples of 64."""
+
+    name: str
+    nbytes: int
+
+    @property
+    def ddr_bytes(self) -> int:
+        return -(-self.nbytes // DDR_ALIGN) * DDR_ALIGN
+
+
+def q8_bytes(k: int) -> int:
+    """Bytes of k activations as Q8 blocks."""
+    return k // Q8_BLOCK * Q8_BLOCK_BYTES
+
+
+def chunks(rows: int) -> int:
+    """Chunks of 256 vocabulary rows."""
+    return -(-rows // LOGIT_CHUNK)
+
+
+def layer_rows(layer: LayerShape, shape: ModelShape, share: CardShare) -> tuple[
+    tuple[WeightShape, int, int], ...
+]:
+    """(matrix, first row, rows) of each matrix that a card holds of a layer."""
+    heads, kv, dim = share.heads, share.kv_heads(shape.group), shape.head_dim
+    all_rows = (
+        (layer.attn_q, heads.start * dim, heads.size * dim),
+        (layer.attn_k, kv.start * dim, kv.size * dim),
+        (layer.attn_v, kv.start * dim, kv.size * dim),
+        (layer.attn_output, share.hidden.start, share.hidden.size),
+        (layer.ffn_gate, share.ffn.start, share.ffn.size),
+        (layer.ffn_up, share.ffn.start, share.ffn.size),
+        (layer.ffn_down, share.hidden.start, share.hidden.size),
+    )
+    return tuple(entry for entry in all_rows if entry[2])
+
+
+def weight_buffers(shape: ModelShape, plan: Plan, card: int) -> tuple[BufferSpec, ...]:
+    """Weights of one card: packed rows of its layers, norms, its part of embedding and output."""
+    number, share = plan.place(card)
+    stage = plan.stages[number]
+    out: list[BufferSpec] = []
+    if not share.columns.empty:
+        e = shape.embedding
+        column_bytes = share.columns.size // e.columns_unit * e.unit_bytes
+        out.append(BufferSpec(e.name + ".columns", e.rows * column_bytes))
+    for index in range(stage.layers.start, stage.layers.stop):
+        layer = shape.layers[index]
+        out.append(BufferSpec(f"blk.{index}.attn_norm.weight", shape.hidden * 4))
+        out.append(BufferSpec(f"blk.{index}.ffn_norm.weight", shape.hidden * 4))
+        for matrix, _, rows in layer_rows(layer, shape, share):
+            out.append(BufferSpec(matrix.name, matrix.packed_bytes(rows)))
+    if not share.vocabulary.empty:
+        out.append(BufferSpec("output_norm.weight", shape.hidden * 4))
+        out.append(BufferSpec("output.rows", shape.output.packed_bytes(share.vocabulary.size)))
+    return tuple(out)
+
+
+def kv_page_bytes(shape: ModelShape, share: CardShare, limits: Limits) -> int:
+    """Bytes of one page in one layer: keys and values in f16."""
+    kv_heads = share.kv_heads(shape.group).size
+    return kv_heads * limits.page_positions * shape.head_dim * 2 * 2
+
+
+def kv_buffers(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> tuple[BufferSpec, ...]:
+    """The KV pool of each of the card's layers."""
+    number, share = plan.place(card)
+    layers = plan.stages[number].layers
+    nbytes = limits.kv_pages * kv_page_bytes(shape, share, limits)
+    if not nbytes:
+        return ()
+    return tuple(BufferSpec(f"kv.{i}", nbytes) for i in range(layers.start, layers.stop))
+
+
+def work_buffers(
+    shape: ModelShape, plan: Plan, card: int, limits: Limits
+) -> tuple[BufferSpec, ...]:
+    """Activations and results, reused by every layer."""
+    number, share = plan.place(card)
+    stage: Stage = plan.stages[number]
+    t, o, hidden, dim = limits.tokens_max, limits.outputs_max, shape.hidden, shape.head_dim
+    kv = share.kv_heads(shape.group).size
+    sizes = {
+        "rope": limits.context * shape.rope_dim * 4,
+        "x": t * hidden * 4,
+        "xn": t * hidden * 4,
+        "xq": t * q8_bytes(hidden),
+        "q": t * share.heads.size * dim * 4,
+        "k": t * kv * dim * 4,
+        "v": t * kv * dim * 4,
+        "att": t * shape.heads * dim * 4,
+        "attq": t * q8_bytes(shape.heads * dim),
+        "y": t * hidden * 4,
+        "gate": t * share.ffn.size * 4,
+        "up": t * share.ffn.size * 4,
+        "act": t * shape.ffn * 4,
+        "actq": t * q8_bytes(shape.ffn),
+    }
+    if stage is plan.stages[-1]:
+        v = share.vocabulary.size
+        sizes |= {
+            "xo": o * hidden * 4,
+            "xon": o * hidden * 4,
+            "xoq": o * q8_bytes(hidden),
+            "logits": o * v * 4,
+            "stats": o * chunks(v) * 8,
+            "top": o * limits.candidates * 8 if v else 0,
+        }
+    return tuple(BufferSpec(name, nbytes) for name, nbytes in sizes.items() if nbytes)
+
+
+def card_buffers(
+    shape: ModelShape, plan: Plan, card: int, limits: Limits
+) -> tuple[BufferSpec, ...]:
+    """Everything a card holds; () for a card that the plan does not use."""
+    if card not in plan.cards:
+        return ()
+    return (
+        weight_buffers(shape, plan, card)
+        + kv_buffers(shape, plan, card, limits)
+        + work_buffers(shape, plan, card, limits)
+    )
+
+
+def card_bytes(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> int:
+    """DDR bytes that a plan takes on a card."""
+    return sum(b.ddr_bytes for b in card_buffers(shape, plan, card, limits))
+
+
+def fit_kv_pages(
+    shape: ModelShape, plan: Plan, limits: Limits, ddr_bytes: tuple[int, ...], wanted: int
+) -> int:
+    """The most KV pages, up to `wanted`, that fit on every card; `ddr_bytes` is by card number.
+
+    Raises CardMemoryError, with the bytes needed, where not even one full context fits.
+    """
+    least = -(-limits.context // limits.page_positions)
+    pages = max(wanted, least)
+    for card in plan.cards:
+        empty = card_bytes(shape, plan, card, attrs.evolve(limits, kv_pages=0))
+        number, share = plan.place(card)
+        layers = plan.stages[number].layers.size
+        per_page = layers * kv_page_bytes(shape, share, limits)
+        need = empty + sum(
+            b.ddr_bytes
+            for b in kv_buffers(shape, plan, card, attrs.evolve(limits, kv_pages=least))
+        )
+        if need > ddr_bytes[card]:
+            raise CardMemoryError(
+                f"plan {plan.name} needs {need:,} bytes on card {card} ({empty:,} for weights and "
+                f"activations, the rest for a context of {limits.context:,}), but its DDR has "
+                f"{ddr_bytes[card]:,}: use more cards, a shorter --ctx or --prompt-chunk, or more "
+                f"memory per card",
+                card=card,
+            )
+        if per_page:
+            # Each layer's pool is rounded up to the allocation unit.
+            room = ddr_bytes[card] - empty - layers * DDR_ALIGN
+            pages = min(pages, max(room // per_page, least))
+    return pages

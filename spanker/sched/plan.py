@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole-model plans as values: which card computes what, and how many bytes that takes.
+
+A plan is a row of stages (pipeline parallel); the cards of a stage share each of its layers by
+rows (tensor parallel).  Nothing here knows how a card works; ggml/architectures turns a plan into
+programs, and spanker/sched/planner.py chooses one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from spanker.errors import PlanError
+from spanker.sched.shares import Share, split
+
+TILE_ROWS = 16
+Q8_BLOCK = 32
+Q8_BLOCK_BYTES = 34
+LOGIT_CHUNK = 256
+DDR_ALIGN = 64
+
+
+@attrs.frozen
+class WeightShape:
+    """A weight matrix: `rows` output features, `row_bytes` bytes for k input features.
+
+    `quantized` says that its activations are Q8 blocks; `columns_unit` is how finely its rows can
+    be cut by column (one quantisation block), `unit_bytes` the bytes of that many columns.
+    """
+
+    name: str
+    rows: int
+    k: int
+    row_bytes: int
+    quantized: bool
+    columns_unit: int
+    unit_bytes: int
+
+    def packed_bytes(self, rows: int) -> int:
+        """Bytes of `rows` rows on a card: whole tiles of 16."""
+        return -(-rows // TILE_ROWS) * TILE_ROWS * self.row_bytes
+
+
+@attrs.frozen
+class LayerShape:
+    """The seven matrices of one llama layer."""
+
+    attn_q: WeightShape
+    attn_k: WeightShape
+    attn_v: WeightShape
+    attn_output: WeightShape
+    ffn_gate: WeightShape
+    ffn_up: WeightShape
+    ffn_down: WeightShape
+
+    @property
+    def matrices(self) -> tuple[WeightShape, ...]:
+        return (
+            self.attn_q,
+            self.attn_k,
+            self.attn_v,
+            self.attn_output,
+            self.ffn_gate,
+            self.ffn_up,
+            self.ffn_down,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(m.rows * m.row_bytes for m in self.matrices)
+
+
+@attrs.frozen
+class ModelShape:
+    """What planning needs to know of a model; sizes are elements unless they say bytes."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_dim: int
+    ffn: int
+    vocabulary: int
+    context: int
+    layers: tuple[LayerShape, ...]
+    embedding: WeightShape
+    output: WeightShape
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@attrs.frozen
+class Limits:
+    """The largest step and the KV memory that a plan is made for.
+
+    `outputs_max` rows of logits can come out of one step, `candidates` are kept of each by every
+    card; `kv_pages` pages of `page_positions` positions are shared by all sequences.
+    """
+
+    context: int
+    tokens_max: int
+    outputs_max: int
+    candidates: int
+    kv_pages: int
+    page_positions: int
+
+
+@attrs.frozen
+class CardShare:
+    """What one card computes of each layer of its stage.
+
+    `heads`: query heads; `hidden`: rows of the attention output and of ffn_down; `ffn`: rows of
+    ffn_gate and ffn_up; `vocabulary`: rows of the output matrix (last stage); `columns`: columns of
+    the embedding (first stage).
+    """
+
+    card: int
+    heads: Share
+    hidden: Share
+    ffn: Share
+    vocabulary: Share
+    columns: Share
+
+    def kv_heads(self, group: int) -> Share:
+        """The KV heads that this card's query heads read; neighbours may both hold one."""
+        if self.heads.empty:
+            return Share(0, 0)
+        return Share(self.heads.start // group, (self.heads.stop - 1) // group + 1)
+
+
+@attrs.frozen
+class Stage:
+    """Consecutive layers and the cards that share them."""
+
+    layers: Share
+    shares: tuple[CardShare, ...]
+
+    @property
+    def cards(self) -> tuple[int, ...]:
+        return tuple(s.card for s in self.shares)
+
+
+@attrs.frozen
+class Plan:
+    """A whole-model plan.  `reason` says in words why it was chosen."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    reason: str = ""
+
+    @property
+    def cards(self) -> tuple[int, ...]:
+        return tuple(card for stage in self.stages for card in stage.cards)
+
+    def place(self, card: int) -> tuple[int, CardShare]:
+        """The stage number and share of a card; PlanError when the plan does not use it."""
+        for number, stage in enumerate(self.stages):
+            for share in stage.shares:
+                if share.card == card:
+                    return number, share
+        raise PlanError(f"plan {self.name} gives card {card} nothing; it uses {self.cards}")
+
+
+# --- making plans ----------------------------------------------------------------------
+
+
+def tensor_pipeline(shape: ModelShape, tensor: int, pipeline: int) -> Plan:
+    """`pipeline` stages of `tensor` cards each; cards are numbered stage by stage.
+
+    Raises PlanError when there are more stages than layers.
+    """
+    if tensor < 1 or pipeline < 1:
+        raise PlanError(f"a plan needs at least one card and one stage, got tp{tensor}xpp{pipeline}")
+    stages = tuple(
+        Stage(layers, _shares(shape, tensor, number, pipeline))
+        for number, layers in enumerate(_stage_layers(shape, pipeline))
+    )
+    if pipeline == 1:
+        name = f"tp{tensor}"
+    elif tensor == 1:
+        name = f"pp{pipeline}"
+    else:
+        name = f"tp{tensor}xpp{pipeline}"
+    return Plan(name, stages)
+
+
+def _shares(shape: ModelShape, tensor: int, stage: int, stages: int) -> tuple[CardShare, ...]:
+    first, last = stage == 0, stage == stages - 1
+    nothing = (Share(0, 0),) * tensor
+    heads = split(shape.heads, tensor)
+    hidden = split(shape.hidden, tensor, unit=TILE_ROWS)
+    ffn = split(shape.ffn, tensor, unit=Q8_BLOCK)
+    vocabulary = split(shape.vocabulary, tensor, unit=LOGIT_CHUNK) if last else nothing
+    unit = max(shape.embedding.columns_unit, TILE_ROWS)
+    columns = split(shape.hidden, tensor, unit=unit) if first else nothing
+    return tuple(
+        CardShare(stage * tensor + i, heads[i], hidden[i], ffn[i], vocabulary[i], columns[i])
+        for i in range(tensor)
+    )
+
+
+def _stage_layers(shape: ModelShape, stages: int) -> tuple[Share, ...]:
+    """Contiguous layers per stage so that the stage reading most bytes reads the fewest possible.
+
+    Decode is bound by reading weights, and the last stage also reads the output matrix.  A dynamic
+    programme over (stages, layers): 64 stages of 80 layers take some 200,000 steps.
+    """
+    count = len(shape.layers)
+    if stages > count:
+        raise PlanError(
+            f"{stages} pipeline stages need at least {stages} layers, the model has {count}: "
+            f"use --plan tp, or tpAxppB with fewer stages"
+        )
+    before = [0]
+    for layer in shape.layers:
+        before.append(before[-1] + layer.weight_bytes)
+    output_bytes = shape.output.rows * shape.output.row_bytes
+    # worst[n]: the most bytes that a stage reads when the stages so far take the first n layers.
+    worst: list[float] = list(before)
+    cuts: list[list[int]] = []
+    for stage in range(1, stages):
+        extra = output_bytes if stage == stages - 1 else 0
+        options = [
+            min(
+                ((max(worst[c], before[n] - before[c] + extra), c) for c in range(stage, n)),
+                default=(math.inf, 0),
+            )
+            for n in range(count + 1)
+        ]
+        worst = [cost for cost, _ in options]
+        cuts.append([cut for _, cut in options])
+    edges = [count]
+    for row in reversed(cuts):
+        edges.append(row[edges[-1]])
+    edges.append(0)
+    edges.reverse()
+    return tuple(Share(a, b) for a, b in zip(edges, edges[1:], strict=False))

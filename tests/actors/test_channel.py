@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance suite of channels, run over every kind; then what only streams can do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from spanker.actors.channel import (
+    Channel,
+    StreamChannel,
+    memory_channel_pair,
+    unix_channel_pair,
+)
+from spanker.actors.frame import Frame, FrameLimits, encode_frame
+from spanker.actors.host_link import HostLink
+from spanker.actors.message import Abort, BufferData, Describe, Ok, WriteBuffer, encode
+from spanker.errors import ChannelClosedError, LocalProtocolError, RemoteProtocolError
+
+LIMITS = FrameLimits(raw_bytes_max=16 << 20)
+
+
+def host_link_channel_pair(*, limits: FrameLimits) -> tuple[Channel, Channel]:
+    a, b = HostLink(2e9, 100e-6).stream_pair()
+    return StreamChannel(a, limits=limits), StreamChannel(b, limits=limits)
+
+
+PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
+    "memory": memory_channel_pair,
+    "unix": unix_channel_pair,
+    "host link": host_link_channel_pair,
+}
+
+
+@pytest.fixture(params=PAIRS)
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Channel, Channel]]:
+    a, b = PAIRS[request.param](limits=LIMITS)
+    with trio.fail_after(20):
+        async with a, b:
+            yield a, b
+
+
+Pair = tuple[Channel, Channel]
+
+
+def data_message(number: int, nbytes: int) -> WriteBuffer:
+    """A message whose every part tells which one it is."""
+    return WriteBuffer(number, nbytes, buffers=(number.to_bytes(2, "little") * (nbytes // 2),))
+
+
+def check_data_message(request_id: int, message: object) -> None:
+    assert isinstance(message, WriteBuffer)
+    assert message == data_message(request_id, message.offset)
+
+
+# --- every channel -----------------------------------------------------------------
+
+
+async def test_messages_arrive_in_order_both_ways_at_once(pair: Pair) -> None:
+    sizes = (0, 2, 100, 40_000, 16 << 10, (16 << 10) + 2)
+
+    async def send(channel: Channel) -> None:
+        for i in range(120):
+            await channel.send(data_message(i, sizes[i % len(sizes)]), i)
+
+    async def receive(channel: Channel) -> None:
+        for i in range(120):
+            request_id, message = await channel.receive()
+            assert request_id == i
+            check_data_message(i, message)
+
+    async with trio.open_nursery() as nursery:
+        for channel in pair:
+            nursery.start_soon(send, channel)
+            nursery.start_soon(receive, channel)
+
+
+async def test_concurrent_senders_do_not_interleave(pair: Pair) -> None:
+    a, b = pair
+    sizes = (0, 200, 100_000, 300_000)
+
+    async def send(sender: int) -> None:
+        for i in range(10):
+            await a.send(data_message(sender * 100 + i, sizes[(sender + i) % 4]), sender * 100 + i)
+
+    got = []
+    async with trio.open_nursery() as nursery:
+        for sender in range(6):
+            nursery.start_soon(send, sender)
+        for _ in range(60):
+            request_id, message = await b.receive()
+            check_data_message(request_id, message)
+            got.append(request_id)
+    assert sorted(got) == [sender * 100 + i for sender in range(6) for i in range(10)]
+    for sender in range(6):
+        own = [request_id for request_id in got if request_id // 100 == sender]
+        assert own == sorted(own)
+
+
+async def test_big_buffers_arrive_whole(pair: Pair) -> None:
+    a, b = pair
+    big = bytes(range(256)) * (8 << 12)
+    assert len(big) == 8 << 20
+    view = memoryview(bytearray(big))
+
+    async def send() -> None:
+        await a.send(WriteBuffer(1, 2, buffers=(big,)), 1)
+        await a.send(WriteBuffer(1, 3, buffers=(view[1:-1],)), 2)
+        await a.send(Ok(), 3)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        assert await b.receive() == (1, WriteBuffer(1, 2, buffers=(big,)))
+        assert await b.receive() == (2, WriteBuffer(1, 3, buffers=(big[1:-1],)))
+        assert await b.receive() == (3, Ok())
+
+
+async def test_empty_buffers_arrive_as_empty_buffers(pair: Pair) -> None:
+    a, b = pair
+    for i in range(3):
+        await a.send(BufferData(buffers=(b"",)), i)
+        assert await b.receive() == (i, BufferData(buffers=(b"",)))
+
+
+async def test_messages_sent_before_a_close_still_arrive(pair: Pair) -> None:
+    a, b = pair
+    for i in range(5):
+        await a.send(Abort(i), i)
+    await a.aclose()
+    for i in range(5):
+        assert await b.receive() == (i, Abort(i))
+    for _ in range(2):
+        with pytest.raises(ChannelClosedError, match="by the peer"):
+            await b.receive()
+
+
+async def test_last_words_can_be_read_after_a_send_has_failed(pair: Pair) -> None:
+    a, b = pair
+    await a.send(Abort(1), 1)
+    await a.aclose()
+    with pytest.raises(ChannelClosedError, match="by the peer"):
+        while True:
+            await b.send(Describe(), 0)
+    assert await b.receive() == (1, Abort(1))
+
+
+async def test_close_wakes_a_receiver_on_either_end(pair: Pair) -> None:
+    a, b = pair
+
+    async def expect_closed(channel: Channel, text: str) -> None:
+        with pytest.raises(ChannelClosedError, match=text):
+            await channel.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_closed, a, "on this side")
+        nursery.start_soon(expect_closed, b, "by the peer")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await a.aclose()
+
+
+@pytest.mark.parametrize("closer", [0, 1])
+async def test_close_wakes_a_blocked_sender_on_either_end(pair: Pair, closer: int) -> None:
+    sender = pair[0]
+
+    async def expect_closed() -> None:
+        with pytest.raises(ChannelClosedError):
+            while True:
+                await sender.send(data_message(1, 1 << 20), 1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_closed)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        await pair[closer].aclose()
+
+
+async def test_a_closed_end_stays_closed(pair: Pair) -> None:
+    a, b = pair
+    await b.send(Ok(), 1)
+    await a.aclose()
+    await a.aclose()
+    with pytest.raises(ChannelClosedError, match="on this side"):
+        await a.send(Ok(), 1)
+    with pytest.raises(ChannelClosedError, match="on this side"):
+        await a.receive()
+
+
+async def test_cancelled_receives_lose_nothing(pair: Pair) -> None:
+    a, b = pair
+
+    async def send() -> None:
+        for i in range(60):
+            await a.send(data_message(i, 30_000), i)
+            if i % 3 == 0:
+                await trio.lowlevel.checkpoint()
+
+    got = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        rounds = 0
+        while len(got) < 60:
+            rounds += 1
+            with trio.CancelScope() as scope:
+                if rounds % 2:
+                    nursery.start_soon(_cancel_after_checkpoints, scope, rounds % 7)
+                request_id, message = await b.receive()
+                check_data_message(request_id, message)
+                got.append(request_id)
+    assert got == list(range(60))
+
+
+async def _cancel_after_checkpoints(scope: trio.CancelScope, count: int) -> None:
+    for _ in range(count):
+        await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_a_send_cancelled_before_it_writes_has_sent_nothing(pair: Pair) -> None:
+    a, b = pair
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await a.send(Abort(1), 1)
+    assert scope.cancelled_caught
+    await a.send(Abort(2), 2)
+    assert await b.receive() == (2, Abort(2))
+
+
+async def test_a_send_cancelled_while_it_waits_its_turn_has_sent_nothing(pair: Pair) -> None:
+    a, b = pair
+    sent = 0
+
+    async def fill() -> None:
+        nonlocal sent
+        for i in range(40):
+            await a.send(data_message(i, 1 << 20), i)
+            sent += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fill)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert sent < 40
+        with trio.move_on_after(0.02) as scope:
+            await a.send(Abort(1), 999)
+        assert scope.cancelled_caught
+        for i in range(40):
+            request_id, message = await b.receive()
+            assert request_id == i
+            check_data_message(i, message)
+    await a.send(Ok(), 5)
+    assert await b.receive() == (5, Ok())
+
+
+async def test_a_sender_cannot_run_ahead_without_bound(pair: Pair) -> None:
+    a, b = pair
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        for i in range(60):
+            await a.send(data_message(i, 1 << 20), i)
+            sent += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert sent <= 16
+        for i in range(60):
+            assert (await b.receive())[0] == i
+
+
+async def test_a_message_beyond_the_limits_is_refused_and_harms_nothing(pair: Pair) -> None:
+    a, b = pair
+    too_big = memoryview(bytes((16 << 20) + 1))
+    with pytest.raises(LocalProtocolError, match="raw bytes"):
+        await a.send(WriteBuffer(1, 0, buffers=(too_big,)), 1)
+    with pytest.raises(LocalProtocolError, match="field epoch"):
+        await a.send(Abort(-1), 1)
+    await a.send(Ok(), 2)
+    assert await b.receive() == (2, Ok())
+
+
+async def test_send_and_receive_are_checkpoints(pair: Pair) -> None:
+    a, b = pair
+    for i in range(3):
+        with trio.testing.assert_checkpoints():
+            await a.send(Ok(), i)
+    for _ in range(3):
+        with trio.testing.assert_checkpoints():
+            await b.receive()
+    with trio.testing.assert_checkpoints():
+        await a.aclose()
+
+
+# --- memory ------------------------------------------------------------------------
+
+
+async def test_memory_channel_hands_over_the_very_buffers() -> None:
+    data = bytearray(100)
+    a, b = memory_channel_pair(1)
+    async with a, b:
+        await a.send(WriteBuffer(1, 0, buffers=(data,)), 1)
+        _, message = await b.receive()
+        assert message.buffers[0] is data
+
+
+async def test_memory_channel_holds_its_capacity_and_no_more() -> None:
+    a, b = memory_channel_pair(3)
+    async with a, b:
+        for i in range(3):
+            await a.send(Ok(), i)
+        with trio.move_on_after(0.01) as scope:
+            await a.send(Ok(), 3)
+        assert scope.cancelled_caught
+        assert [(await b.receive())[0] for _ in range(3)] == [0, 1, 2]
+
+
+# --- streams -----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def raw_peer() -> AsyncIterator[tuple[trio.abc.Stream, StreamChannel]]:
+    """A bare stream, for a peer that does as it likes, and the channel at its other end."""
+    raw, stream = trio.testing.memory_stream_pair()
+    channel = StreamChannel(stream, name="card 2")
+    async with raw, channel:
+        yield raw, channel
+
+
+def wire(message: Ok | WriteBuffer, request_id: int) -> bytes:
+    return b"".join(encode_frame(encode(message, request_id)))
+
+
+async def test_frames_may_arrive_in_any_pieces() -> None:
+    data = b"".join(wire(data_message(i, 50), i) for i in range(5))
+    async with raw_peer() as (raw, channel):
+
+        async def dribble() -> None:
+            for byte in data:
+                await raw.send_all(bytes([byte]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dribble)
+            for i in range(5):
+                request_id, message = await channel.receive()
+                assert request_id == i
+                check_data_message(i, message)
+
+
+async def test_garbage_is_an_error_once_and_closes_the_channel() -> None:
+    async with raw_peer() as (raw, channel):
+        await raw.send_all(wire(Ok(), 1) + wire(Ok(), 2) + b"GET / HTTP/1.1\r\n" * 3)
+        assert await channel.receive() == (1, Ok())
+        assert await channel.receive() == (2, Ok())
+        with pytest.raises(RemoteProtocolError, match="magic"):
+            await channel.receive()
+        with pytest.raises(ChannelClosedError):
+            await channel.receive()
+        with pytest.raises(ChannelClosedError, match=r"^card 2: closed on this side"):
+            await channel.send(Ok(), 1)
+        assert await raw.receive_some() == b""
+
+
+async def test_a_well_framed_message_that_makes_no_sense_closes_the_channel() -> None:
+    unknown = b"".join(encode_frame(Frame(0x7F, b"\x91\x01")))
+    async with raw_peer() as (raw, channel):
+        await raw.send_all(wire(Ok(), 1) + unknown)
+        assert await channel.receive() == (1, Ok())
+        with pytest.raises(RemoteProtocolError, match="unknown kind"):
+            await channel.receive()
+        assert await raw.receive_some() == b""
+
+
+async def test_the_end_of_the_stream_inside_a_frame_is_a_violation() -> None:
+    async with raw_peer() as (raw, channel):
+        await raw.send_all(wire(data_message(1, 100), 1)[:-1])
+        await raw.aclose()
+        with pytest.raises(RemoteProtocolError, match="ended inside a frame"):
+            await channel.receive()
+
+
+@pytest.mark.parametrize("kind", ["unix", "host link"])
+async def test_a_send_cancelled_half_way_closes_the_channel(kind: str) -> None:
+    a, b = PAIRS[kind](limits=LIMITS)
+    async with a, b:
+        with trio.move_on_after(0.05) as scope:
+            await a.send(data_message(1, 12 << 20), 1)
+        assert scope.cancelled_caught
+        with pytest.raises(ChannelClosedError, match="on this side"):
+            await a.send(Ok(), 2)
+        with pytest.raises(ChannelClosedError, match="on this side"):
+            await a.receive()
+        with pytest.raises(RemoteProtocolError, match="ended inside a frame"):
+            await b.receive()
+
+
+class RecordingStream(trio.abc.SendStream):
+    """Keeps what one send makes of its pieces."""
+
+    def __init__(self) -> None:
+        self.writes: list[object] = []
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(data)
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_small_messages_are_one_write_and_large_buffers_are_not_copied() -> None:
+    recorder = RecordingStream()
+    channel = StreamChannel(trio.StapledStream(recorder, trio.testing.MemoryReceiveStream()))
+    await channel.send(WriteBuffer(1, 0, buffers=(bytes(100),)), 1)
+    assert recorder.writes == [wire(WriteBuffer(1, 0, buffers=(bytes(100),)), 1)]
+    recorder.writes.clear()
+    big = bytearray(1 << 20)
+    await channel.send(WriteBuffer(1, 0, buffers=(big,)), 1)
+    assert len(recorder.writes) == 2
+    assert recorder.writes[1] is big
+    await channel.aclose()

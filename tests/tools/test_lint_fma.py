@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lint over object files finds fused multiply-adds, and never passes on nothing."""
+
+from __future__ import annotations
+
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "lint_fma.py"
+AXPY = """
+void axpy(float *x, const float *y, const float *w);
+void axpy(float *x, const float *y, const float *w) {
+  for (int i = 0; i < 64; i++) x[i] = x[i] + y[i] * w[i];
+}
+"""
+lint_module = runpy.run_path(str(TOOL))
+
+
+def lint(*paths: Path, objdump: str = "objdump") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), "--objdump", objdump, *map(str, paths)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def build(directory: Path, name: str, source: str, *flags: str) -> Path:
+    if platform.machine() != "x86_64":
+        pytest.skip(f"-mfma is for x86-64, this is {platform.machine()}")
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("neither gcc nor clang is installed")
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    (directory / f"{name}.c").write_text(source)
+    target = directory / f"{name}.o"
+    subprocess.run([compiler, "-c", *flags, str(directory / f"{name}.c"), "-o", target], check=True)
+    return target
+
+
+def test_fused_code_is_found_with_function_and_file(tmp_path: Path) -> None:
+    fused = build(tmp_path, "fused", AXPY, "-mfma", "-O2", "-ffp-contract=fast")
+    result = lint(fused)
+    assert result.returncode == 1
+    assert f"{fused}: axpy: vfmadd" in result.stdout
+
+
+def test_the_same_code_without_contraction_passes(tmp_path: Path) -> None:
+    result = lint(build(tmp_path, "plain", AXPY, "-mfma", "-O2", "-ffp-contract=off"))
+    assert result.returncode == 0
+    assert "none forbidden" in result.stdout
+
+
+def test_directories_and_archives_are_searched(tmp_path: Path) -> None:
+    plain = build(tmp_path, "plain", AXPY, "-O2", "-ffp-contract=off")
+    fused = build(tmp_path, "fused", AXPY, "-mfma", "-O2", "-ffp-contract=fast")
+    deep = tmp_path / "deep" / "er"
+    deep.mkdir(parents=True)
+    subprocess.run(["ar", "rcs", deep / "libboth.a", plain, fused], check=True)
+    fused.unlink()
+    result = lint(tmp_path)
+    assert result.returncode == 1
+    assert f"{deep / 'libboth.a'}(fused.o): axpy: vfmadd" in result.stdout
+    assert "plain.o" not in result.stdout
+
+
+def test_nothing_to_check_is_a_failure(tmp_path: Path) -> None:
+    empty = build(tmp_path, "empty", "extern int table[2]; int table[2] = {1, 2};")
+    for path in (empty, tmp_path):
+        result = lint(path)
+        assert result.returncode == 1
+        assert "nothing was checked" in result.stdout
+
+
+def test_missing_files_and_a_missing_objdump_are_named(tmp_path: Path) -> None:
+    assert "no-such-objdump not found" in lint(tmp_path, objdump="no-such-objdump").stderr
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    result = lint(tmp_path / "absent.o")
+    assert result.returncode != 0
+    assert "absent.o does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "mnemonic",
+    [
+        "vfmadd231ps", "vfmadd132sd", "vfmsub213pd", "vfnmadd231ss", "vfnmsub132ps",
+        "vfmaddsub213ps", "vfmsubadd231pd", "vfmaddps", "vfmaddcph", "vdpbf16ps",
+        "rcpps", "vrsqrtss", "vrcp14ps", "vrsqrt14pd", "vrcpph",
+        "fmla", "fmls", "fmlal", "fmlal2", "fmadd", "fmsub", "fnmadd", "fnmsub", "fcmla", "frecpe",
+        "fmadd.s", "fnmsub.d", "vfmacc.vv", "vfnmacc.vf", "vfmadd.vv", "vfwmacc.vf", "vfmsac.vf",
+        "vfnmsac.vv", "vfnmsub.vv", "vfredusum.vs", "vfwredusum.vs", "vfrec7.v",
+    ],
+)  # fmt: skip
+def test_forbidden_mnemonics(mnemonic: str) -> None:
+    listing = f"0000 <kernel>:\n   4:\t{mnemonic} a,b,c\n   8:\tret\n"
+    count, findings = lint_module["lint"](listing, "k.o")
+    assert count == 2
+    assert [(found.function, found.instruction) for found in findings] == [
+        ("kernel", f"{mnemonic} a,b,c")
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "vmulps %ymm0,%ymm1,%ymm2", "vaddps %zmm0,%zmm1,%zmm2", "vpmaddubsw a,b,c",
+        "vpdpbusd a,b,c", "vpmadd52luq a,b,c", "vsqrtps a,b", "call 40 <vfmadd231ps>",
+        "rep stos %al,%es:(%rdi)", "fmul v0.4s, v1.4s, v2.4s", "fmov s0, s1", "sdot a, b, c",
+        "fmul.s fa0,fa1,fa2", "vfmul.vv v1,v2,v3", "vfredosum.vs v1,v2,v3", "vfredmax.vs v1,v2,v3",
+        "vfmv.v.f v1,fa0", "vfmin.vv v1,v2,v3",
+    ],
+)  # fmt: skip
+def test_allowed_instructions(line: str) -> None:
+    assert lint_module["lint"](f"0000 <f>:\n   4:\t{line}\n", "k.o") == (1, [])
+
+
+def test_prefixes_do_not_hide_an_instruction_and_undecoded_ones_are_reported() -> None:
+    listing = "0000 <f>:\n 0:\t{evex} vfmadd231ps a,b,c\n 6:\t(bad)\n 7:\t0xd0572d7\n"
+    count, findings = lint_module["lint"](listing, "k.o")
+    assert count == 3
+    assert len(findings) == 3

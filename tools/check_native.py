@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of the C code: warnings as errors, and the native tests under sanitizers.
+
+`warnings` compiles every C file with the flags of the real build and -Werror, leaving the objects
+in build/check for tools/lint_fma.py.  `sanitize` builds each program of tests/native with all C
+files and runs it under AddressSanitizer and UndefinedBehaviorSanitizer; those named
+test_threads_*.c also under ThreadSanitizer.  Runs in the project's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import platform
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+OUT = Path("build/check")
+TEST_TIMEOUT_S = 180
+
+# float-cast-overflow is not part of `undefined`, and what such a cast yields differs by ISA.
+SANITIZERS = {
+    "asan": "-fsanitize=address,undefined,float-cast-overflow",
+    "tsan": "-fsanitize=thread",
+}
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+}
+
+native = runpy.run_path("spanker/native_build.py")
+
+
+class CheckError(Exception):
+    """A check failed; the text is all there is to say."""
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise CheckError(f"{shlex.join(command)}\n{done.stdout}")
+
+
+def compile_one(source: str, out: Path, command: list[str]) -> str:
+    """Compiles when a source, a header or the flags' own file is newer than the object."""
+    target = out / Path(source).with_suffix(".o")
+    inputs = [source, *native["headers"](), "spanker/native_build.py", __file__]
+    inputs += glob.glob("tests/native/*.h")
+    if not target.exists() or target.stat().st_mtime <= max(map(os.path.getmtime, inputs)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run([*command, "-c", source, "-o", str(target)])
+    return str(target)
+
+
+def compile_all(compiler: str, out: Path, extra: list[str], tests: list[str]) -> list[str]:
+    """Objects of every C file of the libraries, then of `tests`, in that order."""
+    base = [*shlex.split(compiler), *(f"-I{path}" for path in native["INCLUDE_DIRS"])]
+    jobs = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for library in native["LIBRARIES"]:
+            macros = [f"-D{name}={value}" for name, value in library.macros]
+            command = [*base, *macros, *library.cflags, *extra]
+            jobs += [pool.submit(compile_one, source, out, command) for source in library.sources]
+        command = [*base, *native["CFLAGS"], *extra]
+        jobs += [pool.submit(compile_one, test, out, command) for test in tests]
+    return [job.result() for job in jobs]
+
+
+def check_warnings(compiler: str) -> None:
+    name = os.path.basename(shlex.split(compiler)[0])
+    objects = compile_all(compiler, OUT / name, ["-Werror"], [])
+    print(f"check-c: {len(objects)} C files without a warning ({name})")
+
+
+def without_aslr() -> list[str]:
+    """Older compilers' ThreadSanitizer cannot place its shadow under newer kernels' ASLR."""
+    wrapper = ["setarch", platform.machine(), "-R"]
+    if shutil.which("setarch") and subprocess.run([*wrapper, "true"]).returncode == 0:
+        return wrapper
+    return []
+
+
+def check_sanitize(compiler: str, kind: str, tests: list[str]) -> None:
+    if not tests:
+        raise CheckError(f"no native tests for {kind}: nothing was checked")
+    out = OUT / kind
+    flags = [*SANITIZE_FLAGS, SANITIZERS[kind]]
+    objects = compile_all(compiler, out, flags, tests)
+    library_objects = objects[: -len(tests)]
+    for test, test_object in zip(tests, objects[-len(tests) :], strict=True):
+        program = str(Path(test_object).with_suffix(""))
+        link = [*shlex.split(compiler), *flags, test_object, *library_objects, "-o", program]
+        run([*link, *native["LINK_FLAGS"], "-lm"])
+        command = [*(without_aslr() if kind == "tsan" else []), program]
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **ENVIRONMENT},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=TEST_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired as late:
+            output = (late.stdout or b"").decode(errors="replace")
+            raise CheckError(
+                f"{program}: still running after {TEST_TIMEOUT_S} s\n{output}"
+            ) from None
+        if done.returncode != 0:
+            raise CheckError(f"{program}: exit status {done.returncode}\n{done.stdout}")
+        print(
+            f"check-sanitize: {kind} {Path(test).stem} passed in {time.monotonic() - begin:.1f} s"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("check", choices=["warnings", "sanitize"])
+    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="the compiler to use")
+    options = parser.parse_args()
+    if not native["LIBRARIES"]:
+        print("no C files found: run in the project's root")
+        return 1
+    tests = sorted(glob.glob("tests/native/test_*.c"))
+    try:
+        if options.check == "warnings":
+            check_warnings(options.cc)
+        else:
+            check_sanitize(options.cc, "asan", tests)
+            threaded = [test for test in tests if Path(test).name.startswith("test_threads_")]
+            check_sanitize(options.cc, "tsan", threaded)
+    except CheckError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
