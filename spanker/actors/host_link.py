@@ -6,9 +6,11 @@ here knows what the bytes mean, and time is trio's clock only, so that the same 
 and in virtual time.
 
 The model: full duplex.  In each direction the link moves `bandwidth_bytes_per_s`, shared by all
-attached cards, one quantum at a time and in turn; a byte arrives `latency_s` after it has left.
+attached cards, a quantum of bytes each in turn; a byte arrives `latency_s` after it has left.
 Every quantum's due time is computed from the bytes moved since the link was last idle, never by
-adding up sleeps, so write sizes and late wake-ups do not add up to an error.
+adding up sleeps, so write sizes and late wake-ups do not add up to an error.  In virtual time
+arrivals are exact; in real time one may be noticed up to about 1 ms late, which is the resolution
+of trio's timers on Linux, and never early.
 """
 
 from __future__ import annotations
@@ -91,8 +93,8 @@ class _Direction:
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         quantum = int(bandwidth_bytes_per_s * _QUANTUM_S)
-        self.quantum_bytes = min(max(quantum, 1), _QUANTUM_BYTES_MAX)
-        self.turn = trio.Lock()  # first come, first served: senders alternate by quantum
+        self._quantum_bytes = min(max(quantum, 1), _QUANTUM_BYTES_MAX)
+        self._turn = trio.Lock()  # first come, first served
         self.bytes_total = 0
         self._bandwidth_bytes_per_s = bandwidth_bytes_per_s
         self._latency_s = latency_s
@@ -103,11 +105,16 @@ class _Direction:
         """When the last byte booked will have left."""
         return self._busy_since + self._busy_bytes / self._bandwidth_bytes_per_s
 
-    async def wait_until_near(self) -> None:
-        """Sleep while the link is booked too far ahead; for the holder of `turn` only."""
-        bookable_at = self.free_at() - _AHEAD_S
-        if bookable_at > trio.current_time():
-            await trio.sleep_until(bookable_at)
+    async def wait_turn(self) -> int:
+        """Wait for a turn, while the link is booked too far ahead; return the bytes it is good for.
+
+        A turn is as many bytes for every stream, whatever its write sizes: unused, they keep.
+        """
+        async with self._turn:
+            bookable_at = self.free_at() - _AHEAD_S
+            if bookable_at > trio.current_time():
+                await trio.sleep_until(bookable_at)
+            return self._quantum_bytes
 
     def book(self, nbytes: int) -> float:
         """Take the link for `nbytes`; return when the last of them arrives."""
@@ -215,21 +222,23 @@ class _SendEnd(trio.abc.SendStream):
         self._pipe = pipe
         self._closed = False
         self._ended = False
+        self._turn_bytes = 0  # what is left of this stream's latest turn
         self._use = _OneAtATime("sending on")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        pipe, direction = self._pipe, self._pipe.direction
         with self._use():
             await trio.lowlevel.checkpoint()
             self._check_open()
             rest = memoryview(data)
             while rest:
                 await self._wait_for_room()
-                async with direction.turn:
-                    await direction.wait_until_near()
+                if not self._turn_bytes:
+                    self._turn_bytes = await self._pipe.direction.wait_turn()
                     self._check_open()
-                    pipe.put(rest[: direction.quantum_bytes])
-                rest = rest[direction.quantum_bytes :]
+                piece = rest[: self._turn_bytes]
+                self._pipe.put(piece)
+                self._turn_bytes -= len(piece)
+                rest = rest[len(piece) :]
 
     async def wait_send_all_might_not_block(self) -> None:
         with self._use():

@@ -144,18 +144,19 @@ class Message:
 
 
 MessageT = TypeVar("MessageT", bound=Message)
-ReplyT = TypeVar("ReplyT", bound=Message)
+# Covariant, so that any request is a Request[Message].
+ReplyT_co = TypeVar("ReplyT_co", bound=Message, covariant=True)
 
 
 @attrs.frozen
-class Request(Message, Generic[ReplyT]):
-    """Base of what the coordinator sends; `ReplyT` answers it, or `Failed` does."""
+class Request(Message, Generic[ReplyT_co]):
+    """Base of what the coordinator sends; `ReplyT_co` answers it, or `Failed` does."""
 
     def reply_sizes(self) -> tuple[int, ...]:
         """The bytes of each raw buffer that the reply must carry."""
         return ()
 
-    def check_reply(self, reply: Message) -> ReplyT:
+    def check_reply(self, reply: Message) -> ReplyT_co:
         """`reply`, known to be the right answer to this request.
 
         Raises what `Failed` reports, and RemoteProtocolError for an answer of another class or
@@ -282,15 +283,23 @@ class StepDone(Message):
 @_wire(0x86)
 @attrs.frozen
 class Counters(Message):
-    """Totals since the card was opened; the link counters are one for each link, in link order."""
+    """Totals since the card was opened, and where it stands.
+
+    `progress` grows whenever anything gets done; `queued` submissions have not completed;
+    `waiting_for` is the card whose link the current command waits on.  The link counters are by
+    card number.
+    """
 
     commands: U64
     steps: U64
-    ddr_bytes_read: U64
-    ddr_bytes_written: U64
+    ddr_read_bytes: U64
+    ddr_written_bytes: U64
     busy_ns: U64
+    progress: U64
     ddr_used_bytes: U64
     ddr_total_bytes: U64
+    queued: U32
+    waiting_for: CardNumber
     link_tx_bytes: LinkCounters
     link_rx_bytes: LinkCounters
 

@@ -195,9 +195,17 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
+    # str.format: a width in its pattern makes a huge value, too.  Jinja 3.1.5 and
+    # later ask wrap_str_format for it, earlier ones is_safe_attribute.
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            _refuse("calls str.format, which is not supported")
+        return None
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in ("format", "format_map"):
-            return False  # a width in the pattern makes a huge value, too
+            return False
         return super().is_safe_attribute(obj, attr, value)
 
     def call_binop(

@@ -32,6 +32,16 @@ U32 = npt.NDArray[np.uint32]
 TILE_ROWS = int(lib.SPK_TILE_ROWS)
 
 
+@contextmanager
+def _fp_environment() -> Iterator[None]:
+    """Round to nearest, no flush to zero, in this thread."""
+    saved = lib.spk_fp_enter()
+    try:
+        yield
+    finally:
+        lib.spk_fp_leave(saved)
+
+
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """CRC32C (RFC 3720) of contiguous bytes, going on from `crc`."""
     view = memoryview(data)
@@ -45,14 +55,22 @@ def exp_f32(x: npt.ArrayLike) -> F32:
     return reference.exp(np.asarray(x, np.float32))
 
 
+def exp(x: float) -> float:
+    """The kernels' exp of one float32."""
+    with _fp_environment():
+        return float(lib.spk_exp(x))
+
+
 def f16_from_f32(x: float) -> int:
     """The 16 bits of a float32 rounded to f16, ties to even; beyond the range, infinity."""
-    return int(lib.spk_f16_from_f32(x))
+    with _fp_environment():
+        return int(lib.spk_f16_from_f32(x))
 
 
 def f32_from_f16(bits: int) -> float:
     """The value of an f16 given by its bits."""
-    return float(lib.spk_f32_from_f16(bits))
+    with _fp_environment():
+        return float(lib.spk_f32_from_f16(bits))
 
 
 @attrs.frozen(eq=False)
@@ -75,7 +93,7 @@ class KvPool:
 
     @property
     def kv_heads(self) -> int:
-        return self.words.shape[1]
+        return int(self.words.shape[1])
 
     def __attrs_post_init__(self) -> None:
         if (
@@ -104,16 +122,6 @@ class KvPool:
                 "head_dim": self.head_dim,
             },
         )
-
-
-@contextmanager
-def _fp_environment() -> Iterator[None]:
-    """Round to nearest, no flush to zero, in this thread."""
-    saved = lib.spk_fp_enter()
-    try:
-        yield
-    finally:
-        lib.spk_fp_leave(saved)
 
 
 def _check(status: int, what: str) -> None:
@@ -178,8 +186,9 @@ class NativeKernels:
             raise CardCommandError(f"quantize_q8: {k} values do not fill whole blocks of {BLOCK}")
         shape = (tokens, k // BLOCK * Q8_BLOCK_BYTES)
         out = np.empty(shape, np.uint8) if out is None else out
-        strides = _rows("quantize_q8 x", x, np.float32, (tokens, k)), _rows(
-            "quantize_q8 out", out, np.uint8, shape
+        strides = (
+            _rows("quantize_q8 x", x, np.float32, (tokens, k)),
+            _rows("quantize_q8 out", out, np.uint8, shape),
         )
         with _fp_environment():
             status = self._k.quantize_q8(

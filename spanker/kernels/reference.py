@@ -112,7 +112,8 @@ def quantize_q8(x: F32) -> U8:
 
 def expand_q8(blocks: U8) -> tuple[I8, F32, npt.NDArray[np.int32]]:
     """Q8 blocks (T, blocks*34) to integers (T, blocks, 32), scales and integer sums (T, blocks)."""
-    b = np.ascontiguousarray(blocks).reshape(blocks.shape[0], -1, Q8_BLOCK_BYTES)
+    n = blocks.shape[1] // Q8_BLOCK_BYTES
+    b = np.ascontiguousarray(blocks).reshape(blocks.shape[0], n, Q8_BLOCK_BYTES)
     d = np.ascontiguousarray(b[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     q = np.ascontiguousarray(b[..., 2:]).view(np.int8)
     return q, d, q.sum(axis=-1, dtype=np.int32)
@@ -128,7 +129,7 @@ def split_blocks(name: str, rows: U8) -> tuple[npt.NDArray[np.int32], F32, F32 |
     Layouts: ggml/src/ggml-common.h.
     """
     size = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[name]
-    b = np.ascontiguousarray(rows).reshape(rows.shape[0], -1, size)
+    b = np.ascontiguousarray(rows).reshape(rows.shape[0], rows.shape[1] // size, size)
     d = np.ascontiguousarray(b[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     if name == "q8_0":
         return np.ascontiguousarray(b[..., 2:]).view(np.int8).astype(np.int32), d, None
@@ -151,7 +152,7 @@ def dequantize_row(name: str, rows: U8) -> F32:
     out = d[..., None] * q.astype(np.float32)
     if m is not None:
         out = out + m[..., None]
-    return out.reshape(rows.shape[0], -1)
+    return out.reshape(rows.shape[0], q.shape[1] * BLOCK)
 
 
 def matmul(name: str, weights: U8, x: npt.NDArray[np.generic]) -> F32:

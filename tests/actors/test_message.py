@@ -21,6 +21,8 @@ from spanker.errors import LocalProtocolError, RemoteProtocolError
 U32 = (1 << 32) - 1
 U64 = (1 << 64) - 1
 
+COUNTERS = m.Counters(1, 2, 3, 4, 5, 6, 7, 8, 9, None, (10, U64), ())
+
 MESSAGES = (
     m.Describe(),
     m.CardInfo(1, U32, U64, "InnerJib7EA é", "soft:2@avx2", 16 << 30, 64),
@@ -39,7 +41,8 @@ MESSAGES = (
     m.StepDone(U64, 0),
     m.StepDone(1, 2, buffers=(b"a", b"")),
     m.ReadCounters(),
-    m.Counters(1, 2, 3, 4, 5, 6, 7, (8, U64), ()),
+    COUNTERS,
+    attrs.evolve(COUNTERS, waiting_for=3),
     m.Abort(9),
     m.Stop(),
     m.Ok(),
@@ -107,8 +110,9 @@ OUT_OF_RANGE = (
     (m.RunStep(1, ((1, 2, -3),), buffers=(b"",)), "reads: expected array"),
     (m.RunStep(1, (5,), buffers=(b"",)), "reads: expected array"),  # type: ignore[arg-type]
     (m.RunStep(1, ((1, 2, 3),) * 65, buffers=(b"",)), "reads: expected array"),
-    (m.Counters(1, 2, 3, 4, 5, 6, 7, (-1,), ()), "link_tx_bytes: expected array"),
-    (m.Counters(1, 2, 3, 4, 5, 6, 7, (), (0,) * 65), "link_rx_bytes: expected array"),
+    (attrs.evolve(COUNTERS, waiting_for=1 << 16), "waiting_for: expected u16 or nil"),
+    (attrs.evolve(COUNTERS, link_tx_bytes=(-1,)), "link_tx_bytes: expected array"),
+    (attrs.evolve(COUNTERS, link_rx_bytes=(0,) * 65), "link_rx_bytes: expected array"),
     (m.Failed("E", "x", 1 << 16), "card: expected u16 or nil"),
     (m.Failed("E", "x" * 4097, None), "message: expected str"),
     (m.WriteBuffer(1, 0), "WriteBuffer: expected 1 raw buffers, got 0"),

@@ -108,7 +108,7 @@ def test_namespaces_macros_and_joining_work() -> None:
 
 def test_a_render_does_not_see_the_one_before() -> None:
     template = ChatTemplate("{% for i in range(60000) %}{% endfor %}{{ messages | length }}")
-    assert {template.render(HI) for _ in range(30)} == {"1"}
+    assert {template.render(HI) for _ in range(4)} == {"1"}
 
 
 def test_extra_text_items_of_a_message_reach_the_template() -> None:
@@ -216,7 +216,7 @@ def test_a_hostile_template_ends_soon(source: str) -> None:
     with pytest.raises(TemplateError) as caught:
         render(source)
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tests share: seeded awkward inputs, outputs between guard bytes, equality of bits."""
+"""What the kernel tests share: seeded awkward inputs, guard bytes, equality of bits."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def weights(rng: np.random.Generator, name: str, rows: int, k: int) -> npt.NDArr
         return np.ascontiguousarray(finite_f16(rng, (rows, k))).view(np.uint8)
     nbytes = row_bytes(fmt, k)
     out = rng.integers(0, 256, (rows, nbytes), dtype=np.uint8)
-    blocks = out.reshape(rows, k // 32, -1)
+    blocks = out.reshape(rows, k // 32, row_bytes(fmt, 32))
     scale_count = 2 if name == "q4_1" else 1
     scales = finite_f16(rng, (rows, k // 32, scale_count))
     blocks[..., : 2 * scale_count] = scales.view(np.uint8)
@@ -121,7 +121,7 @@ def q8_rows(rng: np.random.Generator, tokens: int, k: int) -> npt.NDArray[np.uin
     out = np.empty((tokens, k // 32, 34), np.uint8)
     out[..., :2] = finite_f16(rng, (tokens, k // 32, 1)).view(np.uint8)
     out[..., 2:] = rng.integers(-127, 128, (tokens, k // 32, 32), dtype=np.int8).view(np.uint8)
-    return out.reshape(tokens, -1)
+    return out.reshape(tokens, k // 32 * 34)
 
 
 def activations(rng: np.random.Generator, name: str, tokens: int, k: int) -> Array:

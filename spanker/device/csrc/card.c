@@ -48,10 +48,11 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
         return NULL;
     c->kernels = kernels;
     c->ddr_bytes = ddr_bytes;
-    c->waiting_for = -1;
+    atomic_init(&c->waiting_for, -1);
     c->next_fence = 1;
-    c->epoch = c->epoch_seen = 1;
-    c->abort_epoch = 1;
+    c->epoch = 1;
+    atomic_init(&c->epoch_seen, 1);
+    atomic_init(&c->abort_epoch, 1);
     c->event_fd = -1;
     pthread_mutex_init(&c->mutex, NULL);
     /* Reserved, not committed: a 16 GB card costs what is written to it. */

@@ -7,11 +7,20 @@
 #endif
 
 #if SPK_HAVE_X86_ISAS
+#include <cpuid.h>
+
+/* Not every compiler knows "f16c" by name; it is bit 29 of leaf 1's ecx. */
+static int has_f16c(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+
 /* __builtin_cpu_supports also asks the operating system whether it saves the registers. */
 static int machine_has(int isa)
 {
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    int avx2 = __builtin_cpu_supports("avx2") && has_f16c();
     if (isa == SPK_ISA_AVX2)
         return avx2;
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

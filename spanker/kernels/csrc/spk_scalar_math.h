@@ -73,8 +73,8 @@ static inline float spk_rint(float x)
 
 static inline float spk_expf(float x)
 {
-    x = x < SPK_EXP_MIN ? SPK_EXP_MIN : x;
-    x = x > SPK_EXP_MAX ? SPK_EXP_MAX : x;
+    x = x > SPK_EXP_MIN ? x : SPK_EXP_MIN; /* a NaN too: its conversion below has no meaning */
+    x = x < SPK_EXP_MAX ? x : SPK_EXP_MAX;
     float n = spk_rint(x * SPK_EXP_LOG2E);
     float r = (x - n * SPK_EXP_LN2_HI) - n * SPK_EXP_LN2_LO;
     float p = SPK_EXP_P0;

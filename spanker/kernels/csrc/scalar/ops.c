@@ -71,7 +71,7 @@ int dequantize_row__scalar(int format, const uint8_t *row, float *out, size_t k)
 {
     switch (format) {
     case SPK_F32:
-        memcpy(out, row, k * 4);
+        memmove(out, row, k * 4); /* a program may let them overlap */
         return SPK_OK;
     case SPK_F16:
         for (size_t i = 0; i < k; i++)

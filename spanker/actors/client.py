@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator's end of a channel: requests out, replies matched back to who asked.
+
+Knows the rules of requests and replies, nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from spanker.actors.channel import Channel
+from spanker.actors.message import Message, Request
+from spanker.errors import CardError, CardLostError, RemoteProtocolError, SpankerError
+
+ReplyT = TypeVar("ReplyT", bound=Message)
+Callback = Callable[[Message | SpankerError], None]
+
+
+class CardClient:
+    """Requests to one card.  `run` must be running in a nursery for replies to arrive."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        self.number = number
+        self._channel = channel
+        self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
+        self._next_id = 0
+        self._failure: SpankerError | None = None
+
+    @property
+    def failure(self) -> SpankerError | None:
+        """Why the card can no longer be reached, or None."""
+        return self._failure
+
+    async def run(self) -> None:
+        """Receive replies until the channel ends; then everything waiting fails."""
+        try:
+            while True:
+                request_id, reply = await self._channel.receive()
+                if request_id not in self._waiting:
+                    raise RemoteProtocolError(
+                        f"card {self.number}: reply {type(reply).__name__} to request "
+                        f"{request_id}, which nobody made"
+                    )
+                request, callback = self._waiting.pop(request_id)
+                try:
+                    callback(request.check_reply(reply))
+                except SpankerError as error:
+                    callback(error)
+        except SpankerError as error:
+            self.fail(error)
+            await self._channel.aclose()
+
+    def fail(self, error: SpankerError) -> None:
+        """The card is gone: everything waiting, and every later request, gets this error."""
+        if self._failure is None:
+            if isinstance(error, CardError):
+                self._failure = error
+            else:
+                self._failure = CardLostError(
+                    f"card {self.number} is lost: {error}", card=self.number
+                )
+        waiting, self._waiting = self._waiting, {}
+        for _, callback in waiting.values():
+            callback(self._failure)
+
+    async def post(self, request: Request[ReplyT], callback: Callback) -> None:
+        """Send a request; `callback` gets the reply or the error, once, in the receiving task.
+
+        Blocks while the card is behind.  A failure to send reaches the callback too.
+        """
+        if self._failure is not None:
+            callback(self._failure)
+            return
+        request_id = self._next_id
+        self._next_id = (self._next_id + 1) & 0xFFFFFFFF
+        self._waiting[request_id] = (request, callback)
+        try:
+            await self._channel.send(request, request_id)
+        except SpankerError as error:
+            if self._waiting.pop(request_id, None) is not None:
+                callback(self._failure or error)
+        except BaseException:
+            self._waiting.pop(request_id, None)
+            raise
+
+    async def request(self, request: Request[ReplyT]) -> ReplyT:
+        """Send a request and wait for its reply.  Raises what the card reports.
+
+        A cancelled request may still be carried out; its reply is dropped.
+        """
+        done = trio.Event()
+        outcome: list[Message | SpankerError] = []
+
+        def arrived(reply: Message | SpankerError) -> None:
+            outcome.append(reply)
+            done.set()
+
+        await self.post(request, arrived)
+        await done.wait()
+        reply = outcome[0]
+        if isinstance(reply, SpankerError):
+            raise reply
+        return reply  # type: ignore[return-value]
+
+    async def aclose(self) -> None:
+        """Close the channel; `run` ends."""
+        await self._channel.aclose()

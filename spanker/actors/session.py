@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences and steps: continuous batching of all generations of one model.
+
+One task (`Session.run`) makes the steps.  Each step takes one token of every sequence that is
+decoding and fills up with prompt tokens; KV pages are reserved for a sequence's whole length before
+it starts, so that none runs out half way.  Because of "one answer", what shares a step never
+changes what a sequence gets.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Sequence as Seq
+
+import attrs
+import numpy as np
+import trio
+
+from spanker.actors.coordinator import F32, Coordinator, LoadedModel, StepResult
+from spanker.errors import CardFaultError, ContextLengthError, RequestError, SpankerError
+from spanker.ggml import sampling
+from spanker.ggml.sampling import SamplingParams
+from spanker.kernels.program import SequenceStep
+
+# A sequence pauses when its consumer is this many tokens behind.
+RUN_AHEAD_MAX = 64
+# Requests that may wait for KV pages.
+WAITING_MAX = 4096
+
+
+@attrs.frozen
+class Sampled:
+    """One generated token: its position in the sequence, and its logits if asked for."""
+
+    id: int
+    logprob: float
+    position: int
+    logits: F32 | None = None
+
+
+@attrs.frozen
+class Scored:
+    """Logits (tokens, vocabulary) of the next tokens of a forced sequence, from `position` on."""
+
+    position: int
+    logits: F32
+
+
+@attrs.define(eq=False)
+class Sequence:
+    """A sequence under way; made by `Session.add`, ended by `Session.release`.
+
+    `outbox` holds what the consumer has not taken; `changed` is set whenever it grows or the
+    sequence ends.  `finish` says why it ended: `stop`, `length`, `context`, or None.
+    """
+
+    session: Session
+    tokens: list[int]
+    prompt_length: int
+    tokens_max: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    want_logits: bool
+    score: bool
+    pages: list[int] = attrs.Factory(list)
+    computed: int = 0
+    outbox: deque[Sampled | Scored] = attrs.Factory(deque)
+    changed: trio.Event = attrs.Factory(trio.Event)
+    finish: str | None = None
+    error: SpankerError | None = None
+    released: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.error is not None or self.released
+
+    def signal(self) -> None:
+        self.changed.set()
+
+    async def next(self) -> Sampled | Scored | None:
+        """The next item, or None at the end; a checkpoint.  Raises the sequence's error."""
+        await trio.lowlevel.checkpoint()
+        while not self.outbox:
+            if self.error is not None:
+                raise self.error
+            if self.ended:
+                return None
+            self.changed = trio.Event()
+            await self.changed.wait()
+        item = self.outbox.popleft()
+        if len(self.outbox) == RUN_AHEAD_MAX - 1:
+            self.session.wake()
+        return item
+
+
+class PagePool:
+    """KV pages by number; the lowest free pages are given first, so runs are repeatable."""
+
+    def __init__(self, pages: int) -> None:
+        self.total = pages
+        self._free = list(range(pages))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        return [heapq.heappop(self._free) for _ in range(count)]
+
+    def give(self, pages: list[int]) -> None:
+        for page in pages:
+            heapq.heappush(self._free, page)
+        pages.clear()
+
+
+@attrs.frozen
+class SessionStats:
+    """Counts since the model was loaded."""
+
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+
+
+class Session:
+    """All sequences of one loaded model."""
+
+    def __init__(self, coordinator: Coordinator, loaded: LoadedModel) -> None:
+        self.coordinator = coordinator
+        self.loaded = loaded
+        self.pool = PagePool(loaded.limits.kv_pages)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._work = trio.Event()
+        self._in_step: tuple[Sequence, ...] = ()
+        self._step_scope: trio.CancelScope | None = None
+        self._failure: SpankerError | None = None
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    @property
+    def stats(self) -> SessionStats:
+        return SessionStats(
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_pages_used=self.pool.total - self.pool.free,
+            kv_pages_total=self.pool.total,
+        )
+
+    # --- for the callers -----------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: Seq[int],
+        tokens_max: int,
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        want_logits: bool = False,
+        score: bool = False,
+    ) -> Sequence:
+        """Enter a sequence; it starts when its KV pages are free.  Never blocks.
+
+        With `score` nothing is generated: the logits of every prompt token come back.  Raises
+        RequestError, ContextLengthError, and the failure of a session that cannot go on.
+        """
+        if self._failure is not None:
+            raise self._failure
+        limits, vocabulary = self.loaded.limits, self.loaded.model.shape.vocabulary
+        if not prompt:
+            raise RequestError("the prompt has no tokens: give at least one")
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"token id {token} is not in the vocabulary: expected 0 to {vocabulary - 1}"
+                )
+        if tokens_max < 1 and not score:
+            raise RequestError(f"max_tokens must be at least 1, got {tokens_max}")
+        room = limits.context - len(prompt) + (1 if score else 0)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt):,} tokens, but the context holds "
+                f"{limits.context:,}{'' if score else ' with at least one for the answer'}: "
+                f"shorten it or load the model with a larger context (--ctx)"
+            )
+        if len(self._waiting) >= WAITING_MAX:
+            raise RequestError(f"{WAITING_MAX} requests already wait for KV pages: try again later")
+        sequence = Sequence(
+            session=self,
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            tokens_max=tokens_max,
+            sampling=params,
+            stop_ids=stop_ids,
+            want_logits=want_logits,
+            score=score,
+        )
+        self._waiting.append(sequence)
+        self.wake()
+        return sequence
+
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence and free its pages, now or when the step in flight is over.  Idempotent.
+
+        A step that nobody wants any more is aborted.
+        """
+        if sequence.released:
+            return
+        sequence.released = True
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence not in self._in_step:
+            self._retire(sequence)
+        elif self._step_scope is not None and all(s.released for s in self._in_step):
+            self._step_scope.cancel()
+        sequence.signal()
+        self.wake()
+
+    def wake(self) -> None:
+        """Something changed that may make a step possible."""
+        self._work.set()
+
+    # --- the loop ------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Make steps until cancelled.  A fault ends the sequences of its step; a lost or hung card
+        ends the session."""
+        while True:
+            batch = self._next_batch()
+            if not batch:
+                self._work = trio.Event()
+                await self._work.wait()
+                continue
+            try:
+                await self._step(batch)
+            except CardFaultError as error:
+                self._end(tuple(s for s, _ in batch), error)
+            except SpankerError as error:
+                self._failure = error
+                self._end((*self._running, *self._waiting), error)
+
+    def _next_batch(self) -> list[tuple[Sequence, SequenceStep]]:
+        self._admit()
+        limits = self.loaded.limits
+        tokens, outputs = limits.tokens_max, limits.outputs_max
+        decoding = [s for s in self._running if s.computed == len(s.tokens) - 1 and not s.score]
+        prefilling = [s for s in self._running if s not in decoding]
+        batch: list[tuple[Sequence, SequenceStep]] = []
+        for sequence in decoding + prefilling:
+            if len(sequence.outbox) >= RUN_AHEAD_MAX or not tokens or not outputs:
+                continue
+            count = min(len(sequence.tokens) - sequence.computed, tokens)
+            if sequence.score:
+                count = min(count, outputs)
+                wanted = tuple(range(count))
+            else:
+                last = sequence.computed + count == len(sequence.tokens)
+                wanted = (count - 1,) if last else ()
+            tokens -= count
+            outputs -= len(wanted)
+            used = math.ceil((sequence.computed + count) / limits.page_positions)
+            step = SequenceStep(
+                tokens=sequence.tokens[sequence.computed : sequence.computed + count],
+                position=sequence.computed,
+                pages=sequence.pages[:used],
+                outputs=wanted,
+                inv_temperature=sequence.sampling.inv_temperature,
+            )
+            batch.append((sequence, step))
+        # Rotate: with more sequences than fit into a step, each gets its turn.
+        if len(batch) < len(self._running) and self._running:
+            self._running.append(self._running.pop(0))
+        return batch
+
+    def _admit(self) -> None:
+        """Start waiting sequences, first come first served, while their pages are free."""
+        limits = self.loaded.limits
+        while self._waiting:
+            sequence = self._waiting[0]
+            length = sequence.prompt_length + (0 if sequence.score else sequence.tokens_max)
+            need = math.ceil(min(length, limits.context) / limits.page_positions)
+            if need > self.pool.free:
+                return
+            self._waiting.popleft()
+            sequence.pages = self.pool.take(need)
+            self._running.append(sequence)
+
+    async def _step(self, batch: list[tuple[Sequence, SequenceStep]]) -> None:
+        self._in_step = tuple(s for s, _ in batch)
+        result = None
+        logits = any(s.want_logits or s.score for s, step in batch if step.outputs)
+        try:
+            with trio.CancelScope() as self._step_scope:
+                result = await self.coordinator.step(
+                    self.loaded, [step for _, step in batch], logits=logits
+                )
+                self._steps += 1
+                output = 0
+                for sequence, step in batch:
+                    sequence.computed += len(step.tokens)
+                    if sequence.computed <= sequence.prompt_length:
+                        self._prompt_tokens += len(step.tokens)
+                    if step.outputs and not sequence.released:
+                        await self._deliver(sequence, step, result, output)
+                    output += len(step.outputs)
+        finally:
+            self._in_step, self._step_scope = (), None
+            for sequence, _ in batch:
+                if sequence.ended:
+                    self._retire(sequence)
+
+    async def _deliver(
+        self, sequence: Sequence, step: SequenceStep, result: StepResult, output: int
+    ) -> None:
+        if sequence.score:
+            assert result.logits is not None
+            rows = result.logits[output : output + len(step.outputs)]
+            sequence.outbox.append(Scored(step.position, rows))
+            if sequence.computed == len(sequence.tokens):
+                sequence.finish = "length"
+            sequence.signal()
+            return
+        position = len(sequence.tokens)
+        choice = await self._choose(sequence, result, output, position)
+        if choice.id in sequence.stop_ids:
+            sequence.finish = "stop"
+            sequence.signal()
+            return
+        logits = None
+        if sequence.want_logits:
+            assert result.logits is not None
+            logits = result.logits[output]
+        sequence.tokens.append(choice.id)
+        sequence.outbox.append(Sampled(choice.id, choice.logprob, position, logits))
+        self._generated_tokens += 1
+        if len(sequence.tokens) - sequence.prompt_length >= sequence.tokens_max:
+            sequence.finish = "length"
+        elif len(sequence.tokens) >= self.loaded.limits.context:
+            sequence.finish = "context"
+        sequence.signal()
+
+    async def _choose(
+        self, sequence: Sequence, result: StepResult, output: int, position: int
+    ) -> sampling.Choice:
+        vocabulary = self.loaded.model.shape.vocabulary
+        ids, values = sampling.order(result.ids[output], result.values[output], vocabulary)
+        choice = sampling.choose(
+            sequence.sampling, position, ids, values, result.stats[output], vocabulary
+        )
+        if choice is not None:
+            return choice
+        if result.logits is not None:
+            logits = result.logits[output]
+        else:
+            logits = await self.coordinator.read_logits(self.loaded, output)
+        return sampling.choose_from_logits(
+            sequence.sampling, position, np.ascontiguousarray(logits)
+        )
+
+    def _retire(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+        self.pool.give(sequence.pages)
+
+    def _end(self, sequences: Seq[Sequence], error: SpankerError) -> None:
+        for sequence in tuple(sequences):
+            if not sequence.ended:
+                sequence.error = error
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            self._retire(sequence)
+            sequence.signal()

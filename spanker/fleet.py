@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public face: a fleet of cards, a model on it, a generation.
+
+    async with spanker.open_fleet("soft:3") as fleet:
+        model = await fleet.load("smollm2")
+        async for token in model.generate("The capital of France is", max_tokens=32):
+            print(token.text, end="")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import NoReturn
+
+import attrs
+import numpy as np
+import trio
+
+from spanker.actors import session as sessions
+from spanker.actors.coordinator import (
+    F32,
+    Coordinator,
+    LoadedModel,
+    Progress,
+    open_coordinator,
+)
+from spanker.actors.message import CardInfo
+from spanker.actors.session import Sampled, Scored, Session, SessionStats
+from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
+from spanker.device.spec import parse_fleet
+from spanker.errors import ConfigError, ContextLengthError, PlanError, SpankerError
+from spanker.ggml import catalog
+from spanker.ggml.architectures import llama
+from spanker.ggml.chat import ChatTemplate
+from spanker.ggml.detokenizer import StopMatcher, StreamDecoder
+from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.sampling import SamplingParams
+from spanker.ggml.tokenizer import Tokenizer
+from spanker.sched.bandwidth import Profile
+from spanker.sched.bandwidth import profile as find_profile
+from spanker.sched.layout import fit_kv_pages
+from spanker.sched.plan import Limits, Plan
+from spanker.sched.planner import Decision, decide, make_plan
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_PROMPT_CHUNK = 512
+PROMPT_CHUNK_MAX = 8192
+DEFAULT_MAX_TOKENS = 256
+PAGE_POSITIONS = 64
+OUTPUTS_MAX = 64
+CANDIDATES = 64
+# By default the KV pool holds so many full contexts, or what the cards have room for.
+KV_CONTEXTS = 8
+
+
+@attrs.frozen
+class Token:
+    """One generated token.
+
+    `text` is what it adds to the output: possibly nothing yet (half a character, the start of a
+    stop string).  `logprob` is natural, at the temperature; `position` counts from the start of the
+    prompt; `logits` (vocabulary,) float32 if asked for.  A last token with id None carries text
+    that was held back for a stop string that never came.
+    """
+
+    id: int | None
+    text: str
+    logprob: float
+    position: int
+    logits: F32 | None = attrs.field(default=None, repr=False, eq=False)
+
+
+@attrs.frozen
+class CardStats:
+    """What one card has done and holds.  `busy_s` is time spent computing since it was opened."""
+
+    number: int
+    name: str
+    isa: str
+    share: str
+    ddr_used_bytes: int
+    ddr_total_bytes: int
+    commands: int
+    steps: int
+    busy_s: float
+    ddr_read_bytes: int
+    ddr_written_bytes: int
+    link_tx_bytes: tuple[int, ...]
+    link_rx_bytes: tuple[int, ...]
+
+
+@attrs.frozen
+class FleetStats:
+    """Counters of every card, and of every model's session in order of loading."""
+
+    cards: tuple[CardStats, ...]
+    sessions: tuple[SessionStats, ...]
+
+
+class Generation:
+    """Tokens of one sequence, as they come: an async iterator.
+
+    Ends by itself; `close()` or dropping it ends it early and frees its KV pages, and so does
+    cancellation of whoever iterates.  Iterate from one task.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sequence: sessions.Sequence,
+        tokenizer: Tokenizer,
+        stops: StopMatcher,
+    ) -> None:
+        self._session = session
+        self._sequence = sequence
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = stops
+        self._over = False
+        self.prompt_ids: tuple[int, ...] = tuple(sequence.tokens)
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Token:
+        """The next token.  A checkpoint.  Raises the failure of the sequence's step or card."""
+        if self._over:
+            await trio.lowlevel.checkpoint()
+            raise StopAsyncIteration
+        try:
+            item = await self._sequence.next()
+            token = self._token(item) if isinstance(item, Sampled) else self._last()
+        except BaseException:
+            self.close()
+            raise
+        if token is None:
+            raise StopAsyncIteration
+        self.text += token.text
+        return token
+
+    def _token(self, item: Sampled) -> Token:
+        text, stopped = self._stops.push(self._decoder.push(item.id))
+        self.token_ids.append(item.id)
+        if stopped:
+            self._finish("stop")
+        return Token(item.id, text, item.logprob, item.position, item.logits)
+
+    def _last(self) -> Token | None:
+        text, stopped = self._stops.push(self._decoder.finish())
+        if not stopped:
+            text += self._stops.finish()
+        self._finish("stop" if stopped else self._sequence.finish)
+        if not text:
+            return None
+        return Token(None, text, 0.0, len(self.prompt_ids) + len(self.token_ids))
+
+    def _finish(self, reason: str | None) -> None:
+        self.finish_reason = reason
+        self.close()
+
+    def close(self) -> None:
+        """End the generation; never blocks, idempotent."""
+        self._over = True
+        self._session.release(self._sequence)
+
+    async def collect(self) -> str:
+        """Run to the end; the whole text."""
+        async for _ in self:
+            pass
+        return self.text
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_over", True):
+            self.close()
+
+
+class Model:
+    """A model on the cards of a fleet.  Made by `Fleet.load`; lives as long as its fleet."""
+
+    def __init__(
+        self,
+        path: str,
+        gguf: GGUFFile,
+        loaded: LoadedModel,
+        session: Session,
+        decisions: tuple[Decision, ...],
+    ) -> None:
+        self.path = path
+        self.decisions = decisions
+        self._loaded = loaded
+        self._session = session
+        self._metadata = gguf.metadata
+        self._tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        self._template: ChatTemplate | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in the file's metadata, else the file's name."""
+        name = self._metadata.get("general.name")
+        return name if isinstance(name, str) and name else os.path.basename(self.path)
+
+    @property
+    def plan(self) -> Plan:
+        return self._loaded.plan
+
+    @property
+    def context(self) -> int:
+        """Positions that one sequence can have."""
+        return self._loaded.limits.context
+
+    @property
+    def vocabulary(self) -> int:
+        return self._loaded.model.shape.vocabulary
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads over all cards."""
+        return self._loaded.model.weight_bytes
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text; `special` recognises control tokens such as <|im_start|> in it.
+
+        Use special=False for text from strangers.
+        """
+        return self._tokenizer.encode(text, special=special)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """The text of token ids; control tokens add nothing."""
+        return self._tokenizer.decode(ids)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation by the model's own template, ready for the answer."""
+        if self._template is None:
+            self._template = ChatTemplate.from_metadata(self._metadata, self._tokenizer)
+        return self._tokenizer.encode(self._template.render(messages), add_bos=False)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logits: bool = False,
+    ) -> Generation:
+        """Start generating from a text or token ids; iterate over the result.
+
+        Greedy unless a temperature is given; sampling depends on (seed, position) alone.  Ends at an
+        end-of-text token (unless ignored), a stop string, max_tokens, or a full context.  With
+        `logits` every token carries its logits.  Raises RequestError, ContextLengthError.
+        """
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        matcher = StopMatcher(stops)
+        sequence = self._session.add(
+            ids,
+            max_tokens,
+            SamplingParams(temperature, top_k, top_p, min_p, seed),
+            stop_ids=frozenset() if ignore_eos else self._tokenizer.stop_ids,
+            want_logits=logits,
+        )
+        return Generation(self._session, sequence, self._tokenizer, matcher)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: object) -> Generation:
+        """`generate` the assistant's next message; options as for `generate`."""
+        return self.generate(self.chat_prompt(messages), **options)  # type: ignore[arg-type]
+
+    async def score(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, F32]]:
+        """Logits of a forced sequence in pieces (first position, (tokens, vocabulary) float32)."""
+        sequence = self._session.add(ids, 0, SamplingParams(), score=True)
+        try:
+            while (item := await sequence.next()) is not None:
+                assert isinstance(item, Scored)
+                yield item.position, item.logits
+        finally:
+            self._session.release(sequence)
+
+    async def logits(self, ids: Sequence[int]) -> F32:
+        """float32 (tokens, vocabulary): row i are the logits after ids[:i + 1]."""
+        parts: list[F32] = []
+        async with contextlib.aclosing(self.score(ids)) as pieces:
+            async for _, rows in pieces:
+                parts.append(rows)
+        return np.concatenate(parts)
+
+    @property
+    def stats(self) -> SessionStats:
+        return self._session.stats
+
+
+class Fleet:
+    """An open fleet.  Made by `open_fleet`."""
+
+    def __init__(
+        self, coordinator: Coordinator, rig: SoftRig, profile: Profile, nursery: trio.Nursery
+    ) -> None:
+        self.profile = profile
+        self._coordinator = coordinator
+        self._rig = rig
+        self._nursery = nursery
+        self._models: list[Model] = []
+
+    @property
+    def cards(self) -> tuple[CardInfo, ...]:
+        """What each card says of itself, by card number."""
+        return self._coordinator.cards
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the model loaded last; PlanError before there is one."""
+        if not self._models:
+            raise PlanError("no model has been loaded, so there is no plan yet: await fleet.load()")
+        return self._models[-1].plan
+
+    @property
+    def devices(self) -> tuple[SoftCard, ...]:
+        """The devices behind the cards, for tests that make them fail."""
+        return tuple(self._rig.cards)
+
+    async def load(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        plan: str = "auto",
+        ctx: int | None = None,
+        prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
+        kv_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Model:
+        """Load a model by name (see `spanker pull`) or path onto all cards.
+
+        `plan` is auto, tp, pp or tpAxppB; `ctx` the positions per sequence (default: the model's,
+        at most 4096); `prompt_chunk` the most prompt tokens per step; `kv_tokens` the positions of
+        all sequences together (default: 8 contexts, or what fits); `progress(done, total)` counts
+        bytes.  Raises ModelError, PlanError, CardMemoryError.
+        """
+        path = str(catalog.resolve(os.fspath(model)))
+        gguf = GGUFFile(path)
+        try:
+            parsed = llama.read_model(gguf)
+            made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
+            limits = self._limits(parsed, made, ctx, prompt_chunk, kv_tokens)
+            decisions = decide(parsed.shape, len(self.cards), self.profile)
+            loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)
+            session = Session(self._coordinator, loaded)
+            out = Model(path, gguf, loaded, session, decisions)
+        finally:
+            gguf.close()
+        self._nursery.start_soon(session.run)
+        self._models.append(out)
+        return out
+
+    def _limits(
+        self,
+        model: llama.LlamaModel,
+        plan: Plan,
+        ctx: int | None,
+        prompt_chunk: int,
+        kv_tokens: int | None,
+    ) -> Limits:
+        context = min(model.shape.context, DEFAULT_CONTEXT) if ctx is None else ctx
+        if not 1 <= context <= model.shape.context:
+            raise ContextLengthError(
+                f"a context of {context} is not possible: the model was made for 1 to "
+                f"{model.shape.context:,} positions"
+            )
+        if not 1 <= prompt_chunk <= PROMPT_CHUNK_MAX:
+            raise ConfigError(
+                f"the prompt chunk must be 1 to {PROMPT_CHUNK_MAX} tokens, got {prompt_chunk}"
+            )
+        if kv_tokens is not None and kv_tokens < context:
+            raise ConfigError(
+                f"kv_tokens must hold at least one context of {context}, got {kv_tokens}"
+            )
+        # A step must also be able to carry one token of several sequences.
+        tokens = min(max(prompt_chunk, 1), context) if prompt_chunk >= OUTPUTS_MAX else prompt_chunk
+        wanted = -(-(kv_tokens or KV_CONTEXTS * context) // PAGE_POSITIONS)
+        limits = Limits(
+            context=context,
+            tokens_max=tokens,
+            outputs_max=min(OUTPUTS_MAX, tokens),
+            candidates=min(CANDIDATES, model.shape.vocabulary),
+            kv_pages=0,
+            page_positions=PAGE_POSITIONS,
+        )
+        ddr = tuple(card.ddr_bytes for card in self.cards)
+        pages = fit_kv_pages(model.shape, plan, limits, ddr, wanted)
+        if kv_tokens is not None and pages < wanted:
+            raise ConfigError(
+                f"a KV cache of {kv_tokens:,} positions does not fit: the cards have room for "
+                f"{pages * PAGE_POSITIONS:,}; lower kv_tokens or use more cards"
+            )
+        return attrs.evolve(limits, kv_pages=pages)
+
+    async def stats(self) -> FleetStats:
+        """Read every card's counters."""
+        counters = await self._coordinator.counters()
+        cards = tuple(
+            CardStats(
+                number=number,
+                name=info.name,
+                isa=info.isa,
+                share=self._share(number),
+                ddr_used_bytes=c.ddr_used_bytes,
+                ddr_total_bytes=c.ddr_total_bytes,
+                commands=c.commands,
+                steps=c.steps,
+                busy_s=c.busy_ns / 1e9,
+                ddr_read_bytes=c.ddr_read_bytes,
+                ddr_written_bytes=c.ddr_written_bytes,
+                link_tx_bytes=c.link_tx_bytes,
+                link_rx_bytes=c.link_rx_bytes,
+            )
+            for number, (info, c) in enumerate(zip(self.cards, counters, strict=True))
+        )
+        return FleetStats(cards, tuple(m.stats for m in self._models))
+
+    def _share(self, card: int) -> str:
+        if not self._models:
+            return "-"
+        return describe_share(self.plan, card)
+
+
+def describe_share(plan: Plan, card: int) -> str:
+    """In words, what a plan gives a card."""
+    if card not in plan.cards:
+        return "nothing"
+    number, share = plan.place(card)
+    stage = plan.stages[number]
+    parts = [f"layers {stage.layers.start}-{stage.layers.stop - 1}"]
+    if len(stage.shares) > 1:
+        parts.append(f"{share.heads.size} heads, {share.ffn.size} ffn")
+    if not share.vocabulary.empty and len(plan.cards) > 1:
+        parts.append(f"{share.vocabulary.size} vocab")
+    return ", ".join(parts)
+
+
+@contextlib.asynccontextmanager
+async def open_fleet(
+    cards: str | int | Sequence[SoftCardSpec] = "soft:1",
+    *,
+    profile: str | Profile = "native",
+    channel: str = "memory",
+    workers: int | None = None,
+    hang_timeout_s: float = 10.0,
+) -> AsyncIterator[Fleet]:
+    """Open a fleet of cards; everything it starts ends with the `async with` block.
+
+    `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
+    `soft:4:64MiB`; `profile` names the speeds to plan by and, where its host link is throttled, to
+    keep; `channel` is memory or unix; `workers` native threads step the cards (default: one per
+    card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
+    taken for hung.  Raises ConfigError and CardError.
+    """
+    specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
+    chosen = find_profile(profile) if isinstance(profile, str) else profile
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    with _one_error(), SoftRig(specs, workers) as rig:
+        async with (
+            open_coordinator(
+                rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s
+            ) as coordinator,
+            trio.open_nursery() as nursery,
+        ):
+            try:
+                yield Fleet(coordinator, rig, chosen, nursery)
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Nurseries wrap errors in groups; whoever opened the fleet gets the one error there was."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        _raise_single(group)
+
+
+def _raise_single(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if error is group or isinstance(error, BaseExceptionGroup):
+        raise error
+    # The traceback of the original is kept; the group adds nothing.
+    raise error from error.__cause__
+
+
+__all__ = [
+    "CardStats",
+    "Fleet",
+    "FleetStats",
+    "Generation",
+    "Model",
+    "Token",
+    "describe_share",
+    "open_fleet",
+]
+
