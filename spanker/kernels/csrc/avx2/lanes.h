@@ -46,12 +46,6 @@ static inline lanes l_load_f16(const uint16_t *p)
                    _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
 
-static inline void l_store_f16(uint16_t *p, lanes a)
-{
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
-}
-
 static inline lanes l_abs(lanes a)
 {
     __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));

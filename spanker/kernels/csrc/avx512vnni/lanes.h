@@ -24,11 +24,6 @@ static inline lanes l_load_f16(const uint16_t *p)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
-static inline void l_store_f16(uint16_t *p, lanes a)
-{
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
-
 static inline lanes l_abs(lanes a)
 {
     return _mm512_castsi512_ps(

@@ -27,22 +27,37 @@ int kv_append__scalar(const struct spk_kv *kv, uint32_t page, uint32_t pos, cons
     return status;
 }
 
+/* Keys and values are finite (kv_append sees to it), which spares the conversion a branch. */
+static inline float finite_f16(uint16_t h)
+{
+    uint32_t mag = (uint32_t)(h & 0x7fffu) << 13;
+    return spk_float(spk_bits(spk_float(mag) * 0x1p112f) | (uint32_t)(h & 0x8000u) << 16);
+}
+
+/* Scores of the 16 positions of a key tile, one lane each. */
+static void score_tile(const float *q, const uint16_t *keys, size_t dim, float scale, float s[16])
+{
+    for (int l = 0; l < 16; l++)
+        s[l] = 0.0f;
+    for (size_t i = 0; i < dim; i++)
+        for (size_t l = 0; l < 16; l++)
+            s[l] = s[l] + q[i] * finite_f16(keys[i * 16 + l]);
+    for (int l = 0; l < 16; l++)
+        s[l] = s[l] * scale;
+}
+
 int attention__scalar(const struct spk_attention *a)
 {
     const struct spk_kv *kv = &a->kv;
-    size_t dim = kv->head_dim;
+    size_t dim = kv->head_dim, page = kv->page_positions;
     int status = SPK_OK;
     for (size_t j = 0; j < a->queries; j++) {
         size_t n = a->visible[j];
-        float *score = a->scratch, max = 0.0f, lane[16] = {0};
+        float *score = a->scratch, *out = a->out[j], max = 0.0f, lane[16] = {0};
+        for (size_t p = 0; p < n; p += 16)
+            score_tile(a->q[j], page_of(kv, a->pages[p / page], a->kv_head) + p % page * dim, dim,
+                       a->scale, score + p);
         for (size_t p = 0; p < n; p++) {
-            size_t in_page = p % kv->page_positions;
-            const uint16_t *keys = page_of(kv, a->pages[p / kv->page_positions], a->kv_head) +
-                                   (in_page / 16) * 16 * dim + in_page % 16;
-            float s = 0.0f;
-            for (size_t i = 0; i < dim; i++)
-                s = s + a->q[j][i] * spk_f16_to_f32(keys[i * 16]);
-            score[p] = s * a->scale;
             if (spk_nonfinite(score[p]))
                 status = SPK_E_NONFINITE;
             if (p == 0 || score[p] > max)
@@ -53,16 +68,16 @@ int attention__scalar(const struct spk_attention *a)
             lane[p % 16] = lane[p % 16] + score[p];
         }
         float sum = spk_tree16(lane);
-        for (size_t i = 0; i < dim; i++) {
-            float o = 0.0f;
-            for (size_t p = 0; p < n; p++) {
-                const uint16_t *values =
-                    page_of(kv, a->pages[p / kv->page_positions], a->kv_head) +
-                    kv->page_positions * dim + (p % kv->page_positions) * dim;
-                o = o + score[p] * spk_f16_to_f32(values[i]);
-            }
-            a->out[j][i] = o / sum;
+        for (size_t i = 0; i < dim; i++)
+            out[i] = 0.0f;
+        for (size_t p = 0; p < n; p++) {
+            const uint16_t *values =
+                page_of(kv, a->pages[p / page], a->kv_head) + (page + p % page) * dim;
+            for (size_t i = 0; i < dim; i++)
+                out[i] = out[i] + score[p] * finite_f16(values[i]);
         }
+        for (size_t i = 0; i < dim; i++)
+            out[i] = out[i] / sum;
     }
     return status;
 }

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures on demand.  Only soft cards can fail so far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spanker import aio
+    from spanker.device.soft import SoftCard
+    from spanker.fleet import Fleet
+
+
+def kill(fleet: Fleet | aio.Fleet, card: int) -> None:
+    """Card number `card` vanishes, with all that it holds; never blocks.
+
+    Whoever waits for a step of the fleet gets CardLostError at once; with nothing under way the
+    next step, load or look at its counters does.  There is no way back.
+    """
+    _device(fleet, card).kill()
+
+
+def hang(fleet: Fleet | aio.Fleet, card: int) -> None:
+    """Card number `card` still answers and accepts work, but never does it; never blocks.
+
+    Whoever waits for a step of the fleet gets CardHungError after the fleet's `hang_timeout_s`.
+    """
+    _device(fleet, card).hang()
+
+
+def _device(fleet: Fleet | aio.Fleet, card: int) -> SoftCard:
+    devices = fleet.devices
+    if not 0 <= card < len(devices):
+        raise ValueError(f"no card {card}: the fleet has cards 0 to {len(devices) - 1}")
+    return devices[card]

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models for tests: GGUF files of a few hundred kilobytes with seeded random weights.
+
+`write_tiny_llama` writes a whole model that loads and generates; `tiny_llama` gives its metadata
+and tensors as values, to be altered and then written with `write_gguf`, for tests of broken files.
+The words such a model says mean nothing, but depend on every weight, token and position.
+
+Layout after the GGUF specification (docs/gguf.md in ggml); blocks after ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from spanker.ggml.gguf import DEFAULT_ALIGNMENT, GGMLType
+from spanker.ggml.tokenizer import TokenType
+
+Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
+
+BOS = "<|endoftext|>"
+_CONTROLS = (BOS, "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# With fewer tokens there would be no room for all bytes and the control tokens.
+VOCABULARY_MIN = 256 + len(_CONTROLS)
+_Q8_MAX, _Q4_MAX, _BLOCK = 127, 15, 32
+
+
+# --- any GGUF ------------------------------------------------------------------------
+
+
+@attrs.frozen
+class GGUFTensor:
+    """A tensor as it stands in a file: `shape` rows first, `data` in the layout of `type`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    data: bytes = attrs.field(repr=False)
+
+
+def tensor(name: str, values: npt.NDArray[np.float32], format: str = "f32") -> GGUFTensor:
+    """Float values (rows, k) or (n,) as a tensor of f32, f16, q8_0, q4_0 or q4_1.
+
+    The quantised formats work in blocks of 32 along the last dimension.
+    """
+    kind = GGMLType[format.upper()]
+    return GGUFTensor(name, values.shape, kind, _encode(values.astype(np.float32), kind))
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Value],
+    tensors: Iterable[GGUFTensor],
+    *,
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> Path:
+    """Write a GGUF (version 3) of just these keys and tensors; nothing is checked.
+
+    Python values become bool, uint32 or int64, float32, string, and arrays of these; arrays of
+    integers are int32.  An alignment other than 32 needs the key `general.alignment` too.
+    """
+    tensors = tuple(tensors)
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        head += [_string(key), _value(value)]
+    offset = 0
+    for t in tensors:
+        dimensions = t.shape[::-1]
+        head.append(_string(t.name) + struct.pack("<I", len(dimensions)))
+        head.append(struct.pack(f"<{len(dimensions)}QIQ", *dimensions, t.type, offset))
+        offset += _padded(len(t.data), alignment)
+    start = b"".join(head)
+    with open(path, "wb") as file:
+        file.write(start.ljust(_padded(len(start), alignment), b"\0"))
+        for t in tensors:
+            file.write(t.data.ljust(_padded(len(t.data), alignment), b"\0"))
+    return Path(path)
+
+
+def _padded(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Value) -> bytes:
+    """A value behind the number of its type."""
+    if isinstance(value, bool):
+        return struct.pack("<IB", 7, value)
+    if isinstance(value, int):
+        small = 0 <= value < 1 << 32
+        return struct.pack("<II", 4, value) if small else struct.pack("<Iq", 11, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _string(value)
+    items = list(value)
+    if items and isinstance(items[0], str):
+        kind, body = 8, b"".join(_string(str(item)) for item in items)
+    elif items and isinstance(items[0], bool):
+        kind, body = 7, bytes(map(bool, items))
+    elif items and isinstance(items[0], float):
+        kind, body = 6, np.asarray(items, "<f4").tobytes()
+    else:
+        kind, body = 5, np.asarray(items, "<i4").tobytes()
+    return struct.pack("<IIQ", 9, kind, len(items)) + body
+
+
+def _encode(values: npt.NDArray[np.float32], kind: GGMLType) -> bytes:
+    if kind == GGMLType.F32:
+        return values.astype("<f4").tobytes()
+    if kind == GGMLType.F16:
+        return values.astype("<f2").tobytes()
+    if values.shape[-1] % _BLOCK:
+        raise ValueError(f"{kind.name} needs rows of whole blocks of {_BLOCK}, got {values.shape}")
+    blocks = values.reshape(-1, _BLOCK)
+    if kind == GGMLType.Q8_0:
+        d = np.abs(blocks).max(1, keepdims=True) / _Q8_MAX
+        return _columns(_f16(d), np.rint(_divided(blocks, d)).astype(np.int8))
+    if kind == GGMLType.Q4_0:
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
+        d = extreme / -8
+        return _columns(_f16(d), _nibbles(_divided(blocks, d) + 8))
+    if kind == GGMLType.Q4_1:
+        low = blocks.min(1, keepdims=True)
+        d = (blocks.max(1, keepdims=True) - low) / _Q4_MAX
+        return _columns(_f16(d), _f16(low), _nibbles(_divided(blocks - low, d)))
+    raise ValueError(f"no writer for {kind.name}: expected F32, F16, Q8_0, Q4_0 or Q4_1")
+
+
+def _divided(
+    values: npt.NDArray[np.float32], by: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    return np.divide(values, by, out=np.zeros_like(values), where=by != 0)
+
+
+def _f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    return values.astype("<f2").view(np.uint8)
+
+
+def _nibbles(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Rounded to 0..15; the first half of a block sits in the low nibbles."""
+    q = np.clip(np.rint(values), 0, _Q4_MAX).astype(np.uint8)
+    half = _BLOCK // 2
+    return q[:, :half] | q[:, half:] << 4
+
+
+def _columns(*parts: npt.NDArray[np.generic]) -> bytes:
+    return np.concatenate([part.view(np.uint8) for part in parts], axis=1).tobytes()
+
+
+# --- a tiny llama --------------------------------------------------------------------
+
+
+@attrs.frozen
+class TinyModel:
+    """A model as values; both containers are copies that a test may change as it likes."""
+
+    metadata: dict[str, Value]
+    tensors: dict[str, GGUFTensor]
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        return write_gguf(path, self.metadata, self.tensors.values())
+
+
+def write_tiny_llama(
+    path: str | os.PathLike[str],
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    ffn: int = 128,
+    vocabulary: int = 320,
+    format: str = "q4_0",
+    seed: int = 0,
+    context: int = 256,
+    tied: bool = True,
+) -> Path:
+    """Write the model of `tiny_llama` to `path`, and return the path."""
+    return tiny_llama(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        vocabulary=vocabulary,
+        format=format,
+        seed=seed,
+        context=context,
+        tied=tied,
+    ).write(path)
+
+
+def tiny_llama(
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    ffn: int = 128,
+    vocabulary: int = 320,
+    format: str = "q4_0",
+    seed: int = 0,
+    context: int = 256,
+    tied: bool = True,
+) -> TinyModel:
+    """A llama with random weights, and a byte-level tokenizer for any text.
+
+    All matrices are in `format` (f32, f16, q8_0, q4_0, q4_1); the quantised ones need `hidden`,
+    `ffn` and heads x head_dim to be multiples of 32.  The vocabulary is `tiny_vocabulary`.  The
+    same arguments give the same bytes.  Activations stay far inside what f16 holds.
+    """
+    rng = np.random.default_rng(seed)
+    dim = hidden // heads if head_dim is None else head_dim
+    tensors: dict[str, GGUFTensor] = {}
+
+    def matrix(name: str, rows: int, k: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
+        values = rng.standard_normal((rows, k)) * (gain / np.sqrt(k))
+        return values.astype(np.float32)
+
+    def put(name: str, values: npt.NDArray[np.float32], kind: str = format) -> None:
+        tensors[name] = tensor(name, values, kind)
+
+    def norm(name: str) -> None:
+        put(name, (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32), "f32")
+
+    def words(name: str) -> None:
+        values = matrix(name, vocabulary, hidden)
+        # Control tokens are unlikely, so that a generation does not soon end by itself.
+        values[_control_ids()] /= 16
+        put(name, values)
+
+    words("token_embd.weight")
+    for i in range(layers):
+        norm(f"blk.{i}.attn_norm.weight")
+        norm(f"blk.{i}.ffn_norm.weight")
+        for part, rows, k, gain in (
+            ("attn_q", heads * dim, hidden, 2.0),
+            ("attn_k", kv_heads * dim, hidden, 2.0),
+            ("attn_v", kv_heads * dim, hidden, 2.0),
+            ("attn_output", hidden, heads * dim, 2.0),
+            ("ffn_gate", ffn, hidden, 2.0),
+            ("ffn_up", ffn, hidden, 2.0),
+            ("ffn_down", hidden, ffn, 2.0),
+        ):
+            name = f"blk.{i}.{part}.weight"
+            put(name, matrix(name, rows, k, gain))
+    norm("output_norm.weight")
+    if not tied:
+        words("output.weight")
+    metadata: dict[str, Value] = {
+        "general.architecture": "llama",
+        "general.name": "tiny llama",
+        "llama.block_count": layers,
+        "llama.context_length": context,
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": ffn,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": kv_heads,
+        "llama.attention.key_length": dim,
+        "llama.attention.value_length": dim,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": dim,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": vocabulary,
+        **tiny_vocabulary(vocabulary),
+    }
+    return TinyModel(metadata, tensors)
+
+
+def _control_ids() -> list[int]:
+    return list(range(256, VOCABULARY_MIN))
+
+
+def tiny_vocabulary(size: int = 320) -> dict[str, Value]:
+    """The `tokenizer.*` keys of a gpt2-BPE vocabulary with `size` tokens and a chat template.
+
+    Ids 0 to 255 are the bytes, then `<|endoftext|>` (BOS and end), `<|im_start|>`, `<|im_end|>`
+    (end of a turn), then merges of two letters, as many as there is room for.
+    """
+    if size < VOCABULARY_MIN:
+        raise ValueError(f"a tiny vocabulary has at least {VOCABULARY_MIN} tokens, got {size}")
+    common = "ĠetaoinshrdlucmfwypvbgkjqxzETAOINSHRDLUCMFWYPVBGKJQXZ.,!?0123456789"
+    pairs = product(enumerate(common), enumerate(common[1:]))
+    # The commonest pairs first.
+    ranked = sorted(pairs, key=lambda pair: pair[0][0] + pair[1][0])
+    merges = [(a, b) for (_, a), (_, b) in ranked[: size - VOCABULARY_MIN]]
+    spare = size - VOCABULARY_MIN - len(merges)
+    tokens = [*_byte_characters(), *_CONTROLS]
+    tokens += [a + b for a, b in merges] + [f"<|spare{i}|>" for i in range(spare)]
+    types = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * len(_CONTROLS)
+    types += [TokenType.NORMAL] * len(merges) + [TokenType.UNUSED] * spare
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(t) for t in types],
+        "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eos_token_id": 256,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]

@@ -1,0 +1,467 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Runs every kernel of an instruction set beside the plain one, over awkward sizes, on buffers of
+ * exactly the promised size, and compares all bytes of the outputs: results, gaps and all. */
+#ifndef KERNEL_COMPARE_H
+#define KERNEL_COMPARE_H
+
+#include <math.h>
+
+#include "native_test.h"
+#include "spk_kernels.h"
+
+#define PLAIN (&spk_kernels__scalar)
+
+static inline void compare_bytes(const void *got, const void *expected, size_t n)
+{
+    const uint8_t *a = got, *b = expected;
+    for (size_t i = 0; i < n; i++)
+        if (a[i] != b[i]) {
+            fprintf(stderr, "byte %zu of %zu is %#x, expected %#x\n  case: %s\n", i, n, a[i], b[i],
+                    test_case);
+            exit(1);
+        }
+}
+
+/* A finite f16, a twentieth of them subnormal. */
+static inline uint16_t random_f16(struct rng *r)
+{
+    uint16_t h = (uint16_t)rng_next(r);
+    return (h & 0x7c00u) == 0x7c00u ? (uint16_t)(h ^ 0x4000u) : h;
+}
+
+/* Every float but NaN and infinities, all exponents alike. */
+static inline float any_finite(struct rng *r)
+{
+    uint32_t bits = (uint32_t)rng_next(r);
+    float x;
+    if ((bits & 0x7f800000u) == 0x7f800000u)
+        bits ^= 0x40000000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline size_t scales_of(int format)
+{
+    return format == SPK_Q4_1 ? 2 : 1;
+}
+
+/* GGML rows with finite scales, packed. */
+static inline uint8_t *random_packed(struct rng *r, int format, size_t rows, size_t k)
+{
+    size_t row_bytes = spk_row_bytes(format, k), row_stride = row_bytes + 3;
+    uint8_t *raw = exact(span(rows, row_bytes, row_stride));
+    uint8_t *packed = exact(spk_packed_bytes(format, rows, k));
+    for (size_t i = 0; i < rows; i++) {
+        uint8_t *row = raw + i * row_stride;
+        if (format == SPK_F32) {
+            for (size_t j = 0; j < k; j++) {
+                float x = rng_float(r);
+                memcpy(row + 4 * j, &x, 4);
+            }
+        } else if (format == SPK_F16) {
+            for (size_t j = 0; j < k; j++) {
+                uint16_t h = random_f16(r);
+                memcpy(row + 2 * j, &h, 2);
+            }
+        } else {
+            size_t block = row_bytes / (k / SPK_BLOCK);
+            for (size_t j = 0; j < row_bytes; j++)
+                row[j] = (uint8_t)rng_next(r);
+            for (size_t b = 0; b < k / SPK_BLOCK; b++)
+                for (size_t s = 0; s < scales_of(format); s++) {
+                    uint16_t h = random_f16(r);
+                    memcpy(row + b * block + 2 * s, &h, 2);
+                }
+        }
+    }
+    CHECK_EQUAL(spk_pack(format, raw, row_stride, packed, rows, k), SPK_OK);
+    free(raw);
+    return packed;
+}
+
+static inline void compare_matmul_q8(const struct spk_kernels *k, int format, size_t rows,
+                                     size_t blocks, size_t tokens, size_t begin, size_t end)
+{
+    struct rng r = {.state = (uint64_t)format * 1000003 + rows * 10007 + blocks * 101 + tokens};
+    CASE("%s matmul format %d, %zu rows, %zu blocks, %zu tokens, tiles %zu to %zu", k->name,
+         format, rows, blocks, tokens, begin, end);
+    uint8_t *w = random_packed(&r, format, rows, blocks * SPK_BLOCK);
+    int8_t *qs = exact(tokens * blocks * SPK_BLOCK);
+    float *d = exact_floats(&r, tokens * blocks);
+    int32_t *sum = exact(tokens * blocks * sizeof *sum);
+    for (size_t i = 0; i < tokens * blocks; i++) {
+        sum[i] = 0;
+        for (size_t j = 0; j < SPK_BLOCK; j++) {
+            qs[i * SPK_BLOCK + j] = (int8_t)((int)rng_below(&r, 255) - 127);
+            sum[i] += qs[i * SPK_BLOCK + j];
+        }
+    }
+    struct spk_q8 x = {.qs = qs, .d = d, .sum = sum, .blocks = blocks};
+    size_t stride = rows + 5, bytes = span(tokens, rows, stride) * sizeof(float);
+    float *got = exact(bytes), *expected = exact(bytes);
+    for (int i = 0; i < 2; i++) {
+        const struct spk_kernels *which = i ? k : PLAIN;
+        float *out = i ? got : expected;
+        switch (format) {
+        case SPK_Q4_0:
+            which->matmul_q4_0_q8(w, &x, out, stride, rows, tokens, begin, end);
+            break;
+        case SPK_Q4_1:
+            which->matmul_q4_1_q8(w, &x, out, stride, rows, tokens, begin, end);
+            break;
+        default: which->matmul_q8_0_q8(w, &x, out, stride, rows, tokens, begin, end); break;
+        }
+    }
+    compare_bytes(got, expected, bytes);
+    free(w), free(qs), free(d), free(sum), free(got), free(expected);
+}
+
+static inline void compare_matmul_float(const struct spk_kernels *k, int format, size_t rows,
+                                        size_t depth, size_t tokens, size_t begin, size_t end)
+{
+    struct rng r = {.state = (uint64_t)format * 1000003 + rows * 10007 + depth * 101 + tokens};
+    CASE("%s matmul format %d, %zu rows of %zu, %zu tokens, tiles %zu to %zu", k->name, format,
+         rows, depth, tokens, begin, end);
+    uint8_t *w = random_packed(&r, format, rows, depth);
+    size_t x_stride = depth + 3, stride = rows + 5;
+    float *x = exact_floats(&r, span(tokens, depth, x_stride));
+    size_t bytes = span(tokens, rows, stride) * sizeof(float);
+    float *got = exact(bytes), *expected = exact(bytes);
+    for (int i = 0; i < 2; i++) {
+        const struct spk_kernels *which = i ? k : PLAIN;
+        (format == SPK_F16 ? which->matmul_f16_f32 : which->matmul_f32_f32)(
+            w, x, x_stride, i ? got : expected, stride, rows, depth, tokens, begin, end);
+    }
+    compare_bytes(got, expected, bytes);
+    free(w), free(x), free(got), free(expected);
+}
+
+static inline void compare_matmuls(const struct spk_kernels *k)
+{
+    static const size_t rows[] = {0, 1, 15, 16, 17, 33}, blocks[] = {1, 2, 3, 5};
+    static const size_t tokens[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 17};
+    static const size_t depths[] = {0, 1, 7, 32, 33};
+    static const int quantised[] = {SPK_Q4_0, SPK_Q4_1, SPK_Q8_0}, floats[] = {SPK_F16, SPK_F32};
+    for (size_t a = 0; a < sizeof rows / sizeof *rows; a++)
+        for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++) {
+            size_t tiles = (rows[a] + 15) / 16;
+            for (size_t f = 0; f < 3; f++)
+                for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
+                    compare_matmul_q8(k, quantised[f], rows[a], blocks[b], tokens[t], 0, tiles);
+            for (size_t f = 0; f < 2; f++)
+                for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
+                    compare_matmul_float(k, floats[f], rows[a], depths[d], tokens[t], 0, tiles);
+        }
+    for (size_t begin = 0; begin <= 3; begin++)
+        for (size_t end = begin; end <= 3; end++) {
+            for (size_t f = 0; f < 3; f++)
+                compare_matmul_q8(k, quantised[f], 41, 3, 6, begin, end);
+            for (size_t f = 0; f < 2; f++)
+                compare_matmul_float(k, floats[f], 41, 9, 6, begin, end);
+        }
+}
+
+/* Integers as large as they get: nothing may wrap or saturate. */
+static inline void compare_extreme_integers(const struct spk_kernels *k)
+{
+    static const uint8_t bytes[] = {0x00, 0x0f, 0x7f, 0x80, 0x81, 0xf0, 0xff};
+    static const int8_t activations[] = {127, -127};
+    for (size_t f = 0; f < 3; f++)
+        for (size_t i = 0; i < sizeof bytes; i++)
+            for (size_t j = 0; j < sizeof activations; j++) {
+                int format = (int[]){SPK_Q4_0, SPK_Q4_1, SPK_Q8_0}[f];
+                CASE("%s format %d, weights of %#x, activations of %d", k->name, format, bytes[i],
+                     activations[j]);
+                size_t nbytes = spk_packed_bytes(format, 16, 32), ints = f == 2 ? 512 : 256;
+                uint8_t *w = exact(nbytes);
+                memset(w, bytes[i], nbytes);
+                for (size_t at = ints; at < nbytes; at += 2)
+                    memcpy(w + at, &(uint16_t){0x3c00}, 2);
+                int8_t qs[32];
+                memset(qs, activations[j], sizeof qs);
+                struct spk_q8 x = {qs, &(float){1.0f}, &(int32_t){32 * activations[j]}, 1};
+                float got[16], expected[16];
+                if (f == 0) {
+                    k->matmul_q4_0_q8(w, &x, got, 16, 16, 1, 0, 1);
+                    PLAIN->matmul_q4_0_q8(w, &x, expected, 16, 16, 1, 0, 1);
+                } else if (f == 1) {
+                    k->matmul_q4_1_q8(w, &x, got, 16, 16, 1, 0, 1);
+                    PLAIN->matmul_q4_1_q8(w, &x, expected, 16, 16, 1, 0, 1);
+                } else {
+                    k->matmul_q8_0_q8(w, &x, got, 16, 16, 1, 0, 1);
+                    PLAIN->matmul_q8_0_q8(w, &x, expected, 16, 16, 1, 0, 1);
+                }
+                compare_bytes(got, expected, sizeof got);
+                free(w);
+            }
+}
+
+static inline void compare_quantize(const struct spk_kernels *k)
+{
+    for (size_t width = 0; width <= 160; width += 32)
+        for (size_t tokens = 0; tokens < 4; tokens++)
+            for (int kind = 0; kind < 3; kind++) {
+                struct rng r = {.state = width * 7 + tokens * 3 + (uint64_t)kind};
+                CASE("%s quantize, k %zu, %zu tokens, kind %d", k->name, width, tokens, kind);
+                size_t blocks = width / 32, x_stride = width + 1, out_stride = blocks * 34 + 3;
+                size_t count = span(tokens, width, x_stride);
+                size_t bytes = span(tokens, blocks * 34, out_stride);
+                float *x = exact_floats(&r, count);
+                for (size_t i = 0; i < count; i++) {
+                    if (kind == 1) /* scales over the whole range of f16 */
+                        x[i] *= ldexpf(1.0f, (int)(i / 32 % 40) - 20);
+                    if (kind == 2)
+                        x[i] *= 0x1p-140f;
+                }
+                uint8_t *got = exact(bytes), *expected = exact(bytes);
+                CHECK_EQUAL(k->quantize_q8(x, x_stride, got, out_stride, width, tokens), SPK_OK);
+                CHECK_EQUAL(PLAIN->quantize_q8(x, x_stride, expected, out_stride, width, tokens),
+                            SPK_OK);
+                compare_bytes(got, expected, bytes);
+
+                size_t n = tokens * blocks;
+                int8_t *qs[2] = {exact(n * 32), exact(n * 32)};
+                float *d[2] = {exact(n * 4), exact(n * 4)};
+                int32_t *sum[2] = {exact(n * 4), exact(n * 4)};
+                k->expand_q8(got, out_stride, qs[0], d[0], sum[0], width, tokens);
+                PLAIN->expand_q8(got, out_stride, qs[1], d[1], sum[1], width, tokens);
+                compare_bytes(qs[0], qs[1], n * 32);
+                compare_bytes(d[0], d[1], n * 4);
+                compare_bytes(sum[0], sum[1], n * 4);
+                for (int i = 0; i < 2; i++)
+                    free(qs[i]), free(d[i]), free(sum[i]);
+                free(x), free(got), free(expected);
+            }
+}
+
+static inline void compare_rows(const struct spk_kernels *k)
+{
+    static const size_t widths[] = {1, 7, 15, 16, 17, 31, 32, 33, 80};
+    for (size_t a = 0; a < sizeof widths / sizeof *widths; a++)
+        for (size_t tokens = 0; tokens < 4; tokens++) {
+            size_t n = widths[a], stride = n + 3, bytes = span(tokens, n, stride) * 4;
+            struct rng r = {.state = n * 31 + tokens};
+            CASE("%s rows of %zu, %zu tokens", k->name, n, tokens);
+            float *x = exact_floats(&r, span(tokens, n, stride));
+            float *y = exact_floats(&r, span(tokens, n, n)), *w = exact_floats(&r, n);
+            float *got = exact(bytes), *expected = exact(bytes);
+            CHECK_EQUAL(k->rmsnorm(x, stride, w, got, stride, n, tokens, 1e-5f), SPK_OK);
+            CHECK_EQUAL(PLAIN->rmsnorm(x, stride, w, expected, stride, n, tokens, 1e-5f), SPK_OK);
+            compare_bytes(got, expected, bytes);
+            k->swiglu(x, stride, y, n, got, stride, n, tokens);
+            PLAIN->swiglu(x, stride, y, n, expected, stride, n, tokens);
+            compare_bytes(got, expected, bytes);
+            k->add(got, stride, y, n, n, tokens);
+            PLAIN->add(expected, stride, y, n, n, tokens);
+            compare_bytes(got, expected, bytes);
+            free(x), free(y), free(w), free(got), free(expected);
+        }
+    for (size_t dim = 2; dim <= 80; dim += 26)
+        for (size_t part = 0; part <= dim; part += 2) {
+            struct rng r = {.state = dim * 97 + part};
+            size_t heads = 3, tokens = 3, stride = heads * dim + 1;
+            size_t count = span(tokens, heads * dim, stride);
+            uint32_t positions[] = {6, 0, 3};
+            CASE("%s rope of %zu of %zu", k->name, part, dim);
+            float *table = exact_floats(&r, 7 * part), *got = exact_floats(&r, count);
+            float *expected = exact(count * sizeof *expected);
+            memcpy(expected, got, count * sizeof *got);
+            k->rope(got, stride, heads, dim, part, table, positions, tokens);
+            PLAIN->rope(expected, stride, heads, dim, part, table, positions, tokens);
+            compare_bytes(got, expected, count * sizeof *got);
+            free(table), free(got), free(expected);
+        }
+}
+
+/* swiglu over every magnitude: below -17 its result shows all bits of exp. */
+static inline void compare_exp(const struct spk_kernels *k)
+{
+    enum { N = 1 << 16 };
+    struct rng r = {.state = 11};
+    float *x = exact(N * 4), *up = exact(N * 4), *got = exact(N * 4), *expected = exact(N * 4);
+    CASE("%s exp", k->name);
+    for (int i = 0; i < N; i++) {
+        x[i] = i % 4 ? rng_float(&r) * 60.0f : any_finite(&r);
+        up[i] = 1.5f;
+    }
+    k->swiglu(x, N, up, N, got, N, N, 1);
+    PLAIN->swiglu(x, N, up, N, expected, N, N, 1);
+    compare_bytes(got, expected, N * 4);
+    free(x), free(up), free(got), free(expected);
+}
+
+static inline void compare_dequantize(const struct spk_kernels *k)
+{
+    static const int formats[] = {SPK_F32, SPK_F16, SPK_Q4_0, SPK_Q4_1, SPK_Q8_0};
+    for (size_t f = 0; f < 5; f++)
+        for (size_t n = 0; n <= 96; n += 32) {
+            struct rng r = {.state = f * 1000 + n};
+            CASE("%s dequantize format %d, %zu", k->name, formats[f], n);
+            size_t bytes = spk_row_bytes(formats[f], n);
+            uint8_t *row = exact(bytes);
+            for (size_t i = 0; i < bytes; i++)
+                row[i] = (uint8_t)rng_below(&r, 0x70); /* no exponent of all ones */
+            float *got = exact(n * 4), *expected = exact(n * 4);
+            CHECK_EQUAL(k->dequantize_row(formats[f], row, got, n), SPK_OK);
+            CHECK_EQUAL(PLAIN->dequantize_row(formats[f], row, expected, n), SPK_OK);
+            compare_bytes(got, expected, n * 4);
+            free(row), free(got), free(expected);
+        }
+    CASE("%s dequantize unknown format", k->name);
+    CHECK_EQUAL(k->dequantize_row(7, NULL, NULL, 0), SPK_E_ARG);
+}
+
+static inline void compare_logits(const struct spk_kernels *k)
+{
+    static const size_t counts[] = {0, 1, 15, 16, 17, 255, 256, 257, 273, 600};
+    static const size_t wanted[] = {0, 1, 3, 40, 700};
+    for (size_t a = 0; a < sizeof counts / sizeof *counts; a++)
+        for (int ties = 0; ties < 2; ties++) {
+            size_t n = counts[a], chunks = (n + 255) / 256;
+            struct rng r = {.state = n * 2 + (uint64_t)ties};
+            CASE("%s %zu logits%s", k->name, n, ties ? " with ties" : "");
+            float *x = exact_floats(&r, n);
+            for (size_t i = 0; ties && i < n; i++)
+                x[i] = rintf(x[i]);
+            float *got = exact(chunks * 8), *expected = exact(chunks * 8);
+            CHECK_EQUAL(k->logit_stats(x, n, 1.25f, got), SPK_OK);
+            CHECK_EQUAL(PLAIN->logit_stats(x, n, 1.25f, expected), SPK_OK);
+            compare_bytes(got, expected, chunks * 8);
+            free(got), free(expected);
+            for (size_t b = 0; b < sizeof wanted / sizeof *wanted; b++) {
+                size_t size = wanted[b] < n ? wanted[b] : n;
+                uint32_t *ids[2] = {exact(size * 4), exact(size * 4)};
+                float *values[2] = {exact(size * 4), exact(size * 4)};
+                CHECK_EQUAL(k->top_k(x, n, wanted[b], ids[0], values[0]), size);
+                CHECK_EQUAL(PLAIN->top_k(x, n, wanted[b], ids[1], values[1]), size);
+                compare_bytes(ids[0], ids[1], size * 4);
+                compare_bytes(values[0], values[1], size * 4);
+                for (int i = 0; i < 2; i++)
+                    free(ids[i]), free(values[i]);
+            }
+            free(x);
+        }
+}
+
+static inline void compare_attention(const struct spk_kernels *k, size_t dim, size_t page_positions,
+                                     size_t queries, size_t longest)
+{
+    struct rng r = {.state = dim * 100003 + page_positions * 1009 + queries * 101 + longest};
+    size_t heads = 2, used = (longest + page_positions - 1) / page_positions, page_count = used + 1;
+    size_t pool_bytes = page_count * heads * 2 * page_positions * dim * 2;
+    size_t rounded = (longest + 15) / 16 * 16;
+    CASE("%s attention, head size %zu, pages of %zu, %zu queries, %zu positions", k->name, dim,
+         page_positions, queries, longest);
+    uint16_t *pool[2] = {exact(pool_bytes), exact(pool_bytes)};
+    float *scratch[2] = {exact(4 * rounded * 4), exact(4 * rounded * 4)};
+    for (size_t i = 0; i < pool_bytes / 2; i++)
+        pool[0][i] = pool[1][i] = 0x7e00; /* NaN wherever nothing was stored */
+    uint32_t *pages = exact(used * sizeof *pages);
+    for (size_t i = 0; i < used; i++)
+        pages[i] = (uint32_t)(used - i); /* in reverse, page 0 unused */
+    struct spk_kv kv[2];
+    for (int i = 0; i < 2; i++)
+        kv[i] = (struct spk_kv){pool[i], page_positions, heads, dim};
+    for (size_t p = 0; p < longest; p++) {
+        float *key = exact_floats(&r, heads * dim), *value = exact_floats(&r, heads * dim);
+        uint32_t page = pages[p / page_positions], at = (uint32_t)(p % page_positions);
+        CHECK_EQUAL(k->kv_append(&kv[0], page, at, key, value), SPK_OK);
+        CHECK_EQUAL(PLAIN->kv_append(&kv[1], page, at, key, value), SPK_OK);
+        free(key), free(value);
+    }
+    compare_bytes(pool[0], pool[1], pool_bytes);
+    const float **q = exact(queries * sizeof *q);
+    float **out[2] = {exact(queries * sizeof **out), exact(queries * sizeof **out)};
+    uint32_t *visible = exact(queries * sizeof *visible);
+    for (size_t j = 0; j < queries; j++) {
+        q[j] = exact_floats(&r, dim);
+        out[0][j] = exact(dim * 4);
+        out[1][j] = exact(dim * 4);
+        visible[j] = (uint32_t)(j ? 1 + rng_below(&r, (uint32_t)longest) : longest);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct spk_attention a = {.kv = kv[i],
+                                  .pages = pages,
+                                  .kv_head = 1,
+                                  .queries = queries,
+                                  .q = q,
+                                  .out = out[i],
+                                  .visible = visible,
+                                  .scale = 0.125f,
+                                  .scratch = scratch[i]};
+        CHECK_EQUAL((i ? PLAIN : k)->attention(&a), SPK_OK);
+    }
+    for (size_t j = 0; j < queries; j++) {
+        compare_bytes(out[0][j], out[1][j], dim * 4);
+        free((void *)(uintptr_t)q[j]), free(out[0][j]), free(out[1][j]);
+    }
+    for (int i = 0; i < 2; i++)
+        free(out[i]), free(pool[i]), free(scratch[i]);
+    free(q), free(visible), free(pages);
+}
+
+static inline void compare_attentions(const struct spk_kernels *k)
+{
+    static const size_t dims[] = {16, 24, 64, 80, 7}, lengths[] = {1, 15, 16, 17, 33, 100};
+    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
+        for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++)
+            for (size_t queries = 1; queries <= 9; queries += queries < 5 ? 1 : 4) {
+                compare_attention(k, dims[d], 16, queries, lengths[n]);
+                compare_attention(k, dims[d], 48, queries, lengths[n]);
+            }
+}
+
+static inline void compare_one_nonfinite(const struct spk_kernels *k, float bad, size_t at)
+{
+    enum { N = 300 };
+    struct rng r = {.state = at};
+    float *x = exact_floats(&r, N), *w = exact_floats(&r, N), *out = exact(N * 4);
+    float stats[4];
+    uint8_t *q8 = exact(288 / 32 * 34);
+    CASE("%s with %g at %zu", k->name, (double)bad, at);
+    x[at] = bad;
+    CHECK_EQUAL(k->rmsnorm(x, N, w, out, N, N, 1, 1e-5f), SPK_E_NONFINITE);
+    CHECK_EQUAL(k->logit_stats(x, N, 1.0f, stats), SPK_E_NONFINITE);
+    CHECK_EQUAL(k->quantize_q8(x, 288, q8, 0, 288, 1), at < 288 ? SPK_E_NONFINITE : SPK_OK);
+    k->swiglu(x, N, w, N, out, N, N, 1);
+    CHECK(!isfinite(out[at])); /* nothing here reports it, so it must not vanish */
+
+    uint16_t *pool = exact(2 * 16 * N * 2);
+    struct spk_kv kv = {pool, 16, 1, N};
+    CHECK_EQUAL(k->kv_append(&kv, 0, 5, x, w), SPK_E_F16_RANGE);
+    CHECK_EQUAL(k->kv_append(&kv, 0, 5, w, x), SPK_E_F16_RANGE);
+    for (uint32_t p = 0; p < 16; p++)
+        CHECK_EQUAL(k->kv_append(&kv, 0, p, w, w), SPK_OK);
+    float *scratch = exact(4 * 16 * 4);
+    for (uint32_t visible = 1; visible <= 16; visible += 5) {
+        struct spk_attention a = {kv, &(uint32_t){0}, 0, 1, (const float *const[]){x},
+                                  (float *[]){out}, &visible, 0.1f, scratch};
+        CHECK_EQUAL(k->attention(&a), SPK_E_NONFINITE);
+    }
+    free(x), free(w), free(out), free(q8), free(pool), free(scratch);
+}
+
+static inline void compare_nonfinite(const struct spk_kernels *k)
+{
+    static const size_t at[] = {0, 15, 16, 255, 256, 287, 288, 299};
+    for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
+        compare_one_nonfinite(k, NAN, at[i]);
+        compare_one_nonfinite(k, INFINITY, at[i]);
+        compare_one_nonfinite(k, -INFINITY, at[i]);
+    }
+}
+
+static inline void compare_kernels(const struct spk_kernels *k)
+{
+    compare_matmuls(k);
+    compare_extreme_integers(k);
+    compare_quantize(k);
+    compare_rows(k);
+    compare_exp(k);
+    compare_dequantize(k);
+    compare_logits(k);
+    compare_attentions(k);
+    compare_nonfinite(k);
+}
+
+#endif

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One answer: tokens and logits are the same bits however the work is spread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import spanker
+from spanker.errors import CardMemoryError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import matrix
+
+
+@pytest.mark.parametrize("case", matrix.single_factor_cases(), ids=str)
+async def test_each_factor_alone_leaves_every_bit(case: matrix.Case, smollm2_path: Path) -> None:
+    greedy, sampled = await matrix.answers(case, smollm2_path)
+    assert greedy == matrix.GREEDY
+    assert sampled == matrix.AT_0_8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", matrix.pair_cases(), ids=str)
+async def test_pairs_of_factors_leave_every_bit(case: matrix.Case, smollm2_path: Path) -> None:
+    greedy, sampled = await matrix.answers(case, smollm2_path)
+    assert greedy == matrix.GREEDY
+    assert sampled == matrix.AT_0_8
+
+
+async def test_cards_too_small_for_the_model_run_it_together(smollm2_path: Path) -> None:
+    # 100 MB of weights: a quarter fits into 64 MiB, the whole does not.
+    small = {"ctx": 256, "prompt_chunk": 64}
+    with pytest.raises(CardMemoryError, match=r"needs [\d,]+ bytes on card 0 .*has 67,108,864"):
+        async with spanker.open_fleet("soft:1:64MiB") as fleet:
+            await fleet.load(smollm2_path, **small)
+    texts = []
+    for cards in ("soft:4:64MiB", "soft:1"):
+        async with spanker.open_fleet(cards) as fleet:
+            model = await fleet.load(smollm2_path, **small)
+            texts.append(await model.generate("The capital of France is", max_tokens=8).collect())
+    assert texts[0] == texts[1]
+    assert "Paris" in texts[0]
+
+
+async def test_every_card_holds_what_its_plan_says_and_no_card_holds_everything(
+    smollm2_path: Path,
+) -> None:
+    from spanker.sched.layout import card_bytes
+
+    async with spanker.open_fleet("soft:4") as fleet:
+        model = await fleet.load(smollm2_path, ctx=256, prompt_chunk=64)
+        loaded = model._loaded
+        stats = await fleet.stats()
+        used = [card.ddr_used_bytes for card in stats.cards]
+        limits, shape = loaded.limits, loaded.model.shape
+        assert used == [card_bytes(shape, loaded.plan, card, limits) for card in range(4)]
+        await model.generate("Hello", max_tokens=4).collect()
+        stats = await fleet.stats()
+        assert all(card.busy_s > 0 for card in stats.cards)
+        read = [card.ddr_read_bytes for card in stats.cards]
+        assert max(read) < 0.4 * sum(read)
