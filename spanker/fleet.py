@@ -5,6 +5,8 @@
         model = await fleet.load("smollm2")
         async for token in model.generate("The capital of France is", max_tokens=32):
             print(token.text, end="")
+
+It runs under trio; `spanker.aio` is the same for asyncio.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import TracebackType
 from typing import NoReturn
 
@@ -191,7 +201,8 @@ class Generation:
 
     def __del__(self) -> None:
         if not getattr(self, "_over", True):
-            self.close()
+            self._over = True
+            self._session.release_from_anywhere(self._sequence)
 
 
 class Model:
@@ -294,7 +305,7 @@ class Model:
         """`generate` the assistant's next message; options as for `generate`."""
         return self.generate(self.chat_prompt(messages), **options)  # type: ignore[arg-type]
 
-    async def score(self, ids: Sequence[int]) -> AsyncIterator[tuple[int, F32]]:
+    async def score(self, ids: Sequence[int]) -> AsyncGenerator[tuple[int, F32], None]:
         """Logits of a forced sequence in pieces (first position, (tokens, vocabulary) float32)."""
         sequence = self._session.add(ids, 0, SamplingParams(), score=True)
         try:
@@ -527,4 +538,3 @@ __all__ = [
     "describe_share",
     "open_fleet",
 ]
-

@@ -9,6 +9,7 @@ changes what a sequence gets.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 from collections import deque
@@ -141,6 +142,7 @@ class Session:
         self._in_step: tuple[Sequence, ...] = ()
         self._step_scope: trio.CancelScope | None = None
         self._failure: SpankerError | None = None
+        self._token = trio.lowlevel.current_trio_token()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     @property
@@ -223,6 +225,14 @@ class Session:
             self._step_scope.cancel()
         sequence.signal()
         self.wake()
+
+    def release_from_anywhere(self, sequence: Sequence) -> None:
+        """`release` for a destructor, which may run in any thread, or after trio has ended."""
+        if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self._token:
+            self.release(sequence)
+            return
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self.release, sequence)
 
     def wake(self) -> None:
         """Something changed that may make a step possible."""

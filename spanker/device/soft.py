@@ -44,6 +44,7 @@ class SoftCard(CardDevice):
         status = ffi.new("int *")
         self.number = number
         self._rig = rig
+        self._closed = False
         self._card: Any = lib.spk_card_create(ddr_bytes, isa_number(isa), status)
         check(status[0], f"opening card {number}", card=number)
         self._info = DeviceInfo(
@@ -60,7 +61,7 @@ class SoftCard(CardDevice):
     @property
     def handle(self) -> Any:
         """The native card; CardLostError after close."""
-        if self._card is None:
+        if self._card is None or self._closed:
             raise CardLostError(f"card {self.number} is closed", card=self.number)
         return self._card
 
@@ -73,37 +74,43 @@ class SoftCard(CardDevice):
         return int(lib.spk_card_fd(self.handle))
 
     def alloc(self, nbytes: int) -> int:
+        self._u64(nbytes, "size")
         out = ffi.new("uint32_t *")
         status = lib.spk_card_alloc(self.handle, nbytes, out)
         if status == lib.SPK_E_NOMEM:
             c = self.counters()
             raise CardMemoryError(
-                f"card {self.number}: no room for {nbytes:,} bytes: {c.ddr_used_bytes:,} of "
-                f"{c.ddr_total_bytes:,} are taken; free buffers or open the card with more DDR",
+                f"card {self.number}: no room for {nbytes:,} bytes in one piece: "
+                f"{c.ddr_total_bytes - c.ddr_used_bytes:,} of {c.ddr_total_bytes:,} are free; "
+                f"free buffers or open the card with more DDR",
                 card=self.number,
             )
         self._check(status, f"allocating {nbytes} bytes")
         return int(out[0])
 
     def free(self, handle: int) -> None:
+        self._u32(handle, "buffer")
         self._check(lib.spk_card_free(self.handle, handle), f"freeing buffer {handle}")
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
         view = ffi.from_buffer("char[]", data)
         status = lib.spk_card_write(self.handle, handle, offset, view, len(view))
         self._check(status, f"writing {len(view)} bytes at {offset} of buffer {handle}")
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
-        if nbytes > self._info.ddr_bytes:
-            raise CardCommandError(
-                f"card {self.number}: reading {nbytes} bytes, its DDR has {self._info.ddr_bytes}",
-                card=self.number,
-            )
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
+        self._u64(nbytes, "size")
+        what = f"reading {nbytes} bytes at {offset} of buffer {handle}"
+        # The bounds are checked before host memory is taken.
+        self._check(lib.spk_card_can_read(self.handle, handle, offset, nbytes), what)
         out = bytearray(nbytes)
         status = lib.spk_card_read(
             self.handle, handle, offset, ffi.from_buffer("char[]", out), nbytes
         )
-        self._check(status, f"reading {nbytes} bytes at {offset} of buffer {handle}")
+        self._check(status, what)
         return bytes(out)
 
     def load_program(self, program: Buffer) -> int:
@@ -116,10 +123,12 @@ class SoftCard(CardDevice):
         return int(handle[0])
 
     def unload_program(self, program: int) -> None:
+        self._u32(program, "program")
         status = lib.spk_card_unload_program(self.handle, program)
         self._check(status, f"unloading program {program}")
 
     def submit(self, program: int, parameters: Buffer) -> int:
+        self._u32(program, "program")
         fence = ffi.new("uint64_t *")
         view = ffi.from_buffer("char[]", parameters)
         status = lib.spk_card_submit(self.handle, program, view, len(view), fence, self._why)
@@ -139,6 +148,7 @@ class SoftCard(CardDevice):
         return out
 
     def abort(self, epoch: int) -> None:
+        self._u32(epoch, "epoch")
         self._check(lib.spk_card_abort(self.handle, epoch), f"entering epoch {epoch}")
 
     def counters(self) -> DeviceCounters:
@@ -173,13 +183,31 @@ class SoftCard(CardDevice):
         lib.spk_card_plant(self.handle, lib.SPK_PLANT_HANG)
 
     def close(self) -> None:
-        """Closing one card stops the workers of its rig: a card cannot outlive its fleet."""
-        self._rig.close()
+        """The card does nothing any more; with the last card of a rig its threads end too."""
+        if self._card is not None and not self._closed:
+            self._closed = True
+            lib.spk_card_plant(self._card, lib.SPK_PLANT_DIE)
+            if all(card._closed for card in self._rig.cards):
+                self._rig.close()
 
     def _release(self) -> None:
-        card, self._card = self._card, None
+        card, self._card, self._closed = self._card, None, True
         if card is not None:
             lib.spk_card_destroy(card)
+
+    def _u32(self, value: int, what: str) -> None:
+        self._unsigned(value, what, 32)
+
+    def _u64(self, value: int, what: str) -> None:
+        self._unsigned(value, what, 64)
+
+    def _unsigned(self, value: int, what: str, bits: int) -> None:
+        """Numbers come from the other end of a channel; the native card takes fixed widths."""
+        if not 0 <= value < 1 << bits:
+            raise CardCommandError(
+                f"card {self.number}: no {what} {value}: expected 0 to 2**{bits} - 1",
+                card=self.number,
+            )
 
     def _reason(self) -> str:
         return bytes(ffi.string(self._why)).decode("ascii", "replace")

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spanker import aio
+    from spanker.aio import Fleet as AioFleet
     from spanker.device.soft import SoftCard
     from spanker.fleet import Fleet
 
 
-def kill(fleet: Fleet | aio.Fleet, card: int) -> None:
+def kill(fleet: Fleet | AioFleet, card: int) -> None:
     """Card number `card` vanishes, with all that it holds; never blocks.
 
     Whoever waits for a step of the fleet gets CardLostError at once; with nothing under way the
@@ -20,7 +20,7 @@ def kill(fleet: Fleet | aio.Fleet, card: int) -> None:
     _device(fleet, card).kill()
 
 
-def hang(fleet: Fleet | aio.Fleet, card: int) -> None:
+def hang(fleet: Fleet | AioFleet, card: int) -> None:
     """Card number `card` still answers and accepts work, but never does it; never blocks.
 
     Whoever waits for a step of the fleet gets CardHungError after the fleet's `hang_timeout_s`.
@@ -28,7 +28,7 @@ def hang(fleet: Fleet | aio.Fleet, card: int) -> None:
     _device(fleet, card).hang()
 
 
-def _device(fleet: Fleet | aio.Fleet, card: int) -> SoftCard:
+def _device(fleet: Fleet | AioFleet, card: int) -> SoftCard:
     devices = fleet.devices
     if not 0 <= card < len(devices):
         raise ValueError(f"no card {card}: the fleet has cards 0 to {len(devices) - 1}")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from spanker.ggml.gguf import DEFAULT_ALIGNMENT, GGMLType
 from spanker.ggml.tokenizer import TokenType
 
+F32 = npt.NDArray[np.float32]
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 
 BOS = "<|endoftext|>"
@@ -51,7 +52,7 @@ class GGUFTensor:
     data: bytes = attrs.field(repr=False)
 
 
-def tensor(name: str, values: npt.NDArray[np.float32], format: str = "f32") -> GGUFTensor:
+def tensor(name: str, values: F32, format: str = "f32") -> GGUFTensor:
     """Float values (rows, k) or (n,) as a tensor of f32, f16, q8_0, q4_0 or q4_1.
 
     The quantised formats work in blocks of 32 along the last dimension.
@@ -122,7 +123,7 @@ def _value(value: Value) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(items)) + body
 
 
-def _encode(values: npt.NDArray[np.float32], kind: GGMLType) -> bytes:
+def _encode(values: F32, kind: GGMLType) -> bytes:
     if kind == GGMLType.F32:
         return values.astype("<f4").tobytes()
     if kind == GGMLType.F16:
@@ -131,34 +132,33 @@ def _encode(values: npt.NDArray[np.float32], kind: GGMLType) -> bytes:
         raise ValueError(f"{kind.name} needs rows of whole blocks of {_BLOCK}, got {values.shape}")
     blocks = values.reshape(-1, _BLOCK)
     if kind == GGMLType.Q8_0:
-        d = np.abs(blocks).max(1, keepdims=True) / _Q8_MAX
+        d = np.abs(blocks).max(1, keepdims=True) / np.float32(_Q8_MAX)
         return _columns(_f16(d), np.rint(_divided(blocks, d)).astype(np.int8))
     if kind == GGMLType.Q4_0:
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
-        d = extreme / -8
+        d = extreme / np.float32(-8)
         return _columns(_f16(d), _nibbles(_divided(blocks, d) + 8))
     if kind == GGMLType.Q4_1:
         low = blocks.min(1, keepdims=True)
-        d = (blocks.max(1, keepdims=True) - low) / _Q4_MAX
+        d = (blocks.max(1, keepdims=True) - low) / np.float32(_Q4_MAX)
         return _columns(_f16(d), _f16(low), _nibbles(_divided(blocks - low, d)))
     raise ValueError(f"no writer for {kind.name}: expected F32, F16, Q8_0, Q4_0 or Q4_1")
 
 
-def _divided(
-    values: npt.NDArray[np.float32], by: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _divided(values: F32, by: F32) -> F32:
     return np.divide(values, by, out=np.zeros_like(values), where=by != 0)
 
 
-def _f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def _f16(values: F32) -> npt.NDArray[np.uint8]:
     return values.astype("<f2").view(np.uint8)
 
 
-def _nibbles(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def _nibbles(values: F32) -> npt.NDArray[np.uint8]:
     """Rounded to 0..15; the first half of a block sits in the low nibbles."""
     q = np.clip(np.rint(values), 0, _Q4_MAX).astype(np.uint8)
     half = _BLOCK // 2
-    return q[:, :half] | q[:, half:] << 4
+    low, high = q[:, :half], q[:, half:]
+    return low | (high << np.uint8(4))
 
 
 def _columns(*parts: npt.NDArray[np.generic]) -> bytes:
@@ -234,11 +234,12 @@ def tiny_llama(
     dim = hidden // heads if head_dim is None else head_dim
     tensors: dict[str, GGUFTensor] = {}
 
-    def matrix(name: str, rows: int, k: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
-        values = rng.standard_normal((rows, k)) * (gain / np.sqrt(k))
-        return values.astype(np.float32)
+    def matrix(name: str, rows: int, k: int, gain: float = 1.0) -> F32:
+        values: F32 = rng.standard_normal((rows, k)).astype(np.float32)
+        values *= gain / k**0.5
+        return values
 
-    def put(name: str, values: npt.NDArray[np.float32], kind: str = format) -> None:
+    def put(name: str, values: F32, kind: str = format) -> None:
         tensors[name] = tensor(name, values, kind)
 
     def norm(name: str) -> None:

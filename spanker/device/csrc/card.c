@@ -186,6 +186,22 @@ static struct buffer *find_buffer(struct spk_card *c, uint32_t handle)
     return &c->buffers[handle];
 }
 
+/* Zeros for the next owner.  Whole pages go back to the system, the rest is cleared by hand: the
+ * first and last page may be shared with neighbours. */
+static void clear(uint8_t *begin, uint64_t nbytes)
+{
+    uint8_t *end = begin + nbytes;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uint8_t *first = (uint8_t *)(((uintptr_t)begin + page - 1) / page * page);
+    uint8_t *last = (uint8_t *)((uintptr_t)end / page * page);
+    if (first >= last || madvise(first, (size_t)(last - first), MADV_DONTNEED) != 0) {
+        memset(begin, 0, nbytes);
+        return;
+    }
+    memset(begin, 0, (size_t)(first - begin));
+    memset(last, 0, (size_t)(end - last));
+}
+
 int spk_card_free(struct spk_card *c, uint32_t handle)
 {
     int status = SPK_OK;
@@ -199,8 +215,7 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
         status = SPK_E_BUSY;
     } else {
         uint64_t bytes = align_up(b->bytes);
-        /* Gives the pages back and makes the next owner see zeros. */
-        madvise(c->ddr + b->offset, bytes, MADV_DONTNEED);
+        clear(c->ddr + b->offset, bytes);
         c->ddr_used -= bytes;
         b->bytes = 0;
     }
@@ -233,6 +248,12 @@ int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const v
     if (status == SPK_OK && nbytes)
         memcpy(at, data, nbytes);
     return status;
+}
+
+int spk_card_can_read(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes)
+{
+    uint8_t *at;
+    return locate(c, handle, offset, nbytes, &at);
 }
 
 int spk_card_read(struct spk_card *c, uint32_t handle, uint64_t offset, void *data, uint64_t nbytes)
@@ -388,7 +409,10 @@ int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, siz
     *fence = c->next_fence++;
     c->programs[handle]->users++;
     c->queue[(c->queue_head + c->queue_count) % SPK_QUEUE_MAX] =
-        (struct submission){.program = c->programs[handle], .params = copy, .fence = *fence};
+        (struct submission){.program = c->programs[handle],
+                            .params = copy,
+                            .fence = *fence,
+                            .epoch = atomic_load(&c->abort_epoch)};
     c->queue_count++;
     copy = NULL;
     atomic_store(&c->ready, 1);
@@ -426,11 +450,12 @@ static void complete(struct spk_card *c, int status)
     c->queue_head = (c->queue_head + 1) % SPK_QUEUE_MAX;
     c->queue_count--;
     run->active = false;
-    pthread_mutex_unlock(&c->mutex);
     atomic_store(&c->waiting_for, -1);
     if (status == SPK_OK)
         atomic_fetch_add(&c->steps, 1);
+    /* Under the lock, or a collector could empty the queue first and leave the fd readable. */
     signal_fd(c);
+    pthread_mutex_unlock(&c->mutex);
 }
 
 int spk_card_completion(struct spk_card *c, struct spk_completion *out)
@@ -507,18 +532,20 @@ void spk_card_link_bytes(struct spk_card *c, uint32_t peer, uint64_t *tx, uint64
 
 /* --- the engine -------------------------------------------------------------------------- */
 
-static uint32_t queued(struct spk_card *c)
+/* Whether the head of the queue was submitted before `epoch` began. */
+static bool stale(struct spk_card *c, uint32_t epoch)
 {
     pthread_mutex_lock(&c->mutex);
-    uint32_t n = c->queue_count;
+    bool any = c->queue_count > 0 && c->queue[c->queue_head].epoch < epoch;
     pthread_mutex_unlock(&c->mutex);
-    return n;
+    return any;
 }
 
 static bool start_next(struct spk_card *c)
 {
     pthread_mutex_lock(&c->mutex);
-    bool any = c->queue_count > 0;
+    /* What was submitted behind an abort waits until the card has entered its epoch. */
+    bool any = c->queue_count > 0 && c->queue[c->queue_head].epoch == c->epoch;
     if (any) {
         memset(&c->run, 0, sizeof c->run);
         c->run.submission = c->queue[c->queue_head];
@@ -529,9 +556,9 @@ static bool start_next(struct spk_card *c)
     return any;
 }
 
-static void flush(struct spk_card *c, int status)
+static void flush(struct spk_card *c, int status, uint32_t before_epoch)
 {
-    while (queued(c))
+    while (stale(c, before_epoch))
         complete(c, status);
 }
 
@@ -540,11 +567,11 @@ int spk_card_step(struct spk_card *c)
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
     if (plant == SPK_PLANT_DIE) {
-        flush(c, SPK_E_LOST);
+        flush(c, SPK_E_LOST, UINT32_MAX);
         return SPK_STEP_IDLE;
     }
     if (abort_epoch != c->epoch) {
-        flush(c, SPK_E_ABORTED);
+        flush(c, SPK_E_ABORTED, abort_epoch);
         c->epoch = abort_epoch;
         atomic_store(&c->epoch_seen, abort_epoch);
         link_new_epoch(c);

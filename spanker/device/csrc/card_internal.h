@@ -43,6 +43,7 @@ struct submission {
     struct program *program;
     uint8_t *params; /* owned */
     uint64_t fence;
+    uint32_t epoch; /* an abort that came before the submission spares it */
 };
 
 /* The step being executed: pointers into its parameter block, and where it stands. */

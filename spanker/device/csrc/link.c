@@ -216,6 +216,8 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     uint32_t count = cmd->arg[0], finished = 0;
     int32_t waits_for = -1;
     bool moved = false;
+    /* Peers with an unfinished transfer, by direction: a later one must not overtake it. */
+    bool behind[2][SPK_CARDS_MAX] = {{false}};
 
     if (run->cursor == 0) {
         memset(c->transfers, 0, count * sizeof *c->transfers);
@@ -226,7 +228,8 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
         struct link *l = &c->links[x->arg[0]];
         uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? run->outputs : run->tokens;
         uint64_t total = rows * x->arg[1];
-        if (c->transfers[i].done_bytes < total) {
+        bool *unfinished = &behind[x->op == SPK_OP_LINK_SEND][x->arg[0]];
+        if (c->transfers[i].done_bytes < total && !*unfinished) {
             if (x->op == SPK_OP_LINK_SEND) {
                 moved |= send_some(c, l, x, total, &c->transfers[i]);
             } else {
@@ -235,10 +238,12 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
                     return status;
             }
         }
-        if (c->transfers[i].done_bytes == total)
+        if (c->transfers[i].done_bytes == total) {
             finished++;
-        else
+        } else {
+            *unfinished = true;
             waits_for = (int32_t)x->arg[0];
+        }
     }
     *done = finished == count;
     *waiting = !*done && !moved;

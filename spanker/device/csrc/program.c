@@ -107,7 +107,7 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
     const struct spk_command *cmd = &p->commands[i];
     const uint32_t *arg = cmd->arg;
     uint64_t rows = cmd->flags & SPK_FLAG_OUTPUTS ? p->header.outputs_max : p->header.tokens_max;
-    uint64_t n = arg[0], bytes = 0;
+    uint64_t n = arg[0], bytes = 0, packed = 0, row = 0;
     struct operand o[OPERANDS_MAX];
     int count = 0, status;
 
@@ -143,16 +143,21 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
     case SPK_OP_MATMUL:
         if (check_matmul_format(cmd, &bytes) != SPK_OK)
             return refuse(why, op, "has an unknown format or a k that cuts a block");
+        /* Rows are padded to tiles: the product must not wrap before it is compared. */
+        if (!mul(n + 15, spk_row_bytes(cmd->format, arg[1]), &packed))
+            return refuse(why, op, "has weights beyond any card");
         o[count++] = (struct operand){0, 1, spk_packed_bytes(cmd->format, n, arg[1]), 32};
-        o[count++] = (struct operand){1, rows, bytes, 2};
+        o[count++] = (struct operand){1, rows, bytes,
+                                      cmd->format == SPK_F32 || cmd->format == SPK_F16 ? 4 : 2};
         o[count++] = (struct operand){3, rows, floats(n), 4};
         break;
     case SPK_OP_ROPE:
         if (arg[2] > arg[1] || arg[2] % 2)
             return refuse(why, op, "needs an even rotated part within the head");
-        if (!mul(p->header.positions_max, floats(arg[2]), &bytes))
-            return refuse(why, op, "has a table beyond any card");
-        o[count++] = (struct operand){0, rows, floats(n * arg[1]), 4};
+        if (!mul(p->header.positions_max, floats(arg[2]), &bytes) ||
+            !mul(floats(n), arg[1], &row))
+            return refuse(why, op, "has a table or rows beyond any card");
+        o[count++] = (struct operand){0, rows, row, 4};
         o[count++] = (struct operand){1, 1, bytes, 4};
         break;
     case SPK_OP_KV_APPEND:

@@ -125,6 +125,8 @@ int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);
+/* The status that spk_card_read would return, without reading. */
+int spk_card_can_read(struct spk_card *card, uint32_t handle, uint64_t offset, uint64_t nbytes);
 int spk_card_read(struct spk_card *card, uint32_t handle, uint64_t offset, void *data,
                   uint64_t nbytes);
 /* On refusal, *bad_command is the index of the command and `why` (256 bytes) says why. */

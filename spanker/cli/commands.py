@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: names, options, help.  What they do is in the modules that they import."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from spanker._version import __version__
+from spanker.cli import options
+from spanker.cli.errors import Failure, one_line_errors
+from spanker.cli.options import FleetOptions, SamplingOptions
+
+# Far above any context; reading and tokenising must stay a matter of seconds.
+TEXT_BYTES_MAX = 16 << 20
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.version_option(__version__, message="spanker %(version)s")
+def group() -> None:
+    """Run one language model on a fleet of small accelerator cards as one machine.
+
+    \b
+    Start with:
+      spanker pull smollm2
+      spanker run "The capital of France is" --cards 3 --max-tokens 32
+    """
+
+
+@group.command(short_help="Generate text from a prompt.")
+@click.argument("prompt", required=False)
+@options.fleet_options
+@options.sampling_options
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Read the prompt from a file.",
+)
+@click.option("--chat", is_flag=True, help="Put the prompt as a user's message to the assistant.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
+@click.option("--logits-hash", is_flag=True, help="Also give the SHA-256 of all tokens' logits.")
+@options.as_json
+def run(
+    prompt: str | None,
+    where: FleetOptions,
+    how: SamplingOptions,
+    prompt_file: str | None,
+    chat: bool,
+    ignore_eos: bool,
+    logits_hash: bool,
+    as_json: bool,
+) -> None:
+    """Generate text that continues PROMPT, or with --chat answers it.
+
+    The text comes on stdout as it is generated, a summary of the cards on stderr. Without a
+    PROMPT, or with -, it is read from stdin; one line end at its end is dropped.
+    """
+    text = _prompt(prompt, prompt_file)
+    from spanker.cli import run as work
+
+    work.run(
+        where, how, text, chat=chat, ignore_eos=ignore_eos, logits_hash=logits_hash, as_json=as_json
+    )
+
+
+@group.command(short_help="Talk with a model.")
+@options.fleet_options
+@options.sampling_options
+@click.option("--system", metavar="TEXT", help="What the assistant is told beforehand.")
+def chat(where: FleetOptions, how: SamplingOptions, system: str | None) -> None:
+    """Talk with a model, one line a message.
+
+    /clear forgets the conversation, /exit or Ctrl-D ends it. Ctrl-C stops an answer, and at the
+    prompt leaves. Messages can also come from a pipe.
+    """
+    from spanker.cli import chat as work
+
+    work.chat(where, how, system)
+
+
+@group.command(short_help="Fetch a model, or list those that can be fetched.")
+@click.argument("name", required=False)
+@click.option("--force", is_flag=True, help="Fetch it even if it is there already.")
+def pull(name: str | None, force: bool) -> None:
+    """Fetch the model NAME into the cache; without a NAME, list the models there are."""
+    from spanker.cli import pull as work
+
+    if name is None:
+        work.show_catalog()
+    else:
+        work.pull(name, force=force)
+
+
+@group.command("eval", short_help="Measure how well a model predicts a text.")
+@options.fleet_options_without_ctx
+@click.option(
+    "--text",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="The text; - is stdin.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    show_default="all",
+    help="Use only the first N tokens of it.",
+    metavar="N",
+)
+@options.as_json
+def evaluate(
+    where: FleetOptions,
+    text: str,
+    tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Mean negative log likelihood (nats) and perplexity of the tokens of a text.
+
+    Each token is predicted from those before it; the first is not predicted.
+    """
+    content = _read(text, whole=False)
+    from spanker.cli import evaluate as work
+
+    work.evaluate(where, text, content, tokens, as_json=as_json)
+
+
+@group.command(short_help="Measure speed.")
+@options.fleet_options_without_ctx
+@click.option("--prompt", default="Hello, ", metavar="TEXT", help="What to generate from.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Generate from a made-up prompt of N tokens instead.",
+)
+@click.option(
+    "--gen-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    metavar="N",
+    help="Tokens to generate.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1, 1000),
+    default=1,
+    metavar="N",
+    help="Measure N times; the run with the median decode speed counts.",
+)
+@options.as_json
+def bench(
+    where: FleetOptions,
+    prompt: str,
+    prompt_tokens: int | None,
+    gen_tokens: int,
+    repeat: int,
+    as_json: bool,
+) -> None:
+    """Measure loading, prompt processing and decoding.
+
+    Decoding is timed alone, from the first generated token to the last.
+    """
+    from spanker.cli import bench as work
+
+    work.bench(where, prompt_tokens or prompt, gen_tokens, repeat, as_json=as_json)
+
+
+@group.command(short_help="Show versions, this machine, and what a model would do.")
+@click.option("--model", metavar="NAME|FILE", help="Describe this model and its plan.")
+@options.cards
+@options.plan
+@options.profile
+@options.as_json
+def info(model: str | None, cards: str, plan: str, profile: str, as_json: bool) -> None:
+    """Show versions, instruction sets, cached models; with --model its shape and plan.
+
+    Nothing is loaded.
+    """
+    from spanker.cli import info as work
+
+    where = None if model is None else FleetOptions(model, cards, plan, profile)
+    work.info(where, as_json=as_json)
+
+
+# --- texts -----------------------------------------------------------------------------
+
+
+def _prompt(argument: str | None, path: str | None) -> str:
+    if path is not None:
+        if argument is not None:
+            raise click.UsageError("give a PROMPT or --prompt-file, not both")
+        text = _read(path)
+    elif argument is not None and argument != "-":
+        return argument
+    else:
+        if argument is None and sys.stdin is not None and sys.stdin.isatty():
+            raise click.UsageError("give a PROMPT, or pipe one in, or use --prompt-file")
+        text = _read("-")
+    if text.endswith("\n"):
+        text = text[:-2] if text.endswith("\r\n") else text[:-1]
+    return text
+
+
+def _read(path: str, *, whole: bool = True) -> str:
+    """A UTF-8 text of at most TEXT_BYTES_MAX: of a longer one the beginning, or with `whole` an
+    error."""
+    what = "stdin" if path == "-" else path
+    try:
+        with click.open_file(path, "rb") as file:
+            data: bytes = file.read(TEXT_BYTES_MAX + 1)
+    except OSError as error:
+        raise Failure(f"cannot read {what}: {error.strerror}") from error
+    long = len(data) > TEXT_BYTES_MAX
+    if long and whole:
+        raise Failure(
+            f"{what} has more than {TEXT_BYTES_MAX >> 20} MiB, longer than any context: shorten it"
+        )
+    try:
+        return data[:TEXT_BYTES_MAX].decode()
+    except UnicodeDecodeError as error:
+        if long and error.start > TEXT_BYTES_MAX - 4:
+            return data[: error.start].decode()
+        raise Failure(
+            f"{what} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}; convert it"
+        ) from None

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and the values they make.
+
+Nothing heavy is imported here, so the defaults of other modules are repeated; a test compares.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import attrs
+import click
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_PROMPT_CHUNK = 512
+PROFILES = ("native", "rev-a")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@attrs.frozen
+class FleetOptions:
+    """Which model runs on which cards, and how."""
+
+    model: str
+    cards: str
+    plan: str
+    profile: str = "native"
+    ctx: int | None = None
+    prompt_chunk: int = DEFAULT_PROMPT_CHUNK
+
+
+@attrs.frozen
+class SamplingOptions:
+    """How tokens are chosen and when a generation ends."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stop: tuple[str, ...]
+
+
+model = click.option(
+    "--model", default=DEFAULT_MODEL, metavar="NAME|FILE", help="A model's name or GGUF file."
+)
+cards = click.option(
+    "--cards",
+    default="1",
+    metavar="N|SPEC",
+    help="The cards: a number, or e.g. soft:3, soft:2@avx2,soft:1@scalar, soft:4:64MiB.",
+)
+plan = click.option(
+    "--plan",
+    default="auto",
+    metavar="PLAN",
+    help="How the cards share the model: auto, tp, pp, or tpAxppB such as tp2xpp2.",
+)
+profile = click.option(
+    "--profile",
+    type=click.Choice(PROFILES),
+    default="native",
+    help="The speeds to plan by; rev-a also slows the host link to that board's.",
+)
+ctx = click.option(
+    "--ctx",
+    type=click.IntRange(min=1),
+    show_default="the model's, at most 4096",
+    help="Positions of prompt and answer together.",
+)
+prompt_chunk = click.option(
+    "--prompt-chunk",
+    type=click.IntRange(min=1),
+    default=DEFAULT_PROMPT_CHUNK,
+    help="Most prompt tokens in one step.",
+)
+_fleet = (model, cards, plan, profile, prompt_chunk)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+_sampling = (
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(min=1),
+        default=DEFAULT_MAX_TOKENS,
+        help="Most tokens to generate.",
+    ),
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 always takes the best token; higher is more varied.",
+    ),
+    click.option("--top-k", type=int, default=0, help="Choose among the k best tokens; 0: all."),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Choose among the best tokens that reach this probability together.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="Choose among tokens at least this likely, relative to the best.",
+    ),
+    click.option(
+        "--seed", type=int, default=0, help="The same seed gives the same text, on any cards."
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
+)
+
+
+def fleet_options(command: Command) -> Command:
+    """All of `FleetOptions`, handed to the command as `where`."""
+    return _collected(FleetOptions, "where", (*_fleet, ctx), command)
+
+
+def fleet_options_without_ctx(command: Command) -> Command:
+    """The same for commands that know themselves how long the context must be."""
+    return _collected(FleetOptions, "where", _fleet, command)
+
+
+def sampling_options(command: Command) -> Command:
+    """All of `SamplingOptions`, handed to the command as `how`."""
+    return _collected(SamplingOptions, "how", _sampling, command)
+
+
+def _collected(
+    kind: type[Any],
+    argument: str,
+    options: tuple[Callable[[Any], Any], ...],
+    command: Command,
+) -> Command:
+    names = [field.name for field in attrs.fields(kind)]
+
+    @functools.wraps(command)
+    def collect(**values: Any) -> Any:
+        values[argument] = kind(**{name: values.pop(name) for name in names if name in values})
+        return command(**values)
+
+    decorated: Any = collect
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]

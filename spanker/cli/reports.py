@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands report of plans, cards and times: as JSON values and as tables."""
+
+from __future__ import annotations
+
+import attrs
+from rich.table import Table
+
+from spanker.cli import terminal
+from spanker.fleet import CardStats
+from spanker.sched.plan import CardShare, Plan, Stage
+from spanker.sched.shares import Share
+
+
+@attrs.frozen
+class Timing:
+    """When the tokens of one generation came.
+
+    `first_token_s` from the start to the first token, `decode_s` from there to the last.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    first_token_s: float
+    decode_s: float
+
+    @property
+    def prompt_rate(self) -> float:
+        return self.prompt_tokens / self.first_token_s
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None with fewer than two."""
+        if self.tokens < 2 or not self.decode_s:
+            return None
+        return (self.tokens - 1) / self.decode_s
+
+    def json(self, load_s: float) -> dict[str, object]:
+        return {
+            "load_s": load_s,
+            "time_to_first_token_s": self.first_token_s,
+            "prompt_tokens_per_second": self.prompt_rate,
+            "decode_s": self.decode_s,
+            "decode_tokens_per_second": self.decode_rate,
+        }
+
+
+@attrs.frozen
+class CardWork:
+    """What a card did during a generation, from its counters before and after."""
+
+    after: CardStats
+    busy_share: float
+    link_sent_bytes: int
+    link_received_bytes: int
+
+    def json(self) -> dict[str, object]:
+        card = self.after
+        return {
+            "card": card.number,
+            "name": card.name,
+            "isa": card.isa,
+            "share": card.share,
+            "ddr_used_bytes": card.ddr_used_bytes,
+            "ddr_total_bytes": card.ddr_total_bytes,
+            "busy_share": self.busy_share,
+            "link_sent_bytes": self.link_sent_bytes,
+            "link_received_bytes": self.link_received_bytes,
+        }
+
+
+def work_between(
+    before: tuple[CardStats, ...], after: tuple[CardStats, ...], wall_s: float
+) -> tuple[CardWork, ...]:
+    """Each card's work between two readings of its counters, `wall_s` apart."""
+    return tuple(
+        CardWork(
+            after=b,
+            busy_share=(b.busy_s - a.busy_s) / wall_s if wall_s else 0.0,
+            link_sent_bytes=sum(b.link_tx_bytes) - sum(a.link_tx_bytes),
+            link_received_bytes=sum(b.link_rx_bytes) - sum(a.link_rx_bytes),
+        )
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def card_table(cards: tuple[CardWork, ...]) -> Table:
+    """A row for each card, within the width of stderr's terminal."""
+    made = terminal.table(">card", "share", ">DDR", ">busy", ">sent", "ISA")
+    # The other columns take about 56.
+    columns = max(terminal.width(stderr=True) - 56, 16)
+    for work in cards:
+        card = work.after
+        made.add_row(
+            str(card.number),
+            terminal.fold(card.share, columns),
+            f"{terminal.size(card.ddr_used_bytes)} of {terminal.size(card.ddr_total_bytes)}",
+            f"{work.busy_share:.0%}",
+            terminal.size(work.link_sent_bytes),
+            card.isa,
+        )
+    return made
+
+
+def plan_json(plan: Plan) -> dict[str, object]:
+    """A plan with its stages; ranges are [start, stop)."""
+    return {
+        "name": plan.name,
+        "reason": plan.reason,
+        "stages": [_stage_json(stage) for stage in plan.stages],
+    }
+
+
+def _stage_json(stage: Stage) -> dict[str, object]:
+    return {
+        "layers": _range(stage.layers),
+        "shares": [_share_json(share) for share in stage.shares],
+    }
+
+
+def _share_json(share: CardShare) -> dict[str, object]:
+    names = [f.name for f in attrs.fields(CardShare) if f.name != "card"]
+    return {"card": share.card} | {name: _range(getattr(share, name)) for name in names}
+
+
+def _range(share: Share) -> list[int]:
+    return [share.start, share.stop]

@@ -1,0 +1,850 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The card driven by one thread: memory, what it refuses, the queue, aborts, faults and links. */
+#include <poll.h>
+
+#include "card_test.h"
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static struct bench alice, bob; /* two linked cards: numbers 0 and 1 */
+
+static bool readable(struct spk_card *c)
+{
+    struct pollfd p = {.fd = spk_card_fd(c), .events = POLLIN};
+    return poll(&p, 1, 0) == 1;
+}
+
+static struct spk_completion collect(struct spk_card *c)
+{
+    struct spk_completion done;
+    CHECK(readable(c));
+    CHECK(spk_card_completion(c, &done));
+    return done;
+}
+
+/* --- memory ------------------------------------------------------------------------------- */
+
+static void creation_refuses_nonsense(void)
+{
+    int status;
+    CASE("creation");
+    CHECK(!spk_card_create(0, SPK_ISA_SCALAR, &status));
+    CHECK_EQUAL(status, SPK_E_ARG);
+    CHECK(!spk_card_create(100, SPK_ISA_SCALAR, &status));
+    CHECK_EQUAL(status, SPK_E_ARG);
+    CHECK(!spk_card_create(1 << 20, SPK_ISA_COUNT, &status));
+    CHECK_EQUAL(status, SPK_E_ARG);
+    CHECK(!spk_card_create((uint64_t)1 << 62, SPK_ISA_SCALAR, &status));
+    CHECK_EQUAL(status, SPK_E_SYSTEM);
+    spk_card_destroy(NULL);
+}
+
+static void memory_is_bounded(void)
+{
+    int status;
+    uint32_t a, b, other;
+    uint8_t data[256] = {1, 2, 3};
+    struct spk_counters counters;
+    struct spk_card *c = spk_card_create(1024, SPK_ISA_SCALAR, &status);
+    CASE("memory");
+    CHECK_EQUAL(spk_card_alloc(c, 0, &a), SPK_E_ARG);
+    CHECK_EQUAL(spk_card_alloc(c, 1025, &a), SPK_E_NOMEM);
+    CHECK_EQUAL(spk_card_alloc(c, UINT64_MAX, &a), SPK_E_NOMEM);
+    CHECK_EQUAL(spk_card_alloc(c, 100, &a), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 896, &b), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 1, &other), SPK_E_NOMEM);
+    spk_card_counters(c, &counters);
+    CHECK_EQUAL(counters.ddr_used_bytes, 1024);
+    CHECK_EQUAL(counters.ddr_total_bytes, 1024);
+
+    CHECK_EQUAL(spk_card_write(c, a, 0, data, 100), SPK_OK);
+    CHECK_EQUAL(spk_card_write(c, a, 0, data, 101), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_write(c, a, 100, data, 0), SPK_OK);
+    CHECK_EQUAL(spk_card_write(c, a, 100, data, 1), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_write(c, a, 101, data, 0), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_read(c, a, UINT64_MAX, data, 2), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_read(c, a, 1, data, UINT64_MAX), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_read(c, 2, 0, data, 1), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_read(c, UINT32_MAX, 0, data, 1), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_free(c, 2), SPK_E_HANDLE);
+
+    CHECK_EQUAL(spk_card_free(c, a), SPK_OK);
+    CHECK_EQUAL(spk_card_free(c, a), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_read(c, a, 0, data, 1), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_alloc(c, 129, &other), SPK_E_NOMEM);
+    CHECK_EQUAL(spk_card_alloc(c, 128, &other), SPK_OK); /* the gap before b */
+    CHECK_EQUAL(spk_card_free(c, b), SPK_OK);
+    spk_card_counters(c, &counters);
+    CHECK_EQUAL(counters.ddr_used_bytes, 128);
+    spk_card_destroy(c);
+}
+
+/* Small and large buffers side by side, freed in every position. */
+static void freed_memory_is_zero_and_its_neighbours_keep_theirs(void)
+{
+    enum { N = 7 };
+    static const uint64_t sizes[N] = {64, 100, 5000, 64, 70000, 1, 8192};
+    for (int freed = 0; freed < N; freed++) {
+        int status;
+        uint32_t handle[N];
+        uint8_t *data = exact(70000), *back = exact(70000);
+        struct spk_card *c = spk_card_create(1 << 20, SPK_ISA_SCALAR, &status);
+        CASE("buffer %d freed", freed);
+        for (int i = 0; i < N; i++) {
+            CHECK_EQUAL(spk_card_alloc(c, sizes[i], &handle[i]), SPK_OK);
+            CHECK_EQUAL(spk_card_write(c, handle[i], 0, data, sizes[i]), SPK_OK);
+        }
+        CHECK_EQUAL(spk_card_free(c, handle[freed]), SPK_OK);
+        for (int i = 0; i < N; i++)
+            if (i != freed) {
+                CHECK_EQUAL(spk_card_read(c, handle[i], 0, back, sizes[i]), SPK_OK);
+                CHECK(memcmp(back, data, sizes[i]) == 0);
+            }
+        CHECK_EQUAL(spk_card_alloc(c, sizes[freed], &handle[freed]), SPK_OK);
+        CHECK_EQUAL(spk_card_read(c, handle[freed], 0, back, sizes[freed]), SPK_OK);
+        for (uint64_t i = 0; i < sizes[freed]; i++)
+            CHECK(back[i] == 0);
+        spk_card_destroy(c);
+        free(data), free(back);
+    }
+}
+
+static void random_allocations_never_overlap(void)
+{
+    enum { N = 40, STEPS = 4000 };
+    int status;
+    struct rng r = {.state = 5};
+    struct spk_card *c = spk_card_create(1 << 16, SPK_ISA_SCALAR, &status);
+    uint32_t handle[N];
+    uint64_t bytes[N] = {0}, used = 0;
+    struct spk_counters counters;
+    uint8_t *data = exact(8192), *back = exact(8192);
+    for (int step = 0; step < STEPS; step++) {
+        uint32_t i = rng_below(&r, N);
+        CASE("random allocations, step %d, seed 5", step);
+        if (bytes[i]) {
+            memset(data, (int)i + 1, bytes[i]);
+            CHECK_EQUAL(spk_card_read(c, handle[i], 0, back, bytes[i]), SPK_OK);
+            CHECK(memcmp(data, back, bytes[i]) == 0);
+            CHECK_EQUAL(spk_card_free(c, handle[i]), SPK_OK);
+            used -= (bytes[i] + 63) / 64 * 64;
+            bytes[i] = 0;
+        } else {
+            uint64_t n = 1 + rng_below(&r, rng_below(&r, 2) ? 8192 : 128);
+            if (spk_card_alloc(c, n, &handle[i]) == SPK_OK) {
+                memset(data, (int)i + 1, n);
+                CHECK_EQUAL(spk_card_write(c, handle[i], 0, data, n), SPK_OK);
+                bytes[i] = n;
+                used += (n + 63) / 64 * 64;
+            }
+        }
+        spk_card_counters(c, &counters);
+        CHECK_EQUAL(counters.ddr_used_bytes, used);
+        CHECK(used <= 1 << 16);
+    }
+    spk_card_destroy(c);
+    free(data), free(back);
+}
+
+/* --- what it refuses ---------------------------------------------------------------------- */
+
+static void expect_refusal(const struct builder *p, int expected, const char *what)
+{
+    uint32_t handle, bad;
+    char why[256];
+    CASE("program with %s", what);
+    CHECK_EQUAL(load(alice.card, p, &handle, &bad, why), expected);
+    CHECK(strlen(why) > 8 && strlen(why) < 255 && !strchr(why, '\n'));
+}
+
+#define REFUSES(status, change)                                                                \
+    do {                                                                                       \
+        struct builder p = bench_program(&alice);                                              \
+        change;                                                                                \
+        expect_refusal(&p, status, #change);                                                   \
+    } while (0)
+
+static void refuses_broken_headers(void)
+{
+    struct builder p = bench_program(&alice);
+    uint32_t handle, bad;
+    char why[256];
+    CASE("truncated programs");
+    size_t whole = sizeof p.header + p.header.commands * sizeof *p.commands;
+    for (size_t n = 0; n < whole; n += n < sizeof p.header ? 1 : 29)
+        CHECK_EQUAL(load_bytes(alice.card, &p, n, &handle, &bad, why), SPK_E_ARG);
+    CHECK_EQUAL(load_bytes(alice.card, &p, whole + 1, &handle, &bad, why), SPK_E_ARG);
+    REFUSES(SPK_E_ARG, p.header.magic++);
+    REFUSES(SPK_E_ARG, p.header.version++);
+    REFUSES(SPK_E_ARG, p.header.commands = SPK_COMMANDS_MAX + 1);
+    REFUSES(SPK_E_ARG, p.header.commands = UINT32_MAX);
+    REFUSES(SPK_E_ARG, p.header.tokens_max = 0);
+    REFUSES(SPK_E_ARG, p.header.tokens_max = SPK_TOKENS_MAX + 1);
+    REFUSES(SPK_E_ARG, p.header.outputs_max = TOKENS_MAX + 1);
+    REFUSES(SPK_E_ARG, p.header.positions_max = 0);
+    REFUSES(SPK_E_ARG, p.header.positions_max = (1 << 24) + 1);
+    REFUSES(SPK_E_ARG, p.header.reserved[0] = 1);
+    REFUSES(SPK_E_ARG, p.header.reserved[1] = 1);
+    REFUSES(SPK_E_BOUNDS, p.header.tokens_max++);
+    REFUSES(SPK_E_BOUNDS, p.header.positions_max++);
+}
+
+/* Every operand of every command: missing, misplaced, too long by one byte, not aligned. */
+static void refuses_every_operand_out_of_bounds(void)
+{
+    static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+    struct builder valid = bench_program(&alice);
+    for (uint32_t i = 0; i < valid.header.commands; i++)
+        for (int slot = 0; slot < 4; slot++) {
+            if (!(refs_of[valid.commands[i].op] >> slot & 1))
+                continue;
+            uint32_t bad, handle;
+            char why[256];
+            static const uint64_t offsets[] = {DDR_BYTES, (uint64_t)1 << 47, UINT64_MAX - 31,
+                                               (uint64_t)1 << 63};
+            struct builder p = valid;
+            CASE("command %u, operand %d", i, slot);
+            p.commands[i].ref[slot].buffer = 9999;
+            CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_HANDLE);
+            CHECK_EQUAL(bad, i);
+            p = valid;
+            p.commands[i].ref[slot].offset += 160; /* no operand leaves that much of its buffer */
+            CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_BOUNDS);
+            CHECK_EQUAL(bad, i);
+            for (size_t j = 0; j < COUNT(offsets); j++) {
+                p = valid;
+                p.commands[i].ref[slot].offset = offsets[j] / 32 * 32;
+                CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_BOUNDS);
+            }
+            if (p.commands[i].ref[slot].stride) {
+                p = valid;
+                p.commands[i].ref[slot].stride = UINT32_MAX / 32 * 32;
+                CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_BOUNDS);
+                p = valid;
+                p.commands[i].ref[slot].stride = 4; /* rows would overlap */
+                CHECK(load(alice.card, &p, &handle, &bad, why) != SPK_OK);
+            }
+        }
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_RMSNORM)->ref[0].offset = 2);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_RMSNORM)->ref[0].stride = WIDTH * 4 + 2);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->ref[0].offset = 16);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->ref[1].offset = 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_QUANTIZE)->ref[3].offset = 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->ref[3].offset = 1);
+}
+
+static void refuses_arguments_that_make_no_sense(void)
+{
+    REFUSES(SPK_E_ARG, p.commands[0].op = 0);
+    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_LINK_RECV + 1);
+    REFUSES(SPK_E_ARG, p.commands[0].op = UINT16_MAX);
+    REFUSES(SPK_E_ARG, p.commands[1].flags = 2);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->format = 7);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->arg[0] = 33);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->arg[1] = 0);
+    REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_EMBED)->arg[1] = VOCABULARY + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_QUANTIZE)->arg[0] = 31);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->format = 7);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->arg[1] = 33);
+    REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_MATMUL)->arg[0] = 65);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ROPE)->arg[2] = HEAD_DIM + 2);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ROPE)->arg[2] = 3);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->arg[0] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->arg[1] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->arg[2] = 17);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->arg[2] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_KV_APPEND)->arg[3] = 0);
+    REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_KV_APPEND)->arg[3] = PAGES + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ATTENTION)->arg[3] = PAGES - 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ATTENTION)->arg[4] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ATTENTION)->arg[6] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ATTENTION)->arg[5] = 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_ATTENTION)->arg[6] = 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = 4097);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = CANDIDATES + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = 3);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = UINT32_MAX);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->op = SPK_OP_LINK_SEND);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_LINK_SEND)->arg[0] = 2);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_LINK_RECV)->arg[0] = SPK_CARDS_MAX);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_LINK_RECV)->arg[0] = UINT32_MAX);
+}
+
+/* Sizes whose products wrap around in 64 bits must not look small. */
+static void refuses_sizes_that_overflow(void)
+{
+    static const uint32_t large[] = {0x10000, 0x1000000, 0x40000000, 0x80000000, 0xffffffe0};
+    static const int ops[] = {SPK_OP_MATMUL, SPK_OP_ROPE, SPK_OP_KV_APPEND, SPK_OP_ATTENTION};
+    for (size_t i = 0; i < COUNT(large); i++)
+        for (size_t j = 0; j < COUNT(large); j++) {
+            for (size_t o = 0; o < COUNT(ops); o++)
+                for (int first = 0; first < 3; first++) {
+                    struct builder p = bench_program(&alice);
+                    uint32_t handle, bad;
+                    char why[256];
+                    CASE("operation %d, arguments %d and %d: %u, %u", ops[o], first, first + 1,
+                         large[i], large[j]);
+                    find(&p, ops[o])->arg[first] = large[i];
+                    find(&p, ops[o])->arg[first + 1] = large[j];
+                    CHECK(load(alice.card, &p, &handle, &bad, why) != SPK_OK);
+                }
+            REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_LINK_SEND)->arg[1] = large[i]);
+            REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_SWIGLU)->arg[0] = large[i]);
+        }
+}
+
+/* The parts of a step that are as long as its tokens must not be read by the row of an output, of
+ * which there may be more, and the other way around. */
+static void refuses_rows_of_the_wrong_kind(void)
+{
+    static const int by_token[] = {SPK_OP_EMBED, SPK_OP_ROPE, SPK_OP_KV_APPEND, SPK_OP_ATTENTION};
+    for (size_t i = 0; i < COUNT(by_token); i++)
+        REFUSES(SPK_E_ARG, find(&p, by_token[i])->flags = SPK_FLAG_OUTPUTS);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_LOGIT_STATS)->flags = 0);
+}
+
+static void refuses_broken_steps(void)
+{
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    struct builder b = bench_program(&alice);
+    CASE("steps");
+    CHECK_EQUAL(load(alice.card, &b, &program, &bad, why), SPK_OK);
+    struct step valid = new_step(3, 2, 30, 1, 3);
+    size_t whole = step_bytes(&valid);
+    for (size_t n = 0; n < whole; n++)
+        CHECK_EQUAL(submit_bytes(alice.card, program, &valid, n, &fence, why), SPK_E_PARAMS);
+    CHECK_EQUAL(submit_bytes(alice.card, program, &valid, whole + 4, &fence, why), SPK_E_PARAMS);
+    CHECK_EQUAL(submit_bytes(alice.card, program + 1, &valid, whole, &fence, why), SPK_E_HANDLE);
+    CHECK_EQUAL(submit_bytes(alice.card, UINT32_MAX, &valid, whole, &fence, why), SPK_E_HANDLE);
+    uint8_t *large = exact(SPK_STEP_BYTES_MAX + 1);
+    CHECK_EQUAL(submit_bytes(alice.card, program, large, SPK_STEP_BYTES_MAX + 1, &fence, why),
+                SPK_E_PARAMS);
+    free(large);
+
+    enum { TOKEN = 0, POSITION = 3, SEQUENCE = 6, OUTPUT = 9, INDEX = 13, PAGE = 15 };
+    static const struct {
+        const char *what;
+        uint32_t word, value;
+    } bad_words[] = {
+        {"token id", TOKEN + 1, VOCABULARY},
+        {"token id", TOKEN, UINT32_MAX},
+        {"position beyond the pages", POSITION + 2, 48},
+        {"position beyond the program", POSITION, POSITIONS_MAX},
+        {"sequence", SEQUENCE + 2, 1},
+        {"sequence", SEQUENCE, UINT32_MAX},
+        {"output token", OUTPUT, 3},
+        {"output token", OUTPUT + 1, UINT32_MAX},
+        {"first page", INDEX, 1},
+        {"last page", INDEX + 1, 2},
+        {"last page", INDEX + 1, 4},
+        {"page", PAGE + 2, PAGES},
+        {"page", PAGE, UINT32_MAX},
+    };
+    for (size_t i = 0; i < COUNT(bad_words); i++) {
+        struct step s = valid;
+        CASE("step with a bad %s (%u)", bad_words[i].what, bad_words[i].value);
+        s.words[bad_words[i].word] = bad_words[i].value;
+        CHECK_EQUAL(submit_bytes(alice.card, program, &s, whole, &fence, why), SPK_E_PARAMS);
+        CHECK(strlen(why) > 8 && !strchr(why, '\n'));
+    }
+    static const uint32_t too_many[][3] = {{TOKENS_MAX + 1, 1, 1}, {3, OUTPUTS_MAX + 1, 1}, {1, 1, 2}};
+    for (size_t i = 0; i < COUNT(too_many); i++) {
+        struct step s = {.header = valid.header};
+        CASE("step of %u tokens, %u outputs, %u sequences", too_many[i][0], too_many[i][1],
+             too_many[i][2]);
+        s.header.tokens = too_many[i][0];
+        s.header.outputs = too_many[i][1];
+        s.header.sequences = too_many[i][2];
+        CHECK_EQUAL(submit_bytes(alice.card, program, &s, step_bytes(&s), &fence, why),
+                    SPK_E_PARAMS);
+    }
+    struct step s = valid;
+    CASE("step headers");
+    s.header.reserved[1] = 1;
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_E_PARAMS);
+    s = valid, s.header.magic++;
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_E_PARAMS);
+    s = valid, s.header.version++;
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_E_PARAMS);
+    s = valid, s.header.pages = UINT32_MAX;
+    CHECK_EQUAL(submit_bytes(alice.card, program, &s, whole, &fence, why), SPK_E_PARAMS);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, UINT32_MAX), SPK_E_HANDLE);
+}
+
+static void buffers_of_a_program_cannot_be_freed(void)
+{
+    uint32_t one, two, bad;
+    char why[256];
+    struct builder p = bench_program(&alice);
+    CASE("buffers in use");
+    CHECK_EQUAL(load(alice.card, &p, &one, &bad, why), SPK_OK);
+    CHECK_EQUAL(load(alice.card, &p, &two, &bad, why), SPK_OK);
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < BUFFERS; i++)
+            CHECK_EQUAL(spk_card_free(alice.card, alice.buffer[i]), SPK_E_BUSY);
+        CHECK_EQUAL(spk_card_unload_program(alice.card, round ? two : one), SPK_OK);
+    }
+    for (int i = 0; i < BUFFERS; i++)
+        CHECK_EQUAL(alice.card->buffers[alice.buffer[i]].users, 0);
+    uint32_t handles[SPK_PROGRAMS_MAX];
+    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
+        CHECK_EQUAL(load(alice.card, &p, &handles[i], &bad, why), SPK_OK);
+    CHECK_EQUAL(load(alice.card, &p, &one, &bad, why), SPK_E_NOMEM);
+    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
+        CHECK_EQUAL(spk_card_unload_program(alice.card, handles[i]), SPK_OK);
+}
+
+/* --- the queue ---------------------------------------------------------------------------- */
+
+static void steps_complete_in_order(void)
+{
+    struct spk_card *both[] = {alice.card, bob.card};
+    struct builder pa = bench_program(&alice), pb = bench_program(&bob);
+    uint32_t a, b, bad;
+    uint64_t fence = 0, before;
+    char why[256];
+    struct spk_counters counters;
+    struct spk_completion done;
+    CASE("queue");
+    CHECK_EQUAL(load(alice.card, &pa, &a, &bad, why), SPK_OK);
+    CHECK_EQUAL(load(bob.card, &pb, &b, &bad, why), SPK_OK);
+    CHECK(!readable(alice.card) && !spk_card_completion(alice.card, &done));
+    CHECK_EQUAL(spk_card_step(alice.card), SPK_STEP_IDLE);
+    spk_card_counters(alice.card, &counters);
+    before = counters.steps;
+    for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++) {
+        struct step s = new_step(1 + i % TOKENS_MAX, i % 2, 8 * i % 50, 0, 4);
+        CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+        CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
+    }
+    struct step s = new_step(1, 1, 0, 0, 1);
+    CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_E_BUSY);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, a), SPK_E_BUSY);
+    CHECK_EQUAL(spk_card_alloc(alice.card, 64, &bad), SPK_E_BUSY);
+
+    /* Alone, alice gets as far as the exchange of the first step. */
+    CHECK_EQUAL(spk_card_step(alice.card), SPK_STEP_RAN);
+    CHECK_EQUAL(spk_card_step(alice.card), SPK_STEP_WAITING);
+    spk_card_counters(alice.card, &counters);
+    CHECK_EQUAL(counters.waiting_for, 1);
+    CHECK_EQUAL(counters.queued, SPK_QUEUE_MAX);
+    CHECK_EQUAL(counters.command, find(&pa, SPK_OP_EXCHANGE) - pa.commands);
+    CHECK(!readable(alice.card));
+
+    CHECK(run_cards(both, 2));
+    spk_card_counters(alice.card, &counters);
+    CHECK_EQUAL(counters.waiting_for, -1);
+    CHECK_EQUAL(counters.queued, 0);
+    CHECK_EQUAL(counters.steps - before, SPK_QUEUE_MAX);
+    CHECK(counters.busy_ns > 0 && counters.ddr_read_bytes > 0 && counters.ddr_written_bytes > 0);
+    CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_E_BUSY); /* nothing was collected yet */
+    for (int card = 0; card < 2; card++) {
+        uint64_t last = 0;
+        for (int i = 0; i < SPK_QUEUE_MAX; i++) {
+            done = collect(both[card]);
+            CHECK_EQUAL(done.status, SPK_OK);
+            CHECK(done.fence > last);
+            last = done.fence;
+        }
+        CHECK(!spk_card_completion(both[card], &done) && !readable(both[card]));
+    }
+    uint64_t sent, received, other_sent, other_received;
+    spk_card_link_bytes(alice.card, 1, &sent, &received);
+    spk_card_link_bytes(bob.card, 0, &other_sent, &other_received);
+    CHECK(sent == other_received && received == other_sent && sent > 0);
+    spk_card_link_bytes(alice.card, SPK_CARDS_MAX, &sent, &received);
+    CHECK(sent == 0 && received == 0);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, a), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(bob.card, b), SPK_OK);
+}
+
+static void a_fault_names_its_command(void)
+{
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX);
+    struct builder whole = bench_program(&alice);
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    float inf = 0x1p127f * 2.0f;
+    CASE("fault");
+    *append(&p, SPK_OP_ADD) = *find(&whole, SPK_OP_ADD);
+    *append(&p, SPK_OP_QUANTIZE) = *find(&whole, SPK_OP_QUANTIZE);
+    *append(&p, SPK_OP_SELECT) = *find(&whole, SPK_OP_SELECT);
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    struct step s = new_step(3, 1, 0, 0, 1);
+    CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[HIDDEN], WIDTH * 4, &inf, 4), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    struct spk_completion done = collect(alice.card);
+    CHECK_EQUAL(done.status, SPK_E_NONFINITE);
+    CHECK_EQUAL(done.command, 1);
+    inf = 0;
+    CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[HIDDEN], WIDTH * 4, &inf, 4), SPK_OK);
+    CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[X], WIDTH * 4, &inf, 4), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+/* Every row count up to a program's largest, no row beyond them being written. */
+static void only_the_rows_of_the_step_are_written(void)
+{
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX);
+    struct builder whole = bench_program(&alice);
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    *append(&p, SPK_OP_EMBED) = *find(&whole, SPK_OP_EMBED);
+    *append(&p, SPK_OP_SELECT) = *find(&whole, SPK_OP_SELECT);
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    for (uint32_t tokens = 0; tokens <= TOKENS_MAX; tokens++)
+        for (uint32_t outputs = 0; outputs <= OUTPUTS_MAX && outputs <= tokens; outputs++) {
+            uint8_t x[TOKENS_MAX * WIDTH * 4], selected[OUTPUTS_MAX * WIDTH * 4];
+            CASE("%u tokens, %u outputs", tokens, outputs);
+            memset(x, 0xa5, sizeof x);
+            CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[X], 0, x, sizeof x), SPK_OK);
+            CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[SELECTED], 0, x, sizeof selected),
+                        SPK_OK);
+            struct step s = new_step(tokens, outputs, 0, 0, 1);
+            CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+            CHECK(run_cards(&alice.card, 1));
+            CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+            CHECK_EQUAL(spk_card_read(alice.card, alice.buffer[X], 0, x, sizeof x), SPK_OK);
+            CHECK_EQUAL(spk_card_read(alice.card, alice.buffer[SELECTED], 0, selected,
+                                      sizeof selected),
+                        SPK_OK);
+            for (size_t i = tokens * WIDTH * 4; i < sizeof x; i++)
+                CHECK_EQUAL(x[i], 0xa5);
+            for (size_t i = outputs * WIDTH * 4; i < sizeof selected; i++)
+                CHECK_EQUAL(selected[i], 0xa5);
+            CHECK(memcmp(selected, x + (tokens - outputs) * WIDTH * 4, outputs * WIDTH * 4) == 0);
+        }
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+/* --- aborts, planted faults, links -------------------------------------------------------- */
+
+static struct spk_completion completion_of(struct bench *b)
+{
+    return collect(b->card);
+}
+
+static void aborts_end_waiting_steps_and_leave_nothing_behind(void)
+{
+    struct spk_card *both[] = {alice.card, bob.card};
+    struct builder pa = bench_program(&alice), pb = bench_program(&bob);
+    uint32_t a, b, bad, epoch;
+    uint64_t fence;
+    char why[256];
+    struct spk_counters counters;
+    CASE("abort");
+    CHECK_EQUAL(load(alice.card, &pa, &a, &bad, why), SPK_OK);
+    CHECK_EQUAL(load(bob.card, &pb, &b, &bad, why), SPK_OK);
+    spk_card_counters(alice.card, &counters);
+    epoch = counters.epoch;
+    CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_E_ARG);
+    CHECK_EQUAL(spk_card_abort(alice.card, 0), SPK_E_ARG);
+    for (int round = 0; round < 3; round++) {
+        struct step s = new_step(4, 2, 0, 0, 1);
+        CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+        CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+        CHECK(!run_cards(&alice.card, 1));
+        /* What alice sent is in the ring and must not be taken for the next step's. */
+        epoch++;
+        CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
+        CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
+        /* An abort ends what was submitted before it, not what comes after. */
+        struct step next = new_step(2 + (uint32_t)round, 1, 0, 0, 1);
+        CHECK_EQUAL(submit(alice.card, a, &next, &fence), SPK_OK);
+        CHECK_EQUAL(submit(bob.card, b, &next, &fence), SPK_OK);
+        CHECK(run_cards(both, 2));
+        CHECK_EQUAL(completion_of(&alice).status, SPK_E_ABORTED);
+        CHECK_EQUAL(completion_of(&alice).status, SPK_E_ABORTED);
+        CHECK_EQUAL(completion_of(&alice).status, SPK_OK);
+        CHECK_EQUAL(completion_of(&bob).status, SPK_OK);
+        spk_card_counters(alice.card, &counters);
+        CHECK_EQUAL(counters.epoch, epoch);
+        CHECK_EQUAL(counters.queued, 0);
+    }
+    /* An abort that only one card has seen: the other's messages wait or are dropped. */
+    struct step s = new_step(3, 1, 0, 0, 1);
+    CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
+    CHECK(!run_cards(&bob.card, 1));
+    epoch++;
+    CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+    CHECK(!run_cards(both, 2));
+    CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
+    CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
+    CHECK(run_cards(both, 2));
+    CHECK_EQUAL(completion_of(&bob).status, SPK_E_ABORTED);
+    CHECK_EQUAL(completion_of(&bob).status, SPK_OK);
+    CHECK_EQUAL(completion_of(&alice).status, SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, a), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(bob.card, b), SPK_OK);
+}
+
+/* A step submitted after an abort that the engine has not seen yet starts in the new epoch. */
+static void a_step_never_starts_in_an_epoch_before_its_own(void)
+{
+    struct builder p = new_program(1, 1, POSITIONS_MAX), whole = bench_program(&alice);
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    struct step s = new_step(1, 1, 0, 0, 1);
+    CASE("submission after an abort");
+    *append(&p, SPK_OP_ADD) = *find(&whole, SPK_OP_ADD);
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    uint32_t epoch = alice.card->epoch;
+    CHECK_EQUAL(spk_card_abort(alice.card, epoch + 1), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    /* As if the abort had come just after the engine looked for one. */
+    atomic_store(&alice.card->abort_epoch, epoch);
+    CHECK_EQUAL(spk_card_step(alice.card), SPK_STEP_IDLE);
+    CHECK(!alice.card->run.active);
+    atomic_store(&alice.card->abort_epoch, epoch + 1);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+static void a_corrupt_message_is_a_link_fault(void)
+{
+    struct spk_card *both[] = {alice.card, bob.card};
+    struct builder pa = bench_program(&alice), pb = bench_program(&bob);
+    uint32_t a, b, bad;
+    uint64_t fence;
+    char why[256];
+    CHECK_EQUAL(load(alice.card, &pa, &a, &bad, why), SPK_OK);
+    CHECK_EQUAL(load(bob.card, &pb, &b, &bad, why), SPK_OK);
+    /* Header: epoch, bytes, sequence, CRC; then the payload of 4 rows. */
+    static const struct {
+        const char *what;
+        uint64_t at;
+        uint8_t flip;
+    } flips[] = {{"epoch", 0, 1},       {"bytes", 4, 4},         {"bytes", 6, 0x40},
+                 {"sequence", 8, 1},    {"CRC", 16, 1},          {"payload", 24, 1},
+                 {"payload", 200, 0x80}, {"last byte", 24 + 511, 1}};
+    for (size_t i = 0; i < COUNT(flips); i++) {
+        struct step s = new_step(4, 2, 0, 0, 1);
+        CASE("a flipped bit in the %s", flips[i].what);
+        struct ring *ring = alice.card->links[1].tx;
+        CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+        uint64_t tail = atomic_load(&ring->tail);
+        CHECK(!run_cards(&alice.card, 1));
+        ring->data[(tail + flips[i].at) % ring->capacity] ^= flips[i].flip;
+        CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
+        while (spk_card_step(bob.card) == SPK_STEP_RAN)
+            ;
+        struct spk_completion done;
+        bool completed = spk_card_completion(bob.card, &done);
+        /* An older epoch is dropped, whatever it says; anything else is reported. */
+        CHECK(flips[i].at == 0 ? !completed : completed && done.status == SPK_E_LINK);
+        /* The ring still holds the bad message: put it right, so that it can be dropped. */
+        ring->data[(tail + flips[i].at) % ring->capacity] ^= flips[i].flip;
+        uint32_t epoch = alice.card->epoch + 1;
+        CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
+        CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
+        run_cards(both, 2);
+        while (spk_card_completion(alice.card, &done) || spk_card_completion(bob.card, &done))
+            CHECK_EQUAL(done.status, SPK_E_ABORTED);
+        CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
+        CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
+        CHECK(run_cards(both, 2));
+        CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+        CHECK_EQUAL(collect(bob.card).status, SPK_OK);
+    }
+    CHECK_EQUAL(spk_card_unload_program(alice.card, a), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(bob.card, b), SPK_OK);
+}
+
+static void links_refuse_nonsense(void)
+{
+    CASE("links");
+    CHECK_EQUAL(spk_link_connect(alice.card, 0, alice.card, 0, RING_BYTES), SPK_E_ARG);
+    CHECK_EQUAL(spk_link_connect(alice.card, 0, bob.card, 1, RING_BYTES), SPK_E_ARG);
+    CHECK_EQUAL(spk_link_connect(alice.card, 0, bob.card, SPK_CARDS_MAX, RING_BYTES), SPK_E_ARG);
+    CHECK_EQUAL(spk_link_connect(alice.card, 2, bob.card, 3, 8), SPK_E_ARG);
+    CHECK_EQUAL(spk_link_connect(alice.card, 2, bob.card, 3, RING_BYTES + 4), SPK_E_ARG);
+}
+
+/* Two transfers to one peer in one exchange, both larger than the ring, keep their order. */
+static void transfers_to_one_peer_keep_their_order(void)
+{
+    enum { ROW = 4096, ROWS = 97 }; /* 388 KiB against a ring of 256 KiB */
+    struct spk_card *both[2];
+    int status;
+    uint32_t program[2], big[2], small[2], bad;
+    uint64_t fence;
+    char why[256];
+    uint8_t *data = exact(ROW * ROWS), *back = exact(ROW * ROWS);
+    struct step s = new_step(ROWS, 0, 0, 0, 1);
+    CASE("order");
+    for (int i = 0; i < 2; i++) {
+        both[i] = spk_card_create(4 << 20, SPK_ISA_SCALAR, &status);
+        CHECK_EQUAL(spk_card_alloc(both[i], ROW * ROWS, &big[i]), SPK_OK);
+        CHECK_EQUAL(spk_card_alloc(both[i], 8 * ROWS, &small[i]), SPK_OK);
+    }
+    CHECK_EQUAL(spk_link_connect(both[0], 0, both[1], 1, RING_BYTES), SPK_OK);
+    for (int i = 0; i < 2; i++) {
+        struct builder p = new_program(ROWS, 0, POSITIONS_MAX + ROWS);
+        append(&p, SPK_OP_EXCHANGE)->arg[0] = 2;
+        for (int part = 0; part < 2; part++) {
+            struct spk_command *c = append(&p, i ? SPK_OP_LINK_RECV : SPK_OP_LINK_SEND);
+            c->ref[i ? 3 : 0] =
+                part ? ref_at(small[i], 8, 0) : ref_at(big[i], ROW, 0);
+            c->arg[0] = !i, c->arg[1] = part ? 8 : ROW;
+        }
+        CHECK_EQUAL(load(both[i], &p, &program[i], &bad, why), SPK_OK);
+        CHECK_EQUAL(submit(both[i], program[i], &s, &fence), SPK_OK);
+    }
+    for (size_t i = 0; i < ROW * ROWS; i++)
+        data[i] = (uint8_t)(i * 2654435761u >> 13);
+    CHECK_EQUAL(spk_card_write(both[0], big[0], 0, data, ROW * ROWS), SPK_OK);
+    CHECK_EQUAL(spk_card_write(both[0], small[0], 0, data, 8 * ROWS), SPK_OK);
+    CHECK(run_cards(both, 2));
+    for (int i = 0; i < 2; i++)
+        CHECK_EQUAL(collect(both[i]).status, SPK_OK);
+    CHECK_EQUAL(spk_card_read(both[1], big[1], 0, back, ROW * ROWS), SPK_OK);
+    CHECK(memcmp(back, data, ROW * ROWS) == 0);
+    CHECK_EQUAL(spk_card_read(both[1], small[1], 0, back, 8 * ROWS), SPK_OK);
+    CHECK(memcmp(back, data, 8 * ROWS) == 0);
+    spk_card_destroy(both[1]); /* either may go first */
+    spk_card_destroy(both[0]);
+    free(data), free(back);
+}
+
+static void planted_faults(void)
+{
+    struct bench b = bench_create(0, SPK_ISA_SCALAR);
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX), whole = bench_program(&b);
+    uint32_t program, bad, handle = 0;
+    uint64_t fence;
+    char why[256];
+    struct step s = new_step(1, 0, 0, 0, 1);
+    struct spk_completion done;
+    CASE("planted faults");
+    *append(&p, SPK_OP_ADD) = *find(&whole, SPK_OP_ADD);
+    CHECK_EQUAL(load(b.card, &p, &program, &bad, why), SPK_OK);
+    spk_card_plant(b.card, SPK_PLANT_HANG);
+    CHECK_EQUAL(submit(b.card, program, &s, &fence), SPK_OK);
+    for (int i = 0; i < 10; i++)
+        CHECK(spk_card_step(b.card) != SPK_STEP_RAN);
+    CHECK(!spk_card_completion(b.card, &done));
+    spk_card_plant(b.card, SPK_PLANT_DIE);
+    CHECK_EQUAL(spk_card_step(b.card), SPK_STEP_IDLE);
+    done = collect(b.card);
+    CHECK_EQUAL(done.status, SPK_E_LOST);
+    CHECK_EQUAL(done.fence, fence);
+    CHECK_EQUAL(submit(b.card, program, &s, &fence), SPK_E_LOST);
+    CHECK_EQUAL(load(b.card, &p, &program, &bad, why), SPK_E_LOST);
+    CHECK_EQUAL(spk_card_alloc(b.card, 64, &handle), SPK_E_LOST);
+    CHECK_EQUAL(spk_card_free(b.card, handle), SPK_E_LOST);
+    CHECK_EQUAL(spk_card_read(b.card, handle, 0, why, 1), SPK_E_LOST);
+    CHECK_EQUAL(spk_card_write(b.card, handle, 0, why, 1), SPK_E_LOST);
+    CHECK_EQUAL(spk_card_unload_program(b.card, program), SPK_E_LOST);
+    bench_destroy(&b);
+}
+
+static void a_card_may_be_destroyed_with_work_queued(void)
+{
+    struct bench one = bench_create(0, SPK_ISA_SCALAR), two = bench_create(1, SPK_ISA_SCALAR);
+    CASE("destroyed with work");
+    CHECK_EQUAL(spk_link_connect(one.card, 0, two.card, 1, RING_BYTES), SPK_OK);
+    struct builder p = bench_program(&one);
+    struct step s = new_step(3, 1, 0, 0, 1);
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    CHECK_EQUAL(load(one.card, &p, &program, &bad, why), SPK_OK);
+    CHECK_EQUAL(submit(one.card, program, &s, &fence), SPK_OK);
+    CHECK_EQUAL(submit(one.card, program, &s, &fence), SPK_OK);
+    CHECK(!run_cards(&one.card, 1));
+    bench_destroy(&one);
+    CHECK_EQUAL(spk_card_step(two.card), SPK_STEP_IDLE);
+    bench_destroy(&two);
+}
+
+/* The same program and inputs on every instruction set: the same bytes in every buffer. */
+static void every_isa_leaves_the_same_bytes(void)
+{
+    uint8_t *expected[BUFFERS] = {0};
+    for (int isa = 0; isa < SPK_ISA_COUNT; isa++) {
+        if (!spk_kernels_get(isa))
+            continue;
+        struct bench pair[2] = {bench_create(0, isa), bench_create(1, SPK_ISA_SCALAR)};
+        struct spk_card *both[] = {pair[0].card, pair[1].card};
+        CASE("isa %d", isa);
+        CHECK_EQUAL(spk_link_connect(both[0], 0, both[1], 1, RING_BYTES), SPK_OK);
+        for (int i = 0; i < 2; i++) {
+            struct builder p = bench_program(&pair[i]);
+            uint32_t program, bad;
+            uint64_t fence;
+            char why[256];
+            CHECK_EQUAL(load(both[i], &p, &program, &bad, why), SPK_OK);
+            for (uint32_t first = 0; first < 25; first += TOKENS_MAX) {
+                struct step s = new_step(TOKENS_MAX, OUTPUTS_MAX, first, 2, 3);
+                CHECK_EQUAL(submit(both[i], program, &s, &fence), SPK_OK);
+            }
+        }
+        CHECK(run_cards(both, 2));
+        for (int i = 0; i < 5; i++)
+            CHECK_EQUAL(collect(both[0]).status, SPK_OK);
+        for (int i = 0; i < BUFFERS; i++) {
+            uint8_t *data = exact(pair[0].bytes[i]);
+            CHECK_EQUAL(spk_card_read(both[0], pair[0].buffer[i], 0, data, pair[0].bytes[i]),
+                        SPK_OK);
+            if (!expected[i]) {
+                expected[i] = data;
+                continue;
+            }
+            CASE("isa %d, buffer %d", isa, i);
+            CHECK(memcmp(data, expected[i], pair[0].bytes[i]) == 0);
+            free(data);
+        }
+        bench_destroy(&pair[0]), bench_destroy(&pair[1]);
+    }
+    for (int i = 0; i < BUFFERS; i++)
+        free(expected[i]);
+}
+
+int main(void)
+{
+    spk_fp_enter();
+    creation_refuses_nonsense();
+    memory_is_bounded();
+    freed_memory_is_zero_and_its_neighbours_keep_theirs();
+    random_allocations_never_overlap();
+
+    alice = bench_create(0, SPK_ISA_SCALAR), bob = bench_create(1, SPK_ISA_SCALAR);
+    CHECK_EQUAL(spk_link_connect(alice.card, 0, bob.card, 1, RING_BYTES), SPK_OK);
+    links_refuse_nonsense();
+    refuses_broken_headers();
+    refuses_every_operand_out_of_bounds();
+    refuses_arguments_that_make_no_sense();
+    refuses_sizes_that_overflow();
+    refuses_rows_of_the_wrong_kind();
+    refuses_broken_steps();
+    buffers_of_a_program_cannot_be_freed();
+    steps_complete_in_order();
+    a_fault_names_its_command();
+    only_the_rows_of_the_step_are_written();
+    aborts_end_waiting_steps_and_leave_nothing_behind();
+    a_step_never_starts_in_an_epoch_before_its_own();
+    a_corrupt_message_is_a_link_fault();
+    bench_destroy(&alice), bench_destroy(&bob);
+
+    transfers_to_one_peer_keep_their_order();
+    planted_faults();
+    a_card_may_be_destroyed_with_work_queued();
+    every_isa_leaves_the_same_bytes();
+    puts("ok card");
+    return 0;
+}
