@@ -420,7 +420,7 @@ out:
     pthread_mutex_unlock(&c->mutex);
     free(copy);
     if (status == SPK_OK)
-        pool_notify(c->pool);
+        pool_notify(c);
     return status;
 }
 
@@ -490,7 +490,7 @@ int spk_card_abort(struct spk_card *c, uint32_t epoch)
             return SPK_E_ARG;
     } while (!atomic_compare_exchange_weak(&c->abort_epoch, &seen, epoch));
     atomic_store(&c->ready, 1);
-    pool_notify(c->pool);
+    pool_notify(c);
     return SPK_OK;
 }
 
@@ -498,7 +498,7 @@ void spk_card_plant(struct spk_card *c, int fault)
 {
     atomic_store(&c->plant, fault);
     atomic_store(&c->ready, 1);
-    pool_notify(c->pool);
+    pool_notify(c);
 }
 
 void spk_card_counters(struct spk_card *c, struct spk_counters *out)

@@ -34,6 +34,7 @@ struct ring {
 
 struct link {
     struct ring *tx, *rx;
+    struct spk_card *peer;
     _Atomic uint32_t *refs; /* cards that still use the pair of rings */
     uint64_t tx_sequence, rx_sequence;
     _Atomic uint64_t tx_bytes, rx_bytes;
@@ -93,7 +94,7 @@ struct spk_card {
     _Atomic int plant;
     _Atomic int stepping; /* taken by the worker that steps the card */
     _Atomic int ready;    /* a hint that a step would find work */
-    struct spk_pool *pool;
+    struct worker *owner; /* the worker that polls the card, or NULL */
 
     _Atomic uint64_t commands, steps, ddr_read, ddr_written, busy_ns, progress;
     _Atomic int32_t waiting_for;
@@ -121,7 +122,7 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 void link_release(struct spk_card *c);
 
-/* pool.c */
-void pool_notify(struct spk_pool *pool);
+/* pool.c: wakes the card's worker if it sleeps. */
+void pool_notify(struct spk_card *c);
 
 #endif

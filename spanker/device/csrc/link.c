@@ -91,8 +91,8 @@ int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, 
         return SPK_E_SYSTEM;
     }
     atomic_init(refs, 2);
-    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .refs = refs};
-    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .refs = refs};
+    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .peer = b, .refs = refs};
+    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .peer = a, .refs = refs};
     return SPK_OK;
 }
 
@@ -230,13 +230,17 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
         uint64_t total = rows * x->arg[1];
         bool *unfinished = &behind[x->op == SPK_OP_LINK_SEND][x->arg[0]];
         if (c->transfers[i].done_bytes < total && !*unfinished) {
+            bool some = false;
             if (x->op == SPK_OP_LINK_SEND) {
-                moved |= send_some(c, l, x, total, &c->transfers[i]);
+                some = send_some(c, l, x, total, &c->transfers[i]);
             } else {
-                int status = receive_some(c, l, x, total, &c->transfers[i], &moved);
+                int status = receive_some(c, l, x, total, &c->transfers[i], &some);
                 if (status != SPK_OK)
                     return status;
             }
+            if (some)
+                pool_notify(l->peer);
+            moved |= some;
         }
         if (c->transfers[i].done_bytes == total) {
             finished++;
@@ -249,7 +253,5 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     *waiting = !*done && !moved;
     if (*waiting)
         atomic_store_explicit(&c->waiting_for, waits_for, memory_order_relaxed);
-    if (moved)
-        pool_notify(c->pool);
     return SPK_OK;
 }

@@ -4,13 +4,15 @@
  *
  * A worker drives its own cards and, when they cannot move, lends a hand to a card that can but
  * is not being stepped.  It spins for SPIN_NS while one of its cards waits for a link (the peer is
- * usually a few microseconds away), then sleeps on the doorbell, which every submission, abort
- * and link movement rings.
+ * usually a few microseconds away), then sleeps on its doorbell, which every submission, abort and
+ * link movement that concerns one of its cards rings.  A doorbell for each worker, and not one for
+ * all: a needless wake takes the core of the thread that is still submitting to the other cards.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -23,13 +25,13 @@ struct worker {
     struct spk_pool *pool;
     size_t number;
     pthread_t thread;
+    _Alignas(64) _Atomic uint32_t doorbell;
+    _Atomic uint32_t sleeping;
 };
 
 struct spk_pool {
     struct spk_card **cards;
     size_t card_count, worker_count;
-    _Atomic uint32_t doorbell;
-    _Atomic uint32_t sleepers;
     _Atomic int stop;
     struct worker workers[];
 };
@@ -55,18 +57,22 @@ static void futex_wait(_Atomic uint32_t *word, uint32_t seen)
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 }
 
-static void futex_wake_all(_Atomic uint32_t *word)
+static void futex_wake(_Atomic uint32_t *word)
 {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-void pool_notify(struct spk_pool *pool)
+static void ring(struct worker *w)
 {
-    if (!pool)
-        return;
-    atomic_fetch_add(&pool->doorbell, 1);
-    if (atomic_load(&pool->sleepers))
-        futex_wake_all(&pool->doorbell);
+    atomic_fetch_add(&w->doorbell, 1);
+    if (atomic_load(&w->sleeping))
+        futex_wake(&w->doorbell);
+}
+
+void pool_notify(struct spk_card *c)
+{
+    if (c->owner)
+        ring(c->owner);
 }
 
 static int try_step(struct spk_card *c)
@@ -96,7 +102,7 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting)
             continue;
         *ran |= try_step(c) == SPK_STEP_RAN;
         /* Its own worker may have looked away meanwhile and must not miss what is left. */
-        pool_notify(p);
+        pool_notify(c);
     }
 }
 
@@ -107,7 +113,7 @@ static void *work(void *argument)
     uint64_t spin_since = 0;
     spk_fp_enter();
     while (!atomic_load(&p->stop)) {
-        uint32_t seen = atomic_load(&p->doorbell);
+        uint32_t seen = atomic_load(&w->doorbell);
         bool ran = false, waiting = false;
         round_over_cards(w, &ran, &waiting);
         if (ran) {
@@ -125,10 +131,10 @@ static void *work(void *argument)
             }
         }
         spin_since = 0;
-        atomic_fetch_add(&p->sleepers, 1);
+        atomic_store(&w->sleeping, 1);
         if (!atomic_load(&p->stop))
-            futex_wait(&p->doorbell, seen);
-        atomic_fetch_sub(&p->sleepers, 1);
+            futex_wait(&w->doorbell, seen);
+        atomic_store(&w->sleeping, 0);
     }
     return NULL;
 }
@@ -138,10 +144,12 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
     *status = SPK_E_ARG;
     if (!count || !workers || workers > count)
         return NULL;
-    struct spk_pool *p = calloc(1, sizeof *p + workers * sizeof *p->workers);
+    size_t nbytes = sizeof(struct spk_pool) + workers * sizeof(struct worker);
+    struct spk_pool *p = aligned_alloc(64, (nbytes + 63) / 64 * 64);
     *status = SPK_E_SYSTEM;
     if (!p)
         return NULL;
+    memset(p, 0, nbytes);
     p->cards = malloc(count * sizeof *p->cards);
     if (!p->cards) {
         free(p);
@@ -149,7 +157,7 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
     }
     for (size_t i = 0; i < count; i++) {
         p->cards[i] = cards[i];
-        cards[i]->pool = p;
+        cards[i]->owner = &p->workers[i % workers];
     }
     p->card_count = count;
     for (size_t i = 0; i < workers; i++)
@@ -172,12 +180,12 @@ void spk_pool_destroy(struct spk_pool *p)
     if (!p)
         return;
     atomic_store(&p->stop, 1);
-    atomic_fetch_add(&p->doorbell, 1);
-    futex_wake_all(&p->doorbell);
+    for (size_t i = 0; i < p->worker_count; i++)
+        ring(&p->workers[i]);
     for (size_t i = 0; i < p->worker_count; i++)
         pthread_join(p->workers[i].thread, NULL);
     for (size_t i = 0; i < p->card_count; i++)
-        p->cards[i]->pool = NULL;
+        p->cards[i]->owner = NULL;
     free(p->cards);
     free(p);
 }
