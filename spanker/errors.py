@@ -8,6 +8,9 @@ to do next, on one line.  The command line prints that line and nothing else.
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 
 class SpankerError(Exception):
     """Base of every error raised by Spanker."""
@@ -114,3 +117,18 @@ class CardHungError(CardError):
 
 class CardLostError(CardError):
     """A card is gone: it was closed, killed, or its actor crashed."""
+
+
+# --- raising one error more than once -----------------------------------------
+
+_ErrorT = TypeVar("_ErrorT", bound=SpankerError)
+
+
+def again(error: _ErrorT) -> _ErrorT:
+    """A copy to raise of an error that is kept and may be raised any number of times.
+
+    Raised itself, it would collect the traceback, and keep the frames, of every time and task.
+    """
+    raised = copy.copy(error)
+    raised.__cause__ = error.__cause__
+    return raised

@@ -17,7 +17,6 @@ import sys
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -42,7 +41,7 @@ from spanker.actors.message import CardInfo
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_fleet
-from spanker.errors import ConfigError, ContextLengthError, PlanError, SpankerError
+from spanker.errors import ConfigError, ContextLengthError, PlanError
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.chat import ChatTemplate
@@ -285,8 +284,8 @@ class Model:
     ) -> Generation:
         """Start generating from a text or token ids; iterate over the result.
 
-        Greedy unless a temperature is given; sampling depends on (seed, position) alone.  Ends at an
-        end-of-text token (unless ignored), a stop string, max_tokens, or a full context.  With
+        Greedy unless a temperature is given; sampling depends on (seed, position) alone.  Ends at
+        an end-of-text token (unless ignored), a stop string, max_tokens, or a full context.  With
         `logits` every token carries its logits.  Raises RequestError, ContextLengthError.
         """
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]

@@ -28,12 +28,19 @@ except ImportError as error:  # pragma: no cover - a broken installation
 
 __all__ = ["ISAS", "check", "default_isa", "ffi", "isa_number", "isas", "lib", "status_error"]
 
-ISAS = {"scalar": lib.SPK_ISA_SCALAR, "avx2": lib.SPK_ISA_AVX2, "avx512vnni": lib.SPK_ISA_AVX512VNNI}
+ISAS: dict[str, int] = {
+    "scalar": lib.SPK_ISA_SCALAR,
+    "avx2": lib.SPK_ISA_AVX2,
+    "avx512vnni": lib.SPK_ISA_AVX512VNNI,
+}
 
 _ERRORS: dict[int, tuple[type[CardError], str]] = {
     lib.SPK_E_ARG: (CardCommandError, "invalid argument"),
     lib.SPK_E_NONFINITE: (CardFaultError, "a NaN or an infinity appeared in the activations"),
-    lib.SPK_E_F16_RANGE: (CardFaultError, "an activation scale, key or value does not fit into f16"),
+    lib.SPK_E_F16_RANGE: (
+        CardFaultError,
+        "an activation scale, key or value does not fit into f16",
+    ),
     lib.SPK_E_NOMEM: (CardMemoryError, "out of card memory"),
     lib.SPK_E_BOUNDS: (CardCommandError, "an access outside of its buffer"),
     lib.SPK_E_HANDLE: (CardCommandError, "no such buffer or program"),
@@ -60,9 +67,7 @@ def check(status: int, what: str, *, card: int | None = None, detail: str = "") 
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that this build has and this machine runs, slowest first."""
-    return tuple(
-        name for name, number in ISAS.items() if lib.spk_kernels_get(number) != ffi.NULL
-    )
+    return tuple(name for name, number in ISAS.items() if lib.spk_kernels_get(number) != ffi.NULL)
 
 
 def isa_number(name: str) -> int:

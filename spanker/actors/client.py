@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coordinator's end of a channel: requests out, replies matched back to who asked.
 
-Knows the rules of requests and replies, nothing of models.
+Knows the rules of requests and replies, nothing of models.  Requests are written by a task of the
+client, not by who makes them: a caller that is cancelled half way through a frame would otherwise
+take the channel, and with it the card, away from everyone else.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,14 +16,21 @@ import trio
 
 from spanker.actors.channel import Channel
 from spanker.actors.message import Message, Request
-from spanker.errors import CardError, CardLostError, RemoteProtocolError, SpankerError
+from spanker.errors import (
+    CardError,
+    CardLostError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    SpankerError,
+    again,
+)
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 Callback = Callable[[Message | SpankerError], None]
 
 
 class CardClient:
-    """Requests to one card.  `run` must be running in a nursery for replies to arrive."""
+    """Requests to one card.  `run` must be running in a nursery for anything to move."""
 
     def __init__(self, number: int, channel: Channel) -> None:
         self.number = number
@@ -28,6 +38,8 @@ class CardClient:
         self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
         self._next_id = 0
         self._failure: SpankerError | None = None
+        # Without room: a request is either with its caller or being written.
+        self._to_write, self._writing = trio.open_memory_channel[tuple[Request[Message], int]](0)
 
     @property
     def failure(self) -> SpankerError | None:
@@ -35,7 +47,26 @@ class CardClient:
         return self._failure
 
     async def run(self) -> None:
-        """Receive replies until the channel ends; then everything waiting fails."""
+        """Write requests and receive replies until the channel ends; then everything waiting
+        fails."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            await self._read()
+            nursery.cancel_scope.cancel()
+
+    async def _write(self) -> None:
+        with contextlib.suppress(trio.ClosedResourceError):
+            async for request, request_id in self._writing:
+                try:
+                    await self._channel.send(request, request_id)
+                except LocalProtocolError as error:
+                    # Nothing was sent, and only this request is at fault.
+                    if request_id in self._waiting:
+                        self._waiting.pop(request_id)[1](error)
+                except SpankerError as error:
+                    self.fail(error)
+
+    async def _read(self) -> None:
         try:
             while True:
                 request_id, reply = await self._channel.receive()
@@ -55,6 +86,7 @@ class CardClient:
 
     def fail(self, error: SpankerError) -> None:
         """The card is gone: everything waiting, and every later request, gets this error."""
+        self._writing.close()
         if self._failure is None:
             if isinstance(error, CardError):
                 self._failure = error
@@ -64,24 +96,24 @@ class CardClient:
                 )
         waiting, self._waiting = self._waiting, {}
         for _, callback in waiting.values():
-            callback(self._failure)
+            callback(again(self._failure))
 
     async def post(self, request: Request[ReplyT], callback: Callback) -> None:
-        """Send a request; `callback` gets the reply or the error, once, in the receiving task.
+        """Send a request; `callback` gets the reply or the error, once, in a task of the client.
 
-        Blocks while the card is behind.  A failure to send reaches the callback too.
+        Blocks while the card is behind.  A failure to send reaches the callback too.  Cancelled, it
+        has sent nothing, and the callback will not be called.
         """
         if self._failure is not None:
-            callback(self._failure)
+            callback(again(self._failure))
             return
         request_id = self._next_id
         self._next_id = (self._next_id + 1) & 0xFFFFFFFF
         self._waiting[request_id] = (request, callback)
         try:
-            await self._channel.send(request, request_id)
-        except SpankerError as error:
-            if self._waiting.pop(request_id, None) is not None:
-                callback(self._failure or error)
+            await self._to_write.send((request, request_id))
+        except trio.BrokenResourceError:
+            pass  # `fail` came in between, and has told the callback
         except BaseException:
             self._waiting.pop(request_id, None)
             raise

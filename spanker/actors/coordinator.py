@@ -171,7 +171,7 @@ class Coordinator:
             for upload in todo[card]:
                 handle = handles[upload.buffer]
                 for offset, data in upload.pieces():
-                    view = memoryview(data)
+                    view = data.data
                     await client.request(WriteBuffer(handle, offset, buffers=(view,)))
                     sent(len(view))
             program = llama.build_program(model, plan, card, limits).encode(handles)
@@ -479,8 +479,7 @@ async def _supervise(actor: CardActor, client: CardClient) -> None:
         error = CardLostError(f"card {client.number} has stopped", card=client.number)
     except Exception as crash:
         error = CardLostError(
-            f"card {client.number} is lost: its actor crashed with "
-            f"{type(crash).__name__}: {crash}",
+            f"card {client.number} is lost: its actor crashed with {type(crash).__name__}: {crash}",
             card=client.number,
         )
         error.__cause__ = crash

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import attrs
 
-
 Buffer = bytes | bytearray | memoryview
 
 

@@ -116,9 +116,7 @@ class SoftCard(CardDevice):
     def load_program(self, program: Buffer) -> int:
         handle, bad = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         view = ffi.from_buffer("char[]", program)
-        status = lib.spk_card_load_program(
-            self.handle, view, len(view), handle, bad, self._why
-        )
+        status = lib.spk_card_load_program(self.handle, view, len(view), handle, bad, self._why)
         self._check(status, f"program refused at command {bad[0]}", self._reason())
         return int(handle[0])
 

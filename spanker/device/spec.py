@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fleet specifications: the text that says which cards to open.
 
-    SPEC  = GROUP {"," GROUP}             3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
-    GROUP = N | "soft:" N ["@" ISA] [":" BYTES]
+SPEC  = GROUP {"," GROUP}             3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
+GROUP = N | "soft:" N ["@" ISA] [":" BYTES]
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {what}, got {getattr(self, name)}")
 
         need(0 <= self.temperature <= 100, "temperature", "0 to 100")
-        need(self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 or at least 0.001")
+        need(
+            self.temperature == 0 or self.temperature >= 1e-3, "temperature", "0 or at least 0.001"
+        )
         need(0 <= self.top_k <= 1 << 24, "top_k", "0 (off) or more")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(0 <= self.min_p <= 1, "min_p", "0 to 1")
@@ -71,7 +73,12 @@ def uniform(seed: int, position: int) -> float:
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        c0, c1, c2, c3 = (
+            (p1 >> 32) ^ c1 ^ k0,
+            p1 & 0xFFFFFFFF,
+            (p0 >> 32) ^ c3 ^ k1,
+            p0 & 0xFFFFFFFF,
+        )
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return ((c0 << 32 | c1) >> 11) * 2.0**-53
 

@@ -59,7 +59,7 @@ def exp(x: F32) -> F32:
     ):
         p = p * r + _f(c)
     y = (p * (r * r) + r) + _f(1.0)
-    scale = ((n.astype(np.int32) + 127) << 23).astype(np.uint32).view(np.float32)
+    scale: F32 = ((n.astype(np.int32) + 127) << 23).astype(np.uint32).view(np.float32)
     return y * scale
 
 
@@ -186,7 +186,7 @@ def rmsnorm(x: F32, weight: F32, eps: float) -> F32:
     """(x * r) * weight with r = 1/sqrt(mean + eps); the sum of squares runs in 16 lanes."""
     mean = sum_lanes(x * x) / _f(x.shape[-1])
     _check_finite(mean)
-    r = _f(1.0) / np.sqrt(mean + _f(eps))
+    r: F32 = _f(1.0) / np.sqrt(mean + _f(eps))
     _check_finite(r)
     return (x * r[..., None]) * weight
 

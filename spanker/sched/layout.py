@@ -48,9 +48,9 @@ def chunks(rows: int) -> int:
     return -(-rows // LOGIT_CHUNK)
 
 
-def layer_rows(layer: LayerShape, shape: ModelShape, share: CardShare) -> tuple[
-    tuple[WeightShape, int, int], ...
-]:
+def layer_rows(
+    layer: LayerShape, shape: ModelShape, share: CardShare
+) -> tuple[tuple[WeightShape, int, int], ...]:
     """(matrix, first row, rows) of each matrix that a card holds of a layer."""
     heads, kv, dim = share.heads, share.kv_heads(shape.group), shape.head_dim
     all_rows = (
@@ -172,8 +172,7 @@ def fit_kv_pages(
         layers = plan.stages[number].layers.size
         per_page = layers * kv_page_bytes(shape, share, limits)
         need = empty + sum(
-            b.ddr_bytes
-            for b in kv_buffers(shape, plan, card, attrs.evolve(limits, kv_pages=least))
+            b.ddr_bytes for b in kv_buffers(shape, plan, card, attrs.evolve(limits, kv_pages=least))
         )
         if need > ddr_bytes[card]:
             raise CardMemoryError(

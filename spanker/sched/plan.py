@@ -8,6 +8,7 @@ programs, and spanker/sched/planner.py chooses one.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import attrs
@@ -175,7 +176,9 @@ def tensor_pipeline(shape: ModelShape, tensor: int, pipeline: int) -> Plan:
     Raises PlanError when there are more stages than layers.
     """
     if tensor < 1 or pipeline < 1:
-        raise PlanError(f"a plan needs at least one card and one stage, got tp{tensor}xpp{pipeline}")
+        raise PlanError(
+            f"a plan needs at least one card and one stage, got tp{tensor}xpp{pipeline}"
+        )
     stages = tuple(
         Stage(layers, _shares(shape, tensor, number, pipeline))
         for number, layers in enumerate(_stage_layers(shape, pipeline))
@@ -239,4 +242,4 @@ def _stage_layers(shape: ModelShape, stages: int) -> tuple[Share, ...]:
         edges.append(row[edges[-1]])
     edges.append(0)
     edges.reverse()
-    return tuple(Share(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(Share(a, b) for a, b in itertools.pairwise(edges))

@@ -44,7 +44,9 @@ class Case:
     batched: bool = False
 
     def __str__(self) -> str:
-        return f"{self.cards}-{self.plan}-chunk{self.chunk}-{'batched' if self.batched else 'alone'}"
+        return (
+            f"{self.cards}-{self.plan}-chunk{self.chunk}-{'batched' if self.batched else 'alone'}"
+        )
 
 
 async def answers(case: Case, path: Path) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -118,6 +118,11 @@ def _bad(gguf: GGUFFile, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{gguf.path}: {what}")
 
 
+def _format(info: TensorInfo) -> Format | None:
+    """The tensor's format, or None where no kernel multiplies it."""
+    return next((f for f in Format if f == int(info.type)), None)
+
+
 class _Keys:
     """Typed access to the metadata of one file, with errors that name key and file."""
 
@@ -223,19 +228,20 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
 
     def norm(name: str) -> None:
         info = tensor(name, hidden)
-        if info.type not in (Format.F32, Format.F16):
+        fmt = _format(info)
+        if fmt is None or not fmt.is_float:
             raise _bad(gguf, f"tensor {name!r} must be F32 or F16, got {info.type.name}")
         norms[name] = info
 
     def weight(name: str, rows: int, k: int) -> WeightShape:
         info = tensor(name, rows, k)
-        if info.type not in tuple(Format):
+        fmt = _format(info)
+        if fmt is None:
             supported = ", ".join(f.name for f in Format)
             raise _bad(
                 gguf,
                 f"tensor {name!r} has format {info.type.name}; supported formats: {supported}",
             )
-        fmt = Format(info.type)
         shape = WeightShape(
             name=name,
             rows=rows,
@@ -373,7 +379,7 @@ def uploads(
     def norm(name: str) -> None:
         info = model.norms[name]
         data = gguf.tensor_data(name).reshape(-1)
-        values = data.view(np.float32 if info.type == Format.F32 else np.float16)
+        values = data.view(np.float32 if _format(info) is Format.F32 else np.float16)
         out.append(_whole(name, values.astype(np.float32)))
 
     if not share.columns.empty:

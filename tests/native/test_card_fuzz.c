@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Mutated programs and parameter blocks are refused, or run without touching a byte beyond the
+ * card's buffers: under AddressSanitizer everything else in its DDR is poisoned. */
+#include "card_test.h"
+
+#define ROUNDS 20000
+#define STEPS_PER_PROGRAM 3
+
+/* Values that sizes, counts and numbers are likely to be compared with. */
+static uint32_t interesting(struct rng *r)
+{
+    static const uint32_t values[] = {0,    1,    2,    3,     5,     6,      7,          8,
+                                      15,   16,   17,   31,    32,    33,     40,         48,
+                                      63,   64,   65,   128,   255,   256,    511,        640,
+                                      4096, 4097, 8192, 65535, 65536, 1 << 20, 0x3ffffff, 0x7fffffff,
+                                      1u << 31, 0xffff0000, 0xffffffe0, 0xffffffff};
+    return rng_below(r, 4) ? values[rng_below(r, sizeof values / sizeof *values)]
+                           : (uint32_t)rng_next(r);
+}
+
+static uint32_t nearby(struct rng *r, uint32_t value)
+{
+    static const int32_t steps[] = {-64, -32, -16, -4, -2, -1, 1, 2, 4, 16, 32, 64};
+    switch (rng_below(r, 4)) {
+    case 0: return interesting(r);
+    case 1: return value ^ (1u << rng_below(r, 32));
+    default: return value + (uint32_t)steps[rng_below(r, sizeof steps / sizeof *steps)];
+    }
+}
+
+static void mutate_command(struct rng *r, struct builder *p)
+{
+    uint32_t count = p->header.commands < COMMANDS_MAX ? p->header.commands : COMMANDS_MAX;
+    struct spk_command *c = &p->commands[rng_below(r, count)];
+    struct spk_ref *ref = &c->ref[rng_below(r, 4)];
+    uint32_t *arg = &c->arg[rng_below(r, 8)];
+    switch (rng_below(r, 12)) {
+    case 0: c->op = (uint16_t)rng_below(r, 17); break;
+    case 1: c->format = (uint16_t)(rng_below(r, 2) ? rng_below(r, 10) : interesting(r)); break;
+    case 2: c->flags ^= rng_below(r, 4) ? SPK_FLAG_OUTPUTS : interesting(r); break;
+    case 3: ref->buffer = rng_below(r, 4) ? rng_below(r, 2 * BUFFERS) : interesting(r); break;
+    case 4: ref->stride = nearby(r, ref->stride); break;
+    case 5: ref->offset = nearby(r, (uint32_t)ref->offset); break;
+    case 6: ref->offset = (uint64_t)interesting(r) << rng_below(r, 33); break;
+    case 7: { /* another place of the same buffer, or of another one of this program */
+        const struct spk_command *other = &p->commands[rng_below(r, count)];
+        *ref = other->ref[rng_below(r, 4)];
+        break;
+    }
+    case 8: *c = p->commands[rng_below(r, count)]; break;
+    default: *arg = nearby(r, *arg); break;
+    }
+}
+
+static void mutate_program(struct rng *r, struct builder *p)
+{
+    uint32_t mutations = 1 + rng_below(r, 4);
+    for (uint32_t i = 0; i < mutations; i++) {
+        if (rng_below(r, 8)) {
+            mutate_command(r, p);
+            continue;
+        }
+        switch (rng_below(r, 4)) {
+        case 0: p->header.tokens_max = nearby(r, p->header.tokens_max); break;
+        case 1: p->header.outputs_max = nearby(r, p->header.outputs_max); break;
+        case 2: p->header.positions_max = nearby(r, p->header.positions_max); break;
+        default: p->header.commands = rng_below(r, p->header.commands + 2); break;
+        }
+    }
+}
+
+static struct step random_step(struct rng *r)
+{
+    uint32_t tokens = rng_below(r, TOKENS_MAX + 1);
+    uint32_t outputs = rng_below(r, (tokens < OUTPUTS_MAX ? tokens : OUTPUTS_MAX) + 1);
+    struct step s = new_step(tokens, outputs, rng_below(r, 40), rng_below(r, 3), 3);
+    if (rng_below(r, 3) == 0) {
+        /* More outputs than tokens is allowed: the same token may be wanted twice. */
+        s.header.outputs = rng_below(r, OUTPUTS_MAX + 1);
+        uint32_t *index = s.words + 3 * tokens + 2 * s.header.outputs;
+        for (uint32_t i = 0; i < 2 * s.header.outputs; i++)
+            s.words[3 * tokens + i] = 0;
+        index[0] = 0;
+        if (tokens)
+            index[1] = 3, index[2] = 1, index[3] = 2, index[4] = 0;
+        s.header.pages = tokens ? 3 : 0;
+    }
+    for (uint32_t mutations = rng_below(r, 3); mutations; mutations--) {
+        uint32_t words = (uint32_t)((step_bytes(&s) - sizeof s.header) / 4);
+        uint32_t at = rng_below(r, words < STEP_WORDS_MAX ? words : STEP_WORDS_MAX);
+        switch (rng_below(r, 6)) {
+        case 0: s.header.tokens = rng_below(r, 8); break;
+        case 1: s.header.outputs = rng_below(r, 6); break;
+        case 2: s.header.sequences = rng_below(r, 4); break;
+        case 3: s.header.pages = rng_below(r, 8); break;
+        default: s.words[at] = nearby(r, s.words[at]); break;
+        }
+    }
+    return s;
+}
+
+/* Steps both cards for a while; whatever still waits then is aborted. */
+static void run_bounded(struct bench *pair)
+{
+    struct spk_card *both[] = {pair[0].card, pair[1].card};
+    struct spk_completion done;
+    if (!run_cards(both, 2)) {
+        uint32_t epoch = both[0]->epoch + 1;
+        for (int i = 0; i < 2; i++)
+            CHECK_EQUAL(spk_card_abort(both[i], epoch), SPK_OK);
+        CHECK(run_cards(both, 2));
+    }
+    for (int i = 0; i < 2; i++) {
+        struct spk_counters counters;
+        while (spk_card_completion(both[i], &done))
+            CHECK(done.status >= SPK_OK && done.status <= SPK_E_SYSTEM);
+        spk_card_counters(both[i], &counters);
+        CHECK_EQUAL(counters.queued, 0);
+    }
+}
+
+int main(void)
+{
+    struct rng r = {.state = 2026};
+    uint32_t accepted = 0, ran = 0;
+    spk_fp_enter();
+    for (int isa = 0; isa < SPK_ISA_COUNT; isa++) {
+        if (!spk_kernels_get(isa))
+            continue;
+        struct bench pair[2] = {bench_create(0, isa), bench_create(1, isa)};
+        struct builder valid = bench_program(&pair[0]), peer = bench_program(&pair[1]);
+        uint32_t handle, peer_handle, bad;
+        uint64_t fence;
+        char why[256];
+        CHECK_EQUAL(spk_link_connect(pair[0].card, 0, pair[1].card, 1, RING_BYTES), SPK_OK);
+        CHECK_EQUAL(load(pair[1].card, &peer, &peer_handle, &bad, why), SPK_OK);
+        for (int round = 0; round < ROUNDS; round++) {
+            struct builder p = valid;
+            CASE("isa %d, round %d, state %#llx", isa, round, (unsigned long long)r.state);
+            mutate_program(&r, &p);
+            int status = load(pair[0].card, &p, &handle, &bad, why);
+            if (status != SPK_OK) {
+                CHECK(strlen(why) < 255 && !strchr(why, '\n'));
+                continue;
+            }
+            accepted++;
+            for (int i = 0; i < STEPS_PER_PROGRAM; i++) {
+                struct step s = random_step(&r);
+                size_t n = step_bytes(&s) <= sizeof s ? step_bytes(&s) : sizeof s;
+                if (submit_bytes(pair[0].card, handle, &s, n, &fence, why) != SPK_OK)
+                    continue;
+                ran++;
+                submit_bytes(pair[1].card, peer_handle, &s, n, &fence, why);
+                run_bounded(pair);
+            }
+            CHECK_EQUAL(spk_card_unload_program(pair[0].card, handle), SPK_OK);
+        }
+        bench_destroy(&pair[0]), bench_destroy(&pair[1]);
+    }
+    /* A fuzzer of which nothing gets through tests nothing. */
+    CHECK(accepted > ROUNDS / 10 && ran > ROUNDS / 10);
+    printf("ok card fuzz (%u programs accepted, %u steps run)\n", accepted, ran);
+    return 0;
+}
