@@ -2,11 +2,11 @@
 """Spanker: N accelerator cards run one language model as one machine.
 
 The public API is what is named here (and, for asyncio, in `spanker.aio`, for tests in
-`spanker.testing`); everything else may change.
-
-Names are imported when they are first used: the pytest plugin and `spanker --help` must not wait
-for trio, numpy and the native library.
+`spanker.testing`); everything else may change.  Each name is imported when it is first used, so
+that the command line starts at once.
 """
+
+from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
@@ -31,28 +31,22 @@ if TYPE_CHECKING:
     from spanker.ggml.sampling import SamplingParams
     from spanker.sched.plan import Plan
     from spanker.sched.topology import Topology
-else:
-    _HOMES = {
-        "CardInfo": "spanker.actors.message",
-        "SessionStats": "spanker.actors.session",
-        "SoftCardSpec": "spanker.device.soft",
-        "SamplingParams": "spanker.ggml.sampling",
-        "Plan": "spanker.sched.plan",
-        "Topology": "spanker.sched.topology",
-    }
 
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in ("aio", "testing"):
-            return importlib.import_module(f"spanker.{name}")
-        value = getattr(importlib.import_module(_HOMES.get(name, "spanker.fleet")), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
-
+_MODULES = {
+    "CardInfo": "actors.message",
+    "CardStats": "fleet",
+    "Fleet": "fleet",
+    "FleetStats": "fleet",
+    "Generation": "fleet",
+    "Model": "fleet",
+    "Plan": "sched.plan",
+    "SamplingParams": "ggml.sampling",
+    "SessionStats": "actors.session",
+    "SoftCardSpec": "device.soft",
+    "Token": "fleet",
+    "Topology": "sched.topology",
+    "open_fleet": "fleet",
+}
 
 __all__ = [
     "CardInfo",
@@ -73,3 +67,18 @@ __all__ = [
     "open_fleet",
     "testing",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in ("aio", "testing"):
+            return importlib.import_module(f"spanker.{name}")
+        module = _MODULES.get(name)
+        if module is None:
+            raise AttributeError(f"module 'spanker' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"spanker.{module}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -23,7 +23,6 @@ from collections.abc import (
     Sequence,
 )
 from types import TracebackType
-from typing import NoReturn
 
 import attrs
 import numpy as np
@@ -495,7 +494,8 @@ async def open_fleet(
     chosen = find_profile(profile) if isinstance(profile, str) else profile
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
-    with _one_error(), SoftRig(specs, workers) as rig:
+    first: list[Exception] = []
+    with _one_error(first), SoftRig(specs, workers) as rig:
         async with (
             open_coordinator(
                 rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s
@@ -504,27 +504,37 @@ async def open_fleet(
         ):
             try:
                 yield Fleet(coordinator, rig, chosen, nursery)
+            except Exception as error:
+                if not nursery.cancel_scope.cancel_called:
+                    first.append(error)
+                raise
             finally:
                 nursery.cancel_scope.cancel()
 
 
 @contextlib.contextmanager
-def _one_error() -> Iterator[None]:
-    """Nurseries wrap errors in groups; whoever opened the fleet gets the one error there was."""
+def _one_error(first: list[Exception]) -> Iterator[None]:
+    """Nurseries wrap errors in groups; whoever opened the fleet gets the one error there was.
+
+    `first` may come to hold an error of the block itself: it wins, and leaves as it was raised.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
-        _raise_single(group)
-
-
-def _raise_single(group: BaseExceptionGroup[BaseException]) -> NoReturn:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    if error is group or isinstance(error, BaseExceptionGroup):
-        raise error
-    # The traceback of the original is kept; the group adds nothing.
-    raise error from error.__cause__
+        error: BaseException = first[0] if first else group
+        while not first and isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if error is group:
+            raise
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            # Not the group, which holds the error: that would be a cycle.
+            error.__context__ = context
+            del error, context
+    finally:
+        first.clear()
 
 
 __all__ = [

@@ -48,7 +48,10 @@ _ERRORS: dict[int, tuple[type[CardError], str]] = {
     lib.SPK_E_PARAMS: (CardCommandError, "the step's parameters do not fit the program"),
     lib.SPK_E_ABORTED: (CardAbortedError, "the step was aborted"),
     lib.SPK_E_LINK: (CardFaultError, "a link message failed its checks"),
-    lib.SPK_E_LOST: (CardLostError, "the card is gone"),
+    lib.SPK_E_LOST: (
+        CardLostError,
+        "the card is gone; close the fleet and open it without that card",
+    ),
     lib.SPK_E_SYSTEM: (CardError, "the operating system refused memory, a thread or a descriptor"),
 }
 
@@ -56,7 +59,8 @@ _ERRORS: dict[int, tuple[type[CardError], str]] = {
 def status_error(status: int, what: str, *, card: int | None = None, detail: str = "") -> CardError:
     """The exception for a status other than SPK_OK, its text starting with `what`."""
     kind, text = _ERRORS.get(status, (CardError, f"unknown status {status}"))
-    return kind(f"{what}: {detail or text}", card=card)
+    # Of a lost card the native side knows no detail.
+    return kind(f"{what}: {text if kind is CardLostError else detail or text}", card=card)
 
 
 def check(status: int, what: str, *, card: int | None = None, detail: str = "") -> None:

@@ -53,6 +53,9 @@ def forward(model: TinyModel, tokens: Sequence[int]) -> F32:
         dtype = np.float32 if t.type.name == "F32" else np.float16
         return ref.rmsnorm(x, np.frombuffer(t.data, dtype).astype(np.float32), eps)
 
+    def layer(index: int) -> Callable[[str], _Matrix]:
+        return lambda name: matrix(f"blk.{index}.{name}.weight")
+
     def attend(q: F32, k: F32, v: F32) -> F32:
         kh, vh = ref.to_f16(k), ref.to_f16(v)
         out = np.empty_like(q)
@@ -65,7 +68,7 @@ def forward(model: TinyModel, tokens: Sequence[int]) -> F32:
     embedding = matrix("token_embd.weight")
     x = ref.dequantize_row(embedding.format, embedding.rows[np.asarray(tokens)])
     for i in range(keys["block_count"]):
-        part: Callable[[str], _Matrix] = lambda name, i=i: matrix(f"blk.{i}.{name}.weight")
+        part = layer(i)
         xn = norm(f"blk.{i}.attn_norm.weight", x)
         q = part("attn_q")(xn).reshape(-1, heads, dim)
         k = part("attn_k")(xn).reshape(-1, kv_heads, dim)

@@ -82,7 +82,7 @@ class _Pending:
 
 
 class CardActor:
-    """Serves one channel.  `await actor.run()` until it stops."""
+    """Serves one channel until it stops: `serve`, then `aclose`."""
 
     def __init__(self, channel: Channel, device: CardDevice) -> None:
         self._channel = channel
@@ -91,19 +91,20 @@ class CardActor:
         self._pending: deque[_Pending] = deque()
         self._submitted = trio.Event()
 
-    async def run(self) -> None:
-        """Serve until Stop or the end of the channel; closes the device and the channel."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._collect)
-                try:
-                    await self._serve()
-                except ChannelClosedError:
-                    pass
-                nursery.cancel_scope.cancel()
-        finally:
-            self._device.close()
-            await trio.aclose_forcefully(self._channel)
+    async def serve(self) -> None:
+        """Serve until Stop or the end of the channel."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._collect)
+            try:
+                await self._serve()
+            except ChannelClosedError:
+                pass
+            nursery.cancel_scope.cancel()
+
+    async def aclose(self) -> None:
+        """Close the device and the channel."""
+        self._device.close()
+        await trio.aclose_forcefully(self._channel)
 
     async def _serve(self) -> None:
         while True:

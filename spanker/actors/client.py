@@ -49,10 +49,13 @@ class CardClient:
     async def run(self) -> None:
         """Write requests and receive replies until the channel ends; then everything waiting
         fails."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write)
-            await self._read()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                await self._read()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.fail(CardLostError(f"card {self.number} is closed", card=self.number))
 
     async def _write(self) -> None:
         with contextlib.suppress(trio.ClosedResourceError):
@@ -79,7 +82,7 @@ class CardClient:
                 try:
                     callback(request.check_reply(reply))
                 except SpankerError as error:
-                    callback(error)
+                    callback(error.with_traceback(None))
         except SpankerError as error:
             self.fail(error)
             await self._channel.aclose()
@@ -132,9 +135,14 @@ class CardClient:
 
         await self.post(request, arrived)
         await done.wait()
-        reply = outcome[0]
+        reply = outcome.pop()
         if isinstance(reply, SpankerError):
-            raise reply
+            try:
+                raise reply
+            finally:
+                # Its traceback refers to this frame: a cycle, which would keep whatever the callers
+                # hold, an open file perhaps, until it is collected.
+                del reply
         return reply  # type: ignore[return-value]
 
     async def aclose(self) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 import attrs
 import numpy as np
@@ -35,8 +37,10 @@ from spanker.actors.message import (
     FreeBuffer,
     LoadProgram,
     Message,
+    Ok,
     ReadBuffer,
     ReadCounters,
+    Request,
     RunStep,
     StepDone,
     Stop,
@@ -61,7 +65,11 @@ from spanker.sched.layout import card_buffers, card_bytes, chunks
 from spanker.sched.plan import CardShare, Limits, Plan
 from spanker.sched.topology import Topology
 
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
 F32 = npt.NDArray[np.float32]
+ReplyT = TypeVar("ReplyT", bound=Message)
 Progress = Callable[[int, int], None]
 
 # How often a step in flight is looked at, and how long an orderly stop or abort may take.
@@ -115,6 +123,8 @@ class Coordinator:
         self._hang_timeout_s = hang_timeout_s
         self._epoch = 1
         self._step_lock = trio.Lock()
+        # One model at a time, so that the memory it takes can be told from another's.
+        self._load_lock = trio.Lock()
 
     async def discover(self) -> None:
         """Ask every card what it is; refuses a card that speaks or computes differently."""
@@ -150,6 +160,17 @@ class Coordinator:
 
         On any failure, cancellation included, what was allocated is freed again.
         """
+        async with self._load_lock:
+            return await self._load(model, gguf, plan, limits, progress)
+
+    async def _load(
+        self,
+        model: llama.LlamaModel,
+        gguf: GGUFFile,
+        plan: Plan,
+        limits: Limits,
+        progress: Progress | None,
+    ) -> LoadedModel:
         todo = {c: llama.uploads(model, gguf, plan, c, limits) for c in plan.cards}
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
@@ -166,8 +187,8 @@ class Coordinator:
             for spec in card_buffers(model.shape, plan, card, limits):
                 # A card moves its tables only while no step of another model runs.
                 async with self._step_lock:
-                    reply = await client.request(AllocBuffer(spec.nbytes))
-                handles[spec.name] = reply.handle
+                    reply = await self._owning(client, AllocBuffer(spec.nbytes))
+                    handles[spec.name] = reply.handle
             for upload in todo[card]:
                 handle = handles[upload.buffer]
                 for offset, data in upload.pieces():
@@ -176,28 +197,54 @@ class Coordinator:
                     sent(len(view))
             program = llama.build_program(model, plan, card, limits).encode(handles)
             async with self._step_lock:
-                loaded_program = await client.request(LoadProgram(buffers=(program,)))
-            loaded.programs[card] = loaded_program.program
+                loaded_program = await self._owning(client, LoadProgram(buffers=(program,)))
+                loaded.programs[card] = loaded_program.program
 
         sent(0)
+        before = await self._memory_used(plan)
         try:
             await _all([lambda c=card: load_card(c) for card in plan.cards])  # type: ignore[misc]
-            await self._check_memory(loaded)
+            self._check_memory(loaded, before, await self._memory_used(plan))
         except BaseException:
             with trio.move_on_after(STOP_S, shield=True):
                 await self.unload(loaded)
             raise
         return loaded
 
-    async def _check_memory(self, loaded: LoadedModel) -> None:
+    async def _owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
+        """A request whose reply names what must be given back later: shielded, since cancelled in
+        between it would leave on the card what nobody knows of.  A card answers it at once."""
+        try:
+            with trio.move_on_after(STOP_S, shield=True):
+                return await client.request(request)
+        except CardLostError:
+            # Where everything is being cancelled, the card with it, that is what happened.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
+        raise CardHungError(
+            f"card {client.number} has not answered {type(request).__name__} for {STOP_S:g} s; "
+            f"close the fleet and open it without that card",
+            card=client.number,
+        )
+
+    async def _memory_used(self, plan: Plan) -> dict[int, int]:
+        """Bytes of DDR in use, by card of the plan."""
+        return {
+            card: (await self.clients[card].request(ReadCounters())).ddr_used_bytes
+            for card in plan.cards
+        }
+
+    def _check_memory(
+        self, loaded: LoadedModel, before: dict[int, int], after: dict[int, int]
+    ) -> None:
         """A card that counts other bytes than the plan would break every later plan."""
         for card in loaded.plan.cards:
             expected = card_bytes(loaded.model.shape, loaded.plan, card, loaded.limits)
-            used = (await self.clients[card].request(ReadCounters())).ddr_used_bytes
+            used = after[card] - before[card]
             if used != expected:
                 raise CardError(
-                    f"card {card} uses {used:,} bytes of DDR, plan {loaded.plan.name} says "
-                    f"{expected:,}: was the card empty before?",
+                    f"card {card} has taken {used:,} bytes of DDR for the model, plan "
+                    f"{loaded.plan.name} says {expected:,}: does something else use the card?",
                     card=card,
                 )
 
@@ -249,9 +296,11 @@ class Coordinator:
 
     async def _run(self, requests: dict[int, RunStep]) -> dict[int, StepDone]:
         waiting = _Replies(len(requests))
+        posted = 0
         try:
             for card, request in requests.items():
                 await self.clients[card].post(request, waiting.callback(card))
+                posted += 1
             watch = _ProgressWatch(self, tuple(requests), self._hang_timeout_s)
             while not waiting.settled.is_set():
                 with trio.move_on_after(min(WATCH_S, self._hang_timeout_s / 4)):
@@ -259,6 +308,7 @@ class Coordinator:
                 if not waiting.settled.is_set():
                     await watch.look()
         except BaseException:
+            waiting.forget(len(requests) - posted)
             with trio.CancelScope(shield=True):
                 await self._abort(waiting)
             raise
@@ -272,9 +322,7 @@ class Coordinator:
         """Enter a new epoch on every card and let what was posted come back; bounded in time."""
         self._epoch += 1
         with trio.move_on_after(STOP_S):
-            for client in self.clients:
-                with contextlib.suppress(SpankerError):
-                    await client.request(Abort(self._epoch))
+            await self._tell_all(Abort(self._epoch))
             await waiting.all_back.wait()
 
     async def counters(self) -> tuple[Counters, ...]:
@@ -284,10 +332,18 @@ class Coordinator:
     async def stop(self) -> None:
         """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
         with trio.move_on_after(STOP_S):
+            await self._tell_all(Stop())
+
+    async def _tell_all(self, request: Request[Ok]) -> None:
+        """At the same time, so that a card that does not answer holds up no other."""
+
+        async def tell(client: CardClient) -> None:
+            with contextlib.suppress(SpankerError):
+                await client.request(request)
+
+        async with trio.open_nursery() as nursery:
             for client in self.clients:
-                if client.failure is None:
-                    with contextlib.suppress(SpankerError):
-                        await client.request(Stop())
+                nursery.start_soon(tell, client)
 
 
 class _Replies:
@@ -313,6 +369,12 @@ class _Replies:
                 self.all_back.set()
 
         return arrived
+
+    def forget(self, count: int) -> None:
+        """So many requests were never made."""
+        self._missing -= count
+        if not self._missing:
+            self.all_back.set()
 
     def cause(self) -> SpankerError:
         """The error that explains the others: aborted cards only follow."""
@@ -413,8 +475,12 @@ async def _all(jobs: Sequence[Callable[[], object]]) -> None:
 
         for job in jobs:
             nursery.start_soon(run, job)
-    if errors:
-        raise errors[0]
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        # The tracebacks refer to the frames that refer to the list: a cycle.
+        errors.clear()
 
 
 # --- opening ----------------------------------------------------------------------------
@@ -438,12 +504,14 @@ async def open_coordinator(
     make_pair = _channel_maker(profile, channel)
     async with trio.open_nursery() as nursery:
         clients: list[CardClient] = []
+        scopes: list[trio.CancelScope] = []
         for device in devices:
             host_end, card_end = make_pair(f"channel of card {device.number}")
-            client = CardClient(device.number, host_end)
-            clients.append(client)
-            nursery.start_soon(_supervise, CardActor(card_end, device), client)
-            nursery.start_soon(client.run)
+            clients.append(CardClient(device.number, host_end))
+            # Cancellation from outside must not reach the cards before their coordinator has asked
+            # them to stop; it does so below, within STOP_S.
+            scopes.append(trio.CancelScope(shield=True))
+            nursery.start_soon(_serve, CardActor(card_end, device), clients[-1], scopes[-1])
         coordinator = Coordinator(clients, profile, hang_timeout_s=hang_timeout_s)
         try:
             await coordinator.discover()
@@ -453,7 +521,8 @@ async def open_coordinator(
                 await coordinator.stop()
                 for client in clients:
                     await client.aclose()
-            nursery.cancel_scope.cancel()
+            for scope in scopes:
+                scope.cancel()
 
 
 def _channel_maker(profile: Profile, channel: str) -> Callable[[str], tuple[Channel, Channel]]:
@@ -472,15 +541,33 @@ def _channel_maker(profile: Profile, channel: str) -> Callable[[str], tuple[Chan
     return paced
 
 
+async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:
+    """Run both ends of a card's channel until told to stop."""
+    with scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_supervise, actor, client)
+            await client.run()
+
+
 async def _supervise(actor: CardActor, client: CardClient) -> None:
-    """Turn the end of an actor, however it comes, into an error for whoever waits on its card."""
+    """Turn the end of an actor, however it comes, into an error for whoever waits on its card.
+
+    The channel closes after that: it would only tell that it was closed, not why.
+    """
     try:
-        await actor.run()
-        error = CardLostError(f"card {client.number} has stopped", card=client.number)
-    except Exception as crash:
-        error = CardLostError(
-            f"card {client.number} is lost: its actor crashed with {type(crash).__name__}: {crash}",
-            card=client.number,
-        )
-        error.__cause__ = crash
-    client.fail(error)
+        try:
+            await actor.serve()
+            error = CardLostError(f"card {client.number} has stopped", card=client.number)
+        except Exception as raised:
+            crash = raised
+            while isinstance(crash, ExceptionGroup):
+                crash = crash.exceptions[0]
+            error = CardLostError(
+                f"card {client.number} is lost: its actor crashed with "
+                f"{type(crash).__name__}: {crash}; close the fleet and open it again",
+                card=client.number,
+            )
+            error.__cause__ = crash
+        client.fail(error)
+    finally:
+        await actor.aclose()

@@ -20,7 +20,13 @@ import numpy as np
 import trio
 
 from spanker.actors.coordinator import F32, Coordinator, LoadedModel, StepResult
-from spanker.errors import CardFaultError, ContextLengthError, RequestError, SpankerError
+from spanker.errors import (
+    CardFaultError,
+    ContextLengthError,
+    RequestError,
+    SpankerError,
+    again,
+)
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams
 from spanker.kernels.program import SequenceStep
@@ -85,7 +91,7 @@ class Sequence:
         await trio.lowlevel.checkpoint()
         while not self.outbox:
             if self.error is not None:
-                raise self.error
+                raise again(self.error)
             if self.ended:
                 return None
             self.changed = trio.Event()
@@ -175,7 +181,7 @@ class Session:
         RequestError, ContextLengthError, and the failure of a session that cannot go on.
         """
         if self._failure is not None:
-            raise self._failure
+            raise again(self._failure)
         limits, vocabulary = self.loaded.limits, self.loaded.model.shape.vocabulary
         if not prompt:
             raise RequestError("the prompt has no tokens: give at least one")
@@ -242,7 +248,18 @@ class Session:
 
     async def run(self) -> None:
         """Make steps until cancelled.  A fault ends the sequences of its step; a lost or hung card
-        ends the session."""
+        ends the session, and so does the end of this task."""
+        try:
+            await self._run()
+        finally:
+            self._fail(
+                RequestError(
+                    "the fleet is closed: use its models only inside of the `async with` block "
+                    "that opened it"
+                )
+            )
+
+    async def _run(self) -> None:
         while True:
             batch = self._next_batch()
             if not batch:
@@ -254,8 +271,7 @@ class Session:
             except CardFaultError as error:
                 self._end(tuple(s for s, _ in batch), error)
             except SpankerError as error:
-                self._failure = error
-                self._end((*self._running, *self._waiting), error)
+                self._fail(error)
 
     def _next_batch(self) -> list[tuple[Sequence, SequenceStep]]:
         self._admit()
@@ -361,7 +377,9 @@ class Session:
         self, sequence: Sequence, result: StepResult, output: int, position: int
     ) -> sampling.Choice:
         vocabulary = self.loaded.model.shape.vocabulary
-        ids, values = sampling.order(result.ids[output], result.values[output], vocabulary)
+        ids, values = sampling.order(
+            result.ids[output], result.values[output], vocabulary, self.loaded.limits.candidates
+        )
         choice = sampling.choose(
             sequence.sampling, position, ids, values, result.stats[output], vocabulary
         )
@@ -379,6 +397,11 @@ class Session:
         if sequence in self._running:
             self._running.remove(sequence)
         self.pool.give(sequence.pages)
+
+    def _fail(self, error: SpankerError) -> None:
+        """The session is over; the first reason stays."""
+        self._failure = self._failure or error
+        self._end((*self._running, *self._waiting), self._failure)
 
     def _end(self, sequences: Seq[Sequence], error: SpankerError) -> None:
         for sequence in tuple(sequences):

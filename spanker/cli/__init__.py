@@ -21,7 +21,7 @@ from spanker.cli.errors import Interrupted, raise_interrupted
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 used wrongly, 128 + n ended by signal n."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 128 + n after signal n."""
     sys.exit(_exit_code(args))
 
 

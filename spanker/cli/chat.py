@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import time
 
 import attrs
-import click
 import trio
 
 from spanker.cli import terminal
@@ -22,10 +20,8 @@ from spanker.cli.run import check
 from spanker.errors import RequestError
 from spanker.fleet import Model
 
-try:
+with contextlib.suppress(ImportError):  # without it, lines are just not editable
     import readline
-except ImportError:  # an interpreter built without it: plain lines then
-    readline = None  # type: ignore[assignment]
 
 PROMPT = "> "
 
@@ -41,11 +37,13 @@ def chat(where: FleetOptions, how: SamplingOptions, system: str | None) -> None:
 
 
 class _Conversation:
+    """Interactive on a terminal; otherwise a script's messages, where any error is the end."""
+
     def __init__(
         self, model: Model, how: SamplingOptions, system: str | None, interrupts: Interrupts
     ) -> None:
         self._model = model
-        self._options = attrs.asdict(how)
+        self._how = how
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._start)
         self._interrupts = interrupts
@@ -54,9 +52,9 @@ class _Conversation:
 
     async def run(self) -> None:
         if self._interactive:
-            terminal.note(f"{self._model.name}: /clear forgets, /exit or Ctrl-D ends")
+            terminal.note(f"{self._model.name}. /clear forgets the conversation, /exit ends it.")
         while (line := await self._next_line()) is not None:
-            if line in ("/exit", "/quit"):
+            if line == "/exit":
                 return
             if line == "/clear":
                 self._messages = list(self._start)
@@ -69,41 +67,70 @@ class _Conversation:
         Blocks the trio loop, which has nothing else to do: the cards are idle.
         """
         await trio.lowlevel.checkpoint()
-        if not self._interactive:
-            return self._guarded(_read_line)
         while True:
             try:
-                line = self._guarded(_ask)
+                with signals_raise():
+                    return _ask() if self._interactive else _read_line()
             except Interrupted as interrupted:
-                terminal.note()
-                if interrupted.number == signal.SIGINT and _typed():
-                    continue
+                if self._interactive:
+                    terminal.note()
+                    if interrupted.number == signal.SIGINT and _half_typed():
+                        continue
                 self._interrupts.stop(interrupted.number)
                 await trio.lowlevel.checkpoint()
-                return None
-            if line is None:
-                terminal.note()
-            return line
 
     async def _turn(self, line: str) -> None:
         messages = [*self._messages, {"role": "user", "content": line}]
-        answer = ""
-        stopping = self._interrupts.stoppable() if self._interactive else contextlib.nullcontext()
         try:
-            with stopping:
-                begin = time.perf_counter()
-                generation = self._model.chat(messages, **self._options)
-                try:
+            generation = self._model.chat(messages, **attrs.asdict(self._how))
+            async with generation:
+                with self._interrupts.stoppable() if self._interactive else trio.CancelScope():
                     async for token in generation:
                         await self._out.write(token.text)
-                finally:
-                    generation.close()
-                    answer = generation.text
-            await self._out.write("\n")
+                await self._out.write("\n")
         except RequestError as error:
             if not self._interactive:
                 raise
-            Failure(f"{error}; or forget the conversation with /clear").show()
+            Failure(f"{error}; or start anew with /clear").show()
             return
-        if answer:
-            self._messages = [*messages, {"role": "assistant", "content": answer}]
+        if generation.text:
+            self._messages = [*messages, {"role": "assistant", "content": generation.text}]
+        if self._interactive and generation.finish_reason == "length":
+            terminal.note(f"(cut off after {self._how.max_tokens} tokens: see --max-tokens)")
+        elif self._interactive and generation.finish_reason == "context":
+            terminal.note("(cut off: the context is full; /clear, or start with a larger --ctx)")
+
+
+def _ask() -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        if sys.stdout is not None and sys.stdout.isatty():
+            return input(PROMPT).strip()
+        # input() would put its prompt among the answers.
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    except EOFError:
+        terminal.note()
+        return None
+    except UnicodeDecodeError:
+        Failure("that line was not UTF-8 text: type it again").show()
+        return ""
+
+
+def _half_typed() -> bool:
+    """Whether the interrupted line had some text: then Ctrl-C clears the line and no more."""
+    return "readline" in globals() and bool(readline.get_line_buffer())
+
+
+def _read_line() -> str | None:
+    """A line from a pipe or file; None at its end."""
+    if sys.stdin is None:
+        return None
+    data = sys.stdin.buffer.readline(TEXT_BYTES_MAX + 1)
+    if len(data) > TEXT_BYTES_MAX:
+        raise Failure(f"a message has more than {TEXT_BYTES_MAX >> 20} MiB: shorten it")
+    try:
+        return data.decode().strip() if data else None
+    except UnicodeDecodeError:
+        raise Failure("a message on stdin is not UTF-8 text: convert it") from None

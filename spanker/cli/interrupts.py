@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import trio
 
@@ -41,7 +41,7 @@ def run_async(job: Callable[[Interrupts], Awaitable[T]]) -> T:
             raise
     if interrupts.number is not None:
         raise Interrupted(interrupts.number)
-    return result
+    return cast(T, result)
 
 
 class Interrupts:
@@ -54,14 +54,14 @@ class Interrupts:
         self._scope = trio.CancelScope()
         self._inner: trio.CancelScope | None = None
 
-    async def run(self, job: Callable[[Interrupts], Awaitable[T]]) -> T:
+    async def run(self, job: Callable[[Interrupts], Awaitable[T]]) -> T | None:
+        """The job under the scope that signals cancel; None if one did."""
         self._token = trio.lowlevel.current_trio_token()
         if self.number is not None:
             self._scope.cancel()
         with self._scope:
             return await job(self)
-        # Cancelled: run_async raises instead of returning this.
-        return None  # type: ignore[unreachable]
+        return None
 
     def arrived(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""

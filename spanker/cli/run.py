@@ -104,7 +104,7 @@ async def _generate(
                 last = time.perf_counter()
                 first = first or last
             if digest is not None and token.logits is not None:
-                digest.update(np.ascontiguousarray(token.logits, "<f4"))
+                digest.update(np.ascontiguousarray(token.logits, "<f4").data)
             if out is not None:
                 await out.write(token.text)
     end = time.perf_counter()
@@ -129,8 +129,8 @@ def _summarise(report: Report) -> None:
     terminal.note()
     terminal.show(card_table(report.cards), stderr=True)
     terminal.note()
-    terminal.note(f"plan {report.plan.name}: {report.plan.reason}")
-    terminal.note(
+    terminal.note_wrapped(f"plan {report.plan.name}: {report.plan.reason}")
+    terminal.note_wrapped(
         f"prompt {timing.prompt_tokens} tokens, {terminal.rate(timing.prompt_rate)}; "
         f"first after {terminal.seconds(timing.first_token_s)}; "
         f"{timing.tokens} tokens, {terminal.rate(timing.decode_rate)} ({report.finish_reason}); "

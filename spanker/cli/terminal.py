@@ -8,6 +8,7 @@ import json
 import os
 import select
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 
@@ -87,6 +88,13 @@ def note(text: str = "") -> None:
     click.echo(printable(text), err=True)
 
 
+def note_wrapped(text: str) -> None:
+    """Print a long line on stderr, broken at words on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        text = textwrap.fill(text, width(stderr=True) - 1, subsequent_indent="  ")
+    note(text)
+
+
 # --- tables ----------------------------------------------------------------------------
 
 
@@ -137,11 +145,11 @@ def fold(parts: str, columns: int) -> str:
 
 def size(nbytes: float) -> str:
     """Bytes in three digits: 0 B, 999 B, 1.5 KiB, 104 MiB, 16 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if nbytes < 999.5:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while nbytes >= 999.5 and len(units) > 1:
         nbytes /= 1024
-    return f"{nbytes:.3g} {unit}"
+        del units[0]
+    return f"{nbytes:.3g} {units[0]}"
 
 
 def seconds(value: float) -> str:

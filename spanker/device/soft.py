@@ -19,6 +19,8 @@ from spanker.errors import CardCommandError, CardLostError, CardMemoryError, Con
 from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
 
 DEFAULT_DDR_BYTES = 16 << 30
+# What one process can address on every machine that this runs on.
+DDR_BYTES_MAX = 1 << 46
 CARDS_MAX = 64
 LINK_RING_BYTES = 512 << 10
 _WHY_BYTES = 256
@@ -38,8 +40,11 @@ class SoftCard(CardDevice):
     def __init__(self, rig: SoftRig, number: int, spec: SoftCardSpec) -> None:
         isa = spec.isa or default_isa()
         align = int(lib.SPK_DDR_ALIGN)
-        if spec.ddr_bytes < align:
-            raise ConfigError(f"card {number}: DDR must have at least {align} bytes")
+        if not align <= spec.ddr_bytes <= DDR_BYTES_MAX:
+            raise ConfigError(
+                f"card {number}: DDR must have at least {align} bytes and at most "
+                f"{DDR_BYTES_MAX:,}, got {spec.ddr_bytes:,}"
+            )
         ddr_bytes = spec.ddr_bytes // align * align
         status = ffi.new("int *")
         self.number = number

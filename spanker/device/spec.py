@@ -2,7 +2,7 @@
 """Fleet specifications: the text that says which cards to open.
 
 SPEC  = GROUP {"," GROUP}             3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
-GROUP = N | "soft:" N ["@" ISA] [":" BYTES]
+GROUP = ["soft:"] N ["@" ISA] [":" BYTES]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec
 from spanker.errors import ConfigError
 from spanker.native import isa_number
 
-_GROUP = re.compile(r"(?:(\w+):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?")
+_GROUP = re.compile(r"(?:([A-Za-z]\w*):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?")
 _BYTES = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 

@@ -56,6 +56,14 @@ class CatalogEntry:
         """Where the cache keeps it, pulled or not."""
         return cache_dir() / "models" / os.path.basename(self.member)
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether it has been pulled; goes by the file's size."""
+        try:
+            return self.path.stat().st_size == self.size_bytes
+        except OSError:
+            return False
+
 
 CATALOG: Mapping[str, CatalogEntry] = MappingProxyType(
     {
@@ -108,7 +116,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     entry = _entry(text)
-    if not _is_cached(entry):
+    if not entry.is_cached:
         raise ModelNotFoundError(
             f"model {text!r} is not in {entry.path.parent} yet; fetch it with `spanker pull {text}`"
         )
@@ -126,7 +134,7 @@ def pull(name: str, *, progress: Progress | None = None, force: bool = False) ->
     """
     entry = _entry(name)
     report = progress or (lambda phase, done, total: None)
-    if not force and _is_cached(entry):
+    if not force and entry.is_cached:
         return entry.path
     models = entry.path.parent
     try:
@@ -135,7 +143,7 @@ def pull(name: str, *, progress: Progress | None = None, force: bool = False) ->
             # Left by a pull that was killed: the lock says that no pull is using them.
             for stale in models.glob(f".{name}-*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            if not force and _is_cached(entry):
+            if not force and entry.is_cached:
                 return entry.path
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=models) as work:
                 _check_space(entry, work)
@@ -165,13 +173,6 @@ def _entry(name: str) -> CatalogEntry:
             f"no model {name!r}: not a file, and the names known are: {_names()}"
         )
     return entry
-
-
-def _is_cached(entry: CatalogEntry) -> bool:
-    try:
-        return entry.path.stat().st_size == entry.size_bytes
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

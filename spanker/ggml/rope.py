@@ -7,6 +7,8 @@ machines, and these tables decide every later bit.  Only + - * / and conversions
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -75,12 +77,16 @@ def exp(x: F64) -> F64:
     return np.ldexp(total, n.astype(np.int64))
 
 
+@functools.lru_cache(maxsize=4)
 def table(positions: int, rope_dim: int, base: float) -> npt.NDArray[np.float32]:
     """(positions, rope_dim/2, 2) float32: cos and sin of position * base**(-2i/rope_dim).
 
     The formula is that of RoFormer (Su et al., 2021), with the pairs (2i, 2i+1) of llama GGUFs.
+    Every card gets the same table: it is kept, and read-only.
     """
     pair = np.arange(rope_dim // 2, dtype=np.float64)
     frequency = exp(-2.0 * pair / rope_dim * log(base))
     sin, cos = sin_cos(np.arange(positions, dtype=np.float64)[:, None] * frequency[None, :])
-    return np.stack([cos, sin], axis=-1).astype(np.float32)
+    out = np.stack([cos, sin], axis=-1).astype(np.float32)
+    out.flags.writeable = False
+    return out

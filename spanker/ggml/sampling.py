@@ -67,10 +67,9 @@ class Choice:
     logprob: float
 
 
-def uniform(seed: int, position: int) -> float:
-    """A float64 in [0, 1) for a (seed, position): Philox4x32-10 (Salmon et al., SC 2011)."""
-    c0, c1, c2, c3 = position & 0xFFFFFFFF, position >> 32 & 0xFFFFFFFF, 0, 0
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random 32-bit words for a counter and a key."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
         c0, c1, c2, c3 = (
@@ -80,14 +79,31 @@ def uniform(seed: int, position: int) -> float:
             p0 & 0xFFFFFFFF,
         )
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return ((c0 << 32 | c1) >> 11) * 2.0**-53
+    return c0, c1, c2, c3
 
 
-def order(ids: U32, values: F32, vocabulary: int) -> tuple[U32, F32]:
-    """Candidates of several cards by logit descending, then id ascending; fillers dropped."""
+def uniform(seed: int, position: int) -> float:
+    """A float64 in [0, 1) for a (seed, position)."""
+    counter = (position & 0xFFFFFFFF, position >> 32 & 0xFFFFFFFF, 0, 0)
+    high, low, _, _ = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return ((high << 32 | low) >> 11) * 2.0**-53
+
+
+def order(ids: U32, values: F32, vocabulary: int, per_card: int | None = None) -> tuple[U32, F32]:
+    """Tokens by logit descending, then id ascending; fillers dropped.
+
+    With `per_card` they are the best so many of each card, card after card.  Behind the last one of
+    a card there may be others of that card which nobody has sent: what comes after it is dropped,
+    so that the result is always what the order of the whole vocabulary starts with.
+    """
+    last = np.zeros(ids.shape, np.bool_)
+    if per_card:
+        last[per_card - 1 :: per_card] = True
     real = ids < vocabulary
-    ids, values = ids[real], values[real]
+    ids, values, last = ids[real], values[real], last[real]
     by = np.lexsort((ids, -values))
+    cut = np.flatnonzero(last[by])
+    by = by[: int(cut[0]) + 1] if cut.size else by
     return ids[by], values[by]
 
 

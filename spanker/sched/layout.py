@@ -170,7 +170,7 @@ def fit_kv_pages(
         empty = card_bytes(shape, plan, card, attrs.evolve(limits, kv_pages=0))
         number, share = plan.place(card)
         layers = plan.stages[number].layers.size
-        per_page = layers * kv_page_bytes(shape, share, limits)
+        page_bytes = kv_page_bytes(shape, share, limits)
         need = empty + sum(
             b.ddr_bytes for b in kv_buffers(shape, plan, card, attrs.evolve(limits, kv_pages=least))
         )
@@ -182,8 +182,8 @@ def fit_kv_pages(
                 f"memory per card",
                 card=card,
             )
-        if per_page:
-            # Each layer's pool is rounded up to the allocation unit.
-            room = ddr_bytes[card] - empty - layers * DDR_ALIGN
-            pages = min(pages, max(room // per_page, least))
+        if page_bytes:
+            # Each layer's pool takes whole allocation units.
+            per_layer = (ddr_bytes[card] - empty) // layers // DDR_ALIGN * DDR_ALIGN
+            pages = min(pages, per_layer // page_bytes)
     return pages

@@ -189,10 +189,32 @@ static void refuses_broken_headers(void)
     REFUSES(SPK_E_BOUNDS, p.header.positions_max++);
 }
 
+static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+
+/* An operand that is not checked must not be there at all. */
+static void refuses_operands_that_an_operation_does_not_take(void)
+{
+    struct builder valid = bench_program(&alice);
+    for (uint32_t i = 0; i < valid.header.commands; i++)
+        for (int slot = 0; slot < 4; slot++)
+            if (!(refs_of[valid.commands[i].op] >> slot & 1)) {
+                static const struct spk_ref extra[] = {
+                    {.buffer = 1}, {.buffer = UINT32_MAX}, {.stride = 4}, {.offset = 1 << 30}};
+                for (size_t j = 0; j < COUNT(extra); j++) {
+                    struct builder p = valid;
+                    uint32_t bad, handle;
+                    char why[256];
+                    CASE("command %u, extra operand %d (%zu)", i, slot, j);
+                    p.commands[i].ref[slot] = extra[j];
+                    CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_ARG);
+                    CHECK_EQUAL(bad, i);
+                }
+            }
+}
+
 /* Every operand of every command: missing, misplaced, too long by one byte, not aligned. */
 static void refuses_every_operand_out_of_bounds(void)
 {
-    static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
     struct builder valid = bench_program(&alice);
     for (uint32_t i = 0; i < valid.header.commands; i++)
         for (int slot = 0; slot < 4; slot++) {
@@ -768,7 +790,16 @@ static void a_card_may_be_destroyed_with_work_queued(void)
     CHECK_EQUAL(submit(one.card, program, &s, &fence), SPK_OK);
     CHECK(!run_cards(&one.card, 1));
     bench_destroy(&one);
-    CHECK_EQUAL(spk_card_step(two.card), SPK_STEP_IDLE);
+    /* The other's link leads nowhere now: it gets what was sent, then waits, and can be aborted. */
+    p = bench_program(&two);
+    CHECK_EQUAL(load(two.card, &p, &program, &bad, why), SPK_OK);
+    CHECK_EQUAL(submit(two.card, program, &s, &fence), SPK_OK);
+    CHECK_EQUAL(submit(two.card, program, &s, &fence), SPK_OK);
+    CHECK(!run_cards(&two.card, 1));
+    CHECK_EQUAL(completion_of(&two).status, SPK_OK);
+    CHECK_EQUAL(spk_card_abort(two.card, two.card->epoch + 1), SPK_OK);
+    CHECK(run_cards(&two.card, 1));
+    CHECK_EQUAL(completion_of(&two).status, SPK_E_ABORTED);
     bench_destroy(&two);
 }
 
@@ -828,6 +859,7 @@ int main(void)
     links_refuse_nonsense();
     refuses_broken_headers();
     refuses_every_operand_out_of_bounds();
+    refuses_operands_that_an_operation_does_not_take();
     refuses_arguments_that_make_no_sense();
     refuses_sizes_that_overflow();
     refuses_rows_of_the_wrong_kind();

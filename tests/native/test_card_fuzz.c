@@ -119,10 +119,12 @@ static void run_bounded(struct bench *pair)
     }
 }
 
-int main(void)
+/* Arguments: another number of rounds, another seed. */
+int main(int argc, char **argv)
 {
-    struct rng r = {.state = 2026};
-    uint32_t accepted = 0, ran = 0;
+    int rounds = argc > 1 ? atoi(argv[1]) : ROUNDS;
+    struct rng r = {.state = argc > 2 ? strtoull(argv[2], NULL, 0) : 2026};
+    int accepted = 0, ran = 0;
     spk_fp_enter();
     for (int isa = 0; isa < SPK_ISA_COUNT; isa++) {
         if (!spk_kernels_get(isa))
@@ -134,7 +136,7 @@ int main(void)
         char why[256];
         CHECK_EQUAL(spk_link_connect(pair[0].card, 0, pair[1].card, 1, RING_BYTES), SPK_OK);
         CHECK_EQUAL(load(pair[1].card, &peer, &peer_handle, &bad, why), SPK_OK);
-        for (int round = 0; round < ROUNDS; round++) {
+        for (int round = 0; round < rounds; round++) {
             struct builder p = valid;
             CASE("isa %d, round %d, state %#llx", isa, round, (unsigned long long)r.state);
             mutate_program(&r, &p);
@@ -158,7 +160,7 @@ int main(void)
         bench_destroy(&pair[0]), bench_destroy(&pair[1]);
     }
     /* A fuzzer of which nothing gets through tests nothing. */
-    CHECK(accepted > ROUNDS / 10 && ran > ROUNDS / 10);
-    printf("ok card fuzz (%u programs accepted, %u steps run)\n", accepted, ran);
+    CHECK(accepted > rounds / 10 && ran > rounds / 10);
+    printf("ok card fuzz (%d programs accepted, %d steps run)\n", accepted, ran);
     return 0;
 }

@@ -47,7 +47,8 @@ from spanker.sched.shares import Share
 DIMENSION_MAX = 1 << 20
 LAYERS_MAX = 4096
 
-# Keys of the architecture that are read, and those whose neutral value changes nothing.
+# Keys of the architecture that are read or concern a kind of norm that llama has not, and those
+# whose neutral value changes nothing.
 _READ = frozenset(
     {
         "block_count",
@@ -58,6 +59,7 @@ _READ = frozenset(
         "attention.head_count_kv",
         "attention.key_length",
         "attention.value_length",
+        "attention.layer_norm_epsilon",
         "attention.layer_norm_rms_epsilon",
         "rope.freq_base",
         "rope.dimension_count",
@@ -66,7 +68,6 @@ _READ = frozenset(
 )
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
-    "attention.layer_norm_epsilon": (),  # of the other kind of norm, which llama has not
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (0, 1),
@@ -161,19 +162,19 @@ def _brief(value: object) -> str:
 
 def _check_keys(gguf: GGUFFile) -> None:
     architecture = gguf.metadata.get("general.architecture")
-    if architecture != "llama":
+    if not _is(architecture, "llama"):
         raise _bad(
             gguf, f"architecture {_brief(architecture)} is not supported; supported: 'llama'"
         )
     kind = gguf.metadata.get("general.type", "model")
-    if kind != "model":
+    if not _is(kind, "model"):
         raise _bad(gguf, f"this file holds a {_brief(kind)}, not a model")
-    if gguf.metadata.get("split.count", 0) not in (0, 1):
+    if not _is(gguf.metadata.get("split.count", 0), 0, 1):
         raise _bad(gguf, "the model is split over several files; merge them into one GGUF first")
     for key, value in gguf.metadata.items():
         if key.startswith("llama."):
             name = key[len("llama.") :]
-            if name in _READ or (name in _NEUTRAL and _is_neutral(value, _NEUTRAL[name])):
+            if name in _READ or (name in _NEUTRAL and _is(value, *_NEUTRAL[name])):
                 continue
             raise _bad(
                 gguf,
@@ -183,8 +184,9 @@ def _check_keys(gguf: GGUFFile) -> None:
             raise _bad(gguf, f"key {key} = {_brief(value)} is not understood")
 
 
-def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
-    return not neutral or any(value == n for n in neutral)
+def _is(value: object, *wanted: object) -> bool:
+    """Whether a value is one of those wanted; arrays, which compare by element, never are."""
+    return isinstance(value, bool | int | float | str) and value in wanted
 
 
 def read_model(gguf: GGUFFile) -> LlamaModel:
@@ -259,10 +261,10 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
     vocabulary = gguf.tensors["token_embd.weight"].shape[0]
     if not 1 <= vocabulary <= 1 << 24:
         raise ModelFormatError(f"{gguf.path}: a vocabulary of {vocabulary} is out of range")
-    if gguf.metadata.get("llama.vocab_size", vocabulary) != vocabulary:
+    if not _is(gguf.metadata.get("llama.vocab_size", vocabulary), vocabulary):
         raise ModelFormatError(
-            f"{gguf.path}: key llama.vocab_size is {gguf.metadata['llama.vocab_size']}, but the "
-            f"embedding has {vocabulary} rows"
+            f"{gguf.path}: key llama.vocab_size is {_brief(gguf.metadata['llama.vocab_size'])}, "
+            f"but the embedding has {vocabulary} rows"
         )
     embedding = weight("token_embd.weight", vocabulary, hidden)
     tied = "output.weight" not in gguf.tensors

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fleet specifications: what they mean, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec, SoftRig
+from spanker.device.spec import parse_bytes, parse_fleet
+from spanker.errors import ConfigError
+from spanker.native import isas
+
+ONE = SoftCardSpec(None, DEFAULT_DDR_BYTES)
+SCALAR = SoftCardSpec("scalar", DEFAULT_DDR_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cards"),
+    [
+        (1, (ONE,)),
+        ("3", (ONE,) * 3),
+        ("soft:3", (ONE,) * 3),
+        (" soft:1 , 2 ", (ONE,) * 3),
+        ("soft:2@scalar,soft:1", (SCALAR, SCALAR, ONE)),
+        ("soft:2:64MiB", (SoftCardSpec(None, 64 << 20),) * 2),
+        ("soft:1@scalar:1.5G,1:4096", (SoftCardSpec("scalar", 3 << 29), SoftCardSpec(None, 4096))),
+        ("2:1M", (SoftCardSpec(None, 1 << 20),) * 2),
+        ("soft:0,soft:1", (ONE,)),
+        (CARDS_MAX, (ONE,) * CARDS_MAX),
+    ],
+)
+def test_specifications_name_cards_in_order(spec: str | int, cards: tuple[SoftCardSpec]) -> None:
+    assert parse_fleet(spec) == cards
+
+
+def test_every_instruction_set_of_this_machine_can_be_named() -> None:
+    spec = ",".join(f"soft:1@{isa}" for isa in isas())
+    assert [card.isa for card in parse_fleet(spec)] == list(isas())
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("0", "at least one card, got '0'"),
+        (0, "at least one card"),
+        ("soft:0", "at least one card"),
+        (-1, "no cards '-1'"),
+        ("", "no cards ''"),
+        ("soft", "no cards 'soft'"),
+        ("soft:", "no cards"),
+        ("soft:x", "no cards 'soft:x'"),
+        ("1,,2", "no cards ''"),
+        ("soft:1 @scalar", "no cards"),
+        ("soft:1.5", "no cards"),
+        ("virtual:2", "no kind of card 'virtual'"),
+        ("300", f"300 cards are too many: a soft fleet has 1 to {CARDS_MAX}"),
+        (f"{CARDS_MAX},1", f"{CARDS_MAX + 1} cards are too many"),
+        ("999999999", "too many"),
+        ("9999999999", "no cards"),
+        ("soft:1@mmx", "instruction set 'mmx' is not available here: expected one of scalar"),
+        ("soft:1:", "no cards"),
+        ("soft:1:12X", "no size '12X'"),
+        ("soft:1:MiB", "no size 'MiB'"),
+    ],
+)
+def test_bad_specifications_are_explained_on_one_line(spec: str | int, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_fleet(spec)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1000", 1000),
+        ("1000B", 1000),
+        ("64K", 65536),
+        ("64KiB", 65536),
+        ("64ki", 65536),
+        ("64kB", 64000),
+        ("64MB", 64_000_000),
+        ("1.5G", 3 << 29),
+        ("2TiB", 2 << 40),
+        (" 0.5 KiB ", 512),
+        ("0", 0),
+    ],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "1,000", "64 Mi B", "K", "1KK", "0x10", "1iB"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [("0", "at least 64 bytes"), ("63", "at least 64 bytes"), ("999999999999T", "at most")],
+)
+def test_impossible_cards_are_refused_when_opened(size: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SoftRig(parse_fleet(f"soft:1:{size}"))
+
+
+def test_ddr_is_rounded_down_to_what_the_card_can_allocate() -> None:
+    with SoftRig([SoftCardSpec(ddr_bytes=1000)]) as rig:
+        assert rig.cards[0].info.ddr_bytes == 960
+        rig.cards[0].alloc(960)
+
+
+def test_the_environment_names_the_default_instruction_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SPANKER_ISA", "scalar")
+    with SoftRig([ONE, SoftCardSpec(isas()[-1])]) as rig:
+        assert [card.info.isa for card in rig.cards] == ["scalar", isas()[-1]]
+    monkeypatch.setenv("SPANKER_ISA", "mmx")
+    with pytest.raises(ConfigError, match="'mmx' is not available"):
+        SoftRig([ONE])

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a llama GGUF: what is understood, what is refused by name, and what each card is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spanker.errors import ModelFormatError, SpankerError, UnsupportedModelError
+from spanker.ggml.architectures import llama
+from spanker.ggml.architectures.llama import LlamaModel, build_program, read_model, uploads
+from spanker.ggml.gguf import GGMLType, GGUFFile
+from spanker.kernels.formats import Format, pack
+from spanker.sched.layout import card_buffers, layer_rows
+from spanker.sched.plan import Limits, tensor_pipeline
+from spanker.testing.models import GGUFTensor, TinyModel, Value, tensor, tiny_llama
+
+LIMITS = Limits(
+    context=64, tokens_max=8, outputs_max=4, candidates=10, kv_pages=3, page_positions=32
+)
+
+
+def read(model: TinyModel, path: Path) -> LlamaModel:
+    with GGUFFile(model.write(path / "model.gguf")) as gguf:
+        return read_model(gguf)
+
+
+def refusal(model: TinyModel, path: Path, kind: type[SpankerError]) -> str:
+    with pytest.raises(kind) as caught:
+        read(model, path)
+    text = str(caught.value)
+    assert str(path / "model.gguf") in text and "\n" not in text
+    return text
+
+
+# --- what is understood -----------------------------------------------------------------
+
+
+def test_the_shape_is_that_of_the_file(tmp_path: Path) -> None:
+    made = tiny_llama(
+        layers=3, hidden=96, heads=6, kv_heads=2, head_dim=16, ffn=160, vocabulary=300, context=128
+    )
+    model = read(made, tmp_path)
+    s = model.shape
+    assert (s.hidden, s.heads, s.kv_heads, s.head_dim, s.rope_dim) == (96, 6, 2, 16, 16)
+    assert (s.ffn, s.vocabulary, s.context, len(s.layers), s.group) == (160, 300, 128, 3, 3)
+    assert (model.rms_eps, model.rope_base) == (pytest.approx(1e-5), 10000.0)
+    q = s.layers[2].attn_q
+    assert (q.name, q.rows, q.k, q.row_bytes) == ("blk.2.attn_q.weight", 96, 96, 54)
+    assert (q.quantized, q.columns_unit, q.unit_bytes) == (True, 32, 18)
+
+
+def test_without_an_output_matrix_the_embedding_serves_as_one(tmp_path: Path) -> None:
+    model = read(tiny_llama(), tmp_path)
+    assert model.tied and model.shape.output is model.shape.embedding
+    model = read(tiny_llama(tied=False), tmp_path)
+    assert not model.tied and model.shape.output.name == "output.weight"
+
+
+@pytest.mark.parametrize("fmt", ["f32", "f16", "q4_0", "q4_1", "q8_0"])
+def test_every_format_is_read(tmp_path: Path, fmt: str) -> None:
+    model = read(tiny_llama(format=fmt), tmp_path)
+    assert {w.format for w in model.weights.values()} == {Format[fmt.upper()]}
+    bytes_of_a_row = {"f32": 256, "f16": 128, "q4_0": 36, "q4_1": 40, "q8_0": 68}[fmt]
+    assert model.shape.layers[0].attn_q.row_bytes == bytes_of_a_row
+
+
+def test_absent_keys_have_their_defaults(tmp_path: Path) -> None:
+    made = tiny_llama()
+    for key in (
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "vocab_size",
+    ):
+        del made.metadata[f"llama.{key}"]
+    model = read(made, tmp_path)
+    assert (model.shape.head_dim, model.shape.rope_dim, model.rope_base) == (16, 16, 10000.0)
+    made = tiny_llama(heads=4, kv_heads=4)
+    del made.metadata["llama.attention.head_count_kv"]
+    assert read(made, tmp_path).shape.kv_heads == 4
+
+
+def test_a_part_of_the_head_may_be_rotated_and_the_base_given(tmp_path: Path) -> None:
+    made = tiny_llama()
+    made.metadata.update({"llama.rope.dimension_count": 8, "llama.rope.freq_base": 500000.0})
+    model = read(made, tmp_path)
+    assert (model.shape.rope_dim, model.rope_base) == (8, 500000.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.causal", True),
+        ("llama.attention.layer_norm_epsilon", 0.125),
+        ("llama.rope.scaling.type", "none"),
+        ("llama.rope.scaling.factor", 1.0),
+        ("llama.rope.scale_linear", 0.0),
+        ("llama.expert_count", 0),
+        ("llama.expert_used_count", 0),
+        ("llama.logit_scale", 1.0),
+        ("llama.attention.sliding_window", 0),
+        ("llama.attention.clamp_kqv", 0.0),
+        ("llama.use_parallel_residual", True),
+        ("llama.tensor_data_layout", "Meta AI original pth"),
+        ("general.type", "model"),
+        ("general.quantization_version", 2),
+        ("general.tags", ["a", "b"]),
+        ("quantize.imatrix.file", "x"),
+        ("split.count", 1),
+    ],
+)
+def test_keys_with_a_neutral_value_are_accepted(tmp_path: Path, key: str, value: Value) -> None:
+    made = tiny_llama()
+    made.metadata[key] = value
+    plain = read(tiny_llama(), tmp_path)
+    changed = read(made, tmp_path)
+    assert (changed.shape, changed.rms_eps, changed.rope_base) == (
+        plain.shape,
+        plain.rms_eps,
+        plain.rope_base,
+    )
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("general.architecture", "qwen2", "architecture 'qwen2' is not supported"),
+        ("general.architecture", 7, "architecture 7 is not supported"),
+        ("general.architecture", ["llama", "llama"], "architecture"),
+        ("general.type", "adapter", "holds a 'adapter', not a model"),
+        ("general.type", ["model", "model"], "not a model"),
+        ("split.count", 2, "split over several files"),
+        ("split.count", [1, 1], "split over several files"),
+        ("llama.attention.causal", False, "llama.attention.causal = False"),
+        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn'"),
+        ("llama.rope.scaling.factor", 4.0, "llama.rope.scaling.factor = 4.0"),
+        ("llama.rope.scaling.factor", [1.0, 4.0], "llama.rope.scaling.factor"),
+        ("llama.rope.scaling.original_context_length", 4096, "original_context_length"),
+        ("llama.rope.scale_linear", 2.0, "llama.rope.scale_linear"),
+        ("llama.expert_count", 8, "llama.expert_count = 8 would change the result"),
+        ("llama.expert_used_count", 2, "llama.expert_used_count"),
+        ("llama.logit_scale", 0.5, "llama.logit_scale"),
+        ("llama.embedding_scale", 12.0, "llama.embedding_scale"),
+        ("llama.residual_scale", 0.25, "llama.residual_scale"),
+        ("llama.attention.sliding_window", 4096, "llama.attention.sliding_window"),
+        ("llama.attention.something_new", 1, "llama.attention.something_new = 1"),
+        ("llama.tensor_data_layout", "other", "llama.tensor_data_layout"),
+        ("qwen2.block_count", 2, "key qwen2.block_count = 2 is not understood"),
+        ("llama.attention.head_count", [4, 4], "one integer, got array([4, 4]"),
+        ("llama.attention.head_count_kv", [2, 1], "llama.attention.head_count_kv must be one"),
+        ("llama.feed_forward_length", [128, 64], "llama.feed_forward_length must be one integer"),
+        ("llama.block_count", "two", "llama.block_count must be one integer, got 'two'"),
+        ("llama.block_count", True, "llama.block_count must be one integer, got True"),
+        ("llama.attention.value_length", 8, "different head sizes"),
+        ("llama.attention.layer_norm_rms_epsilon", "x", "must be a number, got 'x'"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(
+    tmp_path: Path, key: str, value: Value, words: str
+) -> None:
+    made = tiny_llama()
+    made.metadata[key] = value
+    assert words in refusal(made, tmp_path, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.block_count", 0, "llama.block_count must be 1 to 4096, got 0"),
+        ("llama.block_count", 4097, "must be 1 to 4096"),
+        ("llama.block_count", 3, "tensor 'blk.2.attn_norm.weight' is missing"),
+        ("llama.embedding_length", 32, "'token_embd.weight' must have shape (320, 32)"),
+        ("llama.embedding_length", 1 << 40, "must be 1 to"),
+        ("llama.feed_forward_length", 64, "'blk.0.ffn_gate.weight' must have shape (64, 64)"),
+        ("llama.attention.head_count", 3, "3 heads, 2 KV heads"),
+        ("llama.attention.head_count_kv", 3, "4 heads, 3 KV heads"),
+        ("llama.attention.head_count_kv", 8, "4 heads, 8 KV heads"),
+        ("llama.rope.dimension_count", 18, "rotated size 18"),
+        ("llama.rope.dimension_count", 7, "rotated size 7"),
+        ("llama.vocab_size", 300, "llama.vocab_size is 300, but the embedding has 320 rows"),
+        ("llama.vocab_size", [320, 320], "llama.vocab_size"),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0, "must be positive, got 0.0"),
+        ("llama.rope.freq_base", float("nan"), "must be positive, got nan"),
+        ("llama.rope.freq_base", float("inf"), "must be positive, got inf"),
+        ("llama.context_length", 0, "llama.context_length must be 1"),
+        ("llama.context_length", -5, "llama.context_length must be 1"),
+    ],
+)
+def test_contradictions_are_refused_with_what_was_found(
+    tmp_path: Path, key: str, value: Value, words: str
+) -> None:
+    made = tiny_llama()
+    made.metadata[key] = value
+    assert words in refusal(made, tmp_path, ModelFormatError)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ],
+)
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    made = tiny_llama()
+    del made.metadata[f"llama.{key}"]
+    text = refusal(made, tmp_path, UnsupportedModelError)
+    assert f"llama.{key}" in text and "got nothing" in text
+
+
+def test_a_file_without_an_architecture_is_refused(tmp_path: Path) -> None:
+    made = tiny_llama()
+    del made.metadata["general.architecture"]
+    assert "architecture nothing" in refusal(made, tmp_path, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("name", sorted(tiny_llama().tensors))
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    made = tiny_llama()
+    del made.tensors[name]
+    assert f"tensor {name!r} is missing" in refusal(made, tmp_path, ModelFormatError)
+
+
+@pytest.mark.parametrize("name", sorted(tiny_llama(layers=1).tensors))
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    made = tiny_llama(layers=1)
+    shape = made.tensors[name].shape
+    values = np.zeros((shape[0] + 32, *shape[1:]), np.float32)
+    made.tensors[name] = tensor(name, values, "f32")
+    text = refusal(made, tmp_path, ModelFormatError)
+    # The embedding tells the vocabulary: there the key of its size disagrees.
+    assert name in text or "llama.vocab_size" in text
+    assert "shape" in text or "352 rows" in text
+
+
+def test_an_embedding_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
+    made = tiny_llama()
+    made.tensors["token_embd.weight"] = tensor("token_embd.weight", np.zeros(320, np.float32))
+    assert "must have shape (320, 64)" in refusal(made, tmp_path, ModelFormatError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rope_freqs.weight",
+        "rope_factors_long.weight",
+        "blk.0.ffn_gate_exps.weight",
+        "blk.0.attn_q.bias",
+        "blk.0.attn_q_norm.weight",
+        "blk.2.attn_q.weight",
+        "output.bias",
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    made = tiny_llama()
+    made.tensors[name] = tensor(name, np.ones(64, np.float32))
+    text = refusal(made, tmp_path, UnsupportedModelError)
+    assert f"tensor {name!r} is not part of a llama model" in text
+    made.tensors["zzz"] = tensor("zzz", np.ones(64, np.float32))
+    assert "and 1 more" in refusal(made, tmp_path, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q5_0, GGMLType.Q6_K, GGMLType.BF16, GGMLType.I8])
+def test_formats_that_are_not_multiplied_are_refused_by_name(
+    tmp_path: Path, kind: GGMLType
+) -> None:
+    made = tiny_llama(hidden=256, ffn=256)
+    name = "blk.1.ffn_up.weight"
+    row_bytes = {"Q5_0": 256 // 32 * 22, "Q6_K": 210, "BF16": 512, "I8": 256}[kind.name]
+    made.tensors[name] = GGUFTensor(name, (256, 256), kind, bytes(256 * row_bytes))
+    text = refusal(made, tmp_path, UnsupportedModelError)
+    assert f"tensor {name!r} has format {kind.name}" in text and "Q4_1" in text
+
+
+def test_a_norm_of_another_format_is_refused(tmp_path: Path) -> None:
+    made = tiny_llama()
+    name = "blk.0.attn_norm.weight"
+    made.tensors[name] = tensor(name, np.ones(64, np.float32), "q8_0")
+    text = refusal(made, tmp_path, UnsupportedModelError)
+    assert f"tensor {name!r} must be F32 or F16, got Q8_0" in text
+
+
+# --- what is sent to the cards ------------------------------------------------------------------
+
+# Heads, FFN, vocabulary and columns that no number of cards divides, in several formats.
+MODELS: dict[str, Callable[[], TinyModel]] = {
+    "q4_0": lambda: tiny_llama(
+        hidden=96, heads=6, kv_heads=2, head_dim=16, ffn=160, vocabulary=300
+    ),
+    "f16": lambda: tiny_llama(
+        hidden=80,
+        heads=5,
+        kv_heads=5,
+        head_dim=24,
+        ffn=72,
+        vocabulary=1000,
+        format="f16",
+        tied=False,
+    ),
+    "q8_0": lambda: tiny_llama(heads=3, kv_heads=1, head_dim=32, format="q8_0", tied=False),
+}
+PLANS = [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (1, 2), (2, 2), (5, 2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("cards", "stages"), PLANS)
+@pytest.mark.parametrize("upload_bytes", [1, 2 << 20])
+def test_every_byte_of_every_weight_buffer_is_written_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cards: int,
+    stages: int,
+    upload_bytes: int,
+) -> None:
+    monkeypatch.setattr(llama, "UPLOAD_BYTES", upload_bytes if upload_bytes > 1 else 3000)
+    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+        model = read_model(gguf)
+        plan = tensor_pipeline(model.shape, cards, stages)
+        for card in plan.cards:
+            sizes = {b.name: b.nbytes for b in card_buffers(model.shape, plan, card, LIMITS)}
+            written: set[str] = set()
+            for upload in uploads(model, gguf, plan, card, LIMITS):
+                assert upload.buffer not in written
+                written.add(upload.buffer)
+                assert upload.nbytes == sizes[upload.buffer]
+                at = 0
+                for offset, data in upload.pieces():
+                    assert offset == at and data.size and data.dtype == np.uint8
+                    at += data.size
+                assert at == upload.nbytes
+            weights = {b for b in sizes if b.endswith((".weight", ".columns", ".rows"))}
+            assert written == weights | {"rope"}
+
+
+def content(gguf: GGUFFile, model: LlamaModel, cards: int, stages: int) -> dict[str, list[bytes]]:
+    """What the cards of a plan get, by buffer, in order of the cards."""
+    plan = tensor_pipeline(model.shape, cards, stages)
+    out: dict[str, list[bytes]] = {}
+    for card in plan.cards:
+        for upload in uploads(model, gguf, plan, card, LIMITS):
+            data = b"".join(data.tobytes() for _, data in upload.pieces())
+            out.setdefault(upload.buffer, []).append(data)
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("cards", "stages"), PLANS)
+def test_the_cards_get_the_right_rows(tmp_path: Path, name: str, cards: int, stages: int) -> None:
+    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+        model = read_model(gguf)
+        shape, plan = model.shape, tensor_pipeline(model.shape, cards, stages)
+        got = content(gguf, model, cards, stages)
+        for stage in plan.stages:
+            for index in range(stage.layers.start, stage.layers.stop):
+                held: dict[str, list[bytes]] = {}
+                for share in stage.shares:
+                    for matrix, first, rows in layer_rows(shape.layers[index], shape, share):
+                        weight = model.weights[matrix.name]
+                        data = gguf.tensor_data(matrix.name)[first : first + rows]
+                        packed = pack(weight.format, data, matrix.k).tobytes()
+                        held.setdefault(matrix.name, []).append(packed)
+                for matrix_name, expected in held.items():
+                    assert got[matrix_name] == expected
+        vocabulary = [s.vocabulary for s in plan.stages[-1].shares if s.vocabulary.size]
+        output = model.weights[shape.output.name]
+        data = gguf.tensor_data(shape.output.name)
+        assert got["output.rows"] == [
+            pack(output.format, data[v.start : v.stop], shape.hidden).tobytes() for v in vocabulary
+        ]
+        # The columns of all cards side by side are the embedding as it stands in the file.
+        table = gguf.tensor_data("token_embd.weight")
+        columns = [
+            np.frombuffer(part, np.uint8).reshape(shape.vocabulary, -1)
+            for part in got["token_embd.weight.columns"]
+        ]
+        assert np.array_equal(np.concatenate(columns, axis=1), table)
+
+
+def test_norms_in_f16_are_sent_as_floats(tmp_path: Path) -> None:
+    made = tiny_llama(layers=1)
+    values = np.linspace(0.5, 1.5, 64, dtype=np.float32)
+    made.tensors["output_norm.weight"] = tensor("output_norm.weight", values, "f16")
+    with GGUFFile(made.write(tmp_path / "model.gguf")) as gguf:
+        got = content(gguf, read_model(gguf), 1, 1)
+    expected = values.astype(np.float16).astype(np.float32)
+    assert got["output_norm.weight"] == [expected.tobytes()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("cards", "stages"), PLANS)
+def test_programs_name_only_buffers_that_the_card_has(
+    tmp_path: Path, name: str, cards: int, stages: int
+) -> None:
+    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+        model = read_model(gguf)
+        plan = tensor_pipeline(model.shape, cards, stages)
+        for card in plan.cards:
+            buffers = card_buffers(model.shape, plan, card, LIMITS)
+            used: set[str] = set()
+            program = build_program(model, plan, card, LIMITS)
+            for command in program.commands:
+                used.update(ref.buffer for _, ref in command.refs)
+            assert used <= {b.name for b in buffers}
+            # What takes memory is there to be used; norms are small, and on every card of a stage.
+            matrices = {m.name for layer in model.shape.layers for m in layer.matrices}
+            pools = {f"kv.{i}" for i in range(len(model.shape.layers))}
+            weights = {b.name for b in buffers} & (matrices | pools | {"output.rows"})
+            assert weights <= used
+            assert program.encode({b.name: i for i, b in enumerate(buffers)})

@@ -1,0 +1,408 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Four cards on two workers: exchanges over every link at once, aborted and torn down at any
+ * moment.  Runs under ThreadSanitizer too. */
+#include <pthread.h>
+#include <time.h>
+
+#include "card_test.h"
+
+enum {
+    CARDS = 4,
+    WORKERS = 2,
+    CHUNK = 96,     /* floats of a row that one card contributes */
+    ROWS = 40,
+    EXCHANGES = 6,  /* between two of them every card changes its chunk */
+    WIDE = 1200,    /* floats of a wide row: a step moves more than a ring holds */
+    WIDE_ROWS = 60,
+};
+
+struct fleet {
+    struct spk_card *cards[CARDS];
+    struct spk_pool *pool;
+    uint32_t gathered[CARDS], increment[CARDS], program[CARDS];
+    uint32_t chunk, rows, epoch;
+};
+
+static void sleep_ns(uint64_t ns)
+{
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    nanosleep(&t, NULL);
+}
+
+/* Small integers, so that sums are exact: depends on the step, the row, the card, the column. */
+static float initial(uint32_t step, uint32_t row, uint32_t card, uint32_t column)
+{
+    return (float)((step * 131 + row * 31 + card * 7 + column) % 1021);
+}
+
+static float added(uint32_t row, uint32_t card, uint32_t column)
+{
+    return (float)(1 + (row * 3 + card * 5 + column) % 17);
+}
+
+static uint32_t row_bytes(const struct fleet *f)
+{
+    return CARDS * f->chunk * 4;
+}
+
+/* All-gathers, direct: every card sends its chunk of each row to every other. */
+static void load_gathers(struct fleet *f, int card)
+{
+    struct builder p = new_program(f->rows, 0, 1);
+    uint32_t bad;
+    char why[256];
+    uint64_t own = (uint64_t)card * f->chunk * 4;
+    for (int e = 0; e < EXCHANGES; e++) {
+        append(&p, SPK_OP_EXCHANGE)->arg[0] = 2 * (CARDS - 1);
+        for (int i = 1; i < CARDS; i++) {
+            int peer = (card + i) % CARDS;
+            struct spk_command *c = append(&p, SPK_OP_LINK_SEND);
+            c->ref[0] = ref_at(f->gathered[card], row_bytes(f), own);
+            c->arg[0] = (uint32_t)peer, c->arg[1] = f->chunk * 4;
+            c = append(&p, SPK_OP_LINK_RECV);
+            c->ref[3] = ref_at(f->gathered[card], row_bytes(f), (uint64_t)peer * f->chunk * 4);
+            c->arg[0] = (uint32_t)peer, c->arg[1] = f->chunk * 4;
+        }
+        struct spk_command *c = append(&p, SPK_OP_ADD);
+        c->ref[0] = ref_at(f->gathered[card], row_bytes(f), own);
+        c->ref[1] = ref_at(f->increment[card], f->chunk * 4, 0);
+        c->arg[0] = f->chunk;
+    }
+    CHECK_EQUAL(load(f->cards[card], &p, &f->program[card], &bad, why), SPK_OK);
+}
+
+static struct fleet fleet_create(uint32_t chunk, uint32_t rows)
+{
+    struct fleet f = {.chunk = chunk, .rows = rows, .epoch = 1};
+    int status;
+    for (int i = 0; i < CARDS; i++) {
+        f.cards[i] = spk_card_create(16u << 20, SPK_ISA_SCALAR, &status);
+        CHECK_EQUAL(status, SPK_OK);
+        CHECK_EQUAL(spk_card_alloc(f.cards[i], (uint64_t)row_bytes(&f) * rows, &f.gathered[i]),
+                    SPK_OK);
+        CHECK_EQUAL(spk_card_alloc(f.cards[i], (uint64_t)chunk * 4 * rows, &f.increment[i]),
+                    SPK_OK);
+        float *increments = exact((size_t)chunk * 4 * rows);
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t c = 0; c < chunk; c++)
+                increments[r * chunk + c] = added(r, (uint32_t)i, c);
+        CHECK_EQUAL(spk_card_write(f.cards[i], f.increment[i], 0, increments,
+                                   (uint64_t)chunk * 4 * rows),
+                    SPK_OK);
+        free(increments);
+    }
+    for (uint32_t i = 0; i < CARDS; i++)
+        for (uint32_t j = i + 1; j < CARDS; j++)
+            CHECK_EQUAL(spk_link_connect(f.cards[i], i, f.cards[j], j, RING_BYTES), SPK_OK);
+    for (int i = 0; i < CARDS; i++)
+        load_gathers(&f, i);
+    f.pool = spk_pool_create(f.cards, CARDS, WORKERS, &status);
+    CHECK(f.pool && status == SPK_OK);
+    return f;
+}
+
+static void fleet_destroy(struct fleet *f)
+{
+    spk_pool_destroy(f->pool);
+    for (int i = 0; i < CARDS; i++)
+        spk_card_destroy(f->cards[i]);
+}
+
+static void write_step(struct fleet *f, uint32_t step)
+{
+    size_t n = (size_t)f->rows * CARDS * f->chunk;
+    float *x = exact(n * 4);
+    for (uint32_t card = 0; card < CARDS; card++) {
+        for (size_t i = 0; i < n; i++)
+            x[i] = -1.0f; /* the others' chunks must arrive */
+        for (uint32_t r = 0; r < f->rows; r++)
+            for (uint32_t c = 0; c < f->chunk; c++)
+                x[(r * CARDS + card) * f->chunk + c] = initial(step, r, card, c);
+        CHECK_EQUAL(spk_card_write(f->cards[card], f->gathered[card], 0, x, n * 4), SPK_OK);
+    }
+    free(x);
+}
+
+static void submit_step(struct fleet *f, uint32_t tokens)
+{
+    struct spk_step_header *h = exact(sizeof *h + (3 * tokens + 2) * 4);
+    uint32_t *words = (uint32_t *)(h + 1);
+    *h = (struct spk_step_header){.magic = SPK_STEP_MAGIC,
+                                  .version = SPK_STEP_VERSION,
+                                  .tokens = tokens,
+                                  .sequences = 1};
+    memset(words, 0, (3 * tokens + 2) * 4);
+    for (int i = 0; i < CARDS; i++) {
+        uint64_t fence;
+        char why[256];
+        CHECK_EQUAL(submit_bytes(f->cards[i], f->program[i], h, sizeof *h + (3 * tokens + 2) * 4,
+                                 &fence, why),
+                    SPK_OK);
+    }
+    free(h);
+}
+
+/* Waits for one completion of a card. */
+static int wait_status(struct spk_card *c)
+{
+    struct spk_completion done;
+    for (int i = 0; i < 200000; i++) {
+        if (spk_card_completion(c, &done))
+            return done.status;
+        sleep_ns(50000);
+    }
+    struct spk_counters counters;
+    spk_card_counters(c, &counters);
+    fprintf(stderr, "hangs at command %u, waiting for %d, epoch %u\n  case: %s\n",
+            counters.command, counters.waiting_for, counters.epoch, test_case);
+    exit(1);
+}
+
+static void check_step(struct fleet *f, uint32_t step, uint32_t tokens)
+{
+    size_t n = (size_t)f->rows * CARDS * f->chunk;
+    float *x = exact(n * 4);
+    for (uint32_t card = 0; card < CARDS; card++) {
+        CHECK_EQUAL(spk_card_read(f->cards[card], f->gathered[card], 0, x, n * 4), SPK_OK);
+        for (uint32_t r = 0; r < f->rows; r++)
+            for (uint32_t from = 0; from < CARDS; from++)
+                for (uint32_t c = 0; c < f->chunk; c++) {
+                    /* The last exchange carries what all changes but the last have made. */
+                    uint32_t changes = from == card ? EXCHANGES : EXCHANGES - 1;
+                    float value = initial(step, r, from, c) + (float)changes * added(r, from, c);
+                    if (r >= tokens)
+                        value = from == card ? initial(step, r, from, c) : -1.0f;
+                    if (x[(r * CARDS + from) * f->chunk + c] != value) {
+                        CASE("step %u, card %u, row %u, from %u, column %u: %g, expected %g", step,
+                             card, r, from, c, (double)x[(r * CARDS + from) * f->chunk + c],
+                             (double)value);
+                        CHECK(!"the right value arrived");
+                    }
+                }
+    }
+    free(x);
+}
+
+static void whole_step(struct fleet *f, uint32_t step, uint32_t tokens)
+{
+    write_step(f, step);
+    submit_step(f, tokens);
+    for (int i = 0; i < CARDS; i++)
+        CHECK_EQUAL(wait_status(f->cards[i]), SPK_OK);
+    check_step(f, step, tokens);
+}
+
+static void gathers_carry_the_right_data(void)
+{
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    for (uint32_t step = 0; step < 40; step++) {
+        CASE("step %u", step);
+        whole_step(&f, step, 1 + step * 7 % ROWS);
+    }
+    uint64_t expected = 0;
+    for (uint32_t step = 0; step < 40; step++)
+        expected += (uint64_t)(1 + step * 7 % ROWS) * EXCHANGES * CHUNK * 4;
+    for (uint32_t i = 0; i < CARDS; i++)
+        for (uint32_t j = 0; j < CARDS; j++) {
+            uint64_t sent, received;
+            spk_card_link_bytes(f.cards[i], j, &sent, &received);
+            CHECK_EQUAL(sent, i == j ? 0 : expected);
+            CHECK_EQUAL(received, i == j ? 0 : expected);
+        }
+    fleet_destroy(&f);
+}
+
+static void gathers_larger_than_a_ring_arrive(void)
+{
+    struct fleet f = fleet_create(WIDE, WIDE_ROWS);
+    CASE("wide");
+    for (uint32_t step = 0; step < 3; step++)
+        whole_step(&f, step, step == 1 ? 1 : WIDE_ROWS);
+    fleet_destroy(&f);
+}
+
+static void queued_steps_follow_each_other(void)
+{
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    CASE("queued");
+    for (int round = 0; round < 10; round++) {
+        for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++)
+            submit_step(&f, 1 + i);
+        for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++)
+            for (int card = 0; card < CARDS; card++)
+                CHECK_EQUAL(wait_status(f.cards[card]), SPK_OK);
+    }
+    fleet_destroy(&f);
+}
+
+static void abort_all(struct fleet *f, struct rng *r)
+{
+    int first = (int)rng_below(r, CARDS);
+    f->epoch++;
+    for (int i = 0; i < CARDS; i++) {
+        CHECK_EQUAL(spk_card_abort(f->cards[(first + i) % CARDS], f->epoch), SPK_OK);
+        if (rng_below(r, 4) == 0)
+            sleep_ns(rng_below(r, 200000));
+    }
+}
+
+/* How long a step takes here and now: sanitizers and busy machines stretch it. */
+static uint32_t step_duration_ns(struct fleet *f)
+{
+    struct timespec begin, end;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    submit_step(f, ROWS);
+    for (int i = 0; i < CARDS; i++)
+        CHECK_EQUAL(wait_status(f->cards[i]), SPK_OK);
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    int64_t ns = (end.tv_sec - begin.tv_sec) * 1000000000 + (end.tv_nsec - begin.tv_nsec);
+    return ns < 20000000 ? (uint32_t)ns : 20000000;
+}
+
+static void an_abort_at_any_moment_leaves_nothing_behind(void)
+{
+    enum { ROUNDS = 120, SEED = 17 };
+    struct rng r = {.state = SEED};
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    uint32_t duration_ns = step_duration_ns(&f);
+    int aborted = 0, finished = 0;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        CASE("abort, round %u, seed %d", round, SEED);
+        write_step(&f, round);
+        submit_step(&f, ROWS);
+        if (rng_below(&r, 2))
+            submit_step(&f, 3);
+        sleep_ns(rng_below(&r, 4) ? rng_below(&r, 2 * duration_ns) : 0);
+        abort_all(&f, &r);
+        struct spk_counters counters;
+        for (int i = 0; i < CARDS; i++) {
+            for (;;) {
+                struct spk_completion done;
+                while (spk_card_completion(f.cards[i], &done)) {
+                    CHECK(done.status == SPK_OK || done.status == SPK_E_ABORTED);
+                    aborted += done.status == SPK_E_ABORTED;
+                    finished += done.status == SPK_OK;
+                }
+                spk_card_counters(f.cards[i], &counters);
+                if (!counters.queued && !spk_card_completion(f.cards[i], &done))
+                    break;
+                sleep_ns(20000);
+            }
+        }
+        whole_step(&f, round + 1, 1 + rng_below(&r, ROWS));
+    }
+    CHECK(aborted > 0 && finished > 0); /* or the moments were not any */
+    fleet_destroy(&f);
+}
+
+/* A step submitted right behind an abort runs, whatever the workers have seen of the abort. */
+static void a_step_may_be_submitted_right_behind_an_abort(void)
+{
+    enum { ROUNDS = 100, SEED = 23 };
+    struct rng r = {.state = SEED};
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        CASE("behind an abort, round %u, seed %d", round, SEED);
+        submit_step(&f, ROWS);
+        sleep_ns(rng_below(&r, 500000));
+        abort_all(&f, &r);
+        submit_step(&f, 2);
+        for (int i = 0; i < CARDS; i++) {
+            int status = wait_status(f.cards[i]);
+            CHECK(status == SPK_OK || status == SPK_E_ABORTED);
+            CHECK_EQUAL(wait_status(f.cards[i]), SPK_OK);
+        }
+    }
+    fleet_destroy(&f);
+}
+
+static void a_fleet_may_be_destroyed_while_it_runs(void)
+{
+    struct rng r = {.state = 29};
+    for (int round = 0; round < 15; round++) {
+        struct fleet f = fleet_create(CHUNK, ROWS);
+        CASE("destroyed, round %d", round);
+        submit_step(&f, ROWS);
+        submit_step(&f, ROWS);
+        sleep_ns(rng_below(&r, 1000000));
+        if (round % 3 == 0)
+            spk_card_plant(f.cards[round % CARDS], SPK_PLANT_HANG);
+        if (round % 3 == 1)
+            spk_card_plant(f.cards[round % CARDS], SPK_PLANT_DIE);
+        fleet_destroy(&f);
+    }
+}
+
+static void a_dead_card_answers_and_the_others_can_be_aborted(void)
+{
+    struct rng r = {.state = 31};
+    for (int round = 0; round < 10; round++) {
+        struct fleet f = fleet_create(CHUNK, ROWS);
+        int dead = round % CARDS;
+        CASE("a dead card, round %d", round);
+        submit_step(&f, ROWS);
+        submit_step(&f, ROWS);
+        sleep_ns(rng_below(&r, 500000));
+        spk_card_plant(f.cards[dead], SPK_PLANT_DIE);
+        for (int i = 0; i < 2; i++) {
+            int status = wait_status(f.cards[dead]);
+            CHECK(status == SPK_E_LOST || status == SPK_OK);
+        }
+        abort_all(&f, &r);
+        for (int card = 0; card < CARDS; card++)
+            for (int i = 0; card != dead && i < 2; i++) {
+                int status = wait_status(f.cards[card]);
+                CHECK(status == SPK_E_ABORTED || status == SPK_OK);
+            }
+        fleet_destroy(&f);
+    }
+}
+
+/* Another thread of the host reads counters all the time. */
+static _Atomic int watching;
+
+static void *watch(void *argument)
+{
+    struct fleet *f = argument;
+    uint64_t last[CARDS] = {0};
+    while (watching) {
+        for (int i = 0; i < CARDS; i++) {
+            struct spk_counters counters;
+            uint64_t sent, received;
+            spk_card_counters(f->cards[i], &counters);
+            spk_card_link_bytes(f->cards[i], (uint32_t)(i + 1) % CARDS, &sent, &received);
+            CHECK(counters.progress >= last[i]);
+            last[i] = counters.progress;
+        }
+        sleep_ns(100000);
+    }
+    return NULL;
+}
+
+static void counters_may_be_read_meanwhile(void)
+{
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    pthread_t thread;
+    CASE("counters");
+    watching = 1;
+    CHECK(pthread_create(&thread, NULL, watch, &f) == 0);
+    for (uint32_t step = 0; step < 10; step++)
+        whole_step(&f, step, ROWS);
+    watching = 0;
+    pthread_join(thread, NULL);
+    fleet_destroy(&f);
+}
+
+int main(void)
+{
+    gathers_carry_the_right_data();
+    gathers_larger_than_a_ring_arrive();
+    queued_steps_follow_each_other();
+    an_abort_at_any_moment_leaves_nothing_behind();
+    a_step_may_be_submitted_right_behind_an_abort();
+    a_fleet_may_be_destroyed_while_it_runs();
+    a_dead_card_answers_and_the_others_can_be_aborted();
+    counters_may_be_read_meanwhile();
+    puts("ok threads_links");
+    return 0;
+}
