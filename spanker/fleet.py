@@ -210,6 +210,7 @@ class Model:
         self,
         path: str,
         gguf: GGUFFile,
+        tokenizer: Tokenizer,
         loaded: LoadedModel,
         session: Session,
         decisions: tuple[Decision, ...],
@@ -219,7 +220,7 @@ class Model:
         self._loaded = loaded
         self._session = session
         self._metadata = gguf.metadata
-        self._tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        self._tokenizer = tokenizer
         self._template: ChatTemplate | None = None
 
     @property
@@ -376,12 +377,15 @@ class Fleet:
         gguf = GGUFFile(path)
         try:
             parsed = llama.read_model(gguf)
+            tokenizer = Tokenizer.from_metadata(gguf.metadata)
             made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
-            limits = self._limits(parsed, made, ctx, prompt_chunk, kv_tokens)
+            # Other models may be on the cards already.
+            free = [c.ddr_total_bytes - c.ddr_used_bytes for c in await self._coordinator.counters()]
+            limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
             decisions = decide(parsed.shape, len(self.cards), self.profile)
             loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)
             session = Session(self._coordinator, loaded)
-            out = Model(path, gguf, loaded, session, decisions)
+            out = Model(path, gguf, tokenizer, loaded, session, decisions)
         finally:
             gguf.close()
         self._nursery.start_soon(session.run)
@@ -392,6 +396,7 @@ class Fleet:
         self,
         model: llama.LlamaModel,
         plan: Plan,
+        free_bytes: Sequence[int],
         ctx: int | None,
         prompt_chunk: int,
         kv_tokens: int | None,
@@ -410,19 +415,19 @@ class Fleet:
             raise ConfigError(
                 f"kv_tokens must hold at least one context of {context}, got {kv_tokens}"
             )
-        # A step must also be able to carry one token of several sequences.
-        tokens = min(max(prompt_chunk, 1), context) if prompt_chunk >= OUTPUTS_MAX else prompt_chunk
+        prompt_chunk = min(prompt_chunk, context)
         wanted = -(-(kv_tokens or KV_CONTEXTS * context) // PAGE_POSITIONS)
         limits = Limits(
             context=context,
-            tokens_max=tokens,
-            outputs_max=min(OUTPUTS_MAX, tokens),
+            prompt_chunk=prompt_chunk,
+            # However short the chunks, a step can carry one token of many sequences.
+            tokens_max=max(prompt_chunk, OUTPUTS_MAX),
+            outputs_max=OUTPUTS_MAX,
             candidates=min(CANDIDATES, model.shape.vocabulary),
             kv_pages=0,
             page_positions=PAGE_POSITIONS,
         )
-        ddr = tuple(card.ddr_bytes for card in self.cards)
-        pages = fit_kv_pages(model.shape, plan, limits, ddr, wanted)
+        pages = fit_kv_pages(model.shape, plan, limits, tuple(free_bytes), wanted)
         if kv_tokens is not None and pages < wanted:
             raise ConfigError(
                 f"a KV cache of {kv_tokens:,} positions does not fit: the cards have room for "

@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +20,29 @@ from spanker.ggml import catalog
 def smollm2_path() -> Path:
     """The catalogue's smallest real model, pulled if the cache does not have it."""
     return catalog.pull("smollm2")
+
+
+def _held() -> tuple[set[threading.Thread], set[str], int]:
+    """Python threads, descriptors and where they lead, and the number of native threads."""
+    descriptors = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            descriptors.add(f"{fd}: {os.readlink(f'/proc/self/fd/{fd}')}")
+    return set(threading.enumerate()), descriptors, len(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """A fleet gives back its threads, native ones too, and descriptors, however it ends."""
+    gc.collect()
+    threads, descriptors, native = _held()
+    yield
+    gc.collect()
+    # A thread that was joined is listed a moment longer.
+    deadline = time.monotonic() + 2
+    while _held()[2] > native and time.monotonic() < deadline:
+        time.sleep(0.001)
+    now = _held()
+    assert now[0] - threads == set()
+    assert now[1] - descriptors == set()
+    assert now[2] <= native

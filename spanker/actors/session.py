@@ -31,8 +31,9 @@ from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams
 from spanker.kernels.program import SequenceStep
 
-# A sequence pauses when its consumer is this many tokens behind.
+# A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
 RUN_AHEAD_MAX = 64
+SCORE_AHEAD_MAX = 4
 # Requests that may wait for KV pages.
 WAITING_MAX = 4096
 
@@ -83,6 +84,15 @@ class Sequence:
     def ended(self) -> bool:
         return self.finish is not None or self.error is not None or self.released
 
+    @property
+    def decoding(self) -> bool:
+        """Only the newest token has not been computed yet."""
+        return self.computed == len(self.tokens) - 1 and not self.score
+
+    @property
+    def ahead_max(self) -> int:
+        return SCORE_AHEAD_MAX if self.score else RUN_AHEAD_MAX
+
     def signal(self) -> None:
         self.changed.set()
 
@@ -97,7 +107,7 @@ class Sequence:
             self.changed = trio.Event()
             await self.changed.wait()
         item = self.outbox.popleft()
-        if len(self.outbox) == RUN_AHEAD_MAX - 1:
+        if len(self.outbox) == self.ahead_max - 1:
             self.session.wake()
         return item
 
@@ -276,21 +286,23 @@ class Session:
     def _next_batch(self) -> list[tuple[Sequence, SequenceStep]]:
         self._admit()
         limits = self.loaded.limits
-        tokens, outputs = limits.tokens_max, limits.outputs_max
-        decoding = [s for s in self._running if s.computed == len(s.tokens) - 1 and not s.score]
-        prefilling = [s for s in self._running if s not in decoding]
+        tokens, outputs, prompt = limits.tokens_max, limits.outputs_max, limits.prompt_chunk
         batch: list[tuple[Sequence, SequenceStep]] = []
-        for sequence in decoding + prefilling:
-            if len(sequence.outbox) >= RUN_AHEAD_MAX or not tokens or not outputs:
-                continue
+        for sequence in sorted(self._running, key=lambda s: not s.decoding):
             count = min(len(sequence.tokens) - sequence.computed, tokens)
+            if not sequence.decoding:
+                count = min(count, prompt)
             if sequence.score:
                 count = min(count, outputs)
+            if len(sequence.outbox) >= sequence.ahead_max or not count or not outputs:
+                continue
+            if sequence.score:
                 wanted = tuple(range(count))
             else:
                 last = sequence.computed + count == len(sequence.tokens)
                 wanted = (count - 1,) if last else ()
             tokens -= count
+            prompt -= 0 if sequence.decoding else count
             outputs -= len(wanted)
             used = math.ceil((sequence.computed + count) / limits.page_positions)
             step = SequenceStep(

@@ -194,12 +194,12 @@ def progress_bar(what: str, *, counts_bytes: bool = True) -> Iterator[Advance | 
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    task = bar.add_task(printable(what), total=None)
+    task = bar.add_task(printable(what), visible=False)
     drawn = -_REFRESH_S
 
     def advance(done: int, total: int) -> None:
         nonlocal drawn
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, visible=True)
         if time.monotonic() - drawn >= _REFRESH_S or done == total:
             drawn = time.monotonic()
             bar.refresh()

@@ -160,7 +160,8 @@ def card_bytes(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> int:
 def fit_kv_pages(
     shape: ModelShape, plan: Plan, limits: Limits, ddr_bytes: tuple[int, ...], wanted: int
 ) -> int:
-    """The most KV pages, up to `wanted`, that fit on every card; `ddr_bytes` is by card number.
+    """The most KV pages, up to `wanted`, that fit on every card; `ddr_bytes` are those free, by card
+    number.
 
     Raises CardMemoryError, with the bytes needed, where not even one full context fits.
     """
@@ -177,8 +178,8 @@ def fit_kv_pages(
         if need > ddr_bytes[card]:
             raise CardMemoryError(
                 f"plan {plan.name} needs {need:,} bytes on card {card} ({empty:,} for weights and "
-                f"activations, the rest for a context of {limits.context:,}), but its DDR has "
-                f"{ddr_bytes[card]:,}: use more cards, a shorter --ctx or --prompt-chunk, or more "
+                f"activations, the rest for a context of {limits.context:,}), but it has "
+                f"{ddr_bytes[card]:,} of DDR free: use more cards, a shorter --ctx or --prompt-chunk, or more "
                 f"memory per card",
                 card=card,
             )

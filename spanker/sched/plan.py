@@ -99,11 +99,13 @@ class ModelShape:
 class Limits:
     """The largest step and the KV memory that a plan is made for.
 
-    `outputs_max` rows of logits can come out of one step, `candidates` are kept of each by every
-    card; `kv_pages` pages of `page_positions` positions are shared by all sequences.
+    Of the `tokens_max` tokens of a step at most `prompt_chunk` belong to prompts; `outputs_max`
+    rows of logits can come out of it, and every card keeps the best `candidates` of each.
+    `kv_pages` pages of `page_positions` positions are shared by all sequences.
     """
 
     context: int
+    prompt_chunk: int
     tokens_max: int
     outputs_max: int
     candidates: int

@@ -71,7 +71,7 @@ def write_gguf(
     """Write a GGUF (version 3) of just these keys and tensors; nothing is checked.
 
     Python values become bool, uint32 or int64, float32, string, and arrays of these; arrays of
-    integers are int32.  An alignment other than 32 needs the key `general.alignment` too.
+    integers are int32, empty ones of strings.  An alignment other than 32 needs the key `general.alignment` too.
     """
     tensors = tuple(tensors)
     head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
@@ -112,11 +112,11 @@ def _value(value: Value) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", 8) + _string(value)
     items = list(value)
-    if items and isinstance(items[0], str):
+    if not items or isinstance(items[0], str):
         kind, body = 8, b"".join(_string(str(item)) for item in items)
-    elif items and isinstance(items[0], bool):
+    elif isinstance(items[0], bool):
         kind, body = 7, bytes(map(bool, items))
-    elif items and isinstance(items[0], float):
+    elif isinstance(items[0], float):
         kind, body = 6, np.asarray(items, "<f4").tobytes()
     else:
         kind, body = 5, np.asarray(items, "<i4").tobytes()

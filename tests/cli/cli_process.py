@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,29 @@ class Terminal:
 
     def wait_for(self, text: str, since: int = 0) -> None:
         """Read until `text` appears after the first `since` characters."""
-        give_up = time.monotonic() + TIMEOUT_S
-        while text not in self.text[since:]:
-            assert time.monotonic() < give_up, f"{text!r} never appeared in {self.text!r}"
-            self.read(0.05)
+        self._wait(lambda: text in self.text[since:], repr(text))
 
-    def read(self, timeout_s: float = 0.0) -> None:
-        """Take in what has been written."""
-        while select.select([self._screen], [], [], timeout_s)[0]:
-            try:
-                data = os.read(self._screen, 65536)
-            except OSError:  # nobody has the device open any more
-                return
-            self.text += data.decode(errors="replace")
+    def wait_for_more(self, characters: int) -> None:
+        """Read until so many more characters have appeared."""
+        enough = len(self.text) + characters
+        self._wait(lambda: len(self.text) >= enough, f"{characters} more characters")
+
+    def _wait(self, arrived: Callable[[], bool], what: str) -> None:
+        give_up = time.monotonic() + TIMEOUT_S
+        while not arrived():
+            assert time.monotonic() < give_up, f"{what} never appeared in {self.text!r}"
+            self._read(0.05)
+
+    def drain(self) -> None:
+        """Take in what a process that has ended wrote last."""
+        while self._read(0.05):
+            pass
+
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self._screen], [], [], timeout_s)[0]:
+            return False
+        self.text += os.read(self._screen, 65536).decode(errors="replace")
+        return True
 
     def press(self, keys: str) -> None:
         os.write(self._screen, keys.encode())

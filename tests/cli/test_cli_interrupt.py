@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import trio
 from cli_process import EXIT_S, Running, Terminal, started, terminal
 
+from spanker.cli.errors import Interrupted
 from spanker.cli.interrupts import run_async
+from spanker.cli.opening import open_model
+from spanker.cli.options import FleetOptions
+from spanker.errors import CardLostError
+from spanker.testing import write_tiny_llama
 
 LONG_PROMPT = "The wind was fair and the fleet sailed on. " * 300
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -20,7 +29,7 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 def ended_well(running: Running, screen: Terminal, number: int, settings: object) -> None:
     took_s = running.signal_and_wait(number)
-    screen.read(0.05)
+    screen.drain()
     print(f"ended after {took_s:.3f} s; screen: {screen.text!r}")
     assert running.process.returncode == 128 + number
     assert took_s < EXIT_S
@@ -73,21 +82,30 @@ def test_ctrl_c_while_generating_ends_within_a_second(smollm2_path: Path) -> Non
 
 
 def test_ctrl_c_ends_a_command_whose_reader_has_stopped_reading(tmp_path: Path) -> None:
-    from spanker.testing import write_tiny_llama
-
-    model = write_tiny_llama(tmp_path / "tiny.gguf", context=1 << 16)
+    model = write_tiny_llama(tmp_path / "tiny.gguf", context=1 << 15)
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     with (
         terminal() as screen,
         started(
-            *("run", "Once", "--model", str(model), "--ctx", "65536"),
-            *("--max-tokens", "65000", "--ignore-eos"),
+            *("run", "Once", "--model", str(model), "--ctx", str(1 << 15)),
+            *("--max-tokens", str(1 << 14), "--ignore-eos"),
+            stdout=writer,
             stderr=screen.device,
         ) as running,
     ):
+        os.close(writer)
         settings = screen.settings()
-        screen.wait_for(SHOW_CURSOR)
-        time.sleep(1)  # more than fills the pipe, or goes on generating: both must end
+        filled = -1
+        while filled < (filled := _readable(reader)) or not filled:
+            time.sleep(0.3)
         ended_well(running, screen, signal.SIGINT, settings)
+    os.close(reader)
+
+
+def _readable(fd: int) -> int:
+    """Bytes waiting in a pipe."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_ctrl_c_during_a_pull_leaves_neither_process_nor_file(tmp_path: Path) -> None:
@@ -127,11 +145,6 @@ def _running(script: str) -> bool:
 
 
 def test_errors_of_a_job_that_a_signal_cancels_are_not_reported() -> None:
-    import trio
-
-    from spanker.cli.errors import Interrupted
-    from spanker.errors import CardLostError
-
     async def job(interrupts: object) -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -147,10 +160,6 @@ def test_errors_of_a_job_that_a_signal_cancels_are_not_reported() -> None:
 
 
 def test_no_thread_is_left_by_an_interrupted_generation(smollm2_path: Path) -> None:
-    from spanker.cli.errors import Interrupted
-    from spanker.cli.opening import open_model
-    from spanker.cli.options import FleetOptions
-
     def tasks() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 

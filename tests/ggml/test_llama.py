@@ -19,7 +19,13 @@ from spanker.sched.plan import Limits, tensor_pipeline
 from spanker.testing.models import GGUFTensor, TinyModel, Value, tensor, tiny_llama
 
 LIMITS = Limits(
-    context=64, tokens_max=8, outputs_max=4, candidates=10, kv_pages=3, page_positions=32
+    prompt_chunk=8,
+    context=64,
+    tokens_max=8,
+    outputs_max=4,
+    candidates=10,
+    kv_pages=3,
+    page_positions=32,
 )
 
 

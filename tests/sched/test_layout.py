@@ -19,7 +19,13 @@ from spanker.sched.layout import (
 from spanker.sched.plan import Limits, ModelShape, Plan, tensor_pipeline
 
 LIMITS = Limits(
-    context=100, tokens_max=8, outputs_max=4, candidates=10, kv_pages=3, page_positions=32
+    prompt_chunk=8,
+    context=100,
+    tokens_max=8,
+    outputs_max=4,
+    candidates=10,
+    kv_pages=3,
+    page_positions=32,
 )
 PLANS = [(1, 1), (2, 1), (3, 1), (7, 1), (16, 1), (1, 2), (2, 2), (5, 2)]
 

@@ -3,12 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,27 +16,6 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "long.gguf", context=2048)
 
 
-def _held() -> tuple[set[threading.Thread], set[str], int]:
-    """Python threads, descriptors and where they lead, and the number of native threads."""
-    descriptors = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one that lists them
-            descriptors.add(f"{fd}: {os.readlink(f'/proc/self/fd/{fd}')}")
-    return set(threading.enumerate()), descriptors, len(os.listdir("/proc/self/task"))
-
-
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """A fleet gives back its threads, native ones too, and descriptors, however it ends."""
-    gc.collect()
-    threads, descriptors, native = _held()
-    yield
-    gc.collect()
-    # A thread that was joined is listed a moment longer.
-    deadline = time.monotonic() + 2
-    while _held()[2] > native and time.monotonic() < deadline:
-        time.sleep(0.001)
-    now = _held()
-    assert now[0] - threads == set()
-    assert now[1] - descriptors == set()
-    assert now[2] <= native
+def _leaves_nothing(nothing_left_behind: None) -> None:
+    """However a fleet ends."""

@@ -88,7 +88,7 @@ async def test_every_generation_hears_of_it(
             generations = [model.generate(p, max_tokens=500, ignore_eos=True) for p in prompts]
             if phase == "prefill":
                 while model.stats.prompt_tokens < 64:
-                    await trio.sleep(0)
+                    await trio.lowlevel.checkpoint()
                 assert model.stats.generated_tokens == 0
                 blow.strike()
             if phase == "decode":

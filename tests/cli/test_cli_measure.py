@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spanker eval`, `bench`, `info` and `pull`: the figures and their meaning."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_process import good, spanker
+
+import spanker as library
+from spanker.testing import write_tiny_llama
+
+LICENSE = Path(__file__).parents[2] / "LICENSE"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf"))
+
+
+async def test_eval_is_the_mean_of_the_librarys_log_probabilities(smollm2_path: Path) -> None:
+    # More tokens than one piece of scores holds.
+    args = ("--model", str(smollm2_path), "--text", str(LICENSE), "--tokens", "100")
+    got = json.loads(good("eval", *args, "--cards", "2", "--json").stdout)
+    async with library.open_fleet() as fleet:
+        model = await fleet.load(smollm2_path, ctx=128)
+        ids = model.tokenize(LICENSE.read_text())[:100]
+        x = (await model.logits(ids[:-1])).astype(np.float64)
+    log_total = np.log(np.exp(x - x.max(axis=1, keepdims=True)).sum(axis=1)) + x.max(axis=1)
+    expected = float((log_total - x[np.arange(99), ids[1:]]).mean())
+    assert got["tokens"] == 100 and got["predictions"] == 99
+    assert math.isclose(got["mean_nll"], expected, rel_tol=1e-12)
+    assert math.isclose(got["perplexity"], math.exp(expected), rel_tol=1e-12)
+
+
+def test_eval_takes_the_whole_text_by_default_and_refuses_what_does_not_fit(
+    tiny: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h")
+    args = ("eval", "--model", tiny, "--text")
+    whole = json.loads(good(*args, str(text), "--json").stdout)
+    same = json.loads(good(*args, "-", "--json", stdin=text.read_bytes()).stdout)
+    assert whole["tokens"] > 8 and whole["mean_nll"] == same["mean_nll"]
+    assert b"perplexity" in good(*args, str(text)).stdout
+    more = spanker(*args, str(text), "--tokens", "100")
+    assert more.returncode == 1 and b"expected at least 100" in more.stderr
+    text.write_text("a b c d e f g h" * 100)
+    beyond = spanker(*args, str(text), "--tokens", "300")
+    assert beyond.returncode == 1
+    assert b"300 tokens do not fit into the model's context of 256" in beyond.stderr
+
+
+def test_bench_prints_the_record(smollm2_path: Path) -> None:
+    args = ("bench", "--model", str(smollm2_path), "--cards", "2", "--gen-tokens", "12")
+    record = json.loads(good(*args, "--repeat", "3", "--json").stdout)
+    assert record["schema_version"] == "1"
+    assert record["backend"] == "spanker"
+    assert record["prompt"] == "Hello, "
+    assert record["prompt_tokens"] == 3
+    assert record["tokens_generated"] == 12
+    assert record["spanker_version"] == library.__version__
+    assert record["plan"] == "tp2" and record["cards"] == 2
+    assert set(record["host"]) == {"cpu", "cores", "ram_gb"}
+    assert record["host"]["cores"] >= 1 and record["host"]["ram_gb"] > 0
+    datetime.strptime(record["timestamp_utc"], "%Y-%m-%dT%H:%M:%SZ")
+    # Decode alone: eleven tokens after the first.
+    assert math.isclose(record["tokens_per_second"] * record["wall_clock_seconds"], 11)
+    assert math.isclose(record["prompt_tokens_per_second"] * record["time_to_first_token_s"], 3)
+    assert record["load_s"] > 0
+    rates = [run["tokens_per_second"] for run in record["runs"]]
+    assert len(rates) == 3 and record["tokens_per_second"] == sorted(rates)[1]
+
+
+def test_bench_makes_up_a_prompt_of_any_length(tiny: str) -> None:
+    args = ("bench", "--model", tiny, "--gen-tokens", "2")
+    for tokens in (1, 7, 100):
+        got = json.loads(good(*args, "--prompt-tokens", str(tokens), "--json").stdout)
+        assert got["prompt_tokens"] == tokens
+    assert b"decode" in good(*args).stdout
+    beyond = spanker(*args, "--prompt-tokens", "255")
+    assert beyond.returncode == 1 and b"context is 256" in beyond.stderr
+
+
+def test_info_foretells_what_loading_does(tiny: str) -> None:
+    foretold = json.loads(good("info", "--model", tiny, "--cards", "3", "--json").stdout)
+    done = json.loads(good("run", "x", "--model", tiny, "--cards", "3", "--json").stdout)
+    assert foretold["model"]["plan"] == done["plan"]
+    assert foretold["default_isa"] in foretold["isas"]
+    assert foretold["isas"][0] == "scalar"
+    for weights, card in zip(foretold["model"]["card_weight_bytes"], done["cards"], strict=True):
+        assert 0 < weights < card["ddr_used_bytes"]
+    answers = {d["name"]: d["strategy"] for d in foretold["model"]["decisions"]}
+    assert set(answers) >= {"attn_q", "ffn_down", "output"}
+    shown = good("info", "--model", tiny, "--cards", "3").stdout.decode()
+    assert "pick_strategy" in shown and "tensor-parallel" in shown
+    assert "instructions" in good("info").stdout.decode()
+
+
+def test_pull_lists_models_and_prints_the_path_of_a_cached_one(smollm2_path: Path) -> None:
+    listed = good("pull").stdout.decode()
+    assert "smollm2" in listed and "Apache-2.0" in listed and "yes" in listed
+    assert good("pull", "smollm2").stdout.decode() == f"{smollm2_path}\n"

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spanker run`: what it prints where, and that its answer is the library's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_process import good, spanker, started, terminal
+
+import spanker as library
+from spanker.ggml.chat import ChatTemplate
+from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.tokenizer import Tokenizer
+from spanker.testing import write_tiny_llama
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf"))
+
+
+def answer(*args: str, stdin: bytes = b"") -> dict[str, Any]:
+    done = good("run", *args, "--json", stdin=stdin)
+    value: dict[str, Any] = json.loads(done.stdout)
+    assert done.stdout.count(b"\n") == 1
+    return value
+
+
+async def test_one_and_three_cards_print_the_librarys_answer(smollm2_path: Path) -> None:
+    args = (PROMPT, "--model", str(smollm2_path), "--max-tokens", "12", "--logits-hash")
+    one, three = answer(*args), answer(*args, "--cards", "3")
+    async with library.open_fleet("soft:2") as fleet:
+        model = await fleet.load(smollm2_path, ctx=512)
+        generation = model.generate(PROMPT, max_tokens=12, logits=True)
+        digest = hashlib.sha256()
+        async for token in generation:
+            assert token.logits is not None
+            digest.update(np.asarray(token.logits, "<f4").tobytes())
+    for value in (one, three):
+        assert value["prompt_tokens"] == list(generation.prompt_ids)
+        assert value["tokens"] == generation.token_ids
+        assert value["text"] == generation.text
+        assert value["finish_reason"] == "length"
+        assert value["logits_sha256"] == digest.hexdigest()
+    assert [len(v["cards"]) for v in (one, three)] == [1, 3]
+    assert one["cards"][0]["link_sent_bytes"] == 0
+    for card in three["cards"]:
+        assert 0 < card["busy_share"] <= 1.1
+        assert card["link_sent_bytes"] > 0
+        assert 0 < card["ddr_used_bytes"] < one["cards"][0]["ddr_used_bytes"]
+    assert three["plan"]["name"] == "tp3"
+    assert [s["heads"] for s in three["plan"]["stages"][0]["shares"]] == [[0, 3], [3, 6], [6, 9]]
+    assert all(v > 0 for v in three["timings"].values())
+
+
+def test_the_text_alone_goes_to_stdout_and_the_summary_to_stderr(smollm2_path: Path) -> None:
+    done = good("run", PROMPT, "--model", str(smollm2_path), "--max-tokens", "8", "--cards", "3")
+    assert done.stdout.startswith(b" Paris.") and not done.stdout.endswith(b"tokens")
+    summary = done.stderr.decode()
+    for row in ("0  layers 0-29", "1  layers 0-29", "2  layers 0-29", "plan tp3: pick_strategy"):
+        assert row in summary
+    assert "prompt 5 tokens" in summary and "8 tokens" in summary and "load" in summary
+
+
+def test_everything_fits_into_80_columns(tiny: str) -> None:
+    with (
+        terminal(80) as screen,
+        started(
+            *("run", "Once", "--model", tiny, "--max-tokens", "4"),
+            *("--cards", "soft:2@scalar,soft:1:100MB"),
+            stderr=screen.device,
+        ) as running,
+    ):
+        screen.wait_for("load ")
+        assert running.process.wait(10) == 0
+        screen.drain()
+    summary = screen.text.rpartition("\x1b[2K")[2].replace("\x1b[1m", "").replace("\x1b[0m", "")
+    print(summary)
+    assert "busy" in summary and "scalar" in summary
+    assert max(len(line) for line in summary.splitlines()) <= 80
+
+
+def test_sampling_depends_on_the_seed_alone(tiny: str) -> None:
+    args = ("Once", "--model", tiny, "--max-tokens", "16", "--temperature", "1", "--top-p", "0.95")
+    first = answer(*args, "--seed", "7")["tokens"]
+    assert answer(*args, "--seed", "7", "--cards", "2", "--plan", "pp")["tokens"] == first
+    assert answer(*args, "--seed", "8")["tokens"] != first
+
+
+def test_a_prompt_comes_from_argument_stdin_or_file(tiny: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"two\nlines\n")
+    rest = ("--model", tiny, "--max-tokens", "2")
+    expected = answer("two\nlines", *rest)["prompt_tokens"]
+    assert answer(*rest, stdin=b"two\nlines")["prompt_tokens"] == expected
+    assert answer("-", *rest, stdin=b"two\nlines\r\n")["prompt_tokens"] == expected
+    assert answer(*rest, "--prompt-file", str(file))["prompt_tokens"] == expected
+    assert answer(*rest, stdin=b"two\nlines\n\n")["prompt_tokens"] != expected
+    refused = spanker("run", "x", *rest, "--prompt-file", str(file))
+    assert refused.returncode == 2 and b"not both" in refused.stderr
+
+
+def test_chat_wraps_the_prompt_by_the_models_template(tiny: str) -> None:
+    with GGUFFile(tiny) as gguf:
+        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        template = ChatTemplate.from_metadata(gguf.metadata, tokenizer)
+    text = template.render([{"role": "user", "content": "hi"}])
+    got = answer("hi", "--chat", "--model", tiny, "--max-tokens", "1")["prompt_tokens"]
+    assert got == tokenizer.encode(text, add_bos=False)
+
+
+def test_every_stop_text_counts(tiny: str) -> None:
+    args = ("Once", "--model", tiny, "--max-tokens", "24", "--ignore-eos")
+    whole = answer(*args)["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    got = answer(*args, "--stop", "never in there", "--stop", stop)
+    assert got["finish_reason"] == "stop"
+    assert got["text"] == whole[: whole.index(stop)]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tiny: str) -> None:
+    with started("run", "Once", "--model", tiny, "--max-tokens", "200", "--ignore-eos") as running:
+        assert running.process.stdout is not None and running.process.stderr is not None
+        assert running.process.stdout.read(1)
+        running.process.stdout.close()
+        assert running.process.stderr.read() == b""
+        assert running.process.wait(10) == 128 + signal.SIGPIPE
+
+
+def test_a_full_disk_is_an_error_of_one_line(tiny: str) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    for json_option in ((), ("--json",)):
+        with started("run", "Once", "--model", tiny, *json_option, stdout=full) as running:
+            assert running.process.stderr is not None
+            said = running.process.stderr.read()
+            assert running.process.wait(10) == 1
+        assert said == b"spanker: error: cannot write to stdout: No space left on device\n"
+    os.close(full)
