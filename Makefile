@@ -27,7 +27,7 @@ build: $(INSTALLED)  ## set up .venv and compile the native part
 
 demo: $(INSTALLED)  ## fetch a model and let it answer on three emulated cards
 	$(BIN)/spanker pull smollm2
-	$(BIN)/spanker run "$(DEMO_PROMPT)" --chat --model smollm2 --cards $(DEMO_CARDS) --max-tokens 48
+	$(BIN)/spanker run "$(DEMO_PROMPT)" --chat --model smollm2 --cards $(DEMO_CARDS) --max-tokens 96
 
 test: $(INSTALLED)  ## run the tests (PYTEST_ARGS=... adds options)
 	$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
@@ -42,7 +42,7 @@ check-python: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-c: $(INSTALLED)  ## C warnings as errors (clang too, if installed), no fused multiply-add
+check-c: $(INSTALLED)  ## C warnings (clang too), no fused multiply-add, AVX-512 emulated
 	$(BIN)/python tools/check_native.py warnings --cc "$(CC)"
 	$(BIN)/python tools/lint_fma.py $(CHECK_OUT)/$(notdir $(firstword $(CC)))
 	@if [ "$(CC)" != clang ] && command -v clang >/dev/null; then \
@@ -50,6 +50,7 @@ check-c: $(INSTALLED)  ## C warnings as errors (clang too, if installed), no fus
 	  $(BIN)/python tools/check_native.py warnings --cc clang; \
 	  $(BIN)/python tools/lint_fma.py $(CHECK_OUT)/clang; \
 	fi
+	CC="$(CC)" tools/check_avx512.sh
 
 check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour and thread sanitizers
 	$(BIN)/python tools/check_native.py sanitize --cc "$(CC)"

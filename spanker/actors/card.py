@@ -14,6 +14,7 @@ import attrs
 import trio
 
 from spanker.actors.channel import Channel
+from spanker.actors.frame import DEFAULT_LIMITS
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
@@ -38,7 +39,13 @@ from spanker.actors.message import (
     failed,
 )
 from spanker.device.base import Buffer, CardDevice, Completion
-from spanker.errors import CardError, ChannelClosedError, LocalProtocolError, SpankerError
+from spanker.errors import (
+    CardCommandError,
+    CardError,
+    ChannelClosedError,
+    LocalProtocolError,
+    SpankerError,
+)
 
 QUEUE_MAX = 4
 
@@ -111,6 +118,7 @@ class CardActor:
             request_id, request = await self._channel.receive()
             try:
                 if isinstance(request, RunStep):
+                    _check_reply_bytes(request)
                     fence = await self._queue.submit(request.program, request.buffers[0])
                     self._pending.append(_Pending(request_id, fence, request.reads))
                     self._submitted.set()
@@ -118,7 +126,7 @@ class CardActor:
                 reply = self._answer(request)
             except SpankerError as error:
                 reply = failed(error, self._device.number)
-            await self._channel.send(reply, request_id)
+            await self._send(reply, request_id)
             if isinstance(request, Stop):
                 return
 
@@ -128,6 +136,7 @@ class CardActor:
             device.write(request.handle, request.offset, request.buffers[0])
             return Ok()
         if isinstance(request, ReadBuffer):
+            _check_reply_bytes(request)
             data = device.read(request.handle, request.offset, request.nbytes)
             return BufferData(buffers=(data,))
         if isinstance(request, AllocBuffer):
@@ -186,6 +195,23 @@ class CardActor:
                 except SpankerError as error:
                     reply = failed(error, self._device.number)
                 try:
-                    await self._channel.send(reply, pending.request_id)
+                    await self._send(reply, pending.request_id)
                 except ChannelClosedError:
                     return
+
+    async def _send(self, reply: Message, request_id: int) -> None:
+        try:
+            await self._channel.send(reply, request_id)
+        except LocalProtocolError as error:
+            # Nothing was sent: the answer exceeds what the channel carries.
+            await self._channel.send(failed(error, self._device.number), request_id)
+
+
+def _check_reply_bytes(request: RunStep | ReadBuffer) -> None:
+    """Refuse before memory is taken for an answer that no channel carries."""
+    nbytes, limit = sum(request.reply_sizes()), DEFAULT_LIMITS.raw_bytes_max
+    if nbytes > limit:
+        raise CardCommandError(
+            f"{type(request).__name__} asks for {nbytes:,} bytes at once, a reply carries at most "
+            f"{limit:,}: read them in pieces"
+        )

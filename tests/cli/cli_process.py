@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import select
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 COMMAND = (sys.executable, "-m", "spanker")
 TIMEOUT_S = 60.0
@@ -44,6 +47,50 @@ def good(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     assert done.returncode == 0, done.stderr.decode()
     assert b"Traceback" not in done.stderr and b"Warning" not in done.stderr
     return done
+
+
+@attrs.frozen
+class Done:
+    """How one call of a batch ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        """The one line of JSON that a successful call printed."""
+        assert self.code == 0 and self.out.count("\n") == 1, self
+        return json.loads(self.out)
+
+
+_BATCH = """
+import io, json, sys
+from spanker.cli import main
+ours, results = sys.stdout, []
+for args, stdin in json.load(sys.stdin):
+    sys.stdin = io.TextIOWrapper(io.BytesIO(bytes.fromhex(stdin)), "utf-8")
+    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+    try:
+        main(args)
+    except SystemExit as end:
+        results.append((end.code, sys.stdout.getvalue(), sys.stderr.getvalue()))
+json.dump(results, ours)
+"""
+
+
+def batch(*calls: tuple[str, ...] | tuple[tuple[str, ...], bytes]) -> list[Done]:
+    """Many calls of main(), each args or (args, stdin), in one other process: that is quicker."""
+    listed = [call if call and isinstance(call[0], tuple) else (call, b"") for call in calls]
+    done = subprocess.run(
+        (sys.executable, "-c", _BATCH),
+        input=json.dumps([(args, stdin.hex()) for args, stdin in listed]),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Done(*result) for result in json.loads(done.stdout)]
 
 
 class Terminal:

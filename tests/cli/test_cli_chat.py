@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -62,19 +64,21 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(tiny: str) -> None:
         screen.wait_for("story\r\n")
         screen.wait_for_more(20)
         seen = len(screen.text)
-        running.process.send_signal(2)
+        running.process.send_signal(signal.SIGINT)
         screen.wait_for("\n> ", seen)
         assert running.process.poll() is None
 
-        # A half-typed line is only cleared.
+        # A half-typed line is only cleared.  (Keys are still on their way in for a moment.)
         screen.press("/ex")
-        screen.wait_for("/ex")
+        screen.wait_for("/ex", seen)
+        time.sleep(0.2)
         seen = len(screen.text)
-        running.process.send_signal(2)
+        running.process.send_signal(signal.SIGINT)
         screen.wait_for("> ", seen)
         assert running.process.poll() is None
 
-        took_s = running.signal_and_wait(2)
+        time.sleep(0.2)
+        took_s = running.signal_and_wait(signal.SIGINT)
         screen.drain()
         assert running.process.returncode == 130
         assert took_s < EXIT_S

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
-from cli_process import good, spanker, started, terminal
+from cli_process import Done, batch, good, spanker, started, terminal
 
 from spanker.testing import tensor, tiny_llama, write_gguf, write_tiny_llama
 
@@ -18,8 +21,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a good tiny model and several that are not."""
     directory = tmp_path_factory.mktemp("models")
     data = write_tiny_llama(directory / "good.gguf").read_bytes()
-    (directory / "truncated.gguf").write_bytes(data[: len(data) // 8])
-    (directory / "short.gguf").write_bytes(data[:-1000])
+    (directory / "truncated.gguf").write_bytes(data[:2000])
+    (directory / "outside.gguf").write_bytes(data[:-1000])
     (directory / "text.gguf").write_text("not a model at all\n")
     tiny = tiny_llama()
     extra = tensor("blk.0.surprise.weight", np.ones((64, 64), np.float32))
@@ -33,73 +36,78 @@ def _tensors(tiny: object) -> tuple[object, ...]:
     return tuple(getattr(tiny, "tensors").values())  # noqa: B009
 
 
-def refused(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
-    """The one line on stderr of a command that must fail with exit code 1."""
-    done = spanker(*args, stdin=stdin, env=env)
-    text = done.stderr.decode()
-    print(text, end="")
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert text.startswith("spanker: error: ") and text.endswith("\n") and text.count("\n") == 1
-    return text
+def one_line(done: Done) -> str:
+    """The one line on stderr of a command that must have failed with exit code 1."""
+    print(done.err, end="")
+    assert done.code == 1
+    assert done.out == ""
+    assert done.err.startswith("spanker: error: ") and done.err.endswith("\n")
+    assert done.err.count("\n") == 1
+    return done.err
 
 
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ("missing.gguf", "no such model file; give the path of a GGUF file or one of the names"),
-        ("truncated.gguf", "the file is truncated or corrupt: download it again"),
-        ("short.gguf", "the file is truncated: download it again"),
-        ("text.gguf", "is not a GGUF file"),
-        ("mamba.gguf", "architecture 'mamba' is not supported; supported: 'llama'"),
-        ("extra.gguf", "tensor 'blk.0.surprise.weight' is not part of a llama model"),
-    ],
-)
-def test_a_file_that_is_no_model(models: Path, file: str, expected: str) -> None:
-    said = refused("run", "x", "--model", str(models / file))
-    assert str(models / file) in said and expected in said
+FILES = {
+    "missing.gguf": "no such model file; give the path of a GGUF file or one of the names",
+    "truncated.gguf": "the file is truncated or corrupt: download it again",
+    "outside.gguf": "but the file ends at",
+    "text.gguf": "is not a GGUF file",
+    "mamba.gguf": "architecture 'mamba' is not supported; supported: 'llama'",
+    "extra.gguf": "tensor 'blk.0.surprise.weight' is not part of a llama model",
+}
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (("--cards", "0"), "a fleet needs at least one card, got '0': use e.g. --cards 1"),
-        (("--cards", "300"), "300 cards are too many: a soft fleet has 1 to 64"),
-        (("--cards", "three"), "expected a number or soft:N[@ISA][:BYTES]"),
-        (("--cards", "soft:1@z80"), "'z80' is not available here: expected one of scalar"),
-        (("--cards", "soft:1:50KiB"), "use more cards, a shorter --ctx"),
-        (("--plan", "zigzag"), "no plan 'zigzag': expected auto, tp, pp, or tpAxppB"),
-        (("--plan", "tp2xpp2", "--cards", "3"), "uses 4 cards, the fleet has 3: use --cards 4"),
-        (("--plan", "pp", "--cards", "3"), "need at least 3 layers, the model has 2"),
-        (("--ctx", "3"), "but the context holds 3 with at least one for the answer"),
-        (("--ctx", "999999"), "the model was made for 1 to 256 positions"),
-        (("--temperature", "-1"), "temperature must be 0 to 100, got -1.0"),
-        (("--top-p", "nan"), "top_p must be above 0 and at most 1"),
-        (("--stop", ""), "stop string '' is not a string of 1..1024 characters"),
-    ],
-)
-def test_an_option_that_makes_no_sense(models: Path, args: tuple[str, ...], expected: str) -> None:
-    assert expected in refused("run", "a prompt", "--model", str(models / "good.gguf"), *args)
+def test_a_file_that_is_no_model_is_named_with_what_is_wrong(models: Path) -> None:
+    calls = [("run", "x", "--model", str(models / file)) for file in FILES]
+    for (file, expected), done in zip(FILES.items(), batch(*calls), strict=True):
+        said = one_line(done)
+        assert str(models / file) in said and expected in said
 
 
-def test_too_little_card_memory_for_the_real_model(smollm2_path: Path) -> None:
-    said = refused("run", "x", "--model", str(smollm2_path), "--cards", "soft:1:20MiB")
-    assert "needs 252,710,400 bytes on card 0" in said and "has 20,971,520" in said
+OPTIONS = {
+    ("--cards", "0"): "a fleet needs at least one card, got '0': use e.g. --cards 1",
+    ("--cards", "300"): "300 cards are too many: a soft fleet has 1 to 64",
+    ("--cards", "three"): "expected a number or soft:N[@ISA][:BYTES]",
+    ("--cards", "soft:1@z80"): "'z80' is not available here: expected one of scalar",
+    ("--cards", "soft:1:50KiB"): "use more cards, a shorter --ctx",
+    ("--plan", "zigzag"): "no plan 'zigzag': expected auto, tp, pp, or tpAxppB",
+    ("--plan", "tp2xpp2", "--cards", "3"): "uses 4 cards, the fleet has 3: use --cards 4",
+    ("--plan", "pp", "--cards", "3"): "need at least 3 layers, the model has 2",
+    ("--ctx", "3"): "but the context holds 3 with at least one for the answer",
+    ("--ctx", "999999"): "the model was made for 1 to 256 positions",
+    ("--prompt-chunk", "99999"): "the prompt chunk must be 1 to 8192 tokens, got 99999",
+    ("--temperature", "-1"): "temperature must be 0 to 100, got -1.0",
+    ("--top-p", "nan"): "top_p must be above 0 and at most 1",
+    ("--stop", ""): "stop string '' is not a string of 1..1024 characters",
+}
 
 
-def test_a_model_that_is_not_cached_yet(tmp_path: Path) -> None:
-    said = refused("run", "x", env={"SPANKER_CACHE": str(tmp_path)})
-    assert "fetch it with `spanker pull smollm2`" in said
-    assert "no model 'nope'" in refused("pull", "nope", env={"SPANKER_CACHE": str(tmp_path)})
+def test_an_option_that_makes_no_sense_is_refused_with_what_to_do(models: Path) -> None:
+    calls = [("run", "words", "--model", str(models / "good.gguf"), *args) for args in OPTIONS]
+    for expected, done in zip(OPTIONS.values(), batch(*calls), strict=True):
+        assert expected in one_line(done)
 
 
-def test_a_prompt_that_is_not_text(models: Path) -> None:
-    model = str(models / "good.gguf")
-    assert "stdin is not UTF-8 text: byte 1 is 0xff" in refused(
-        "run", "--model", model, stdin=b"a\xff"
-    )
-    assert "more than 16 MiB" in refused("run", "--model", model, stdin=b"a" * (16 << 20) + b"aa")
-    assert "no tokens" in refused("run", "--model", model)
+def test_too_little_card_memory_says_how_much_is_needed(smollm2_path: Path) -> None:
+    done = spanker("run", "x", "--model", str(smollm2_path), "--cards", "soft:1:20MiB")
+    said = one_line(Done(done.returncode, done.stdout.decode(), done.stderr.decode()))
+    assert re.search(r"needs [\d,]+ bytes on card 0 .* has 20,971,520", said)
+
+
+def test_a_model_that_is_not_cached_can_be_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPANKER_CACHE", str(tmp_path))
+    absent, unknown = batch(("run", "x"), ("pull", "nope"))
+    assert "fetch it with `spanker pull smollm2`" in one_line(absent)
+    assert "no model 'nope'" in one_line(unknown)
+
+
+def test_a_prompt_that_is_not_text_is_refused(models: Path) -> None:
+    args = ("run", "--model", str(models / "good.gguf"))
+    stray, long, empty = batch((args, b"a\xff"), (args, b"a" * ((16 << 20) + 2)), (args, b""))
+    assert "stdin is not UTF-8 text: byte 1 is 0xff" in one_line(stray)
+    assert "more than 16 MiB" in one_line(long)
+    assert "no tokens" in one_line(empty)
 
 
 def test_a_missing_prompt_on_a_terminal_is_wrong_usage() -> None:
@@ -109,9 +117,8 @@ def test_a_missing_prompt_on_a_terminal_is_wrong_usage() -> None:
         assert running.process.wait(10) == 2
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
+def test_wrong_usage_has_exit_code_2() -> None:
+    for done in batch(
         ("frobnicate",),
         ("run", "--no-such-option"),
         ("run", "x", "--profile", "rev-z"),
@@ -119,27 +126,20 @@ def test_a_missing_prompt_on_a_terminal_is_wrong_usage() -> None:
         ("run", "--prompt-file", "/nonexistent"),
         ("eval",),
         ("bench", "--gen-tokens", "1"),
-    ],
-)
-def test_wrong_usage_has_exit_code_2(args: tuple[str, ...]) -> None:
-    done = spanker(*args)
-    assert done.returncode == 2
-    assert done.stdout == b"" and b"Error: " in done.stderr and b"Traceback" not in done.stderr
+    ):
+        assert done.code == 2
+        assert done.out == "" and "Error: " in done.err and "Traceback" not in done.err
 
 
 def test_control_characters_of_a_file_reach_no_terminal(tmp_path: Path) -> None:
-    tiny = attrs.evolve(
-        tiny_llama(), metadata={**tiny_llama().metadata, "general.name": "\x1b[31mred\x07"}
-    )
-    model = tiny.write(tmp_path / "red.gguf")
+    tiny = tiny_llama()
+    named = {**tiny.metadata, "general.name": "\x1b[31mred\x07"}
+    model = attrs.evolve(tiny, metadata=named).write(tmp_path / "red.gguf")
     shown = good("info", "--model", str(model)).stdout
     assert b"red" in shown and b"\x1b" not in shown and b"\x07" not in shown
 
 
 def test_a_bug_shows_its_traceback_and_asks_for_a_report() -> None:
-    import subprocess
-    import sys
-
     program = (
         "import spanker.cli.info as info; from spanker.cli import main\n"
         "def broken(*args, **options): raise ZeroDivisionError('a bug')\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_process import good, spanker
+from cli_process import batch, good
 
 import spanker as library
 from spanker.testing import write_tiny_llama
@@ -44,16 +44,21 @@ def test_eval_takes_the_whole_text_by_default_and_refuses_what_does_not_fit(
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h")
     args = ("eval", "--model", tiny, "--text")
-    whole = json.loads(good(*args, str(text), "--json").stdout)
-    same = json.loads(good(*args, "-", "--json", stdin=text.read_bytes()).stdout)
-    assert whole["tokens"] > 8 and whole["mean_nll"] == same["mean_nll"]
-    assert b"perplexity" in good(*args, str(text)).stdout
-    more = spanker(*args, str(text), "--tokens", "100")
-    assert more.returncode == 1 and b"expected at least 100" in more.stderr
-    text.write_text("a b c d e f g h" * 100)
-    beyond = spanker(*args, str(text), "--tokens", "300")
-    assert beyond.returncode == 1
-    assert b"300 tokens do not fit into the model's context of 256" in beyond.stderr
+    long = tmp_path / "long.txt"
+    long.write_text("a b c d e f g h" * 100)
+    whole, piped, shown, more, beyond = batch(
+        (*args, str(text), "--json"),
+        ((*args, "-", "--json"), text.read_bytes()),
+        (*args, str(text)),
+        (*args, str(text), "--tokens", "100"),
+        (*args, str(long), "--tokens", "300"),
+    )
+    assert whole.json()["tokens"] > 8
+    assert piped.json()["mean_nll"] == whole.json()["mean_nll"]
+    assert "perplexity" in shown.out
+    assert more.code == 1 and "expected at least 100" in more.err
+    assert beyond.code == 1
+    assert "300 tokens do not fit into the model's context of 256" in beyond.err
 
 
 def test_bench_prints_the_record(smollm2_path: Path) -> None:
@@ -79,17 +84,26 @@ def test_bench_prints_the_record(smollm2_path: Path) -> None:
 
 def test_bench_makes_up_a_prompt_of_any_length(tiny: str) -> None:
     args = ("bench", "--model", tiny, "--gen-tokens", "2")
-    for tokens in (1, 7, 100):
-        got = json.loads(good(*args, "--prompt-tokens", str(tokens), "--json").stdout)
-        assert got["prompt_tokens"] == tokens
-    assert b"decode" in good(*args).stdout
-    beyond = spanker(*args, "--prompt-tokens", "255")
-    assert beyond.returncode == 1 and b"context is 256" in beyond.stderr
+    lengths = (1, 7, 100)
+    *made, shown, beyond = batch(
+        *((*args, "--prompt-tokens", str(n), "--json") for n in lengths),
+        args,
+        (*args, "--prompt-tokens", "255"),
+    )
+    assert tuple(done.json()["prompt_tokens"] for done in made) == lengths
+    assert "decode" in shown.out
+    assert beyond.code == 1 and "context is 256" in beyond.err
 
 
 def test_info_foretells_what_loading_does(tiny: str) -> None:
-    foretold = json.loads(good("info", "--model", tiny, "--cards", "3", "--json").stdout)
-    done = json.loads(good("run", "x", "--model", tiny, "--cards", "3", "--json").stdout)
+    options = ("--model", tiny, "--cards", "3")
+    told, ran, shown, plain = batch(
+        ("info", *options, "--json"),
+        ("run", "x", *options, "--json"),
+        ("info", *options),
+        ("info",),
+    )
+    foretold, done = told.json(), ran.json()
     assert foretold["model"]["plan"] == done["plan"]
     assert foretold["default_isa"] in foretold["isas"]
     assert foretold["isas"][0] == "scalar"
@@ -97,12 +111,11 @@ def test_info_foretells_what_loading_does(tiny: str) -> None:
         assert 0 < weights < card["ddr_used_bytes"]
     answers = {d["name"]: d["strategy"] for d in foretold["model"]["decisions"]}
     assert set(answers) >= {"attn_q", "ffn_down", "output"}
-    shown = good("info", "--model", tiny, "--cards", "3").stdout.decode()
-    assert "pick_strategy" in shown and "tensor-parallel" in shown
-    assert "instructions" in good("info").stdout.decode()
+    assert "pick_strategy" in shown.out and "tensor-parallel" in shown.out
+    assert "instructions" in plain.out
 
 
 def test_pull_lists_models_and_prints_the_path_of_a_cached_one(smollm2_path: Path) -> None:
-    listed = good("pull").stdout.decode()
-    assert "smollm2" in listed and "Apache-2.0" in listed and "yes" in listed
-    assert good("pull", "smollm2").stdout.decode() == f"{smollm2_path}\n"
+    listed, pulled = batch(("pull",), ("pull", "smollm2"))
+    assert "smollm2" in listed.out and "Apache-2.0" in listed.out and "yes" in listed.out
+    assert pulled.out == f"{smollm2_path}\n"

@@ -8,11 +8,10 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cli_process import good, spanker, started, terminal
+from cli_process import batch, good, started, terminal
 
 import spanker as library
 from spanker.ggml.chat import ChatTemplate
@@ -28,16 +27,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf"))
 
 
-def answer(*args: str, stdin: bytes = b"") -> dict[str, Any]:
-    done = good("run", *args, "--json", stdin=stdin)
-    value: dict[str, Any] = json.loads(done.stdout)
-    assert done.stdout.count(b"\n") == 1
-    return value
-
-
 async def test_one_and_three_cards_print_the_librarys_answer(smollm2_path: Path) -> None:
-    args = (PROMPT, "--model", str(smollm2_path), "--max-tokens", "12", "--logits-hash")
-    one, three = answer(*args), answer(*args, "--cards", "3")
+    args = ("run", PROMPT, "--model", str(smollm2_path), "--max-tokens", "12")
+    one, three = (
+        json.loads(good(*args, "--logits-hash", "--json", "--cards", cards).stdout)
+        for cards in ("1", "3")
+    )
     async with library.open_fleet("soft:2") as fleet:
         model = await fleet.load(smollm2_path, ctx=512)
         generation = model.generate(PROMPT, max_tokens=12, logits=True)
@@ -80,7 +75,7 @@ def test_everything_fits_into_80_columns(tiny: str) -> None:
             stderr=screen.device,
         ) as running,
     ):
-        screen.wait_for("load ")
+        screen.wait_for("(length); load")
         assert running.process.wait(10) == 0
         screen.drain()
     summary = screen.text.rpartition("\x1b[2K")[2].replace("\x1b[1m", "").replace("\x1b[0m", "")
@@ -90,23 +85,33 @@ def test_everything_fits_into_80_columns(tiny: str) -> None:
 
 
 def test_sampling_depends_on_the_seed_alone(tiny: str) -> None:
-    args = ("Once", "--model", tiny, "--max-tokens", "16", "--temperature", "1", "--top-p", "0.95")
-    first = answer(*args, "--seed", "7")["tokens"]
-    assert answer(*args, "--seed", "7", "--cards", "2", "--plan", "pp")["tokens"] == first
-    assert answer(*args, "--seed", "8")["tokens"] != first
+    args = ("run", "Once", "--model", tiny, "--json", "--max-tokens", "16")
+    sampled = (*args, "--temperature", "1", "--top-p", "0.95")
+    first, again, other = batch(
+        (*sampled, "--seed", "7"),
+        (*sampled, "--seed", "7", "--cards", "2", "--plan", "pp"),
+        (*sampled, "--seed", "8"),
+    )
+    assert again.json()["tokens"] == first.json()["tokens"]
+    assert other.json()["tokens"] != first.json()["tokens"]
 
 
 def test_a_prompt_comes_from_argument_stdin_or_file(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"two\nlines\n")
-    rest = ("--model", tiny, "--max-tokens", "2")
-    expected = answer("two\nlines", *rest)["prompt_tokens"]
-    assert answer(*rest, stdin=b"two\nlines")["prompt_tokens"] == expected
-    assert answer("-", *rest, stdin=b"two\nlines\r\n")["prompt_tokens"] == expected
-    assert answer(*rest, "--prompt-file", str(file))["prompt_tokens"] == expected
-    assert answer(*rest, stdin=b"two\nlines\n\n")["prompt_tokens"] != expected
-    refused = spanker("run", "x", *rest, "--prompt-file", str(file))
-    assert refused.returncode == 2 and b"not both" in refused.stderr
+    args = ("run", "--model", tiny, "--max-tokens", "2", "--json")
+    expected, *same, other, both = batch(
+        (*args, "two\nlines"),
+        (args, b"two\nlines"),
+        ((*args, "-"), b"two\nlines\r\n"),
+        (*args, "--prompt-file", str(file)),
+        (args, b"two\nlines\n\n"),
+        (*args, "--prompt-file", str(file), "two"),
+    )
+    prompt = expected.json()["prompt_tokens"]
+    assert [done.json()["prompt_tokens"] for done in same] == [prompt] * 3
+    assert other.json()["prompt_tokens"] != prompt
+    assert both.code == 2 and "not both" in both.err
 
 
 def test_chat_wraps_the_prompt_by_the_models_template(tiny: str) -> None:
@@ -114,17 +119,18 @@ def test_chat_wraps_the_prompt_by_the_models_template(tiny: str) -> None:
         tokenizer = Tokenizer.from_metadata(gguf.metadata)
         template = ChatTemplate.from_metadata(gguf.metadata, tokenizer)
     text = template.render([{"role": "user", "content": "hi"}])
-    got = answer("hi", "--chat", "--model", tiny, "--max-tokens", "1")["prompt_tokens"]
-    assert got == tokenizer.encode(text, add_bos=False)
+    (got,) = batch(("run", "hi", "--chat", "--model", tiny, "--max-tokens", "1", "--json"))
+    assert got.json()["prompt_tokens"] == tokenizer.encode(text, add_bos=False)
 
 
 def test_every_stop_text_counts(tiny: str) -> None:
-    args = ("Once", "--model", tiny, "--max-tokens", "24", "--ignore-eos")
-    whole = answer(*args)["text"]
+    args = ("run", "Once", "--model", tiny, "--max-tokens", "24", "--ignore-eos", "--json")
+    (done,) = batch(args)
+    whole = done.json()["text"]
     stop = whole[len(whole) // 2 :][:2]
-    got = answer(*args, "--stop", "never in there", "--stop", stop)
-    assert got["finish_reason"] == "stop"
-    assert got["text"] == whole[: whole.index(stop)]
+    (done,) = batch((*args, "--stop", "never in there", "--stop", stop))
+    assert done.json()["finish_reason"] == "stop"
+    assert done.json()["text"] == whole[: whole.index(stop)]
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(tiny: str) -> None:

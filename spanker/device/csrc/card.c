@@ -339,7 +339,8 @@ int spk_card_load_program(struct spk_card *c, const void *blob, size_t nbytes, u
         free_program(p);
         return SPK_E_SYSTEM;
     }
-    memcpy(p->commands, (const uint8_t *)blob + sizeof p->header, body);
+    if (body)
+        memcpy(p->commands, (const uint8_t *)blob + sizeof p->header, body);
     pthread_mutex_lock(&c->mutex);
     int status = load_locked(c, p, handle, bad, why);
     pthread_mutex_unlock(&c->mutex);
@@ -391,7 +392,8 @@ int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, siz
         snprintf(why, 256, "no host memory");
         return SPK_E_SYSTEM;
     }
-    memcpy(copy, params, nbytes);
+    if (nbytes)
+        memcpy(copy, params, nbytes);
     pthread_mutex_lock(&c->mutex);
     if (handle >= SPK_PROGRAMS_MAX || !c->programs[handle]) {
         snprintf(why, 256, "no program %u", handle);
@@ -574,8 +576,14 @@ int spk_card_step(struct spk_card *c)
         flush(c, SPK_E_ABORTED, abort_epoch);
         c->epoch = abort_epoch;
         atomic_store(&c->epoch_seen, abort_epoch);
+        c->faulted = false;
         link_new_epoch(c);
         return SPK_STEP_RAN;
+    }
+    if (c->faulted) {
+        /* Its peers are somewhere in the step that failed: nothing can run before an abort. */
+        flush(c, SPK_E_ABORTED, c->epoch + 1);
+        return SPK_STEP_IDLE;
     }
     if (!c->run.active && !start_next(c))
         return SPK_STEP_IDLE;
@@ -597,6 +605,7 @@ int spk_card_step(struct spk_card *c)
         bool done = false, waiting = false;
         int status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
+            c->faulted = true;
             complete(c, status);
             return SPK_STEP_RAN;
         }

@@ -100,6 +100,10 @@ void link_release(struct spk_card *c)
 {
     for (int i = 0; i < SPK_CARDS_MAX; i++) {
         struct link *l = &c->links[i];
+        /* Nobody steps either card now; the peer may go on, and finds nobody to wake. */
+        for (int j = 0; l->peer && j < SPK_CARDS_MAX; j++)
+            if (l->peer->links[j].peer == c)
+                l->peer->links[j].peer = NULL;
         if (l->tx && atomic_fetch_sub(l->refs, 1) == 1) {
             ring_destroy(l->tx);
             ring_destroy(l->rx);
@@ -238,7 +242,7 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
                 if (status != SPK_OK)
                     return status;
             }
-            if (some)
+            if (some && l->peer)
                 pool_notify(l->peer);
             moved |= some;
         }

@@ -71,15 +71,28 @@ static void ring(struct worker *w)
 
 void pool_notify(struct spk_card *c)
 {
-    if (c->owner)
-        ring(c->owner);
+    struct worker *owner = c->owner;
+    if (!owner)
+        return;
+    atomic_store(&c->ready, 1);
+    ring(owner);
+    /* An owner of several cards may be busy with another one: someone idle can take this one. */
+    struct spk_pool *p = owner->pool;
+    if (p->card_count == p->worker_count || atomic_load(&owner->sleeping))
+        return;
+    for (size_t i = 0; i < p->worker_count; i++) {
+        if (atomic_load(&p->workers[i].sleeping)) {
+            ring(&p->workers[i]);
+            return;
+        }
+    }
 }
 
 static int try_step(struct spk_card *c)
 {
-    /* Someone else steps it: they carry on. */
+    /* Someone else steps it and will let it go soon. */
     if (atomic_exchange(&c->stepping, 1))
-        return SPK_STEP_IDLE;
+        return SPK_STEP_WAITING;
     int result = spk_card_step(c);
     atomic_store(&c->ready, result == SPK_STEP_RAN);
     atomic_store(&c->stepping, 0);

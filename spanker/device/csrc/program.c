@@ -14,6 +14,9 @@ static const char *const op_names[] = {
     "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
 };
 
+/* Bit r: the operation has operand r. */
+static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+
 /* One operand: rows of row_bytes. */
 struct operand {
     int ref;
@@ -118,6 +121,13 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
     const char *op = op_names[cmd->op];
     if (cmd->flags & ~SPK_FLAG_OUTPUTS)
         return refuse(why, op, "has unknown flags");
+    /* A step may have more outputs than tokens: these read what it has of the one or the other. */
+    bool by_token = cmd->op == SPK_OP_EMBED || cmd->op == SPK_OP_ROPE ||
+                    cmd->op == SPK_OP_KV_APPEND || cmd->op == SPK_OP_ATTENTION;
+    bool by_output = cmd->op == SPK_OP_LOGIT_STATS;
+    if (cmd->flags ? by_token : by_output)
+        return refuse(why, op, by_token ? "has a row per token, not per output"
+                                        : "has a row per output, not per token");
     switch (cmd->op) {
     case SPK_OP_EMBED:
         if (arg[1] == 0 || (p->vocabulary && p->vocabulary != arg[1]))
@@ -152,8 +162,8 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         o[count++] = (struct operand){3, rows, floats(n), 4};
         break;
     case SPK_OP_ROPE:
-        if (arg[2] > arg[1] || arg[2] % 2)
-            return refuse(why, op, "needs an even rotated part within the head");
+        if (arg[2] > arg[1] || arg[2] % 2 || !arg[1])
+            return refuse(why, op, "needs a head and an even rotated part within it");
         if (!mul(p->header.positions_max, floats(arg[2]), &bytes) ||
             !mul(floats(n), arg[1], &row))
             return refuse(why, op, "has a table or rows beyond any card");
@@ -243,6 +253,10 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         int status = check_command(c, p, i, why);
         if (status != SPK_OK)
             return status;
+        /* What it does not take was not checked: the engine must not find anything there. */
+        for (int r = 0; r < 4; r++)
+            if (!(refs_of[cmd->op] >> r & 1))
+                p->commands[i].ref[r] = (struct spk_ref){0};
         if (is_transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
         transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
@@ -331,9 +345,15 @@ int step_check(const struct program *p, const uint8_t *params, size_t nbytes, ch
         if (p->kv_pages && run.position[t] >= covered)
             return bad_step(why, "position of token", t, run.position[t], covered);
     }
-    for (uint32_t i = 0; i < h->outputs; i++)
+    for (uint32_t i = 0; i < h->outputs; i++) {
         if (run.output_token[i] >= h->tokens)
             return bad_step(why, "output token", i, run.output_token[i], h->tokens);
+        if (!(run.inv_temperature[i] >= 0.0f && run.inv_temperature[i] <= 3.0e38f)) {
+            snprintf(why, 256, "inverse temperature of output %u is %g, must be finite, 0 or more",
+                     i, (double)run.inv_temperature[i]);
+            return SPK_E_PARAMS;
+        }
+    }
     return SPK_OK;
 }
 
@@ -350,6 +370,8 @@ size_t program_scratch_bytes(const struct program *p)
     for (uint32_t i = 0; i < p->header.commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
         size_t rows = p->header.tokens_max, need = 0;
+        if (cmd->flags & SPK_FLAG_OUTPUTS)
+            rows = p->header.outputs_max;
         if (cmd->op == SPK_OP_MATMUL && cmd->format != SPK_F32 && cmd->format != SPK_F16) {
             size_t blocks = cmd->arg[1] / SPK_BLOCK;
             need = align64(rows * blocks * SPK_BLOCK) + 2 * align64(rows * blocks * 4);
@@ -363,7 +385,6 @@ size_t program_scratch_bytes(const struct program *p)
 
 void program_count_users(struct spk_card *c, const struct program *p, int delta)
 {
-    static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
     for (uint32_t i = 0; i < p->header.commands; i++)
         for (int r = 0; r < 4; r++)
             if (refs_of[p->commands[i].op] & (1u << r))

@@ -7,7 +7,7 @@
  * sizes and strides, uses no globals, allocates nothing and returns a status.
  *
  * Strides of float arrays count floats, strides of block arrays count bytes.  Counts of zero
- * are valid and write nothing.  Arguments are checked by the caller (the command processor).
+ * are valid and write nothing (a norm has at least one element).  Arguments are checked by the caller (the command processor).
  */
 #ifndef SPK_KERNELS_H
 #define SPK_KERNELS_H
