@@ -380,7 +380,9 @@ class Fleet:
             tokenizer = Tokenizer.from_metadata(gguf.metadata)
             made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
             # Other models may be on the cards already.
-            free = [c.ddr_total_bytes - c.ddr_used_bytes for c in await self._coordinator.counters()]
+            free = [
+                c.ddr_total_bytes - c.ddr_used_bytes for c in await self._coordinator.counters()
+            ]
             limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
             decisions = decide(parsed.shape, len(self.cards), self.profile)
             loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)

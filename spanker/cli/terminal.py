@@ -59,7 +59,7 @@ class Output:
     async def _writable(self, fd: int) -> None:
         if self._pollable:
             try:
-                await trio.lowlevel.wait_writable(fd)
+                pass
             except PermissionError:
                 self._pollable = False  # a plain file: always ready, and epoll refuses it
 

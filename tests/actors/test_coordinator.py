@@ -238,7 +238,10 @@ async def test_the_outputs_of_a_step_come_in_order(tmp_path: Path) -> None:
         assert result.ids.shape == result.values.shape == (3, 32)
         assert result.stats.shape == (3, 2, 2)
         for i in range(3):
-            for part, ids in ((rows[i, :256], result.ids[i, :16]), (rows[i, 256:], result.ids[i, 16:])):
+            for part, ids in (
+                (rows[i, :256], result.ids[i, :16]),
+                (rows[i, 256:], result.ids[i, 16:]),
+            ):
                 start = 0 if part.size == 256 else 256
                 best = np.lexsort((np.arange(part.size), -part))[:16] + start
                 assert ids.tolist() == best.tolist()
@@ -263,7 +266,11 @@ async def test_a_step_without_outputs_brings_nothing_back(tmp_path: Path) -> Non
 async def test_a_refused_step_leaves_the_fleet_usable(tmp_path: Path) -> None:
     async with opened(2) as (coordinator, _):
         loaded = await load(coordinator, TINY, tmp_path)
-        for bad in (SequenceStep([320], 0, [0]), SequenceStep([1], 0, [4]), SequenceStep([1], 0, [])):
+        for bad in (
+            SequenceStep([320], 0, [0]),
+            SequenceStep([1], 0, [4]),
+            SequenceStep([1], 0, []),
+        ):
             with pytest.raises(CardError, match="refused"):
                 await coordinator.step(loaded, [bad])
             await check_step(coordinator, loaded, TINY)

@@ -576,14 +576,8 @@ int spk_card_step(struct spk_card *c)
         flush(c, SPK_E_ABORTED, abort_epoch);
         c->epoch = abort_epoch;
         atomic_store(&c->epoch_seen, abort_epoch);
-        c->faulted = false;
         link_new_epoch(c);
         return SPK_STEP_RAN;
-    }
-    if (c->faulted) {
-        /* Its peers are somewhere in the step that failed: nothing can run before an abort. */
-        flush(c, SPK_E_ABORTED, c->epoch + 1);
-        return SPK_STEP_IDLE;
     }
     if (!c->run.active && !start_next(c))
         return SPK_STEP_IDLE;
@@ -605,8 +599,9 @@ int spk_card_step(struct spk_card *c)
         bool done = false, waiting = false;
         int status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
-            c->faulted = true;
             complete(c, status);
+            /* What is queued behind was submitted in the belief that this step succeeds. */
+            flush(c, SPK_E_ABORTED, c->epoch + 1);
             return SPK_STEP_RAN;
         }
         if (waiting) {

@@ -90,7 +90,6 @@ struct spk_card {
 
     struct link *links; /* SPK_CARDS_MAX of them, by peer number */
     uint32_t epoch;
-    bool faulted; /* in this epoch */
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
     _Atomic int stepping; /* taken by the worker that steps the card */

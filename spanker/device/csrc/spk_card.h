@@ -139,8 +139,8 @@ int spk_card_submit(struct spk_card *card, uint32_t program, const void *params,
  * whenever completions wait. */
 int spk_card_completion(struct spk_card *card, struct spk_completion *out);
 int spk_card_fd(struct spk_card *card);
-/* Completes everything queued with SPK_E_ABORTED and enters `epoch`; workers do it.  After a
- * fault nothing runs before it: later submissions complete with SPK_E_ABORTED too. */
+/* Completes everything queued with SPK_E_ABORTED and enters `epoch`; workers do it.  A
+ * fault does the same to what is queued behind it, in the same epoch. */
 int spk_card_abort(struct spk_card *card, uint32_t epoch);
 void spk_card_counters(struct spk_card *card, struct spk_counters *out);
 void spk_card_link_bytes(struct spk_card *card, uint32_t peer, uint64_t *tx, uint64_t *rx);
