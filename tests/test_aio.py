@@ -345,7 +345,7 @@ def test_a_coroutine_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
 
     coroutine = main()
     task = loop.create_task(coroutine)
-    loop.run_until_complete(entered.wait())
+    loop.run_until_complete(asyncio.wait_for(entered.wait(), 10))
     assert threading.active_count() == 2
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()

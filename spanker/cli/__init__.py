@@ -34,10 +34,12 @@ def _exit_code(args: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except Interrupted as interrupted:
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo(err=True)  # a new line after the terminal's ^C
+        return 128 + interrupted.number
     except (KeyboardInterrupt, click.Abort):
         return 128 + signal.SIGINT
-    except Interrupted as interrupted:
-        return 128 + interrupted.number
     except Exception:
         traceback.print_exc()
         click.echo("spanker: that is a bug in Spanker; please report it with these lines", err=True)

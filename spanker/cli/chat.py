@@ -72,10 +72,9 @@ class _Conversation:
                 with signals_raise():
                     return _ask() if self._interactive else _read_line()
             except Interrupted as interrupted:
-                if self._interactive:
+                if self._interactive and interrupted.number == signal.SIGINT and _half_typed():
                     terminal.note()
-                    if interrupted.number == signal.SIGINT and _half_typed():
-                        continue
+                    continue
                 self._interrupts.stop(interrupted.number)
                 await trio.lowlevel.checkpoint()
 

@@ -22,6 +22,8 @@ from spanker.cli.errors import Failure, printable
 
 Advance = Callable[[int, int], None]
 
+# Lines in a file or log need not be folded.
+NO_TERMINAL_COLUMNS = 160
 _REFRESH_S = 0.1
 
 
@@ -59,7 +61,7 @@ class Output:
     async def _writable(self, fd: int) -> None:
         if self._pollable:
             try:
-                pass
+                await trio.lowlevel.wait_writable(fd)
             except PermissionError:
                 self._pollable = False  # a plain file: always ready, and epoll refuses it
 
@@ -121,12 +123,18 @@ def facts(rows: list[tuple[str, str]]) -> Table:
 def show(what: Table, *, stderr: bool = False) -> None:
     """Print a table."""
     with _writing_stdout():
-        Console(stderr=stderr, highlight=False, markup=False, emoji=False).print(what)
+        _console(stderr).print(what)
 
 
 def width(*, stderr: bool = False) -> int:
-    """Columns of the terminal, 80 where there is none."""
-    return Console(stderr=stderr).width
+    """Columns of the terminal; ample where there is none."""
+    return _console(stderr).width
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    columns = None if stream is None or stream.isatty() else NO_TERMINAL_COLUMNS
+    return Console(stderr=stderr, width=columns, highlight=False, markup=False, emoji=False)
 
 
 def fold(parts: str, columns: int) -> str:

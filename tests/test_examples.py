@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs and prints what it promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*args: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, timeout=120, cwd=EXAMPLES
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text()
+    missing = [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in source]
+    assert not missing
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_trio_app() -> None:
+    out = run("trio_app.py")
+    assert "on 3 cards, plan tp3" in out
+    assert " Paris." in out
+    assert len(re.findall(r"^card \d: layers 0-29", out, re.MULTILINE)) == 3
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_asyncio_app() -> None:
+    first, second = run("asyncio_app.py").split("\n", 1)
+    assert first.startswith("Water boils at ")
+    assert "The largest planet is" in second
+    assert len(second) > 40
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_several_prompts_share_steps() -> None:
+    out = run("several_prompts.py")
+    assert out.count("--- ") == 4
+    found = re.search(r"(\d+) tokens in (\d+) steps", out)
+    assert found
+    tokens, steps = map(int, found.groups())
+    assert tokens == 96
+    assert 24 <= steps <= 30
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_chat_remembers_the_turns() -> None:
+    out = run("chat.py")
+    assert out.count("you: ") == out.count("model: ") == 2
+    assert "Ana" in out.rsplit("model: ", 1)[1]
+
+
+def test_the_users_own_test() -> None:
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_app.py")
+    assert "3 passed" in out
