@@ -21,7 +21,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -108,6 +108,8 @@ class _Portal:
         self._loop = asyncio.get_running_loop()
         self._owner = threading.current_thread()
         self._nursery: trio.Nursery | None = None
+        self._calls: set[_Outcome[Any]] = set()
+        self._over = False
         self.failure: BaseException | None = None
         # Under the lock, since `stop` may come before the thread has got anywhere.
         self._lock = threading.Lock()
@@ -147,9 +149,13 @@ class _Portal:
         """Run an async function in the trio thread; RequestError once the fleet is closed."""
         outcome: _Outcome[T] = _Outcome()
         scope = trio.CancelScope()
-        if not self.post(self._begin, outcome, scope, function, args):
-            raise self._closed()
-        return await outcome.wait(lambda: self.post(scope.cancel))
+        self._calls.add(outcome)
+        try:
+            if self._over or not self.post(self._begin, outcome, scope, function, args):
+                raise self._closed()
+            return await outcome.wait(lambda: self.post(scope.cancel))
+        finally:
+            self._calls.discard(outcome)
 
     def post(self, function: Callable[..., object], *args: object) -> bool:
         """Have the trio thread call a function that never raises, in order of posting; from any
@@ -176,7 +182,10 @@ class _Portal:
             trio.run(self._main)
         except BaseException as error:
             self.failure = error
+        self._over = True
         self._opened.give(None, self.failure or self._closed())
+        for outcome in tuple(self._calls):
+            outcome.give(None, self._closed())
         self._ended.give(None)
 
     async def _main(self) -> None:
@@ -184,13 +193,15 @@ class _Portal:
             self._token = trio.lowlevel.current_trio_token()
             if self._stopped:
                 self._scope.cancel()
-        try:
-            with self._scope:
-                async with self._opening() as fleet, trio.open_nursery() as self._nursery:
-                    self._nursery.start_soon(self._watch_owner)
-                    self._opened.give(fleet)
-        finally:
-            self._nursery = None
+        with self._scope:
+            async with self._opening() as fleet:
+                try:
+                    async with trio.open_nursery() as self._nursery:
+                        self._nursery.start_soon(self._watch_owner)
+                        self._opened.give(fleet)
+                finally:
+                    # Calls that come while the fleet closes.
+                    self._nursery = None
 
     async def _watch_owner(self) -> None:
         # Neither of the two sets an event.

@@ -474,7 +474,8 @@ def describe_share(plan: Plan, card: int) -> str:
     stage = plan.stages[number]
     parts = [f"layers {stage.layers.start}-{stage.layers.stop - 1}"]
     if len(stage.shares) > 1:
-        parts.append(f"{share.heads.size} heads, {share.ffn.size} ffn")
+        heads = "head" if share.heads.size == 1 else "heads"
+        parts.append(f"{share.heads.size} {heads}, {share.ffn.size} ffn")
     if not share.vocabulary.empty and len(plan.cards) > 1:
         parts.append(f"{share.vocabulary.size} vocab")
     return ", ".join(parts)

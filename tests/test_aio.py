@@ -284,6 +284,25 @@ def test_leaving_the_block_ends_what_other_tasks_wait_for(tiny_model: Path):
     run(main)
 
 
+def test_calls_that_come_while_the_fleet_closes_end_too(tiny_model: Path):
+    async def main() -> None:
+        async def ask(fleet: aio.Fleet) -> int:
+            count = 0
+            with pytest.raises(RequestError, match="the fleet is closed"):
+                while True:
+                    await fleet.stats()
+                    count += 1
+            return count
+
+        for _ in range(5):
+            async with aio.open_fleet("soft:2") as fleet:
+                tasks = [asyncio.ensure_future(ask(fleet)) for _ in range(5)]
+                await asyncio.sleep(0.01)
+            assert sum(await asyncio.gather(*tasks)) > 0
+
+    run(main)
+
+
 def test_a_dropped_generation_is_released(tiny_model: Path):
     async def main() -> None:
         async with aio.open_fleet("soft:2") as fleet:

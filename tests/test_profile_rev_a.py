@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet behind the host link of the first board: the same bits, at that link's pace, all counted."""
+"""A fleet behind the host link of the first board: the same bits, its pace, all bytes counted."""
 
 from __future__ import annotations
 

@@ -250,13 +250,19 @@ class Coordinator:
 
     async def unload(self, loaded: LoadedModel) -> None:
         """Free what a model holds on its cards; a card that is lost has nothing to free."""
-        for card, handles in loaded.handles.items():
-            client = self.clients[card]
+
+        async def ask(client: CardClient, request: Request[Ok]) -> None:
             with contextlib.suppress(CardError):
+                await client.request(request)
+
+        # Not one by one: hundreds of answers over a slow host link take seconds.
+        async with trio.open_nursery() as nursery:
+            for card, handles in loaded.handles.items():
+                client = self.clients[card]
                 if card in loaded.programs:
-                    await client.request(UnloadProgram(loaded.programs.pop(card)))
+                    await ask(client, UnloadProgram(loaded.programs.pop(card)))
                 for name in list(handles):
-                    await client.request(FreeBuffer(handles.pop(name)))
+                    nursery.start_soon(ask, client, FreeBuffer(handles.pop(name)))
 
     # --- steps ------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from spanker.ggml.detokenizer import StopMatcher
 from spanker.ggml.sampling import SamplingParams
 from spanker.sched.plan import Plan
 
+_ENDINGS = {"length": "; --max-tokens reached", "context": "; the context is full"}
+
 
 @attrs.frozen
 class Report:
@@ -130,11 +132,12 @@ def _summarise(report: Report) -> None:
     terminal.show(card_table(report.cards), stderr=True)
     terminal.note()
     terminal.note_wrapped(f"plan {report.plan.name}: {report.plan.reason}")
-    terminal.note_wrapped(
+    terminal.note(
         f"prompt {timing.prompt_tokens} tokens, {terminal.rate(timing.prompt_rate)}; "
-        f"first after {terminal.seconds(timing.first_token_s)}; "
-        f"{timing.tokens} tokens, {terminal.rate(timing.decode_rate)} ({report.finish_reason}); "
-        f"load {terminal.seconds(report.load_s)}"
+        f"first token after {terminal.seconds(timing.first_token_s)}; "
+        f"loaded in {terminal.seconds(report.load_s)}"
     )
+    ending = _ENDINGS.get(report.finish_reason or "", "")
+    terminal.note(f"generated {timing.tokens} tokens, {terminal.rate(timing.decode_rate)}{ending}")
     if report.logits_sha256 is not None:
         terminal.note(f"logits sha256 {report.logits_sha256}")

@@ -60,7 +60,8 @@ def exp(x: F32) -> F32:
         p = p * r + _f(c)
     y = (p * (r * r) + r) + _f(1.0)
     scale: F32 = ((n.astype(np.int32) + 127) << 23).astype(np.uint32).view(np.float32)
-    return y * scale
+    out: F32 = y * scale
+    return out
 
 
 def tree16(lane: F32) -> F32:

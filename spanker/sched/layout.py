@@ -160,7 +160,7 @@ def card_bytes(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> int:
 def fit_kv_pages(
     shape: ModelShape, plan: Plan, limits: Limits, ddr_bytes: tuple[int, ...], wanted: int
 ) -> int:
-    """The most KV pages, up to `wanted`, that fit on every card; `ddr_bytes` are those free, by card
+    """The most KV pages, up to `wanted`, that fit on every card; `ddr_bytes` are free, by card
     number.
 
     Raises CardMemoryError, with the bytes needed, where not even one full context fits.
@@ -179,8 +179,8 @@ def fit_kv_pages(
             raise CardMemoryError(
                 f"plan {plan.name} needs {need:,} bytes on card {card} ({empty:,} for weights and "
                 f"activations, the rest for a context of {limits.context:,}), but it has "
-                f"{ddr_bytes[card]:,} of DDR free: use more cards, a shorter --ctx or --prompt-chunk, or more "
-                f"memory per card",
+                f"{ddr_bytes[card]:,} of DDR free: use more cards, a shorter --ctx or "
+                f"--prompt-chunk, or more memory per card",
                 card=card,
             )
         if page_bytes:

@@ -71,7 +71,8 @@ def write_gguf(
     """Write a GGUF (version 3) of just these keys and tensors; nothing is checked.
 
     Python values become bool, uint32 or int64, float32, string, and arrays of these; arrays of
-    integers are int32, empty ones of strings.  An alignment other than 32 needs the key `general.alignment` too.
+    integers are int32, empty ones are of strings.  An alignment other than 32 needs the key
+    `general.alignment` too.
     """
     tensors = tuple(tensors)
     head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]

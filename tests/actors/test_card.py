@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card actor: every request answered once, errors as replies, steps in order, an orderly end."""
+"""The card actor: every request answered once, errors as replies, steps in order, an end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 import attrs
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from fake_device import FakeDevice
+from waiting import until
 
 from spanker.actors.card import QUEUE_MAX, CardActor, KernelQueue
 from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pair
@@ -259,8 +261,7 @@ async def test_the_end_of_the_channel_ends_the_actor(kind: str) -> None:
     async with serving(device, kind) as host:
         await host.post(RunStep(1, buffers=(b"p",)))
         await host.channel.aclose()
-        while not device.closed:
-            await trio.sleep(0.001)
+        await until(lambda: device.closed)
 
 
 async def test_a_crash_closes_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +282,7 @@ async def test_fences_out_of_order_are_a_crash_that_says_so() -> None:
     async with serving(device) as host:
         for _ in range(2):
             await host.post(RunStep(1, buffers=(b"p",)))
-        while len(device.queued) < 2:
-            await trio.sleep(0)
+        await until(lambda: len(device.queued) == 2)
         device.queued.popleft()
         device.finish()
         with pytest.raises(ChannelClosedError):

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from waiting import until
 
 from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pair
 from spanker.actors.client import CardClient
@@ -126,7 +127,7 @@ async def test_a_reply_that_nobody_asked_for_ends_the_client(ends: Ends) -> None
     client, card = ends
 
     async def ask() -> None:
-        with pytest.raises(CardLostError, match="card 5 is lost: .*request 77, which nobody made"):
+        with pytest.raises(CardLostError, match=r"card 5 is lost: .*request 77, which nobody made"):
             await client.request(Describe())
 
     async with trio.open_nursery() as nursery:
@@ -150,8 +151,7 @@ async def test_a_second_reply_to_a_request_is_one_that_nobody_asked_for(ends: En
     async with trio.open_nursery() as nursery:
         nursery.start_soon(answer)
         assert await client.request(Abort(2)) == Ok()
-    while client.failure is None:
-        await trio.sleep(0.001)
+    await until(lambda: client.failure is not None)
     assert "nobody made" in str(client.failure)
 
 
@@ -160,7 +160,7 @@ async def test_the_end_of_the_channel_reaches_everyone_who_waits(ends: Ends) -> 
     told: list[int | None] = []
 
     async def ask() -> None:
-        with pytest.raises(CardLostError, match="card 5 is lost: .*closed") as caught:
+        with pytest.raises(CardLostError, match=r"card 5 is lost: .*closed") as caught:
             await client.request(Describe())
         told.append(caught.value.card)
 

@@ -7,13 +7,14 @@ import contextlib
 import functools
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trio
 from reference_model import forward
+from waiting import until
 
 import spanker
 from spanker.actors.session import RUN_AHEAD_MAX
@@ -35,12 +36,6 @@ def ids_of(count: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(0, 256, count)]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(20):
-        while not condition():
-            await trio.sleep(0.001)
-
-
 async def idle(model: Model) -> None:
     """Wait until nothing is under way; everything must have been given back."""
     await until(lambda: not model.stats.running and not model.stats.waiting)
@@ -58,7 +53,7 @@ async def with_logits(generation: Generation) -> tuple[list[int], np.ndarray]:
     return [t.id for t in tokens if t.id is not None], np.array(rows).view(np.uint32)
 
 
-# --- sharing steps -----------------------------------------------------------------------
+# --- sharing steps ----------------------------------------------------------------------
 
 
 async def test_concurrent_generations_share_steps(tiny: Path) -> None:
@@ -131,7 +126,7 @@ async def test_more_sequences_than_fit_into_a_step_take_turns(tiny: Path) -> Non
         await idle(model)
 
 
-# --- nobody's answer depends on the others ----------------------------------------------------
+# --- nobody's answer depends on the others ----------------------------------------------
 
 
 PROMPTS = [ids_of(n, seed=n) for n in (1, 2, 15, 33, 63, 64, 65, 130)]
@@ -248,7 +243,7 @@ async def test_a_second_model_gets_the_memory_that_the_first_has_left(tiny: Path
             assert await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))
 
 
-# --- admission ---------------------------------------------------------------------------------
+# --- admission --------------------------------------------------------------------------
 
 
 async def test_sequences_wait_for_pages_in_order(tiny: Path) -> None:
@@ -327,7 +322,7 @@ async def test_impossible_requests_are_refused_at_once(
         assert (model.stats.running, model.stats.waiting) == (0, 0)
 
 
-# --- endings ------------------------------------------------------------------------------------
+# --- endings ----------------------------------------------------------------------------
 
 
 async def test_a_generation_ends_at_its_length_or_with_the_context(tiny: Path) -> None:
@@ -477,7 +472,7 @@ async def test_a_hundred_random_ends_leave_nothing(tiny: Path) -> None:
         assert tokens == forward(TINY, [1, 2, *tokens])[1:-1].argmax(axis=1).tolist()
 
 
-# --- running ahead ----------------------------------------------------------------------------------
+# --- running ahead ----------------------------------------------------------------------
 
 
 async def test_a_sequence_pauses_when_its_consumer_is_far_behind(tiny: Path) -> None:
@@ -496,7 +491,7 @@ async def test_a_sequence_pauses_when_its_consumer_is_far_behind(tiny: Path) -> 
         await idle(model)
 
 
-# --- faults -----------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------
 
 
 def poisoned() -> TinyModel:

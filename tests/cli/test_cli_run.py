@@ -63,7 +63,8 @@ def test_the_text_alone_goes_to_stdout_and_the_summary_to_stderr(smollm2_path: P
     summary = done.stderr.decode()
     for row in ("0  layers 0-29", "1  layers 0-29", "2  layers 0-29", "plan tp3: pick_strategy"):
         assert row in summary
-    assert "prompt 5 tokens" in summary and "8 tokens" in summary and "load" in summary
+    assert "prompt 5 tokens, " in summary and "; loaded in " in summary
+    assert "generated 8 tokens, " in summary and "--max-tokens reached" in summary
 
 
 def test_everything_fits_into_80_columns(tiny: str) -> None:
@@ -75,7 +76,7 @@ def test_everything_fits_into_80_columns(tiny: str) -> None:
             stderr=screen.device,
         ) as running,
     ):
-        screen.wait_for("(length); load")
+        screen.wait_for("--max-tokens reached")
         assert running.process.wait(10) == 0
         screen.drain()
     summary = screen.text.rpartition("\x1b[2K")[2].replace("\x1b[1m", "").replace("\x1b[0m", "")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the conformance suite of CardDevice runs on, and small programs for it.
+
+A body joins with one line in BODIES: how to make `count` linked cards with `ddr_bytes` each, as an
+object with `.cards` and `.close()`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import select
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import pytest
+
+from spanker.device.base import CardDevice, Completion
+from spanker.device.soft import SoftCardSpec, SoftRig
+from spanker.kernels import program as op
+from spanker.kernels.program import (
+    Command,
+    Program,
+    Ref,
+    SequenceStep,
+    Transfer,
+    encode_step,
+)
+
+DDR_BYTES = 1 << 20
+WAIT_S = 20.0
+
+
+class Rig(Protocol):
+    @property
+    def cards(self) -> Sequence[CardDevice]: ...
+    def close(self) -> None: ...
+
+
+MakeRig = Callable[..., Rig]
+
+BODIES: dict[str, Callable[[int, int], Rig]] = {
+    "soft": lambda count, ddr_bytes: SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count),
+}
+
+
+def readable(device: CardDevice, timeout_s: float) -> bool:
+    assert device.completion_fd is not None
+    poll = select.poll()
+    poll.register(device.completion_fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def collect(device: CardDevice, count: int, timeout_s: float = WAIT_S) -> list[Completion]:
+    """Exactly `count` completions, waiting for them as an actor would."""
+    done: list[Completion] = []
+    end = time.monotonic() + timeout_s
+    while len(done) < count:
+        done += device.completions()
+        if len(done) < count and device.completion_fd is not None:
+            left = end - time.monotonic()
+            assert left > 0, f"{len(done)} of {count} completions after {timeout_s} s"
+            readable(device, left)
+    assert len(done) == count
+    return done
+
+
+def finish(device: CardDevice, count: int = 1) -> None:
+    """Wait for `count` completions and raise the first error among them."""
+    for completion in collect(device, count):
+        if completion.error is not None:
+            raise completion.error
+
+
+def make_program(*commands: Command, tokens: int = 4, outputs: int = 4) -> Program:
+    return Program(commands, tokens, min(outputs, tokens), positions_max=64)
+
+
+def step(tokens: int = 1, outputs: int = 0) -> bytes:
+    """Parameters of a step of so many tokens of one sequence, the first ones as outputs."""
+    if not tokens:
+        return encode_step([])
+    return encode_step([SequenceStep([0] * tokens, 0, [], tuple(range(outputs)))])
+
+
+def floats(device: CardDevice, handle: int, count: int) -> np.ndarray:
+    return np.frombuffer(device.read(handle, 0, 4 * count), np.float32)
+
+
+def adder(device: CardDevice, n: int = 16, tokens: int = 4) -> tuple[int, int, int]:
+    """A program x += 1 over n floats per token; returns (program, buffer x, buffer of ones)."""
+    x, ones = device.alloc(4 * n * tokens), device.alloc(4 * n * tokens)
+    device.write(ones, 0, np.ones(n * tokens, np.float32).tobytes())
+    made = make_program(op.add(Ref("x", 4 * n), Ref("y", 4 * n), n=n), tokens=tokens)
+    return device.load_program(made.encode({"x": x, "y": ones})), x, ones
+
+
+def waiter(device: CardDevice, peer: int, nbytes: int = 64) -> tuple[int, int]:
+    """A program that waits for `nbytes` from a peer; returns (program, buffer)."""
+    buffer = device.alloc(nbytes)
+    commands = op.exchange([Transfer(False, peer, Ref("in"), nbytes)])
+    return device.load_program(make_program(*commands, tokens=1).encode({"in": buffer})), buffer
+
+
+def sender(device: CardDevice, peer: int, nbytes: int = 64) -> tuple[int, int]:
+    buffer = device.alloc(nbytes)
+    commands = op.exchange([Transfer(True, peer, Ref("out"), nbytes)])
+    return device.load_program(make_program(*commands, tokens=1).encode({"out": buffer})), buffer
+
+
+def position_data(card: int, rows: int, row_bytes: int) -> np.ndarray:
+    """Bytes that differ by card, row and position, with no short period."""
+    i = np.arange(rows * row_bytes, dtype=np.uint64) + np.uint64(card << 32)
+    return ((i * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(56)).astype(np.uint8)
+
+
+def gather_programs(
+    cards: Sequence[CardDevice], shares: Sequence[int], tokens: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Every card sends its share of each row to all others; (programs, buffers).
+
+    The order of transfers is shuffled differently on every card: no order may deadlock.
+    """
+    rng = random.Random(seed)
+    starts = [0, *itertools.accumulate(shares)]
+    row = starts[-1]
+    programs, buffers = [], []
+    for me, card in enumerate(cards):
+        transfers = []
+        for peer in range(len(cards)):
+            if peer != me:
+                transfers.append(Transfer(True, peer, Ref("row", row, starts[me]), shares[me]))
+                transfers.append(Transfer(False, peer, Ref("row", row, starts[peer]), shares[peer]))
+        rng.shuffle(transfers)
+        buffers.append(card.alloc(max(row, 1) * max(tokens, 1)))
+        made = make_program(*op.exchange(transfers), tokens=max(tokens, 1), outputs=1)
+        programs.append(card.load_program(made.encode({"row": buffers[-1]})))
+    return programs, buffers
+
+
+def plant(device: CardDevice, fault: str) -> None:
+    if not hasattr(device, fault):
+        pytest.skip(f"this body has no {fault}()")
+    getattr(device, fault)()
