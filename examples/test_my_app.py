@@ -3,8 +3,8 @@
 
     pytest examples/test_my_app.py
 
-The fixtures `spanker_fleet` (three cards) and `tiny_model` (a model with random weights that loads in
-milliseconds) come with the package; pytest-trio runs the tests.
+The fixtures `spanker_fleet` (three cards) and `tiny_model` (random weights, loads in milliseconds)
+come with the package; pytest-trio runs the tests.
 """
 
 import pytest

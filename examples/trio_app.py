@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fleet in a trio app.
 
-    spanker pull smollm2
-    python examples/trio_app.py
+spanker pull smollm2
+python examples/trio_app.py
 """
 
 import trio

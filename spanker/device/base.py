@@ -3,7 +3,7 @@
 
 Nothing here awaits.  Work is submitted and completes later: `completion_fd` polls readable when
 `completions()` has something; a body without an fd (None) has finished whatever was submitted
-before `submit` returned.  tests/device/test_conformance.py is the suite that each body must pass.
+before `submit` returned.  The suite that each body must pass is tests/device/test_conformance*.py.
 """
 
 from __future__ import annotations

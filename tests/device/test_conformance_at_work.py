@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance suite of CardDevice, second part: queue, counters, links, aborts, failures, the end.
+"""The conformance suite of CardDevice, second part: queue, counters, links, aborts, failures.
 
 Every body of a card must pass it; conformance_rigs.py says how a body joins.
 """
