@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fleet in an asyncio app: the same calls, from `spanker.aio`.
 
-python examples/asyncio_app.py
+Run it with `python examples/asyncio_app.py`.
 """
 
 import asyncio

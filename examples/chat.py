@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chat of several turns; the model's own template makes the prompt.
 
-python examples/chat.py "My name is Ana." "What is my name?"
+Run it with `python examples/chat.py "My name is Ana." "What is my name?"`.
 """
 
 import sys

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several prompts at once in one fleet: they share steps, so that weights are read once for all.
 
-python examples/several_prompts.py
+Run it with `python examples/several_prompts.py`.
 """
 
 import trio

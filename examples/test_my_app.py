@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Testing your own code against a fleet whose card dies.
 
-    pytest examples/test_my_app.py
+Run it with `pytest examples/test_my_app.py`.
 
 The fixtures `spanker_fleet` (three cards) and `tiny_model` (random weights, loads in milliseconds)
 come with the package; pytest-trio runs the tests.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fleet in a trio app.
 
-spanker pull smollm2
-python examples/trio_app.py
+Fetch the model once with `spanker pull smollm2`.
+Run it with `python examples/trio_app.py`.
 """
 
 import trio

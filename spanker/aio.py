@@ -194,20 +194,20 @@ class _Portal:
             if self._stopped:
                 self._scope.cancel()
         with self._scope:
-            async with self._opening() as fleet:
+            async with self._opening() as fleet, trio.open_nursery() as self._nursery:
+                self._opened.give(fleet)
                 try:
-                    async with trio.open_nursery() as self._nursery:
-                        self._nursery.start_soon(self._watch_owner)
-                        self._opened.give(fleet)
+                    await self._orphaned()
                 finally:
-                    # Calls that come while the fleet closes.
+                    # Calls may come while the fleet closes, and a nursery takes no new task once
+                    # its last has ended: not before this one.
                     self._nursery = None
+                self._scope.cancel()
 
-    async def _watch_owner(self) -> None:
+    async def _orphaned(self) -> None:
         # Neither of the two sets an event.
         while self._owner.is_alive() and not self._loop.is_closed():  # noqa: ASYNC110
             await trio.sleep(_ORPHAN_S)
-        self._scope.cancel()
 
     def _begin(
         self,

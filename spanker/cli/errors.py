@@ -48,6 +48,12 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def discard_stdout() -> None:
+    """Let what is still buffered for stdout go nowhere: flushing it at exit would fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can cause into a `Failure`, a quiet exit or an `Interrupted`."""
@@ -56,9 +62,8 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT) from None
     except BrokenPipeError:
-        # Whoever read our output has seen enough.  What is still buffered goes nowhere.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough.
+        discard_stdout()
         raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
     except Exception as error:
         cause = _spanker_error(error)

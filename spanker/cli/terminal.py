@@ -18,7 +18,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from spanker.cli.errors import Failure, printable
+from spanker.cli.errors import Failure, discard_stdout, printable
 
 Advance = Callable[[int, int], None]
 
@@ -73,6 +73,7 @@ def _writing_stdout() -> Iterator[None]:
     except (BrokenPipeError, BlockingIOError):
         raise
     except OSError as error:
+        discard_stdout()
         raise Failure(f"cannot write to stdout: {error.strerror}") from error
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def kill(fleet: Fleet | AioFleet, card: int) -> None:
     """Card number `card` vanishes, with all that it holds; never blocks.
 
-    Whoever waits for a step of the fleet gets CardLostError at once; with nothing under way the
-    next step, load or look at its counters does.  There is no way back.
+    Whoever waits for a step or a load gets CardLostError at once; with nothing under way, whoever
+    comes next does.  There is no way back: close the fleet and open another.
     """
     _device(fleet, card).kill()
 
