@@ -123,10 +123,10 @@ def main() -> None:
     path = str(catalog.resolve(options.model))
     record = trio.run(measure, path, options.threads, options.rounds)
     text = json.dumps(record, indent=1)
-    print(text)
     if options.json:
         with open(options.json, "w") as out:
             out.write(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
