@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode and prefill beside llama.cpp, in one process, alternating, medians and ratios.
 
-    pip install --no-binary llama-cpp-python '.[peers]'      (builds llama.cpp: about ten minutes)
+    pip install --no-binary llama-cpp-python '.[peers]'      (builds llama.cpp: ten minutes)
     python bench/against_llama_cpp.py --model smollm2 --threads 2 --rounds 7 --json out.json
 
 N cards, tensor parallel, against N threads of llama.cpp on the same file.  Decode is 128 forced
@@ -45,7 +45,7 @@ def llama_cpp(path: str, threads: int) -> tuple[Callable[[], float], Callable[[]
     try:
         from llama_cpp import Llama
     except ImportError:
-        sys.exit("llama.cpp is missing: pip install --no-binary llama-cpp-python llama-cpp-python")
+        sys.exit("llama.cpp is missing: pip install --no-binary llama-cpp-python '.[peers]'")
     llama = Llama(
         path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )

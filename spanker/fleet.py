@@ -40,7 +40,7 @@ from spanker.actors.message import CardInfo
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_fleet
-from spanker.errors import ConfigError, ContextLengthError, PlanError
+from spanker.errors import ConfigError, ContextLengthError, PlanError, UnsupportedModelError
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.chat import ChatTemplate
@@ -53,6 +53,7 @@ from spanker.sched.bandwidth import profile as find_profile
 from spanker.sched.layout import fit_kv_pages
 from spanker.sched.plan import Limits, Plan
 from spanker.sched.planner import Decision, decide, make_plan
+from spanker.sched.topology import Topology
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -286,9 +287,11 @@ class Model:
 
         Greedy unless a temperature is given; sampling depends on (seed, position) alone.  Ends at
         an end-of-text token (unless ignored), a stop string, max_tokens, or a full context.  With
-        `logits` every token carries its logits.  Raises RequestError, ContextLengthError.
+        `logits` every token carries its logits.  It starts at once, holds KV pages from its start
+        to its end, and pauses while nobody takes its tokens: iterate, close or drop it, or others
+        may wait for its pages.  Raises RequestError, ContextLengthError.
         """
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         matcher = StopMatcher(stops)
         sequence = self._session.add(
@@ -338,6 +341,12 @@ class Fleet:
         self._rig = rig
         self._nursery = nursery
         self._models: list[Model] = []
+        self._load_lock = trio.Lock()
+
+    @property
+    def topology(self) -> Topology:
+        """The cards and the links between them."""
+        return self._coordinator.topology
 
     @property
     def cards(self) -> tuple[CardInfo, ...]:
@@ -378,14 +387,19 @@ class Fleet:
         try:
             parsed = llama.read_model(gguf)
             tokenizer = Tokenizer.from_metadata(gguf.metadata)
+            if tokenizer.vocab_size != parsed.shape.vocabulary:
+                raise UnsupportedModelError(
+                    f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
+                    f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
+                )
             made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
-            # Other models may be on the cards already.
-            free = [
-                c.ddr_total_bytes - c.ddr_used_bytes for c in await self._coordinator.counters()
-            ]
-            limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
             decisions = decide(parsed.shape, len(self.cards), self.profile)
-            loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)
+            # One at a time: other models may be on the cards already, or on their way.
+            async with self._load_lock:
+                counters = await self._coordinator.counters()
+                free = [c.ddr_total_bytes - c.ddr_used_bytes for c in counters]
+                limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
+                loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)
             session = Session(self._coordinator, loaded)
             out = Model(path, gguf, tokenizer, loaded, session, decisions)
         finally:

@@ -213,16 +213,21 @@ class Coordinator:
 
     async def _owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
-        between it would leave on the card what nobody knows of.  A card answers it at once."""
+        between it would leave on the card what nobody knows of.  A card answers it at once, once
+        it has come over a host link that all cards may be using."""
+        limit_s = STOP_S
+        if self.profile.host_link_bytes_per_s is not None:
+            nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
+            limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
         try:
-            with trio.move_on_after(STOP_S, shield=True):
+            with trio.move_on_after(limit_s, shield=True):
                 return await client.request(request)
         except CardLostError:
             # Where everything is being cancelled, the card with it, that is what happened.
             await trio.lowlevel.checkpoint_if_cancelled()
             raise
         raise CardHungError(
-            f"card {client.number} has not answered {type(request).__name__} for {STOP_S:g} s; "
+            f"card {client.number} has not answered {type(request).__name__} for {limit_s:.3g} s; "
             f"close the fleet and open it without that card",
             card=client.number,
         )

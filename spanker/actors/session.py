@@ -28,7 +28,7 @@ from spanker.errors import (
     again,
 )
 from spanker.ggml import sampling
-from spanker.ggml.sampling import SamplingParams
+from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
@@ -193,19 +193,20 @@ class Session:
         if self._failure is not None:
             raise again(self._failure)
         limits, vocabulary = self.loaded.limits, self.loaded.model.shape.vocabulary
-        if not prompt:
+        tokens, tokens_max = [whole(token) for token in prompt], whole(tokens_max)
+        if not tokens:
             raise RequestError("the prompt has no tokens: give at least one")
-        for token in prompt:
+        for token in tokens:
             if not 0 <= token < vocabulary:
                 raise RequestError(
                     f"token id {token} is not in the vocabulary: expected 0 to {vocabulary - 1}"
                 )
         if tokens_max < 1 and not score:
             raise RequestError(f"max_tokens must be at least 1, got {tokens_max}")
-        room = limits.context - len(prompt) + (1 if score else 0)
+        room = limits.context - len(tokens) + (1 if score else 0)
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {len(prompt):,} tokens, but the context holds "
+                f"the prompt has {len(tokens):,} tokens, but the context holds "
                 f"{limits.context:,}{'' if score else ' with at least one for the answer'}: "
                 f"shorten it or load the model with a larger context (--ctx)"
             )
@@ -213,8 +214,8 @@ class Session:
             raise RequestError(f"{WAITING_MAX} requests already wait for KV pages: try again later")
         sequence = Sequence(
             session=self,
-            tokens=list(prompt),
-            prompt_length=len(prompt),
+            tokens=tokens,
+            prompt_length=len(tokens),
             tokens_max=tokens_max,
             sampling=params,
             stop_ids=stop_ids,
@@ -243,10 +244,8 @@ class Session:
         self.wake()
 
     def release_from_anywhere(self, sequence: Sequence) -> None:
-        """`release` for a destructor, which may run in any thread, or after trio has ended."""
-        if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self._token:
-            self.release(sequence)
-            return
+        """`release`, soon, for a destructor: that may run in any thread, between any two steps of
+        this very class, or after trio has ended."""
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.release, sequence)
 

@@ -119,7 +119,8 @@ class CardDevice(abc.ABC):
 
     @abc.abstractmethod
     def abort(self, epoch: int) -> None:
-        """Complete everything queued with CardAbortedError within 10 ms and enter `epoch`,
+        """Complete everything queued with CardAbortedError, as soon as the slice of work under way
+        is over (milliseconds; more for steps of thousands of tokens), and enter `epoch`,
         which must be higher than before; messages of earlier epochs are dropped by the links."""
 
     @abc.abstractmethod

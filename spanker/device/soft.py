@@ -22,7 +22,11 @@ DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
 DDR_BYTES_MAX = 1 << 46
 CARDS_MAX = 64
-LINK_RING_BYTES = 512 << 10
+# A ring holds a few messages of 64 KiB; those of a large fleet are kept small, since traffic
+# touches all of their memory: 64 cards have 4,032 of them.
+LINK_RING_BYTES_MIN = 132 << 10
+LINK_RING_BYTES_MAX = 512 << 10
+LINK_RINGS_BYTES = 256 << 20
 _WHY_BYTES = 256
 
 
@@ -231,12 +235,13 @@ class SoftRig:
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
+            rings = max(len(specs) * (len(specs) - 1), 1)
+            ring_bytes = LINK_RINGS_BYTES // rings // 4096 * 4096
+            ring_bytes = min(max(ring_bytes, LINK_RING_BYTES_MIN), LINK_RING_BYTES_MAX)
             for a in self.cards:
                 for b in self.cards[a.number + 1 :]:
                     check(
-                        lib.spk_link_connect(
-                            a.handle, a.number, b.handle, b.number, LINK_RING_BYTES
-                        ),
+                        lib.spk_link_connect(a.handle, a.number, b.handle, b.number, ring_bytes),
                         f"linking cards {a.number} and {b.number}",
                     )
             status = ffi.new("int *")

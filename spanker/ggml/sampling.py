@@ -9,6 +9,7 @@ one before left.  Ties go to the lowest id.
 from __future__ import annotations
 
 import math
+import operator
 
 import attrs
 import numpy as np
@@ -26,6 +27,21 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
+def whole(value: object) -> int:
+    """A plain int from any kind of integer, numpy's too; RequestError for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(f"expected a whole number, got {value!r}") from None
+
+
+def _real(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RequestError(f"expected a number, got {value!r}") from None
+
+
 @attrs.frozen
 class SamplingParams:
     """How to choose.  Temperature 0 takes the best token and ignores the rest.
@@ -33,11 +49,11 @@ class SamplingParams:
     `top_k` 0, `top_p` 1 and `min_p` 0 are off.  RequestError for values out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: float = attrs.field(default=0.0, converter=_real)
+    top_k: int = attrs.field(default=0, converter=whole)
+    top_p: float = attrs.field(default=1.0, converter=_real)
+    min_p: float = attrs.field(default=0.0, converter=_real)
+    seed: int = attrs.field(default=0, converter=whole)
 
     def __attrs_post_init__(self) -> None:
         def need(good: bool, name: str, what: str) -> None:

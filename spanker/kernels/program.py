@@ -71,11 +71,6 @@ class Command:
     outputs: bool = False
 
 
-def q8_bytes(k: int) -> int:
-    """Bytes of k activations as Q8 blocks."""
-    return k // 32 * Q8_BLOCK_BYTES
-
-
 def _f32_bits(x: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", x))[0])
 

@@ -21,6 +21,7 @@ from spanker.kernels.program import (
     encode_step,
 )
 from spanker.native import ffi, lib
+from spanker.sched.layout import q8_bytes
 
 HANDLES = {"a": 11, "b": 22, "c": 33, "d": 44}
 A, B, C, D = (Ref(name, 100 + i, 1000 + i) for i, name in enumerate("abcd"))
@@ -212,4 +213,4 @@ def test_an_empty_step_has_its_header_and_one_index() -> None:
 
 
 def test_sizes_of_q8_rows() -> None:
-    assert [op.q8_bytes(k) for k in (0, 32, 96)] == [0, 34, 102]
+    assert [q8_bytes(k) for k in (0, 32, 96)] == [0, 34, 102]

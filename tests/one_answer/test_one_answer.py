@@ -46,6 +46,27 @@ async def test_cards_too_small_for_the_model_run_it_together(smollm2_path: Path)
     assert "Paris" in texts[0]
 
 
+async def test_candidates_give_the_tokens_that_all_logits_give(smollm2_path: Path) -> None:
+    # No filter and a high temperature: many tokens lie beyond the cards' candidates, and the whole
+    # logits are fetched for them.
+    tokens = []
+    for cards, logits in (("soft:1", True), ("soft:1", False), ("soft:3", False)):
+        async with spanker.open_fleet(cards) as fleet:
+            model = await fleet.load(smollm2_path, ctx=256)
+            generation = model.generate(
+                "Once upon a time",
+                max_tokens=32,
+                temperature=1.4,
+                seed=7,
+                ignore_eos=True,
+                logits=logits,
+            )
+            await generation.collect()
+            tokens.append(generation.token_ids)
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(set(tokens[0])) > 16
+
+
 async def test_every_card_holds_what_its_plan_says_and_no_card_holds_everything(
     smollm2_path: Path,
 ) -> None:

@@ -33,7 +33,7 @@ def test_after_an_all_gather_everyone_holds_everything(count: int) -> None:
     rng = random.Random(count)
     for row in (0, 1, 16, 17, 576, 1000):
         for weights in (None, [rng.choice((0, 0, 1, 5)) + (i == 0) for i in range(count)]):
-            cards = rng.sample(range(64), count)
+            cards = tuple(rng.sample(range(64), count))
             shares = split(row, count, unit=16, weights=weights)
             held = {c: set(range(s.start, s.stop)) for c, s in zip(cards, shares, strict=True)}
             moves = all_gather(cards, shares)

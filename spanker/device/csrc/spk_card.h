@@ -114,7 +114,7 @@ struct spk_counters {
 /* Faults that a test can plant. */
 #define SPK_PLANT_NONE 0
 #define SPK_PLANT_HANG 1 /* the engine stops making progress */
-#define SPK_PLANT_DIE 2  /* every fence completes with SPK_E_LOST, every call answers it */
+#define SPK_PLANT_DIE 2  /* every fence completes with SPK_E_LOST, and every call that uses it answers that */
 
 struct spk_card;
 struct spk_pool;

@@ -482,8 +482,8 @@ class _Builder:
         return op.exchange(transfers)
 
     def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
-        shares = [share_of(s) for s in self.stage.shares]
-        return self._transfers(direct.all_gather(self.stage.cards, shares), row)
+        shares = tuple(share_of(s) for s in self.stage.shares)
+        return self._transfers(direct.all_gather_of(self.card, self.stage.cards, shares), row)
 
     def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
         moves = direct.handover(source.cards, target.cards, self.shape.hidden)

@@ -49,9 +49,3 @@ uint32_t spk_crc32c(uint32_t crc, const void *data, size_t nbytes)
 #endif
     return ~crc_plain(crc, data, nbytes);
 }
-
-uint32_t spk_crc32c_copy(uint32_t crc, void *dst, const void *src, size_t nbytes)
-{
-    memcpy(dst, src, nbytes);
-    return spk_crc32c(crc, dst, nbytes); /* dst has just been written: it is in L1 */
-}

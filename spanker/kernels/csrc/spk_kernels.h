@@ -148,9 +148,6 @@ uint64_t spk_fp_enter(void);
 void spk_fp_leave(uint64_t saved);
 /* cffi: end */
 
-/* CRC32C of nbytes while copying them. */
-uint32_t spk_crc32c_copy(uint32_t crc, void *dst, const void *src, size_t nbytes);
-
 extern const struct spk_kernels spk_kernels__scalar;
 extern const struct spk_kernels spk_kernels__avx2;
 extern const struct spk_kernels spk_kernels__avx512vnni;

@@ -7,6 +7,7 @@ n - 1 links at once, and each link carries one share.  handover: 1 step, one row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import attrs
@@ -24,7 +25,8 @@ class Move:
     part: Share
 
 
-def all_gather(cards: Sequence[int], shares: Sequence[Share]) -> tuple[Move, ...]:
+@functools.lru_cache(maxsize=64)
+def all_gather(cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move, ...]:
     """After it every card holds the whole row; card cards[i] contributes shares[i]."""
     return tuple(
         Move(source, target, share)
@@ -33,6 +35,12 @@ def all_gather(cards: Sequence[int], shares: Sequence[Share]) -> tuple[Move, ...
         for target in cards
         if target != source
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def all_gather_of(card: int, cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move, ...]:
+    """The moves of `all_gather` that one card takes part in; a model asks for each many times."""
+    return tuple(m for m in all_gather(cards, shares) if card in (m.source, m.target))
 
 
 def handover(sources: Sequence[int], targets: Sequence[int], row: int) -> tuple[Move, ...]:
