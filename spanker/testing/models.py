@@ -5,7 +5,7 @@
 and tensors as values, to be altered and then written with `write_gguf`, for tests of broken files.
 The words such a model says mean nothing, but depend on every weight, token and position.
 
-Layout after the GGUF specification (docs/gguf.md in ggml); blocks after ggml-quants.c.
+Layout after the GGUF specification (docs/gguf.md in ggml); blocks are written by `quantize`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from spanker.ggml.gguf import DEFAULT_ALIGNMENT, GGMLType
 from spanker.ggml.tokenizer import TokenType
+from spanker.testing.quantize import encode
 
 F32 = npt.NDArray[np.float32]
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -36,7 +37,6 @@ CHAT_TEMPLATE = (
 )
 # With fewer tokens there would be no room for all bytes and the control tokens.
 VOCABULARY_MIN = 256 + len(_CONTROLS)
-_Q8_MAX, _Q4_MAX, _BLOCK = 127, 15, 32
 
 
 # --- any GGUF ------------------------------------------------------------------------
@@ -53,12 +53,13 @@ class GGUFTensor:
 
 
 def tensor(name: str, values: F32, format: str = "f32") -> GGUFTensor:
-    """Float values (rows, k) or (n,) as a tensor of f32, f16, q8_0, q4_0 or q4_1.
+    """Float values (rows, k) or (n,) as a tensor of a format of `quantize.encode`, by its name.
 
-    The quantised formats work in blocks of 32 along the last dimension.
+    The quantised formats work in blocks of 32 (K-quants 256) along the last dimension; ValueError
+    where they do not fit.
     """
     kind = GGMLType[format.upper()]
-    return GGUFTensor(name, values.shape, kind, _encode(values.astype(np.float32), kind))
+    return GGUFTensor(name, values.shape, kind, encode(values, kind))
 
 
 def write_gguf(
@@ -124,48 +125,6 @@ def _value(value: Value) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(items)) + body
 
 
-def _encode(values: F32, kind: GGMLType) -> bytes:
-    if kind == GGMLType.F32:
-        return values.astype("<f4").tobytes()
-    if kind == GGMLType.F16:
-        return values.astype("<f2").tobytes()
-    if values.shape[-1] % _BLOCK:
-        raise ValueError(f"{kind.name} needs rows of whole blocks of {_BLOCK}, got {values.shape}")
-    blocks = values.reshape(-1, _BLOCK)
-    if kind == GGMLType.Q8_0:
-        d = np.abs(blocks).max(1, keepdims=True) / np.float32(_Q8_MAX)
-        return _columns(_f16(d), np.rint(_divided(blocks, d)).astype(np.int8))
-    if kind == GGMLType.Q4_0:
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
-        d = extreme / np.float32(-8)
-        return _columns(_f16(d), _nibbles(_divided(blocks, d) + 8))
-    if kind == GGMLType.Q4_1:
-        low = blocks.min(1, keepdims=True)
-        d = (blocks.max(1, keepdims=True) - low) / np.float32(_Q4_MAX)
-        return _columns(_f16(d), _f16(low), _nibbles(_divided(blocks - low, d)))
-    raise ValueError(f"no writer for {kind.name}: expected F32, F16, Q8_0, Q4_0 or Q4_1")
-
-
-def _divided(values: F32, by: F32) -> F32:
-    return np.divide(values, by, out=np.zeros_like(values), where=by != 0)
-
-
-def _f16(values: F32) -> npt.NDArray[np.uint8]:
-    return values.astype("<f2").view(np.uint8)
-
-
-def _nibbles(values: F32) -> npt.NDArray[np.uint8]:
-    """Rounded to 0..15; the first half of a block sits in the low nibbles."""
-    q = np.clip(np.rint(values), 0, _Q4_MAX).astype(np.uint8)
-    half = _BLOCK // 2
-    low, high = q[:, :half], q[:, half:]
-    return low | (high << np.uint8(4))
-
-
-def _columns(*parts: npt.NDArray[np.generic]) -> bytes:
-    return np.concatenate([part.view(np.uint8) for part in parts], axis=1).tobytes()
-
-
 # --- a tiny llama --------------------------------------------------------------------
 
 
@@ -227,9 +186,10 @@ def tiny_llama(
 ) -> TinyModel:
     """A llama with random weights, and a byte-level tokenizer for any text.
 
-    All matrices are in `format` (f32, f16, q8_0, q4_0, q4_1); the quantised ones need `hidden`,
-    `ffn` and heads x head_dim to be multiples of 32.  The vocabulary is `tiny_vocabulary`.  The
-    same arguments give the same bytes.  Activations stay far inside what f16 holds.
+    All matrices are in `format`: f32, f16, bf16; q8_0, q4_0, q4_1, q5_0, q5_1, which need
+    `hidden`, `ffn` and heads x head_dim to be multiples of 32; q4_k, q5_k, q6_k, which need
+    multiples of 256.  The vocabulary is `tiny_vocabulary`.  The same arguments give the same
+    bytes.  Activations stay far inside what f16 holds.
     """
     rng = np.random.default_rng(seed)
     dim = hidden // heads if head_dim is None else head_dim
