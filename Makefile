@@ -42,7 +42,7 @@ check-python: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-c: $(INSTALLED)  ## C warnings (clang too), no fused multiply-add, AVX-512 emulated
+check-c: $(INSTALLED)  ## C warnings (clang too), no fused multiply-add, AVX-512 and NEON emulated
 	$(BIN)/python tools/check_native.py warnings --cc "$(CC)"
 	$(BIN)/python tools/lint_fma.py $(CHECK_OUT)/$(notdir $(firstword $(CC)))
 	@if [ "$(CC)" != clang ] && command -v clang >/dev/null; then \
@@ -51,12 +51,13 @@ check-c: $(INSTALLED)  ## C warnings (clang too), no fused multiply-add, AVX-512
 	  $(BIN)/python tools/lint_fma.py $(CHECK_OUT)/clang; \
 	fi
 	CC="$(CC)" tools/check_avx512.sh
+	CC="$(CC)" PYTHON="$(BIN)/python" tools/check_neon.sh
 
 check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour and thread sanitizers
 	$(BIN)/python tools/check_native.py sanitize --cc "$(CC)"
 
-bench: $(INSTALLED)  ## measure decode and prefill (BENCH_ARGS=... adds options)
-	$(BIN)/spanker bench --model smollm2 --cards 2 $(BENCH_ARGS)
+bench: $(INSTALLED)  ## measure beside the machine's limits, and llama.cpp (BENCH_ARGS=... adds options)
+	$(BIN)/python bench/roofline.py $(BENCH_ARGS)
 
 clean:  ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spanker import aio, testing
     from spanker.actors.message import CardInfo
     from spanker.actors.session import SessionStats
+    from spanker.device.q4_k import matmul_q4_k
     from spanker.device.soft import SoftCardSpec
     from spanker.fleet import (
         CardStats,
@@ -45,6 +46,7 @@ _MODULES = {
     "SoftCardSpec": "device.soft",
     "Token": "fleet",
     "Topology": "sched.topology",
+    "matmul_q4_k": "device.q4_k",
     "open_fleet": "fleet",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "Topology",
     "__version__",
     "aio",
+    "matmul_q4_k",
     "open_fleet",
     "testing",
 ]

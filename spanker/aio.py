@@ -26,11 +26,13 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from spanker import fleet as trio_api
-from spanker.actors.coordinator import F32, Progress
+from spanker.actors.coordinator import Progress
 from spanker.actors.message import CardInfo
 from spanker.actors.session import SessionStats
+from spanker.actors.steps import F32
+from spanker.actors.trace import Trace
 from spanker.device.soft import SoftCard, SoftCardSpec
-from spanker.errors import RequestError
+from spanker.errors import ConfigError, RequestError
 from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched.bandwidth import Profile
@@ -538,6 +540,21 @@ class Fleet:
             )
         )
         return Model(self._portal, loaded)
+
+    @contextlib.asynccontextmanager
+    async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
+        """Record every command of every card within the block into a file, as `spanker.Fleet.trace`
+        does."""
+        tracer = await self._portal.call(self._fleet._start_trace, path)
+        try:
+            yield tracer.trace
+        except GeneratorExit:
+            raise  # the event loop is being torn down: nothing can be awaited any more
+        except BaseException:
+            with contextlib.suppress(ConfigError, RequestError):
+                await self._portal.call(tracer.stop)
+            raise
+        await self._portal.call(tracer.stop)
 
     async def stats(self) -> FleetStats:
         """Read every card's counters."""

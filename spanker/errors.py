@@ -58,6 +58,33 @@ class TemplateError(RequestError):
     """The chat template is missing, invalid, or rejected the messages."""
 
 
+# --- matrix products ----------------------------------------------------------
+
+
+class MatmulError(SpankerError):
+    """The operands of a matrix product are not what it takes."""
+
+
+class BadDimsError(MatmulError):
+    """Sizes that make no product: of `m` x `k` times `k` x `n` in blocks of `block` weights."""
+
+    def __init__(self, message: str, *, m: int = 0, k: int = 0, n: int = 0, block: int = 0) -> None:
+        super().__init__(message)
+        self.m = m
+        self.k = k
+        self.n = n
+        self.block = block
+
+
+class OutputTooSmallError(MatmulError):
+    """The output has `have` bytes and must have `need` or more."""
+
+    def __init__(self, message: str, *, have: int = 0, need: int = 0) -> None:
+        super().__init__(message)
+        self.have = have
+        self.need = need
+
+
 # --- plans -------------------------------------------------------------------
 
 

@@ -29,15 +29,12 @@ import numpy as np
 import trio
 
 from spanker.actors import session as sessions
-from spanker.actors.coordinator import (
-    F32,
-    Coordinator,
-    LoadedModel,
-    Progress,
-    open_coordinator,
-)
+from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
+from spanker.actors.steps import F32, LoadedModel
+from spanker.actors.trace import Trace
+from spanker.actors.tracer import Tracer
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_fleet
 from spanker.errors import ConfigError, ContextLengthError, PlanError, UnsupportedModelError
@@ -264,10 +261,17 @@ class Model:
         return self._tokenizer.decode(ids)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation by the model's own template, ready for the answer."""
+        """Token ids of a conversation by the model's own template, ready for the answer.
+
+        A model that wants a BOS gets it once, whether its template writes one or not.
+        """
         if self._template is None:
             self._template = ChatTemplate.from_metadata(self._metadata, self._tokenizer)
-        return self._tokenizer.encode(self._template.render(messages), add_bos=False)
+        ids = self._tokenizer.encode(self._template.render(messages), add_bos=False)
+        bos = self._tokenizer.bos_id
+        return (
+            [bos, *ids] if self._tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+        )
 
     def generate(
         self,
@@ -450,6 +454,31 @@ class Fleet:
                 f"{pages * PAGE_POSITIONS:,}; lower kv_tokens or use more cards"
             )
         return attrs.evolve(limits, kv_pages=pages)
+
+    @contextlib.asynccontextmanager
+    async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
+        """Record every command of every card, and what the host does, within the block.
+
+        At its end, however it ends, `path` holds a trace for ui.perfetto.dev or chrome://tracing,
+        and the value tells how many `steps` and `commands` are in it and how many were `lost`.
+        One at a time.  Raises ConfigError, at once, where the file cannot be written, and
+        CardCommandError where a card cannot trace.
+        """
+        tracer = await self._start_trace(path)
+        try:
+            yield tracer.trace
+        except BaseException:
+            # What ends the block is what counts, not what may come of writing the file.
+            with contextlib.suppress(ConfigError):
+                await tracer.stop()
+            raise
+        await tracer.stop()
+
+    async def _start_trace(self, path: str | os.PathLike[str]) -> Tracer:
+        tracer = Tracer(self._coordinator, path)
+        await tracer.start()
+        self._nursery.start_soon(tracer.run)
+        return tracer
 
     async def stats(self) -> FleetStats:
         """Read every card's counters."""

@@ -32,6 +32,7 @@ ISAS: dict[str, int] = {
     "scalar": lib.SPK_ISA_SCALAR,
     "avx2": lib.SPK_ISA_AVX2,
     "avx512vnni": lib.SPK_ISA_AVX512VNNI,
+    "neon": lib.SPK_ISA_NEON,
 }
 
 _ERRORS: dict[int, tuple[type[CardError], str]] = {

@@ -37,10 +37,8 @@ CFLAGS = [
 ]
 LINK_FLAGS = ["-pthread", "-fno-lto"]
 
-X86_ISAS = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
-
 # First the baseline, so that a -march or -mfma in CFLAGS raises no library above its own level.
-X86_BASELINE = ("-march=x86-64", "-mno-fma") if X86_ISAS else ()
+X86_BASELINE = ("-march=x86-64", "-mno-fma")
 X86_AVX2 = (*X86_BASELINE, "-mavx2", "-mf16c", "-mbmi2")
 X86_AVX512VNNI = (
     *(*X86_BASELINE, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
@@ -48,6 +46,14 @@ X86_AVX512VNNI = (
     # AVX-512F has fused instructions of its own, and gcc 12 makes a*c - b*s, a*s + b*c into
     # vfmaddsub whatever -ffp-contract says, but only where it vectorises by itself.
     "-fno-tree-vectorize",
+)
+
+ARM_BASELINE = ("-march=armv8-a",)
+ARM_NEON = (
+    "-march=armv8.2-a+dotprod",
+    # Scheduling before register allocation makes gcc spill up to every second sum of a matmul.
+    "-fno-schedule-insns",
+    "-Wno-ignored-optimization-argument",  # clang neither has that flag nor needs it
 )
 
 
@@ -68,21 +74,31 @@ class Library(NamedTuple):
         return [*CFLAGS, *self.isa_flags]
 
 
-def _libraries() -> list[Library]:
-    """In link order: a library uses only those after it."""
-    macros = (("SPK_HAVE_X86_ISAS", "1"),) if X86_ISAS else ()
-    libraries = [
-        Library("spk_card", CARD, X86_BASELINE),
-        Library("spk_common", KERNELS, X86_BASELINE, macros),
-        Library("spk_scalar", f"{KERNELS}/scalar", X86_BASELINE),
-    ]
-    if X86_ISAS:
-        libraries.append(Library("spk_avx2", f"{KERNELS}/avx2", X86_AVX2))
-        libraries.append(Library("spk_avx512vnni", f"{KERNELS}/avx512vnni", X86_AVX512VNNI))
-    return [library for library in libraries if library.sources]
+def libraries(machine: str) -> list[Library]:
+    """Of a machine as `uname -m` names it, in link order: a library uses only those after it."""
+    baseline: tuple[str, ...] = ()
+    macros: tuple[tuple[str, str], ...] = ()
+    isas: tuple[Library, ...] = ()
+    if machine in ("x86_64", "amd64"):
+        baseline, macros = X86_BASELINE, (("SPK_HAVE_X86_ISAS", "1"),)
+        isas = (
+            Library("spk_avx2", f"{KERNELS}/avx2", X86_AVX2),
+            Library("spk_avx512vnni", f"{KERNELS}/avx512vnni", X86_AVX512VNNI),
+        )
+    elif machine == "aarch64":
+        baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
+        isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
+    found = (
+        Library("spk_card", CARD, baseline),
+        Library("spk_common", KERNELS, baseline, macros),
+        Library("spk_scalar", f"{KERNELS}/scalar", baseline),
+        *isas,
+    )
+    return [library for library in found if library.sources]
 
 
-LIBRARIES = _libraries()
+# A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
+LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 
 
 def headers() -> list[str]:

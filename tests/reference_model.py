@@ -28,7 +28,7 @@ class _Matrix:
 
     def __call__(self, x: F32) -> F32:
         """x (T, k) times the matrix, quantised first where the weights are."""
-        if self.format in ("f32", "f16"):
+        if self.format in ("f32", "f16", "bf16"):
             return ref.matmul(self.format, self.rows, x)
         return ref.matmul(self.format, self.rows, ref.quantize_q8(x))
 
@@ -50,8 +50,8 @@ def forward(model: TinyModel, tokens: Sequence[int]) -> F32:
 
     def norm(name: str, x: F32) -> F32:
         t = model.tensors[name]
-        dtype = np.float32 if t.type.name == "F32" else np.float16
-        return ref.rmsnorm(x, np.frombuffer(t.data, dtype).astype(np.float32), eps)
+        row = np.frombuffer(t.data, np.uint8)[None, :]
+        return ref.rmsnorm(x, ref.dequantize_row(t.type.name.lower(), row)[0], eps)
 
     def layer(index: int) -> Callable[[str], _Matrix]:
         return lambda name: matrix(f"blk.{index}.{name}.weight")
@@ -91,12 +91,13 @@ def greedy(model: TinyModel, prompt: Sequence[int], count: int) -> list[int]:
 
 
 def with_formats(model: TinyModel, formats: dict[str, str]) -> TinyModel:
-    """An f32 model with its matrices in other formats, by the part of the name before `.weight`
-    (`attn_q`, `token_embd`, ...); `*` is for all that are not named."""
+    """An f32 model with its matrices in other formats, by name without `.weight`: of one layer
+    (`blk.1.attn_v`), or of all (`attn_q`, `token_embd`, ...); `*` is for all that are not named."""
     tensors: dict[str, GGUFTensor] = {}
     for name, t in model.tensors.items():
-        part = name.removesuffix(".weight").split(".")[-1]
-        kind = formats.get(part, formats.get("*", "f32"))
+        whole = name.removesuffix(".weight")
+        part = whole.split(".")[-1]
+        kind = formats.get(whole, formats.get(part, formats.get("*", "f32")))
         values = np.frombuffer(t.data, np.float32).reshape(t.shape)
         tensors[name] = t if part.endswith("norm") else tensor(name, values, kind)
     return TinyModel(model.metadata, tensors)

@@ -62,6 +62,12 @@ def test_chat_remembers_the_turns() -> None:
     assert "Ana" in out.rsplit("model: ", 1)[1]
 
 
+def test_one_int4_product() -> None:
+    check, *traffic = run("matmul_q4_k.py").splitlines()
+    assert re.fullmatch(r"100 x 512 times 512 x 7 in int4: (9|1\d)\.\d% off .*", check)
+    assert [line.split()[0] for line in traffic] == ["write", "write", "compute", "read"]
+
+
 def test_the_users_own_test() -> None:
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_app.py")
     assert "3 passed" in out

@@ -3,7 +3,8 @@
 """The checks of the C code: warnings as errors, and the native tests under sanitizers.
 
 `warnings` compiles every C file with the flags of the real build and -Werror, leaving the objects
-in build/check for tools/lint_fma.py.  `sanitize` builds each program of tests/native with all C
+in build/check/COMPILER for tools/lint_fma.py; with --machine, those of another machine by its cross
+compiler.  `sanitize` builds each program of tests/native with all C
 files and runs it under AddressSanitizer and UndefinedBehaviorSanitizer; those named
 test_threads_*.c also under ThreadSanitizer.  Runs in the project's root.
 """
@@ -62,12 +63,14 @@ def compile_one(source: str, out: Path, command: list[str]) -> str:
     return str(target)
 
 
-def compile_all(compiler: str, out: Path, extra: list[str], tests: list[str]) -> list[str]:
+def compile_all(
+    compiler: str, out: Path, extra: list[str], tests: list[str], libraries: list
+) -> list[str]:
     """Objects of every C file of the libraries, then of `tests`, in that order."""
     base = [*shlex.split(compiler), *(f"-I{path}" for path in native["INCLUDE_DIRS"])]
     jobs = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for library in native["LIBRARIES"]:
+        for library in libraries:
             macros = [f"-D{name}={value}" for name, value in library.macros]
             command = [*base, *macros, *library.cflags, *extra]
             jobs += [pool.submit(compile_one, source, out, command) for source in library.sources]
@@ -76,9 +79,10 @@ def compile_all(compiler: str, out: Path, extra: list[str], tests: list[str]) ->
     return [job.result() for job in jobs]
 
 
-def check_warnings(compiler: str) -> None:
+def check_warnings(compiler: str, machine: str | None) -> None:
     name = os.path.basename(shlex.split(compiler)[0])
-    objects = compile_all(compiler, OUT / name, ["-Werror"], [])
+    libraries = native["libraries"](machine) if machine else native["LIBRARIES"]
+    objects = compile_all(compiler, OUT / name, ["-Werror"], [], libraries)
     print(f"check-c: {len(objects)} C files without a warning ({name})")
 
 
@@ -95,7 +99,7 @@ def check_sanitize(compiler: str, kind: str, tests: list[str]) -> None:
         raise CheckError(f"no native tests for {kind}: nothing was checked")
     out = OUT / kind
     flags = [*SANITIZE_FLAGS, SANITIZERS[kind]]
-    objects = compile_all(compiler, out, flags, tests)
+    objects = compile_all(compiler, out, flags, tests, native["LIBRARIES"])
     library_objects = objects[: -len(tests)]
     for test, test_object in zip(tests, objects[-len(tests) :], strict=True):
         program = str(Path(test_object).with_suffix(""))
@@ -129,6 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("check", choices=["warnings", "sanitize"])
     parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="the compiler to use")
+    parser.add_argument("--machine", help="that `warnings` compiles for, as uname -m names it")
     options = parser.parse_args()
     if not native["LIBRARIES"]:
         print("no C files found: run in the project's root")
@@ -136,7 +141,7 @@ def main() -> int:
     tests = sorted(glob.glob("tests/native/test_*.c"))
     try:
         if options.check == "warnings":
-            check_warnings(options.cc)
+            check_warnings(options.cc, options.machine)
         else:
             check_sanitize(options.cc, "asan", tests)
             threaded = [test for test in tests if Path(test).name.startswith("test_threads_")]

@@ -4,14 +4,15 @@
 
 That is a fused multiply-add (one rounding instead of two), an unordered reduction, or an estimate
 of a reciprocal (which differs between makers).  Takes object files, archives or directories and
-disassembles them with objdump; object files, not linked ones, because objdump does not decode
-RISC-V vector code there.  Runs on the standard library alone.
+disassembles each with the objdump of its machine; object files, not linked ones, because objdump
+does not decode RISC-V vector code there.  Runs on the standard library alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,12 +28,14 @@ FORBIDDEN = re.compile(
             r"vfc?m(add|ul)c[ps]h",
             r"vdpbf16ps",
             r"v?r(cp|sqrt)(14|28)?[ps][sdh]",
-            # aarch64
-            r"fml[as]l?[bt2]?",
+            # aarch64: scalar, NEON, SVE, SME; products of pairs and matrices; unordered sums;
+            # estimates and their fused Newton steps.
+            r"fml[as]\w*",
             r"fn?m(add|sub|ad|sb|la|ls)",
-            r"fcmla",
-            r"bf(dot|mmla|mlal[bt])",
-            r"faddv",
+            r"fcmla|ftmad",
+            r"bfml[as]\w*",
+            r"(bf|f)v?dot[bt]?|(bf|f)mmla|(bf|f)mop[as]",
+            r"faddq?v",
             r"fr(ecp|sqrt)[es]",
             # RISC-V: scalar, vector, widening, unordered sum, estimates.
             r"fn?m(add|sub)\.[hsdq]",
@@ -50,6 +53,10 @@ MEMBER = re.compile(r"(.+):\s+file format ")
 INSTRUCTION = re.compile(
     r"\s*[0-9a-f]+:\t(?:\{\w+\}\s+|(?:lock|rep\w*|data16|addr32|bnd|notrack|[cdefgs]s)\s+)*(\S+)(.*)"
 )
+
+
+# e_machine of an ELF header, as `uname -m` names it, and Debian its cross tools.
+MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 
 class Finding(NamedTuple):
@@ -80,6 +87,21 @@ def lint(listing: str, file: str) -> tuple[int, list[Finding]]:
     return count, findings
 
 
+def objdump_of(file: Path) -> str:
+    """The objdump that decodes this object file or archive."""
+    content = file.read_bytes()
+    at = content.find(b"\x7fELF")  # an archive's first member
+    number = int.from_bytes(content[at + 18 : at + 20], "little") if at >= 0 else 0
+    machine = MACHINES.get(number, platform.machine())
+    return "objdump" if machine == platform.machine() else f"{machine}-linux-gnu-objdump"
+
+
+def check_installed(objdump: str) -> None:
+    if shutil.which(objdump) is None:
+        package = f"binutils-{objdump}".removesuffix("-objdump").replace("_", "-")
+        sys.exit(f"lint_fma: {objdump} not found; apt-get install {package}")
+
+
 def object_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
@@ -95,23 +117,28 @@ def object_files(paths: list[Path]) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, help=".o or .a files, or directories")
-    parser.add_argument("--objdump", default=os.environ.get("OBJDUMP", "objdump"))
+    parser.add_argument(
+        "--objdump",
+        default=os.environ.get("OBJDUMP"),
+        help="instead of the one that each file's machine calls for",
+    )
     options = parser.parse_args(argv)
-    if shutil.which(options.objdump) is None:
-        sys.exit(f"lint_fma: {options.objdump} not found; apt-get install binutils")
+    check_installed(options.objdump or "objdump")
 
     files = object_files(options.paths)
     total = 0
     findings: list[Finding] = []
     for file in files:
+        objdump = options.objdump or objdump_of(file)
+        check_installed(objdump)
         listing = subprocess.run(
-            [options.objdump, "-d", "--no-show-raw-insn", str(file)],
+            [objdump, "-d", "--no-show-raw-insn", str(file)],
             capture_output=True,
             text=True,
             env={**os.environ, "LC_ALL": "C"},
         )
         if listing.returncode != 0:
-            sys.exit(f"lint_fma: {options.objdump} failed: {listing.stderr.strip()}")
+            sys.exit(f"lint_fma: {objdump} failed: {listing.stderr.strip()}")
         count, found = lint(listing.stdout, str(file))
         total += count
         findings += found

@@ -9,6 +9,7 @@ device is closed.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import attrs
 import trio
@@ -19,8 +20,10 @@ from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
     AllocBuffer,
+    AllocBuffers,
     BufferAllocated,
     BufferData,
+    BuffersAllocated,
     CardInfo,
     Counters,
     Describe,
@@ -31,14 +34,18 @@ from spanker.actors.message import (
     ProgramLoaded,
     ReadBuffer,
     ReadCounters,
+    ReadTrace,
     RunStep,
+    StartTrace,
     StepDone,
     Stop,
+    TraceData,
     UnloadProgram,
     WriteBuffer,
+    WriteBuffers,
     failed,
 )
-from spanker.device.base import Buffer, CardDevice, Completion
+from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Read
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -57,11 +64,14 @@ class KernelQueue:
         self._device = device
         self._slots = trio.Semaphore(capacity)
 
-    async def submit(self, program: int, parameters: Buffer) -> int:
+    async def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
         """Submit behind what is queued; waits for a free slot.  Returns the fence."""
-        await self._slots.acquire()
         try:
-            return self._device.submit(program, parameters)
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        try:
+            return self._device.submit(program, parameters, reads)
         except BaseException:
             self._slots.release()
             raise
@@ -69,23 +79,22 @@ class KernelQueue:
     async def completed(self) -> tuple[Completion, ...]:
         """Wait until submissions finish; return them in order."""
         while True:
-            done = tuple(self._device.completions())
-            if done:
-                for _ in done:
-                    self._slots.release()
-                return done
             fd = self._device.completion_fd
             if fd is None:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(fd)
+            done = tuple(self._device.completions())
+            if done:
+                for _ in done:
+                    self._slots.release()
+                return done
 
 
 @attrs.frozen
 class _Pending:
     request_id: int
     fence: int
-    reads: tuple[tuple[int, int, int], ...]
 
 
 class CardActor:
@@ -118,9 +127,11 @@ class CardActor:
             request_id, request = await self._channel.receive()
             try:
                 if isinstance(request, RunStep):
-                    _check_reply_bytes(request)
-                    fence = await self._queue.submit(request.program, request.buffers[0])
-                    self._pending.append(_Pending(request_id, fence, request.reads))
+                    _check_reply_bytes(request, sum(request.reply_sizes()))
+                    fence = await self._queue.submit(
+                        request.program, request.buffers[0], request.reads
+                    )
+                    self._pending.append(_Pending(request_id, fence))
                     self._submitted.set()
                     continue
                 reply = self._answer(request)
@@ -135,8 +146,13 @@ class CardActor:
         if isinstance(request, WriteBuffer):
             device.write(request.handle, request.offset, request.buffers[0])
             return Ok()
+        if isinstance(request, WriteBuffers):
+            self._write_all(request)
+            return Ok()
+        if isinstance(request, AllocBuffers):
+            return BuffersAllocated(self._alloc_all(request.sizes))
         if isinstance(request, ReadBuffer):
-            _check_reply_bytes(request)
+            _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
             return BufferData(buffers=(data,))
         if isinstance(request, AllocBuffer):
@@ -156,9 +172,38 @@ class CardActor:
             return self._describe()
         if isinstance(request, ReadCounters):
             return Counters(**attrs.asdict(device.counters(), recurse=False))
+        if isinstance(request, StartTrace):
+            device.trace(request.events)
+            return Ok()
+        if isinstance(request, ReadTrace):
+            _check_reply_bytes(request, request.events * TRACE_EVENT.size)
+            data, lost = device.trace_events(request.events)
+            return TraceData(lost, buffers=(data,))
         if isinstance(request, Stop):
             return Ok()
         raise LocalProtocolError(f"{type(request).__name__} is not a request to a card")
+
+    def _alloc_all(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        handles: list[int] = []
+        try:
+            for nbytes in sizes:
+                handles.append(self._device.alloc(nbytes))
+        except BaseException:
+            for handle in handles:
+                self._device.free(handle)
+            raise
+        return tuple(handles)
+
+    def _write_all(self, request: WriteBuffers) -> None:
+        data, at = memoryview(request.buffers[0]).cast("B"), 0
+        need = sum(nbytes for _, _, nbytes in request.writes)
+        if need != data.nbytes:
+            raise CardCommandError(
+                f"WriteBuffers has pieces of {need:,} bytes together, but brings {data.nbytes:,}"
+            )
+        for handle, offset, nbytes in request.writes:
+            self._device.write(handle, offset, data[at : at + nbytes])
+            at += nbytes
 
     def _describe(self) -> CardInfo:
         info = self._device.info
@@ -187,13 +232,12 @@ class CardActor:
                         card=self._device.number,
                     )
                 reply: Message
-                try:
-                    if completion.error is not None:
-                        raise completion.error
-                    data = tuple(self._device.read(*read) for read in pending.reads)
-                    reply = StepDone(completion.fence, completion.busy_ns, buffers=data)
-                except SpankerError as error:
-                    reply = failed(error, self._device.number)
+                if isinstance(completion.error, SpankerError):
+                    reply = failed(completion.error, self._device.number)
+                elif completion.error is not None:
+                    raise completion.error
+                else:
+                    reply = StepDone(completion.fence, completion.busy_ns, buffers=completion.data)
                 try:
                     await self._send(reply, pending.request_id)
                 except ChannelClosedError:
@@ -201,15 +245,16 @@ class CardActor:
 
     async def _send(self, reply: Message, request_id: int) -> None:
         try:
-            await self._channel.send(reply, request_id)
+            if not self._channel.try_send(reply, request_id):
+                await self._channel.send(reply, request_id)
         except LocalProtocolError as error:
             # Nothing was sent: the answer exceeds what the channel carries.
             await self._channel.send(failed(error, self._device.number), request_id)
 
 
-def _check_reply_bytes(request: RunStep | ReadBuffer) -> None:
+def _check_reply_bytes(request: Message, nbytes: int) -> None:
     """Refuse before memory is taken for an answer that no channel carries."""
-    nbytes, limit = sum(request.reply_sizes()), DEFAULT_LIMITS.raw_bytes_max
+    limit = DEFAULT_LIMITS.raw_bytes_max
     if nbytes > limit:
         raise CardCommandError(
             f"{type(request).__name__} asks for {nbytes:,} bytes at once, a reply carries at most "

@@ -9,6 +9,7 @@ that each kind must pass.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from abc import abstractmethod
 from collections import deque
@@ -50,6 +51,13 @@ class Channel(trio.abc.AsyncResource):
         the limits, and ChannelClosedError when either side has closed.
         """
 
+    def try_send(self, message: Message, request_id: int) -> bool:
+        """Send one message if that needs no waiting; False when it does, and nothing was sent.
+
+        Raises as `send` does.
+        """
+        return False
+
     @abstractmethod
     async def receive(self) -> tuple[int, Message]:
         """Wait for the next message; return its request id and itself.  A checkpoint.
@@ -67,8 +75,12 @@ class Channel(trio.abc.AsyncResource):
 # --- in memory ---------------------------------------------------------------------
 
 
+_Letter = tuple[int, Message]
+
+
 class MemoryChannel(Channel):
-    """A channel within one process.  Raw buffers arrive as the very objects that were sent.
+    """A channel within one process.  Messages and their raw buffers arrive as the very objects that
+    were sent.
 
     Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
     A cancelled `send` has sent nothing.
@@ -76,8 +88,8 @@ class MemoryChannel(Channel):
 
     def __init__(
         self,
-        sending: trio.MemorySendChannel[Frame],
-        receiving: trio.MemoryReceiveChannel[Frame],
+        sending: trio.MemorySendChannel[_Letter],
+        receiving: trio.MemoryReceiveChannel[_Letter],
         *,
         name: str = "memory channel",
         limits: FrameLimits = DEFAULT_LIMITS,
@@ -88,43 +100,44 @@ class MemoryChannel(Channel):
         self.name = name
 
     async def send(self, message: Message, request_id: int) -> None:
-        frame = encode(message, request_id)
-        check_frame(frame, self._limits)
-        try:
-            await self._sending.send(frame)
-        except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
-        except trio.BrokenResourceError:
-            raise _closed(self.name, "by the peer") from None
+        check_frame(encode(message, request_id), self._limits)
+        with self._named_errors():
+            await self._sending.send((request_id, message))
+
+    def try_send(self, message: Message, request_id: int) -> bool:
+        check_frame(encode(message, request_id), self._limits)
+        with self._named_errors():
+            try:
+                self._sending.send_nowait((request_id, message))
+            except trio.WouldBlock:
+                return False
+        return True
 
     async def receive(self) -> tuple[int, Message]:
+        with self._named_errors():
+            return await self._receiving.receive()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            frame = await self._receiving.receive()
+            yield
         except trio.ClosedResourceError:
             raise _closed(self.name, "on this side") from None
-        except trio.EndOfChannel:
+        except (trio.BrokenResourceError, trio.EndOfChannel):
             raise _closed(self.name, "by the peer") from None
-        try:
-            return decode(frame)
-        except RemoteProtocolError:
-            self._close()
-            raise
 
     async def aclose(self) -> None:
-        self._close()
-        await trio.lowlevel.checkpoint()
-
-    def _close(self) -> None:
         self._sending.close()
         self._receiving.close()
+        await trio.lowlevel.checkpoint()
 
 
 def memory_channel_pair(
     capacity: int = 16, *, name: str = "memory channel", limits: FrameLimits = DEFAULT_LIMITS
 ) -> tuple[MemoryChannel, MemoryChannel]:
     """Two connected ends; at most `capacity` messages wait in each direction."""
-    a_to_b = trio.open_memory_channel[Frame](capacity)
-    b_to_a = trio.open_memory_channel[Frame](capacity)
+    a_to_b = trio.open_memory_channel[_Letter](capacity)
+    b_to_a = trio.open_memory_channel[_Letter](capacity)
     return (
         MemoryChannel(a_to_b[0], b_to_a[1], name=name, limits=limits),
         MemoryChannel(b_to_a[0], a_to_b[1], name=name, limits=limits),

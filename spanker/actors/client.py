@@ -38,6 +38,8 @@ class CardClient:
         self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
         self._next_id = 0
         self._failure: SpankerError | None = None
+        # Requests handed to the writing task and not written: none must be overtaken.
+        self._unwritten = 0
         # Without room: a request is either with its caller or being written.
         self._to_write, self._writing = trio.open_memory_channel[tuple[Request[Message], int]](0)
 
@@ -68,6 +70,8 @@ class CardClient:
                         self._waiting.pop(request_id)[1](error)
                 except SpankerError as error:
                     self.fail(error)
+                finally:
+                    self._unwritten -= 1
 
     async def _read(self) -> None:
         try:
@@ -104,8 +108,9 @@ class CardClient:
     async def post(self, request: Request[ReplyT], callback: Callback) -> None:
         """Send a request; `callback` gets the reply or the error, once, in a task of the client.
 
-        Blocks while the card is behind.  A failure to send reaches the callback too.  Cancelled, it
-        has sent nothing, and the callback will not be called.
+        Blocks while the card is behind, and is no checkpoint where nothing needs to wait.  A
+        failure to send reaches the callback too.  Cancelled, it has sent nothing, and the callback
+        will not be called.
         """
         if self._failure is not None:
             callback(again(self._failure))
@@ -114,10 +119,21 @@ class CardClient:
         self._next_id = (self._next_id + 1) & 0xFFFFFFFF
         self._waiting[request_id] = (request, callback)
         try:
+            if not self._unwritten and self._channel.try_send(request, request_id):
+                return
+        except LocalProtocolError as error:
+            self._waiting.pop(request_id)[1](error)
+            return
+        except SpankerError as error:
+            self.fail(error)
+            return
+        self._unwritten += 1
+        try:
             await self._to_write.send((request, request_id))
         except trio.BrokenResourceError:
-            pass  # `fail` came in between, and has told the callback
+            self._unwritten -= 1  # `fail` came in between, and has told the callback
         except BaseException:
+            self._unwritten -= 1
             self._waiting.pop(request_id, None)
             raise
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coordinator: finds the cards, plans, loads a model onto them, runs steps, stops them.
 
-It holds the fleet's nursery: every card actor is a child task, so that none outlives it.  What the
-steps are for (sequences, sampling) is the business of session.py.
+It holds the fleet's nursery: every card actor is a child task, so that none outlives it.  Steps are
+in steps.py, the bytes of a load in loading.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
-import attrs
 import numpy as np
-import numpy.typing as npt
 import trio
 
+from spanker.actors import loading
 from spanker.actors.card import CardActor
 from spanker.actors.channel import (
     Channel,
@@ -30,7 +29,7 @@ from spanker.actors.host_link import HostLink
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
-    AllocBuffer,
+    AllocBuffers,
     CardInfo,
     Counters,
     Describe,
@@ -41,15 +40,13 @@ from spanker.actors.message import (
     ReadBuffer,
     ReadCounters,
     Request,
-    RunStep,
-    StepDone,
     Stop,
     UnloadProgram,
-    WriteBuffer,
 )
+from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
+from spanker.actors.trace import Trace
 from spanker.device.base import CardDevice
 from spanker.errors import (
-    CardAbortedError,
     CardError,
     CardHungError,
     CardLostError,
@@ -58,56 +55,23 @@ from spanker.errors import (
 )
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
-from spanker.kernels.program import SequenceStep, encode_step
+from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import Profile
-from spanker.sched.layout import card_buffers, card_bytes, chunks
-from spanker.sched.plan import CardShare, Limits, Plan
+from spanker.sched.layout import card_buffers, card_bytes
+from spanker.sched.plan import Limits, Plan
 from spanker.sched.topology import Topology
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
-F32 = npt.NDArray[np.float32]
 ReplyT = TypeVar("ReplyT", bound=Message)
 Progress = Callable[[int, int], None]
 
-# How often a step in flight is looked at, and how long an orderly stop or abort may take.
-WATCH_S = 1.0
+_NO_SPAN = contextlib.nullcontext()
+
+# How long an orderly stop or abort may take.
 STOP_S = 2.0
-
-
-@attrs.frozen
-class LoadedModel:
-    """A model on its cards: handles of its buffers and programs, by card number."""
-
-    model: llama.LlamaModel
-    plan: Plan
-    limits: Limits
-    handles: dict[int, dict[str, int]]
-    programs: dict[int, int]
-
-    @property
-    def output_shares(self) -> tuple[CardShare, ...]:
-        """The cards that hold rows of the vocabulary, in order of those rows."""
-        shares = self.plan.stages[-1].shares
-        return tuple(s for s in shares if not s.vocabulary.empty)
-
-
-@attrs.frozen
-class StepResult:
-    """What came back for the outputs of a step, in their order (O outputs).
-
-    `ids` and `values` (O, candidates of all cards) are each card's best, card after card; `stats`
-    (O, chunks, 2) are (max, sum of exp) in order of the vocabulary; `logits` (O, vocabulary) or
-    None.
-    """
-
-    ids: npt.NDArray[np.uint32]
-    values: F32
-    stats: F32
-    logits: F32 | None
-    busy_ns: tuple[int, ...]
 
 
 class Coordinator:
@@ -120,6 +84,9 @@ class Coordinator:
         self.profile = profile
         self.topology = Topology.with_mock(len(clients))
         self.cards: tuple[CardInfo, ...] = ()
+        # Where what happens is told, while someone wants to know.
+        self.trace: Trace | None = None
+        self._steps = 0
         self._hang_timeout_s = hang_timeout_s
         self._epoch = 1
         self._step_lock = trio.Lock()
@@ -184,17 +151,14 @@ class Coordinator:
 
         async def load_card(card: int) -> None:
             client, handles = self.clients[card], loaded.handles[card]
-            for spec in card_buffers(model.shape, plan, card, limits):
+            buffers = card_buffers(model.shape, plan, card, limits)
+            for specs in loading.batched(buffers, loading.BATCH_MAX):
                 # A card moves its tables only while no step of another model runs.
                 async with self._step_lock:
-                    reply = await self._owning(client, AllocBuffer(spec.nbytes))
-                    handles[spec.name] = reply.handle
-            for upload in todo[card]:
-                handle = handles[upload.buffer]
-                for offset, data in upload.pieces():
-                    view = data.data
-                    await client.request(WriteBuffer(handle, offset, buffers=(view,)))
-                    sent(len(view))
+                    sizes = tuple(spec.nbytes for spec in specs)
+                    reply = await self._owning(client, AllocBuffers(sizes))
+                    handles.update(zip((s.name for s in specs), reply.handles, strict=True))
+            await loading.upload(client, todo[card], handles, sent)
             program = llama.build_program(model, plan, card, limits).encode(handles)
             async with self._step_lock:
                 loaded_program = await self._owning(client, LoadProgram(buffers=(program,)))
@@ -203,7 +167,7 @@ class Coordinator:
         sent(0)
         before = await self._memory_used(plan)
         try:
-            await _all([lambda c=card: load_card(c) for card in plan.cards])  # type: ignore[misc]
+            await loading.run_all([lambda c=card: load_card(c) for card in plan.cards])  # type: ignore[misc]
             self._check_memory(loaded, before, await self._memory_used(plan))
         except BaseException:
             with trio.move_on_after(STOP_S, shield=True):
@@ -271,27 +235,49 @@ class Coordinator:
 
     # --- steps ------------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def steps(self, loaded: LoadedModel) -> AsyncIterator[StepPipe]:
+        """The cards, for a series of steps of one model: nobody else's step runs meanwhile.
+
+        However the block is left, no step of it is queued any more: what has not been collected is
+        aborted on all cards, and so is everything when a card fails or the block is cancelled.
+        """
+        async with self._step_lock:
+            pipe = StepPipe(self, loaded, self._hang_timeout_s)
+            try:
+                yield pipe
+            finally:
+                if pipe.in_flight:
+                    with trio.CancelScope(shield=True), self.span("abort", pipe.oldest):
+                        await self._abort(pipe)
+
     async def step(
         self, loaded: LoadedModel, sequences: Sequence[SequenceStep], *, logits: bool = False
     ) -> StepResult:
-        """Run one step on every card of the plan and collect the outputs.
+        """Run one step on every card of the plan and collect the outputs; as `StepPipe`."""
+        async with self.steps(loaded) as pipe:
+            await pipe.submit(sequences, logits=logits)
+            return await pipe.result()
 
-        A card's failure aborts the step on all cards and is raised; CardHungError when no card has
-        made progress for the hang timeout.  Cancellation aborts the step too.
-        """
-        parameters = encode_step(sequences)
-        outputs = sum(len(s.outputs) for s in sequences)
-        requests = {
-            card: RunStep(
-                loaded.programs[card],
-                _reads(loaded, card, outputs, logits),
-                buffers=(parameters,),
-            )
-            for card in loaded.plan.cards
-        }
+    @property
+    def wanted(self) -> bool:
+        """Whether someone else waits for the cards: another model's steps, or one being loaded."""
+        return self._step_lock.statistics().tasks_waiting > 0
+
+    @contextlib.asynccontextmanager
+    async def between_steps(self) -> AsyncIterator[None]:
+        """Within the block no step of any model is queued."""
         async with self._step_lock:
-            replies = await self._run(requests)
-        return _assemble(loaded, replies, outputs, logits)
+            yield
+
+    def count_step(self) -> int:
+        """The number of a new step, from 1."""
+        self._steps += 1
+        return self._steps
+
+    def span(self, what: str, step: int) -> contextlib.AbstractContextManager[None]:
+        """Tells the trace, if there is one, what the host does for a step within the block."""
+        return _NO_SPAN if self.trace is None else self.trace.span(what, step)
 
     async def read_logits(self, loaded: LoadedModel, output: int) -> F32:
         """The whole logits (vocabulary,) of one output of the last step."""
@@ -305,36 +291,12 @@ class Coordinator:
             parts.append(np.frombuffer(reply.buffers[0], np.float32))
         return np.concatenate(parts)
 
-    async def _run(self, requests: dict[int, RunStep]) -> dict[int, StepDone]:
-        waiting = _Replies(len(requests))
-        posted = 0
-        try:
-            for card, request in requests.items():
-                await self.clients[card].post(request, waiting.callback(card))
-                posted += 1
-            watch = _ProgressWatch(self, tuple(requests), self._hang_timeout_s)
-            while not waiting.settled.is_set():
-                with trio.move_on_after(min(WATCH_S, self._hang_timeout_s / 4)):
-                    await waiting.settled.wait()
-                if not waiting.settled.is_set():
-                    await watch.look()
-        except BaseException:
-            waiting.forget(len(requests) - posted)
-            with trio.CancelScope(shield=True):
-                await self._abort(waiting)
-            raise
-        if waiting.errors:
-            with trio.CancelScope(shield=True):
-                await self._abort(waiting)
-            raise waiting.cause()
-        return waiting.replies
-
-    async def _abort(self, waiting: _Replies) -> None:
+    async def _abort(self, pipe: StepPipe) -> None:
         """Enter a new epoch on every card and let what was posted come back; bounded in time."""
         self._epoch += 1
         with trio.move_on_after(STOP_S):
             await self._tell_all(Abort(self._epoch))
-            await waiting.all_back.wait()
+            await pipe.all_back()
 
     async def counters(self) -> tuple[Counters, ...]:
         """The counters of every card."""
@@ -355,143 +317,6 @@ class Coordinator:
         async with trio.open_nursery() as nursery:
             for client in self.clients:
                 nursery.start_soon(tell, client)
-
-
-class _Replies:
-    """Collects the replies of a step: settled when all are there, or at the first error."""
-
-    def __init__(self, expected: int) -> None:
-        self.replies: dict[int, StepDone] = {}
-        self.errors: list[SpankerError] = []
-        self.settled = trio.Event()
-        self.all_back = trio.Event()
-        self._missing = expected
-
-    def callback(self, card: int) -> Callable[[Message | SpankerError], None]:
-        def arrived(reply: Message | SpankerError) -> None:
-            self._missing -= 1
-            if isinstance(reply, SpankerError):
-                self.errors.append(reply)
-            elif isinstance(reply, StepDone):
-                self.replies[card] = reply
-            if self.errors or not self._missing:
-                self.settled.set()
-            if not self._missing:
-                self.all_back.set()
-
-        return arrived
-
-    def forget(self, count: int) -> None:
-        """So many requests were never made."""
-        self._missing -= count
-        if not self._missing:
-            self.all_back.set()
-
-    def cause(self) -> SpankerError:
-        """The error that explains the others: aborted cards only follow."""
-        for error in self.errors:
-            if not isinstance(error, CardAbortedError):
-                return error
-        return self.errors[0]
-
-
-class _ProgressWatch:
-    """Tells a slow step from a hung card: by progress, not by a fixed wait."""
-
-    def __init__(self, coordinator: Coordinator, cards: Sequence[int], timeout_s: float) -> None:
-        self._coordinator = coordinator
-        self._cards = cards
-        self._timeout_s = timeout_s
-        self._progress = -1
-        self._since = trio.current_time()
-
-    async def look(self) -> None:
-        """Raise CardHungError when nothing has moved on any card for the timeout."""
-        counters: dict[int, Counters] = {}
-        with trio.move_on_after(self._timeout_s):
-            for card in self._cards:
-                counters[card] = await self._coordinator.clients[card].request(ReadCounters())
-        missing = [card for card in self._cards if card not in counters]
-        progress = sum(c.progress for c in counters.values())
-        if progress != self._progress and not missing:
-            self._progress, self._since = progress, trio.current_time()
-        elif missing or trio.current_time() - self._since >= self._timeout_s:
-            idle_s = trio.current_time() - self._since
-            stuck = missing or [
-                card for card, c in counters.items() if c.queued and c.waiting_for is None
-            ]
-            card = stuck[0] if stuck else self._cards[0]
-            raise CardHungError(
-                f"card {card} hangs: it holds a step and no card of the fleet has made progress "
-                f"for {idle_s:.1f} s; close the fleet and open it without that card",
-                card=card,
-            )
-
-
-def _reads(
-    loaded: LoadedModel, card: int, outputs: int, logits: bool
-) -> tuple[tuple[int, int, int], ...]:
-    """What to bring back from a card after a step: its part of the outputs."""
-    for share in loaded.output_shares:
-        if share.card == card and outputs:
-            handles, v = loaded.handles[card], share.vocabulary.size
-            reads = [
-                (handles["stats"], 0, outputs * chunks(v) * 8),
-                (handles["top"], 0, outputs * loaded.limits.candidates * 8),
-            ]
-            if logits:
-                reads.append((handles["logits"], 0, outputs * v * 4))
-            return tuple(reads)
-    return ()
-
-
-def _assemble(
-    loaded: LoadedModel, replies: dict[int, StepDone], outputs: int, logits: bool
-) -> StepResult:
-    ids: list[npt.NDArray[np.uint32]] = []
-    values: list[F32] = []
-    stats: list[F32] = []
-    rows: list[F32] = []
-    k = loaded.limits.candidates
-    if outputs:
-        for share in loaded.output_shares:
-            buffers = replies[share.card].buffers
-            stats.append(np.frombuffer(buffers[0], np.float32).reshape(outputs, -1, 2))
-            top = np.frombuffer(buffers[1], np.uint32).reshape(outputs, 2 * k)
-            ids.append(top[:, :k])
-            values.append(top[:, k:].view(np.float32))
-            if logits:
-                rows.append(np.frombuffer(buffers[2], np.float32).reshape(outputs, -1))
-    none: F32 = np.zeros((0, 0), np.float32)
-    return StepResult(
-        ids=np.concatenate(ids, axis=1) if ids else none.astype(np.uint32),
-        values=np.concatenate(values, axis=1) if values else none,
-        stats=np.concatenate(stats, axis=1) if stats else none.reshape(0, 0, 2),
-        logits=np.concatenate(rows, axis=1) if rows else None,
-        busy_ns=tuple(replies[c].busy_ns for c in loaded.plan.cards),
-    )
-
-
-async def _all(jobs: Sequence[Callable[[], object]]) -> None:
-    """Run async callables together; the first error, alone, is what is raised."""
-    errors: list[Exception] = []
-    async with trio.open_nursery() as nursery:
-
-        async def run(job: Callable[[], object]) -> None:
-            try:
-                await job()  # type: ignore[misc]
-            except Exception as error:
-                errors.append(error)
-                nursery.cancel_scope.cancel()
-
-        for job in jobs:
-            nursery.start_soon(run, job)
-    try:
-        if errors:
-            raise errors[0]
-    finally:
-        # The tracebacks refer to the frames that refer to the list: a cycle.
-        errors.clear()
 
 
 # --- opening ----------------------------------------------------------------------------

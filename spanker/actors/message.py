@@ -27,9 +27,10 @@ import msgpack
 
 from spanker import errors
 from spanker.actors.frame import DEFAULT_LIMITS, Buffer, Frame, flat_buffer, repr_sizes
+from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -125,6 +126,7 @@ CardNumber = Annotated[int | None, OptionalUInt(16)]
 Name = Annotated[str, Text(NAME_CHARS_MAX)]
 ErrorText = Annotated[str, Text(ERROR_CHARS_MAX)]
 LinkCounters = Annotated[tuple[int, ...], UInts(LINKS_MAX)]
+Sizes = Annotated[tuple[int, ...], UInts(READS_MAX)]
 Reads = Annotated[tuple[tuple[int, int, int], ...], UIntTriples(READS_MAX)]
 
 _REQUEST_ID = UInt(32)
@@ -265,6 +267,14 @@ class BufferData(Message):
     """The bytes that ReadBuffer asked for, as one raw buffer."""
 
 
+@_wire(0x87)
+@attrs.frozen
+class BuffersAllocated(Message):
+    """Handles in the order of the sizes asked for."""
+
+    handles: Sizes
+
+
 @_wire(0x84)
 @attrs.frozen
 class ProgramLoaded(Message):
@@ -302,6 +312,15 @@ class Counters(Message):
     waiting_for: CardNumber
     link_tx_bytes: LinkCounters
     link_rx_bytes: LinkCounters
+
+
+@_wire(0x88, buffers=1)
+@attrs.frozen
+class TraceData(Message):
+    """Executed commands, oldest first, packed as `device.base.TRACE_EVENT` in the raw buffer; so
+    many were `lost` since StartTrace for want of room."""
+
+    lost: U64
 
 
 @_wire(0xFF)
@@ -342,6 +361,23 @@ class WriteBuffer(Request[Ok]):
 
     handle: U64
     offset: U64
+
+
+@_wire(0x0C)
+@attrs.frozen
+class AllocBuffers(Request[BuffersAllocated]):
+    """Allocate a buffer of each of these sizes; all of them or none."""
+
+    sizes: Sizes
+
+
+@_wire(0x0D, buffers=1)
+@attrs.frozen
+class WriteBuffers(Request[Ok]):
+    """Write the raw buffer's bytes, one piece after the other: `writes` are (handle, offset,
+    nbytes), and their sizes add up to those of the raw buffer."""
+
+    writes: Reads
 
 
 @_wire(0x05)
@@ -394,6 +430,34 @@ class Abort(Request[Ok]):
     """Abort what runs, complete every fence, and enter `epoch`."""
 
     epoch: U64
+
+
+@_wire(0x0E)
+@attrs.frozen
+class StartTrace(Request[Ok]):
+    """Record executed commands from now on, at most `events` that nobody has read; 0 stops.  Only
+    between steps."""
+
+    events: U64
+
+
+@_wire(0x0F)
+@attrs.frozen
+class ReadTrace(Request[TraceData]):
+    """Take up to `events` of the recorded commands."""
+
+    events: U32
+
+    def check_reply(self, reply: Message) -> TraceData:
+        if not isinstance(reply, TraceData):
+            return super().check_reply(reply)
+        nbytes = len(reply.buffers[0])
+        if nbytes % TRACE_EVENT.size or nbytes > self.events * TRACE_EVENT.size:
+            raise RemoteProtocolError(
+                f"reply to ReadTrace: expected at most {self.events} events of "
+                f"{TRACE_EVENT.size} bytes, got {nbytes} bytes"
+            )
+        return reply
 
 
 @_wire(0x0B)

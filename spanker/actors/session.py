@@ -19,7 +19,8 @@ import attrs
 import numpy as np
 import trio
 
-from spanker.actors.coordinator import F32, Coordinator, LoadedModel, StepResult
+from spanker.actors.coordinator import Coordinator
+from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
     CardFaultError,
     ContextLengthError,
@@ -29,11 +30,13 @@ from spanker.errors import (
 )
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
-from spanker.kernels.program import SequenceStep
+from spanker.kernels.program import SequenceStep, chosen_token
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
 RUN_AHEAD_MAX = 64
 SCORE_AHEAD_MAX = 4
+# Steps that are on the cards at once: one runs, the next waits behind it.
+STEPS_AHEAD = 2
 # Requests that may wait for KV pages.
 WAITING_MAX = 4096
 
@@ -62,6 +65,8 @@ class Sequence:
 
     `outbox` holds what the consumer has not taken; `changed` is set whenever it grows or the
     sequence ends.  `finish` says why it ended: `stop`, `length`, `context`, or None.
+    Positions up to `computed` are on all cards, those up to `scheduled` are in steps under way;
+    `pending` is the output of the newest such step that gives the next token, or None.
     """
 
     session: Session
@@ -74,6 +79,8 @@ class Sequence:
     score: bool
     pages: list[int] = attrs.Factory(list)
     computed: int = 0
+    scheduled: int = 0
+    pending: int | None = None
     outbox: deque[Sampled | Scored] = attrs.Factory(deque)
     changed: trio.Event = attrs.Factory(trio.Event)
     finish: str | None = None
@@ -86,8 +93,18 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Only the newest token has not been computed yet."""
-        return self.computed == len(self.tokens) - 1 and not self.score
+        """Only the newest token, known or pending, has yet to be scheduled."""
+        known = len(self.tokens) + (self.pending is not None)
+        return self.scheduled == known - 1 and not self.score
+
+    @property
+    def will_end(self) -> bool:
+        """The pending token is the last one, whatever it is."""
+        length = len(self.tokens) + 1
+        return self.pending is not None and (
+            length - self.prompt_length >= self.tokens_max
+            or length >= self.session.loaded.limits.context
+        )
 
     @property
     def ahead_max(self) -> int:
@@ -155,7 +172,7 @@ class Session:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._work = trio.Event()
-        self._in_step: tuple[Sequence, ...] = ()
+        self._flights: deque[list[tuple[Sequence, SequenceStep]]] = deque()
         self._step_scope: trio.CancelScope | None = None
         self._failure: SpankerError | None = None
         self._token = trio.lowlevel.current_trio_token()
@@ -236,9 +253,11 @@ class Session:
         sequence.released = True
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-        if sequence not in self._in_step:
+        if not self._in_flight(sequence):
             self._retire(sequence)
-        elif self._step_scope is not None and all(s.released for s in self._in_step):
+        elif self._step_scope is not None and all(
+            s.released for batch in self._flights for s, _ in batch
+        ):
             self._step_scope.cancel()
         sequence.signal()
         self.wake()
@@ -270,52 +289,115 @@ class Session:
 
     async def _run(self) -> None:
         while True:
-            batch = self._next_batch()
-            if not batch:
+            if not self._plan_batch():
                 self._work = trio.Event()
                 await self._work.wait()
                 continue
             try:
-                await self._step(batch)
+                await self._run_steps()
             except CardFaultError as error:
-                self._end(tuple(s for s, _ in batch), error)
+                # Of the oldest step; what was queued behind it can be made again.  So can that step
+                # without those that have ended since it was planned: the fault may be theirs.
+                batch = tuple(s for s, _ in self._flights[0])
+                if not any(s.ended for s in batch):
+                    self._end(batch, error)
             except SpankerError as error:
                 self._fail(error)
+            finally:
+                self._step_scope = None
+                flown = [s for batch in self._flights for s, _ in batch]
+                self._flights.clear()
+                for sequence in flown:
+                    sequence.scheduled, sequence.pending = sequence.computed, None
+                    if sequence.ended:
+                        self._retire(sequence)
 
-    def _next_batch(self) -> list[tuple[Sequence, SequenceStep]]:
+    async def _run_steps(self) -> None:
+        """Steps until there is nothing to do, or until someone else wants the cards.
+
+        While the cards run one step the next is queued behind it, beginning with tokens that only
+        the cards know by then; so they do not wait for the host, nor the host for them.
+        """
+        coordinator, made = self.coordinator, 0
+        with trio.CancelScope() as self._step_scope:
+            async with coordinator.steps(self.loaded) as pipe:
+                while True:
+                    while len(self._flights) < STEPS_AHEAD and not (made and coordinator.wanted):
+                        batch = self._plan_batch()
+                        if not batch:
+                            break
+                        self._schedule(batch)
+                        made += 1
+                        logits = any(s.want_logits or s.score for s, step in batch if step.outputs)
+                        await pipe.submit([step for _, step in batch], logits=logits)
+                    if not self._flights:
+                        break
+                    result = await pipe.result()
+                    with coordinator.span("collect", result.number):
+                        await self._collect(result)
+
+    def _plan_batch(self) -> list[tuple[Sequence, SequenceStep]]:
+        """What the next step does; nothing where it would have to wait for the one under way."""
         self._admit()
         limits = self.loaded.limits
         tokens, outputs, prompt = limits.tokens_max, limits.outputs_max, limits.prompt_chunk
         batch: list[tuple[Sequence, SequenceStep]] = []
-        for sequence in sorted(self._running, key=lambda s: not s.decoding):
-            count = min(len(sequence.tokens) - sequence.computed, tokens)
+        if any(s.pending is not None and not s.sampling.greedy for s in self._running):
+            return batch  # the host must choose that token
+        running = [s for s in self._running if not s.ended and not s.will_end]
+        for sequence in sorted(running, key=lambda s: not s.decoding):
+            known = [*sequence.tokens[sequence.scheduled :]]
+            if sequence.pending is not None:
+                known.append(chosen_token(sequence.pending))
+            count = min(len(known), tokens)
             if not sequence.decoding:
                 count = min(count, prompt)
             if sequence.score:
                 count = min(count, outputs)
-            if len(sequence.outbox) >= sequence.ahead_max or not count or not outputs:
+            if len(sequence.outbox) + self._due(sequence) >= sequence.ahead_max:
+                continue
+            if not count or not outputs:
                 continue
             if sequence.score:
                 wanted = tuple(range(count))
             else:
-                last = sequence.computed + count == len(sequence.tokens)
-                wanted = (count - 1,) if last else ()
+                wanted = (count - 1,) if count == len(known) else ()
             tokens -= count
             prompt -= 0 if sequence.decoding else count
             outputs -= len(wanted)
-            used = math.ceil((sequence.computed + count) / limits.page_positions)
+            used = math.ceil((sequence.scheduled + count) / limits.page_positions)
             step = SequenceStep(
-                tokens=sequence.tokens[sequence.computed : sequence.computed + count],
-                position=sequence.computed,
+                tokens=known[:count],
+                position=sequence.scheduled,
                 pages=sequence.pages[:used],
                 outputs=wanted,
                 inv_temperature=sequence.sampling.inv_temperature,
             )
             batch.append((sequence, step))
-        # Rotate: with more sequences than fit into a step, each gets its turn.
-        if len(batch) < len(self._running) and self._running:
-            self._running.append(self._running.pop(0))
         return batch
+
+    def _schedule(self, batch: list[tuple[Sequence, SequenceStep]]) -> None:
+        """Book a batch as under way."""
+        output = 0
+        for sequence, step in batch:
+            sequence.scheduled += len(step.tokens)
+            sequence.pending = None
+            if step.outputs and not sequence.score:
+                sequence.pending = output
+            output += len(step.outputs)
+        # Rotate: with more sequences than fit into a step, each gets its turn.
+        if len(batch) < len(self._running):
+            self._running.append(self._running.pop(0))
+        self._flights.append(batch)
+
+    def _in_flight(self, sequence: Sequence) -> bool:
+        return any(s is sequence for batch in self._flights for s, _ in batch)
+
+    def _due(self, sequence: Sequence) -> int:
+        """Items that steps under way will put into the outbox."""
+        return sum(
+            bool(step.outputs) for batch in self._flights for s, step in batch if s is sequence
+        )
 
     def _admit(self) -> None:
         """Start waiting sequences, first come first served, while their pages are free."""
@@ -330,27 +412,22 @@ class Session:
             sequence.pages = self.pool.take(need)
             self._running.append(sequence)
 
-    async def _step(self, batch: list[tuple[Sequence, SequenceStep]]) -> None:
-        self._in_step = tuple(s for s, _ in batch)
-        result = None
-        logits = any(s.want_logits or s.score for s, step in batch if step.outputs)
-        try:
-            with trio.CancelScope() as self._step_scope:
-                result = await self.coordinator.step(
-                    self.loaded, [step for _, step in batch], logits=logits
-                )
-                self._steps += 1
-                output = 0
-                for sequence, step in batch:
-                    sequence.computed += len(step.tokens)
-                    if sequence.computed <= sequence.prompt_length:
-                        self._prompt_tokens += len(step.tokens)
-                    if step.outputs and not sequence.released:
-                        await self._deliver(sequence, step, result, output)
-                    output += len(step.outputs)
-        finally:
-            self._in_step, self._step_scope = (), None
-            for sequence, _ in batch:
+    async def _collect(self, result: StepResult) -> None:
+        """Take in the oldest step under way."""
+        batch = self._flights[0]
+        self._steps += 1
+        output = 0
+        for sequence, step in batch:
+            sequence.computed += len(step.tokens)
+            if sequence.computed <= sequence.prompt_length:
+                self._prompt_tokens += len(step.tokens)
+            if step.outputs and not sequence.ended:
+                await self._deliver(sequence, step, result, output)
+            output += len(step.outputs)
+        self._flights.popleft()
+        for sequence, _ in batch:
+            if not self._in_flight(sequence):
+                sequence.pending = None
                 if sequence.ended:
                     self._retire(sequence)
 
@@ -387,6 +464,9 @@ class Session:
     async def _choose(
         self, sequence: Sequence, result: StepResult, output: int, position: int
     ) -> sampling.Choice:
+        if sequence.sampling.greedy:
+            token, value = result.best(output)
+            return sampling.Choice(token, -math.log(result.exp_sum(output, value, 1.0)))
         vocabulary = self.loaded.model.shape.vocabulary
         ids, values = sampling.order(
             result.ids[output], result.values[output], vocabulary, self.loaded.limits.candidates
@@ -420,5 +500,6 @@ class Session:
                 sequence.error = error
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self._retire(sequence)
+            if not self._in_flight(sequence):
+                self._retire(sequence)
             sequence.signal()

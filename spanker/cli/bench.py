@@ -13,9 +13,9 @@ from spanker._version import __version__
 from spanker.cli import terminal
 from spanker.cli.interrupts import Interrupts, run_async
 from spanker.cli.machine import this_machine
-from spanker.cli.opening import Inspected, inspect, open_model
+from spanker.cli.opening import Inspected, check_trace, inspect, maybe_trace, open_model
 from spanker.cli.options import FleetOptions
-from spanker.cli.reports import Timing
+from spanker.cli.reports import Timing, trace_note
 from spanker.errors import ContextLengthError
 from spanker.fleet import DEFAULT_CONTEXT, Model
 from spanker.ggml.tokenizer import Tokenizer
@@ -25,17 +25,29 @@ _FILLER = "The fleet left the harbour at dawn, and the wind was fair. "
 
 
 def bench(
-    where: FleetOptions, prompt: str | int, gen_tokens: int, repeat: int, *, as_json: bool
+    where: FleetOptions,
+    prompt: str | int,
+    gen_tokens: int,
+    repeat: int,
+    *,
+    trace: str | None,
+    as_json: bool,
 ) -> None:
     """`prompt` is a text, or how many tokens of a made-up one."""
+    check_trace(trace)
     inspected = inspect(where.model)
     tokenizer = inspected.tokenizer()
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _made_up(tokenizer, prompt)
     ctx = _context(inspected, len(ids) + gen_tokens)
 
+    notes: list[str] = []
+
     async def job(interrupts: Interrupts) -> dict[str, object]:
         async with open_model(where, ctx) as opened:
-            timings = [await _measure(opened.model, ids, gen_tokens) for _ in range(repeat)]
+            async with maybe_trace(opened.fleet, trace) as recorded:
+                timings = [await _measure(opened.model, ids, gen_tokens) for _ in range(repeat)]
+            if recorded is not None and trace is not None:
+                notes.append(trace_note(recorded, trace))
             rates = [t.decode_rate or 0.0 for t in timings]
             chosen = timings[rates.index(statistics.median_low(rates))]
             isas = dict.fromkeys(card.isa for card in opened.fleet.cards)
@@ -64,6 +76,8 @@ def bench(
         terminal.emit_json(record)
     else:
         _show(record)
+        for note in notes:
+            terminal.note(note)
 
 
 def _figures(timing: Timing) -> dict[str, object]:

@@ -51,6 +51,7 @@ def group() -> None:
 @click.option("--chat", is_flag=True, help="Put the prompt as a user's message to the assistant.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
 @click.option("--logits-hash", is_flag=True, help="Also give the SHA-256 of all tokens' logits.")
+@options.trace
 @options.as_json
 def run(
     prompt: str | None,
@@ -60,6 +61,7 @@ def run(
     chat: bool,
     ignore_eos: bool,
     logits_hash: bool,
+    trace: str | None,
     as_json: bool,
 ) -> None:
     """Generate text that continues PROMPT, or with --chat answers it.
@@ -71,7 +73,14 @@ def run(
     from spanker.cli import run as work
 
     work.run(
-        where, how, text, chat=chat, ignore_eos=ignore_eos, logits_hash=logits_hash, as_json=as_json
+        where,
+        how,
+        text,
+        chat=chat,
+        ignore_eos=ignore_eos,
+        logits_hash=logits_hash,
+        trace=trace,
+        as_json=as_json,
     )
 
 
@@ -94,7 +103,12 @@ def chat(where: FleetOptions, how: SamplingOptions, system: str | None) -> None:
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Fetch it even if it is there already.")
 def pull(name: str | None, force: bool) -> None:
-    """Fetch the model NAME into the cache; without a NAME, list the models there are."""
+    """Fetch the model NAME into the cache; without a NAME, list the models there are.
+
+    NAME can also be any GGUF file on the Hugging Face hub, hf:owner/repo/file.gguf or
+    hf:owner/repo@revision/folder/file.gguf, which goes into the hub's own cache. That needs
+    spanker's extra: pip install 'spanker[hf]'.
+    """
     from spanker.cli import pull as work
 
     if name is None:
@@ -159,6 +173,7 @@ def evaluate(
     metavar="N",
     help="Measure N times; the run with the median decode speed counts.",
 )
+@options.trace
 @options.as_json
 def bench(
     where: FleetOptions,
@@ -166,6 +181,7 @@ def bench(
     prompt_tokens: int | None,
     gen_tokens: int,
     repeat: int,
+    trace: str | None,
     as_json: bool,
 ) -> None:
     """Measure loading, prompt processing and decoding.
@@ -174,7 +190,7 @@ def bench(
     """
     from spanker.cli import bench as work
 
-    work.bench(where, prompt_tokens or prompt, gen_tokens, repeat, as_json=as_json)
+    work.bench(where, prompt_tokens or prompt, gen_tokens, repeat, trace=trace, as_json=as_json)
 
 
 @group.command(short_help="Show versions, this machine, and what a model would do.")

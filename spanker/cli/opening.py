@@ -10,6 +10,8 @@ from pathlib import Path
 
 import attrs
 
+from spanker.actors.trace import Trace
+from spanker.cli.errors import Failure
 from spanker.cli.options import FleetOptions
 from spanker.cli.terminal import progress_bar
 from spanker.fleet import DEFAULT_CONTEXT, Fleet, Model, open_fleet
@@ -37,7 +39,7 @@ class Inspected:
     model: llama.LlamaModel
 
     def tokenizer(self) -> Tokenizer:
-        """Takes some 0.2 s."""
+        """Takes tens of milliseconds."""
         return Tokenizer.from_metadata(self.gguf.metadata)
 
 
@@ -46,6 +48,27 @@ def inspect(model: str) -> Inspected:
     path = catalog.resolve(model)
     with GGUFFile(path) as gguf:
         return Inspected(path, gguf, llama.read_model(gguf))
+
+
+def check_trace(path: str | None) -> None:
+    """Raise, before anything else is done, where no trace could be written.  A file that is there
+    keeps its content for now."""
+    if path is not None:
+        try:
+            with open(path, "a"):
+                pass
+        except OSError as error:
+            raise Failure(f"cannot write the trace {path}: {error.strerror}") from error
+
+
+@contextlib.asynccontextmanager
+async def maybe_trace(fleet: Fleet, path: str | None) -> AsyncIterator[Trace | None]:
+    """A trace of what is done within the block, where one is wanted."""
+    if path is None:
+        yield None
+        return
+    async with fleet.trace(path) as trace:
+        yield trace
 
 
 @contextlib.asynccontextmanager

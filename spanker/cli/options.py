@@ -47,7 +47,10 @@ class SamplingOptions:
 
 
 model = click.option(
-    "--model", default=DEFAULT_MODEL, metavar="NAME|FILE", help="A model's name or GGUF file."
+    "--model",
+    default=DEFAULT_MODEL,
+    metavar="NAME|FILE",
+    help="A model's name, e.g. smollm2 or hf:owner/repo/file.gguf, or a GGUF file.",
 )
 cards = click.option(
     "--cards",
@@ -80,6 +83,12 @@ prompt_chunk = click.option(
     help="Most prompt tokens in one step.",
 )
 _fleet = (model, cards, plan, profile, prompt_chunk)
+trace = click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write what every card did when, for ui.perfetto.dev or chrome://tracing.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 _sampling = (

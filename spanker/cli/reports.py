@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-import attrs
-from rich.table import Table
+from typing import TYPE_CHECKING
 
+import attrs
+
+from spanker.actors.trace import Trace
 from spanker.cli import terminal
 from spanker.fleet import CardStats
 from spanker.sched.plan import CardShare, Plan, Stage
 from spanker.sched.shares import Share
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @attrs.frozen
@@ -100,6 +105,12 @@ def card_table(cards: tuple[CardWork, ...]) -> Table:
             card.isa,
         )
     return made
+
+
+def trace_note(trace: Trace, path: str) -> str:
+    """What a trace has become, in one line."""
+    lost = f"; {trace.lost:,} more were lost" if trace.lost else ""
+    return f"trace of {trace.commands:,} commands in {trace.steps:,} steps: {path}{lost}"
 
 
 def plan_json(plan: Plan) -> dict[str, object]:

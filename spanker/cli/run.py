@@ -11,9 +11,16 @@ import numpy as np
 
 from spanker.cli import terminal
 from spanker.cli.interrupts import Interrupts, run_async
-from spanker.cli.opening import Opened, open_model
+from spanker.cli.opening import Opened, check_trace, maybe_trace, open_model
 from spanker.cli.options import FleetOptions, SamplingOptions
-from spanker.cli.reports import CardWork, Timing, card_table, plan_json, work_between
+from spanker.cli.reports import (
+    CardWork,
+    Timing,
+    card_table,
+    plan_json,
+    trace_note,
+    work_between,
+)
 from spanker.ggml.detokenizer import StopMatcher
 from spanker.ggml.sampling import SamplingParams
 from spanker.sched.plan import Plan
@@ -58,9 +65,12 @@ def run(
     chat: bool,
     ignore_eos: bool,
     logits_hash: bool,
+    trace: str | None,
     as_json: bool,
 ) -> None:
     check(how)
+    check_trace(trace)
+    notes: list[str] = []
 
     async def job(interrupts: Interrupts) -> Report:
         async with open_model(where) as opened:
@@ -70,13 +80,19 @@ def run(
                 else opened.model.tokenize(prompt)
             )
             out = None if as_json else terminal.Output()
-            return await _generate(opened, ids, how, ignore_eos, logits_hash, out)
+            async with maybe_trace(opened.fleet, trace) as recorded:
+                report = await _generate(opened, ids, how, ignore_eos, logits_hash, out)
+            if recorded is not None and trace is not None:
+                notes.append(trace_note(recorded, trace))
+            return report
 
     report = run_async(job)
     if as_json:
         terminal.emit_json(report.json())
     else:
         _summarise(report)
+        for note in notes:
+            terminal.note(note)
 
 
 def check(how: SamplingOptions) -> None:

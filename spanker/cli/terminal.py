@@ -11,14 +11,17 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import click
-import rich.progress
 import trio
-from rich.console import Console
-from rich.table import Table
 
 from spanker.cli.errors import Failure, discard_stdout, printable
+
+# rich is imported where it is used: it takes 30 ms, and the first token does not need it.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 Advance = Callable[[int, int], None]
 
@@ -105,6 +108,8 @@ def note_wrapped(text: str) -> None:
 
 def table(*columns: str) -> Table:
     """An empty table; a column whose name starts with > is right-aligned."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(column.lstrip(">"), justify="right" if column[0] == ">" else "left")
@@ -113,6 +118,8 @@ def table(*columns: str) -> Table:
 
 def facts(rows: list[tuple[str, str]]) -> Table:
     """Names and values."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     made.add_column(style="bold", no_wrap=True)
     made.add_column()
@@ -133,6 +140,8 @@ def width(*, stderr: bool = False) -> int:
 
 
 def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     columns = None if stream is None or stream.isatty() else NO_TERMINAL_COLUMNS
     return Console(stderr=stderr, width=columns, highlight=False, markup=False, emoji=False)
@@ -189,6 +198,9 @@ def progress_bar(what: str, *, counts_bytes: bool = True) -> Iterator[Advance | 
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
+    import rich.progress
+    from rich.console import Console
+
     numbers: rich.progress.ProgressColumn = (
         rich.progress.DownloadColumn(binary_units=True)
         if counts_bytes

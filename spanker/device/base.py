@@ -1,19 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a card: one synchronous interface that every body of a card implements.
 
-Nothing here awaits.  Work is submitted and completes later: `completion_fd` polls readable when
-`completions()` has something; a body without an fd (None) has finished whatever was submitted
-before `submit` returned.  The suite that each body must pass is tests/device/test_conformance*.py.
+Nothing here awaits.  Work is submitted and completes later: `completion_fd` polls readable while
+`completions()` has something, and once in a while when it has nothing; a body without an fd (None)
+has finished whatever was submitted before `submit` returned.  The suite that each body must pass is
+tests/device/test_conformance*.py.
 """
 
 from __future__ import annotations
 
 import abc
+import struct
 from collections.abc import Sequence
 
 import attrs
 
+from spanker.errors import CardCommandError
+
 Buffer = bytes | bytearray | memoryview
+Read = tuple[int, int, int]
+READS_MAX = 8
+
+
+# How a card tells of one executed command: the fields of TraceEvent in their order.
+TRACE_EVENT = struct.Struct("<QQQIHH")
+
+
+@attrs.frozen
+class TraceEvent:
+    """One executed command: when (CLOCK_MONOTONIC), of which submission, and what it was.
+
+    An exchange ends when its last message has come; its transfers follow it and take no time.
+    """
+
+    begin_ns: int
+    end_ns: int
+    fence: int
+    command: int
+    op: int
+    format: int
+
+
+def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
+    """What `CardDevice.trace_events` has packed."""
+    return tuple(TraceEvent(*fields) for fields in TRACE_EVENT.iter_unpack(data))
 
 
 @attrs.frozen
@@ -30,11 +60,13 @@ class DeviceInfo:
 
 @attrs.frozen
 class Completion:
-    """A finished submission.  `error` is None, or why it failed."""
+    """A finished submission.  `error` is None, or why it failed; `data` is what its reads brought
+    back, one item each, nothing after a failure."""
 
     fence: int
     busy_ns: int
     error: Exception | None
+    data: tuple[bytes, ...] = ()
 
 
 @attrs.frozen
@@ -106,11 +138,13 @@ class CardDevice(abc.ABC):
         """Forget a program; CardCommandError while it is queued."""
 
     @abc.abstractmethod
-    def submit(self, program: int, parameters: Buffer) -> int:
+    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
         """Queue one run behind those before it; returns its fence.
 
-        `parameters` are the bytes of `encode_step`, checked before anything runs.
-        CardCommandError when they do not fit, or when the queue is full.
+        `parameters` are the bytes of `encode_step`, checked before anything runs.  `reads`, at most
+        READS_MAX of (buffer, offset, nbytes), are copied when the run completes, before the next
+        one starts, and come with its completion.
+        CardCommandError when anything does not fit, or when the queue is full.
         """
 
     @abc.abstractmethod
@@ -126,6 +160,20 @@ class CardDevice(abc.ABC):
     @abc.abstractmethod
     def counters(self) -> DeviceCounters:
         """Counters and state.  Never blocks for long."""
+
+    def trace(self, events: int) -> None:
+        """Record executed commands from now on, at most so many that nobody has taken; 0 stops.
+
+        What was recorded before is forgotten.  CardCommandError while a step is queued, and by a
+        body that cannot trace.
+        """
+        raise CardCommandError(f"card {self.number} cannot trace its commands", card=self.number)
+
+    def trace_events(self, most: int) -> tuple[bytes, int]:
+        """Take up to `most` events, oldest first, packed as TRACE_EVENT; the other number says how
+        many were lost so far because nobody took them in time.  Never blocks; while steps run, too.
+        """
+        raise CardCommandError(f"card {self.number} cannot trace its commands", card=self.number)
 
     @abc.abstractmethod
     def close(self) -> None:

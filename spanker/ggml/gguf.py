@@ -159,6 +159,11 @@ class TensorInfo:
         return self.shape[-1] // self.type.block_weights * self.type.block_bytes
 
 
+# A byte that no UTF-8 text holds, and a table that makes it NUL.
+_NO_UTF8 = 0xFF
+_NO_UTF8_TO_NUL = bytes(range(_NO_UTF8)) + b"\0"
+
+
 class StringArray(Sequence[str]):
     """A string array of the metadata, decoded item by item as it is read.
 
@@ -190,14 +195,29 @@ class StringArray(Sequence[str]):
 
     def tolist(self) -> list[str]:
         """All items at once: much faster than one by one."""
-        ends: list[int] = self._ends.tolist()
-        blob = self._blob
+        found = self._short_items()
+        return list(self[:]) if found is None else found
+
+    def _short_items(self) -> list[str] | None:
+        """All items, decoded as one text; None unless that gives the same.
+
+        It does if each has 1 to 255 bytes, none of them NUL: then all NULs are
+        of the lengths, seven each, and go; what is left of a length becomes
+        the only NUL.
+        """
+        starts = np.concatenate(([0], self._ends[:-1])) if len(self) else self._ends
+        lengths = self._ends - starts - 8
+        short = ((lengths > 0) & (lengths < 256)).all()
+        if not short or self._blob.count(0) != 7 * len(self):
+            return None
+        data = np.frombuffer(self._blob, np.uint8).copy()
+        data[starts] = _NO_UTF8
         try:
-            return [
-                blob[start + 8 : end].decode() for start, end in zip([0, *ends], ends, strict=False)
-            ]
+            items = data.tobytes().translate(_NO_UTF8_TO_NUL, b"\0").decode().split("\0")
         except UnicodeDecodeError:
-            return list(self[:])
+            return None
+        # One too many: before the first NUL is nothing.
+        return items[1:] if len(items) == len(self) + 1 else None
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, StringArray):
@@ -242,6 +262,8 @@ _SCALARS: Mapping[int, tuple[struct.Struct, np.dtype[Any]]] = MappingProxyType(
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+# Positions in so many bytes fit the cache, and memory that is allocated already.
+_SCAN_BYTES = 1 << 15
 
 
 class _Cursor:
@@ -330,24 +352,24 @@ class _Cursor:
         start = pos = self.pos
         self.take(8 * count, f"{what} ({count} strings)")
         view, length_at = self.view, _U64.unpack_from
-        # Only the lengths are walked here (about 0.1 us each): where the array
-        # ends is known no other way.
-        try:
-            ends = [pos := pos + 8 + length_at(view, pos)[0] for _ in repeat(None, count)]
-        except (struct.error, OverflowError):
-            pos = self.size + 1
+        ends = _short_string_ends(view[start:], count)
+        if ends is not None:
+            pos = start + int(ends[-1])
+        else:
+            # Only the lengths are walked here (about 0.1 us each).
+            try:
+                walked = [pos := pos + 8 + length_at(view, pos)[0] for _ in repeat(None, count)]
+                ends = np.array(walked, np.int64) - start
+            except (struct.error, OverflowError):
+                pos = self.size + 1
         self.pos = start
-        if pos > self.size:
+        if ends is None or pos > self.size:
             raise ModelFormatError(
                 f"{self.path}: {what} ({count} strings from byte {start}) runs past the end of "
                 f"the file at {self.size}; the file is truncated or corrupt: download it again"
             )
         self.pos = pos
-        return StringArray(
-            bytes(view[start:pos]),
-            np.array(ends, np.int64) - start,
-            f"{self.path}: {what}",
-        )
+        return StringArray(bytes(view[start:pos]), ends, f"{self.path}: {what}")
 
     def unknown_kind(self, kind: int, what: str) -> ModelFormatError:
         return ModelFormatError(
@@ -358,6 +380,39 @@ class _Cursor:
         return ModelFormatError(
             f"{self.path}: {what} holds the bool {value}, expected 0 or 1; the file is corrupt"
         )
+
+
+def _short_string_ends(view: memoryview, count: int) -> npt.NDArray[np.int64] | None:
+    """Where each of the `count` strings at the start of `view` ends; None if that is not found.
+
+    Where an array of strings ends is known only from the lengths before each
+    of them.  But a string of 1 to 255 bytes begins with seven NULs after the
+    first byte of its length and has no others, so NULs show where they all
+    are; that they do is then checked.  A vocabulary takes a millisecond.
+    """
+    view = view[: (8 + 255) * count]
+    pieces: list[npt.NDArray[np.int32]] = []
+    missing = 7 * count
+    for start in range(0, len(view), _SCAN_BYTES):
+        if missing <= 0:
+            break
+        data = np.frombuffer(view[start : start + _SCAN_BYTES], np.uint8)
+        # 32 bits are enough: MAX_ARRAY_STRINGS short strings take 1.1 GB.
+        found = np.flatnonzero(data == 0)[:missing].astype(np.int32)
+        pieces.append(found + np.int32(start))
+        missing -= len(found)
+    if missing or not count:
+        return None
+    nuls = np.concatenate(pieces)
+    starts = nuls[::7].astype(np.int64) - 1
+    ends = starts + 8 + np.frombuffer(view, np.uint8)[starts]
+    is_a_chain = (
+        starts[0] == 0
+        and (starts[1:] == ends[:-1]).all()
+        and (nuls[6::7] - starts == 7).all()
+        and ends[-1] <= len(view)
+    )
+    return ends if is_a_chain else None
 
 
 class GGUFFile:
@@ -432,6 +487,18 @@ class GGUFFile:
             )
         flat = np.frombuffer(self._map, np.uint8, count=info.nbytes, offset=info.offset)
         return flat.reshape(-1, info.row_bytes)
+
+    def forget(self, name: str, first: int, rows: int) -> None:
+        """Rows of a tensor will not be read again soon: their pages need not stay in this process
+        (the system keeps them as long as it has memory)."""
+        info = self.tensors.get(name)
+        if self._map is None or info is None:
+            return
+        begin = info.offset + first * info.row_bytes
+        end = -(-(begin + rows * info.row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        # Whole pages, neighbours' bytes included: who still wants those reads them anew.
+        self._map.madvise(mmap.MADV_DONTNEED, begin, min(end, len(self._map)) - begin)
 
     def close(self) -> None:
         """Let go of the mapping; idempotent.

@@ -55,6 +55,11 @@ class SamplingParams:
     min_p: float = attrs.field(default=0.0, converter=_real)
     seed: int = attrs.field(default=0, converter=whole)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken, which the cards know by themselves."""
+        return self.temperature == 0
+
     def __attrs_post_init__(self) -> None:
         def need(good: bool, name: str, what: str) -> None:
             if not good:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight formats: sizes, and packing rows into the tiled layout of the cards.
 
-The layout is stated in spanker/kernels/csrc/pack.c.
+The layout is stated in spanker/kernels/csrc/spk_tiles.h.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ class Format(enum.IntEnum):
     F16 = 1
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
 
     @property
     def is_float(self) -> bool:
         """Whether activations stay float32 in front of these weights (else they become Q8)."""
-        return self in (Format.F32, Format.F16)
+        return self.block == 1
 
     @property
     def block(self) -> int:
-        """Weights per quantisation block."""
-        return 1 if self.is_float else int(lib.SPK_BLOCK)
+        """Weights per quantisation block: 1, 32, or 256 (K-quants)."""
+        return int(lib.spk_block_weights(self))
 
 
 def row_bytes(fmt: Format, k: int) -> int:
@@ -51,14 +57,26 @@ def packed_bytes(fmt: Format, rows: int, k: int) -> int:
     return int(lib.spk_packed_bytes(fmt, rows, k))
 
 
-def pack(fmt: Format, rows: npt.NDArray[np.uint8], k: int) -> npt.NDArray[np.uint8]:
-    """GGML rows (rows, row_bytes), any row stride, to the tiled layout (packed_bytes,)."""
+def pack(
+    fmt: Format, rows: npt.NDArray[np.uint8], k: int, out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """GGML rows (rows, row_bytes), any row stride, to the tiled layout (packed_bytes,).
+
+    Written into `out` where that is given, a contiguous array of just this size.
+    """
     if rows.ndim != 2 or rows.shape[1] != row_bytes(fmt, k) or (rows.size and rows.strides[1] != 1):
         raise CardCommandError(
             f"packing {fmt.name} with k={k} needs rows of {row_bytes(fmt, k)} contiguous bytes, "
             f"got an array of shape {rows.shape}"
         )
-    out = np.empty(packed_bytes(fmt, rows.shape[0], k), np.uint8)
+    size = packed_bytes(fmt, rows.shape[0], k)
+    if out is None:
+        out = np.empty(size, np.uint8)
+    if out.shape != (size,) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise CardCommandError(
+            f"packing {fmt.name} needs {size} contiguous bytes for its output, "
+            f"got {out.dtype} {out.shape}"
+        )
     status = lib.spk_pack(
         fmt,
         ffi.cast("uint8_t *", rows.ctypes.data),

@@ -23,13 +23,25 @@ import numpy.typing as npt
 from spanker.errors import CardCommandError
 from spanker.kernels import reference
 from spanker.kernels.formats import Format, pack, packed_bytes, row_bytes
-from spanker.kernels.reference import BLOCK, F32, I8, LOGIT_CHUNK, Q8_BLOCK_BYTES, U8
+from spanker.kernels.reference import BLOCK, F32, LOGIT_CHUNK, Q8_BLOCK_BYTES, U8
 from spanker.native import check, ffi, isa_number, lib
 
 Array = npt.NDArray[Any]
 U32 = npt.NDArray[np.uint32]
 
 TILE_ROWS = int(lib.SPK_TILE_ROWS)
+Q8_GROUP = int(lib.SPK_Q8_GROUP)
+# One expanded block of activations (struct spk_q8_block).
+Q8_EXPANDED = np.dtype(
+    [
+        ("qs", np.int8, BLOCK),
+        ("d", np.float32),
+        ("sum", np.float32),
+        ("minus_sum", np.int32),
+        ("minus_first", np.int32),
+    ]
+)
+assert ffi.sizeof("struct spk_q8_block") == Q8_EXPANDED.itemsize
 
 
 @contextmanager
@@ -73,12 +85,19 @@ def f32_from_f16(bits: int) -> float:
         return float(lib.spk_f32_from_f16(bits))
 
 
+def fold_stats(total: float, stats: memoryview, top: float, inv_temperature: float) -> float:
+    """`total` plus, chunk by chunk in float64, exp((max - top) * inv_temperature) times the sum of
+    the (max, sum) float32 pairs that `logit_stats` made."""
+    pairs = ffi.from_buffer("float[]", stats)
+    return float(lib.spk_fold_stats(total, pairs, len(pairs) // 2, top, inv_temperature))
+
+
 @attrs.frozen(eq=False)
 class KvPool:
-    """KV pages of one layer: uint16 (pages, kv_heads, 2 * page_positions * head_dim).
+    """KV pages of one layer: uint16 (kv_heads, 2, pages, page_positions * head_dim), f16 bits.
 
-    Within a page and head: K in tiles of 16 positions ([position/16][head_dim][16]), then V
-    ([position][head_dim]); all f16 bits.
+    For each head its keys, page after page, then its values.  A page of keys is tiles of 16
+    positions ([position/16][head_dim][16]), a page of values [position][head_dim].
     """
 
     words: npt.NDArray[np.uint16]
@@ -88,25 +107,30 @@ class KvPool:
     @classmethod
     def zeros(cls, pages: int, kv_heads: int, page_positions: int, head_dim: int) -> KvPool:
         """An empty pool.  Pages hold a multiple of 16 positions."""
-        words = np.zeros((pages, kv_heads, 2 * page_positions * head_dim), np.uint16)
+        words = np.zeros((kv_heads, 2, pages, page_positions * head_dim), np.uint16)
         return cls(words, page_positions, head_dim)
 
     @property
     def kv_heads(self) -> int:
-        return int(self.words.shape[1])
+        return int(self.words.shape[0])
+
+    @property
+    def pages(self) -> int:
+        return int(self.words.shape[2])
 
     def __attrs_post_init__(self) -> None:
         if (
-            self.words.ndim != 3
+            self.words.ndim != 4
             or self.words.dtype != np.uint16
             or not self.words.flags.c_contiguous
             or self.page_positions <= 0
             or self.page_positions % 16
             or self.head_dim <= 0
-            or self.words.shape[2] != 2 * self.page_positions * self.head_dim
+            or self.words.shape[1] != 2
+            or self.words.shape[3] != self.page_positions * self.head_dim
         ):
             raise CardCommandError(
-                f"a KV pool is contiguous uint16 (pages, heads, 2 * 16n positions * head size): "
+                f"a KV pool is contiguous uint16 (heads, 2, pages, 16n positions * head size): "
                 f"got {self.words.dtype} {self.words.shape} for {self.page_positions} positions "
                 f"and head size {self.head_dim}"
             )
@@ -117,6 +141,7 @@ class KvPool:
             "struct spk_kv *",
             {
                 "pool": ffi.cast("uint16_t *", self.words.ctypes.data),
+                "pages": self.pages,
                 "page_positions": self.page_positions,
                 "kv_heads": self.kv_heads,
                 "head_dim": self.head_dim,
@@ -202,8 +227,9 @@ class NativeKernels:
         _check(status, "quantize_q8")
         return out
 
-    def expand_q8(self, blocks: U8) -> tuple[I8, F32, npt.NDArray[np.int32]]:
-        """Q8 rows to integers (T, blocks, 32), scales and integer sums (T, blocks)."""
+    def expand_q8(self, blocks: U8) -> Array:
+        """Q8 rows (T, k/32*34) to what the matmuls read: `Q8_EXPANDED` records (T * k/32,), tokens
+        in groups of 4, within a group block after block, within a block token after token."""
         tokens, nbytes = _width("expand_q8", blocks)
         if nbytes % Q8_BLOCK_BYTES:
             raise CardCommandError(
@@ -211,20 +237,16 @@ class NativeKernels:
             )
         stride = _rows("expand_q8", blocks, np.uint8, (tokens, nbytes))
         n = nbytes // Q8_BLOCK_BYTES
-        qs = np.empty((tokens, n, BLOCK), np.int8)
-        d = np.empty((tokens, n), np.float32)
-        sums = np.empty((tokens, n), np.int32)
+        out = np.empty(tokens * n, Q8_EXPANDED)
         with _fp_environment():
             self._k.expand_q8(
                 _pointer("uint8_t *", blocks),
                 stride,
-                _pointer("int8_t *", qs),
-                _pointer("float *", d),
-                _pointer("int32_t *", sums),
+                _pointer("struct spk_q8_block *", out),
                 n * BLOCK,
                 tokens,
             )
-        return qs, d, sums
+        return out
 
     # --- weights --------------------------------------------------------------------------
 
@@ -248,7 +270,7 @@ class NativeKernels:
     def matmul(self, name: str, weights: U8, x: Array, out: F32 | None = None) -> F32:
         """(T, rows) = x times the GGML rows `weights` (rows, row_bytes), which are packed first.
 
-        x is Q8 blocks (T, k/32*34) for quantised weights, floats (T, k) for f16 and f32.
+        x is Q8 blocks (T, k/32*34) for quantised weights, floats (T, k) for f16, bf16, f32.
         """
         fmt, width = _format(name), _width("matmul x", x)[1]
         k = width if fmt.is_float else width // Q8_BLOCK_BYTES * BLOCK
@@ -284,26 +306,17 @@ class NativeKernels:
         w, o = _pointer("uint8_t *", packed), _pointer("float *", out)
         if fmt.is_float:
             x_stride = _rows("matmul x", x, np.float32, (tokens, k))
-            run = {Format.F16: self._k.matmul_f16_f32, Format.F32: self._k.matmul_f32_f32}[fmt]
+            run = self._k.matmul_f32[fmt]
             with _fp_environment():
                 xp = _pointer("float *", x)
                 run(w, xp, x_stride, o, out_stride, rows, k, tokens, begin, end)
             return out
-        qs, d, sums = self.expand_q8(x)
+        expanded = self.expand_q8(x)
         q8 = ffi.new(
             "struct spk_q8 *",
-            {
-                "qs": _pointer("int8_t *", qs),
-                "d": _pointer("float *", d),
-                "sum": _pointer("int32_t *", sums),
-                "blocks": d.shape[1],
-            },
+            {"block": _pointer("struct spk_q8_block *", expanded), "blocks": k // BLOCK},
         )
-        run = {
-            Format.Q4_0: self._k.matmul_q4_0_q8,
-            Format.Q4_1: self._k.matmul_q4_1_q8,
-            Format.Q8_0: self._k.matmul_q8_0_q8,
-        }[fmt]
+        run = self._k.matmul_q8[fmt]
         with _fp_environment():
             run(w, q8, o, out_stride, rows, tokens, begin, end)
         return out
@@ -379,10 +392,10 @@ class NativeKernels:
                 raise CardCommandError(
                     f"kv_append: needs contiguous float32 {what} {shape}, got {x.dtype} {x.shape}"
                 )
-        if not (0 <= page < kv.words.shape[0] and 0 <= position_in_page < kv.page_positions):
+        if not (0 <= page < kv.pages and 0 <= position_in_page < kv.page_positions):
             raise CardCommandError(
                 f"kv_append: page {page}, position {position_in_page} is outside of a pool of "
-                f"{kv.words.shape[0]} pages of {kv.page_positions} positions"
+                f"{kv.pages} pages of {kv.page_positions} positions"
             )
         with _fp_environment():
             status = self._k.kv_append(
@@ -415,16 +428,15 @@ class NativeKernels:
             raise CardCommandError(
                 f"attention: {n} queries each see 1 to {most} positions, got {tuple(visible)}"
             )
-        if not 0 <= kv_head < kv.kv_heads or (
-            page_numbers.size and page_numbers.max() >= kv.words.shape[0]
-        ):
+        if not 0 <= kv_head < kv.kv_heads or (page_numbers.size and page_numbers.max() >= kv.pages):
             raise CardCommandError(
                 f"attention: KV head {kv_head} or pages {tuple(pages)} are outside of a pool of "
-                f"{kv.kv_heads} heads and {kv.words.shape[0]} pages"
+                f"{kv.kv_heads} heads and {kv.pages} pages"
             )
         seen = np.array(visible, np.uint32)
         longest = max((int(v) for v in visible), default=0)
-        scratch = np.empty(4 * (-(-longest // 16) * 16), np.float32)
+        rows = int(lib.SPK_ATTENTION_ROWS)
+        scratch = np.empty(rows * (-(-longest // 16) * 16 + kv.head_dim), np.float32)
         query_pointers = ffi.new("float *[]", n)
         out_pointers = ffi.new("float *[]", n)
         for i in range(n):

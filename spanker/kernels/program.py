@@ -31,6 +31,12 @@ LOGIT_CHUNK: int = lib.SPK_LOGIT_CHUNK
 NO_CANDIDATE = 0xFFFFFFFF
 
 
+def chosen_token(output: int) -> int:
+    """What stands in a step for the token that the cards choose for an output of the step before:
+    the one with the largest logit, of equal ones the lowest id."""
+    return int(lib.SPK_TOKEN_CHOSEN) | output
+
+
 class Op(enum.IntEnum):
     """Operations of the command processor."""
 
@@ -49,6 +55,8 @@ class Op(enum.IntEnum):
     EXCHANGE = 13
     LINK_SEND = 14
     LINK_RECV = 15
+    BEST = 16
+    CHOOSE = 17
 
 
 @attrs.frozen
@@ -62,13 +70,22 @@ class Ref:
 
 @attrs.frozen
 class Command:
-    """One operation.  `refs` by operand slot (0 to 3; 3 is the output), `args` as the op says."""
+    """One operation.  `refs` by operand slot (0 to 3; 3 is the output), `args` as the op says.
+
+    `part` names the part of the model that it belongs to, for people; the card never sees it.
+    """
 
     op: Op
     refs: tuple[tuple[int, Ref], ...] = ()
     args: tuple[int, ...] = ()
     format: Format = Format.F32
     outputs: bool = False
+    part: str = attrs.field(default="", eq=False)
+
+    def of_part(self, part: str) -> Command:
+        """The same command under the name of a part; a model has hundreds, and `attrs.evolve` takes
+        ten times as long."""
+        return Command(self.op, self.refs, self.args, self.format, self.outputs, part)
 
 
 def _f32_bits(x: float) -> int:
@@ -78,9 +95,23 @@ def _f32_bits(x: float) -> int:
 # --- one constructor per operation ----------------------------------------------
 
 
-def embed(fmt: Format, table: Ref, out: Ref, *, columns: int, vocabulary: int) -> Command:
-    """out[t] = columns of the embedding row of token t; the table holds GGML blocks."""
-    return Command(Op.EMBED, ((0, table), (3, out)), (columns, vocabulary), fmt)
+def embed(
+    fmt: Format,
+    table: Ref,
+    chosen: Ref,
+    out: Ref,
+    *,
+    columns: int,
+    vocabulary: int,
+    packed: bool = False,
+) -> Command:
+    """out[t] = columns of the embedding row of token t.
+
+    The table holds rows of GGML blocks or, `packed`, a matrix as the matmuls take it.  Where token
+    t is `chosen_token(i)`, its id is chosen[i] (u32).
+    """
+    args = (columns, vocabulary, int(packed))
+    return Command(Op.EMBED, ((0, table), (1, chosen), (3, out)), args, fmt)
 
 
 def rmsnorm(x: Ref, weight: Ref, out: Ref, *, n: int, eps: float, outputs: bool = False) -> Command:
@@ -163,6 +194,16 @@ def logit_stats(logits: Ref, out: Ref, *, n: int) -> Command:
 def top_k(logits: Ref, out: Ref, *, n: int, k: int, first_id: int) -> Command:
     """out[i] = k token ids (u32, first_id added, NO_CANDIDATE where missing), then k logits."""
     return Command(Op.TOP_K, ((0, logits), (3, out)), (n, k, first_id), outputs=True)
+
+
+def best(top: Ref, out: Ref, *, k: int) -> Command:
+    """out[i] = (id u32, logit f32): the first of the k candidates that `top_k` left."""
+    return Command(Op.BEST, ((0, top), (3, out)), (k,), outputs=True)
+
+
+def choose(pairs: Ref, out: Ref, *, lists: int) -> Command:
+    """out[i] (u32) = the id with the largest logit of `lists` pairs, the first of equal ones."""
+    return Command(Op.CHOOSE, ((0, pairs), (3, out)), (lists,), outputs=True)
 
 
 @attrs.frozen

@@ -11,6 +11,8 @@ Arrays are float32 unless a shape comment says otherwise; T is tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +21,7 @@ from spanker.errors import CardFaultError
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
 
 BLOCK = 32
 Q8_BLOCK_BYTES = 34
@@ -111,7 +114,7 @@ def quantize_q8(x: F32) -> U8:
     return out.reshape(tokens, k // BLOCK * Q8_BLOCK_BYTES)
 
 
-def expand_q8(blocks: U8) -> tuple[I8, F32, npt.NDArray[np.int32]]:
+def expand_q8(blocks: U8) -> tuple[I8, F32, I32]:
     """Q8 blocks (T, blocks*34) to integers (T, blocks, 32), scales and integer sums (T, blocks)."""
     n = blocks.shape[1] // Q8_BLOCK_BYTES
     b = np.ascontiguousarray(blocks).reshape(blocks.shape[0], n, Q8_BLOCK_BYTES)
@@ -123,60 +126,148 @@ def expand_q8(blocks: U8) -> tuple[I8, F32, npt.NDArray[np.int32]]:
 # --- weights ------------------------------------------------------------------
 
 
-def split_blocks(name: str, rows: U8) -> tuple[npt.NDArray[np.int32], F32, F32 | None]:
-    """GGML rows (R, row_bytes) to integers (R, blocks, 32), scales and minima (R, blocks).
+class Blocks(NamedTuple):
+    """Quantised rows in blocks of 32 weights; R rows, B blocks."""
 
-    The integers are what the matmul multiplies: q4_0 minus 8, q4_1 and q8_0 as stored.
-    Layouts: ggml/src/ggml-common.h.
+    q: I32  # (R, B, 32): the integers, without the offset they are stored with
+    d: F32  # (R, B): the scale; a K-quant's d * 6-bit scale, which is exact
+    m: F32 | None = None  # (R, B): the minimum; a K-quant's dmin * 6-bit minimum, also exact
+    halves: I32 | None = None  # (R, B, 2): q6_K's scales of the first and the last 16 weights
+
+
+def split_blocks(name: str, rows: U8) -> Blocks:
+    """GGML rows (R, row_bytes) in blocks of 32.  Layouts: ggml/src/ggml-common.h.
+
+    q4_0 d qs[16]                        q5_0 d qh[4] qs[16]
+    q4_1 d m qs[16]                      q5_1 d m qh[4] qs[16]
+    q8_0 d qs[32]                        q6_K ql[128] qh[64] scales[16] d
+    q4_K d dmin scales[12] qs[128]       q5_K d dmin scales[12] qh[32] qs[128]
+
+    d, m and dmin are f16, q8_0's integers and q6_K's scales int8, all others unsigned.
     """
-    size = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[name]
-    b = np.ascontiguousarray(rows).reshape(rows.shape[0], rows.shape[1] // size, size)
-    d = np.ascontiguousarray(b[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    if name in ("q4_k", "q5_k"):
+        return _split_k45(name, rows)
+    if name == "q6_k":
+        return _split_k6(rows)
+    size = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34}[name]
+    b = _blocks(rows, size)
+    d = _f16(b[..., :2])
     if name == "q8_0":
-        return np.ascontiguousarray(b[..., 2:]).view(np.int8).astype(np.int32), d, None
-    nibbles = b[..., 4 if name == "q4_1" else 2 :].astype(np.int32)
-    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    if name == "q4_0":
-        return q - 8, d, None
-    m = np.ascontiguousarray(b[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
-    return q, d, m
+        return Blocks(np.ascontiguousarray(b[..., 2:]).view(np.int8).astype(np.int32), d)
+    # A byte of qs has weight j in its low half and weight j + 16 in its high half.
+    q = np.concatenate([b[..., -16:] & 15, b[..., -16:] >> 4], axis=-1).astype(np.int32)
+    if name in ("q5_0", "q5_1"):
+        # Bit j of the 32 bits of qh is the fifth bit of weight j.
+        q += 16 * np.unpackbits(b[..., -20:-16], axis=-1, bitorder="little")
+    if name in ("q4_1", "q5_1"):
+        return Blocks(q, d, _f16(b[..., 2:4]))
+    return Blocks(q - {"q4_0": 8, "q5_0": 16}[name], d)
+
+
+def _blocks(rows: U8, size: int) -> U8:
+    return np.ascontiguousarray(rows).reshape(rows.shape[0], rows.shape[1] // size, size)
+
+
+def _f16(pairs: U8) -> F32:
+    """The last axis, two bytes, as a float."""
+    return np.ascontiguousarray(pairs).view("<f2")[..., 0].astype(np.float32)
+
+
+def _split_k45(name: str, rows: U8) -> Blocks:
+    """q4_K and q5_K: 256 weights as eight blocks of 32, each with a 6-bit scale and minimum."""
+    b = _blocks(rows, {"q4_k": 144, "q5_k": 176}[name])
+    d, dmin = _f16(b[..., 0:2]), _f16(b[..., 2:4])
+    s, qh, qs = b[..., 4:16], b[..., 16:48], b[..., -128:]  # q4_K has no qh
+    scale = np.empty((*d.shape, 8), np.float32)
+    minimum = np.empty((*d.shape, 8), np.float32)
+    for j in range(4):
+        scale[..., j] = s[..., j] & 63
+        minimum[..., j] = s[..., j + 4] & 63
+        # The others have four bits in the last four bytes and two above those of the first four.
+        scale[..., j + 4] = (s[..., j + 8] & 15) + 16 * (s[..., j] >> 6)
+        minimum[..., j + 4] = (s[..., j + 8] >> 4) + 16 * (s[..., j + 4] >> 6)
+    q = np.empty((*d.shape, 8, BLOCK), np.int32)
+    for j in range(8):
+        # 32 bytes hold two blocks: one in their low halves, the next in their high halves.
+        pair, high = divmod(j, 2)
+        q[..., j, :] = (qs[..., 32 * pair :][..., :32] >> (4 * high)) & 15
+        if name == "q5_k":  # bit j of byte i of qh is the fifth bit of weight i of block j
+            q[..., j, :] += 16 * ((qh >> j) & 1)
+    count = d.shape[1] * 8
+    return Blocks(
+        q.reshape(rows.shape[0], count, BLOCK),
+        (d[..., None] * scale).reshape(rows.shape[0], count),
+        (dmin[..., None] * minimum).reshape(rows.shape[0], count),
+    )
+
+
+def _split_k6(rows: U8) -> Blocks:
+    """q6_K: 256 weights, an int8 scale for every 16 of them."""
+    b = _blocks(rows, 210)
+    ql, qh, d = b[..., :128], b[..., 128:192], _f16(b[..., 208:])
+    q = np.empty((*d.shape, 8, BLOCK), np.int32)
+    for j in range(8):
+        # Each half of the 256 has 64 bytes of ql: four blocks, two in the low halves of the
+        # bytes, two in the high ones; and 32 bytes of qh with two bits for each of the four.
+        half, i = divmod(j, 4)
+        lower = (ql[..., 64 * half + 32 * (i % 2) :][..., :32] >> (4 * (i // 2))) & 15
+        upper = (qh[..., 32 * half :][..., :32] >> (2 * i)) & 3
+        q[..., j, :] = (lower + 16 * upper).astype(np.int32) - 32
+    scales = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.int32)
+    count = d.shape[1] * 8
+    return Blocks(
+        q.reshape(rows.shape[0], count, BLOCK),
+        np.repeat(d, 8, axis=1),
+        halves=scales.reshape(rows.shape[0], count, 2),
+    )
 
 
 def dequantize_row(name: str, rows: U8) -> F32:
-    """GGML rows (R, row_bytes) to floats (R, k): d*q, then + m where the format has minima."""
+    """GGML rows (R, row_bytes) to floats (R, k).
+
+    d*q, then + m where the format has minima; K-quants (d*scale)*q, then - dmin*minimum.
+    """
     rows = np.ascontiguousarray(rows)
     if name == "f32":
         return rows.view(np.float32)
     if name == "f16":
         return rows.view(np.float16).astype(np.float32)
-    q, d, m = split_blocks(name, rows)
-    out = d[..., None] * q.astype(np.float32)
+    if name == "bf16":
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    q, d, m, halves = split_blocks(name, rows)
+    scale = d[..., None]
+    if halves is not None:
+        scale = scale * np.repeat(halves, 16, axis=-1).astype(np.float32)
+    out = scale * q.astype(np.float32)
     if m is not None:
-        out = out + m[..., None]
+        out = out - m[..., None] if name in ("q4_k", "q5_k") else out + m[..., None]
     return out.reshape(rows.shape[0], q.shape[1] * BLOCK)
 
 
 def matmul(name: str, weights: U8, x: npt.NDArray[np.generic]) -> F32:
     """(T, rows) = x times the GGML rows `weights` (rows, row_bytes).
 
-    x is Q8 blocks (T, k/32*34) for quantised weights, floats (T, k) for f16 and f32.
-    Per element, blocks in ascending k: acc = acc + (dw*dx) * float(idot), and with minima then
-    acc = acc + (m*dx) * float(sum of the block's activation integers).
+    x is Q8 blocks (T, k/32*34) for quantised weights, floats (T, k) for f16, bf16 and f32.
+    Per element, blocks of 32 in ascending k: acc = acc + (d*dx) * float(idot), and with minima then
+    acc = acc + (m*dx) * float(sum of the block's activation integers), - instead of + in a K-quant.
     """
-    if name in ("f32", "f16"):
+    if name in ("f32", "f16", "bf16"):
         w, xf = dequantize_row(name, weights), x.astype(np.float32)
         acc = np.zeros((xf.shape[0], w.shape[0]), np.float32)
         for i in range(w.shape[1]):
             acc = acc + w[None, :, i] * xf[:, i, None]
         return acc
-    q, d, m = split_blocks(name, weights)
+    q, d, m, halves = split_blocks(name, weights)
+    if halves is not None:
+        q = q * np.repeat(halves, 16, axis=-1)
     xq, dx, xsum = expand_q8(x.astype(np.uint8, copy=False))
     acc = np.zeros((xq.shape[0], q.shape[0]), np.float32)
     for b in range(q.shape[1]):
         idot = xq[:, b, :].astype(np.int32) @ q[:, b, :].T
         acc = acc + (d[None, :, b] * dx[:, b, None]) * idot.astype(np.float32)
         if m is not None:
-            acc = acc + (m[None, :, b] * dx[:, b, None]) * xsum[:, b, None].astype(np.float32)
+            term = (m[None, :, b] * dx[:, b, None]) * xsum[:, b, None].astype(np.float32)
+            acc = acc - term if name in ("q4_k", "q5_k") else acc + term
     return acc
 
 

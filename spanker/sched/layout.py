@@ -65,12 +65,22 @@ def layer_rows(
     return tuple(entry for entry in all_rows if entry[2])
 
 
+def embeds_from_output(shape: ModelShape, share: CardShare) -> bool:
+    """Whether a card needs no embedding of its own: it holds the whole output matrix, and the model
+    uses the same one for both."""
+    return (
+        shape.embedding.name == shape.output.name
+        and share.columns.size == shape.hidden
+        and share.vocabulary.size == shape.vocabulary
+    )
+
+
 def weight_buffers(shape: ModelShape, plan: Plan, card: int) -> tuple[BufferSpec, ...]:
     """Weights of one card: packed rows of its layers, norms, its part of embedding and output."""
     number, share = plan.place(card)
     stage = plan.stages[number]
     out: list[BufferSpec] = []
-    if not share.columns.empty:
+    if not share.columns.empty and not embeds_from_output(shape, share):
         e = shape.embedding
         column_bytes = share.columns.size // e.columns_unit * e.unit_bytes
         out.append(BufferSpec(e.name + ".columns", e.rows * column_bytes))
@@ -136,6 +146,10 @@ def work_buffers(
             "stats": o * chunks(v) * 8,
             "top": o * limits.candidates * 8 if v else 0,
         }
+    if plan.chooses(card):
+        sizes["best"] = o * len(plan.voters) * 8
+    if not share.columns.empty:
+        sizes["chosen"] = o * 4
     return tuple(BufferSpec(name, nbytes) for name, nbytes in sizes.items() if nbytes)
 
 

@@ -160,6 +160,20 @@ class Plan:
     def cards(self) -> tuple[int, ...]:
         return tuple(card for stage in self.stages for card in stage.cards)
 
+    @property
+    def voters(self) -> tuple[int, ...]:
+        """Cards with rows of the vocabulary, in order of those rows: each has a best token."""
+        return tuple(s.card for s in self.stages[-1].shares if not s.vocabulary.empty)
+
+    @property
+    def embedders(self) -> tuple[int, ...]:
+        """Cards with columns of the embedding: they must know the chosen token."""
+        return tuple(s.card for s in self.stages[0].shares if not s.columns.empty)
+
+    def chooses(self, card: int) -> bool:
+        """Whether a card takes part in choosing the next token."""
+        return card in self.voters or card in self.embedders
+
     def place(self, card: int) -> tuple[int, CardShare]:
         """The stage number and share of a card; PlanError when the plan does not use it."""
         for number, stage in enumerate(self.stages):

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import attrs
 import numpy as np
@@ -26,6 +27,7 @@ from spanker.testing.quantize import encode
 
 F32 = npt.NDArray[np.float32]
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
+Kind = Literal["gpt2", "spm"]
 
 BOS = "<|endoftext|>"
 _CONTROLS = (BOS, "<|im_start|>", "<|im_end|>")
@@ -37,6 +39,16 @@ CHAT_TEMPLATE = (
 )
 # With fewer tokens there would be no room for all bytes and the control tokens.
 VOCABULARY_MIN = 256 + len(_CONTROLS)
+
+_SPM_CONTROLS = ("<unk>", "<s>", "</s>")
+SPM_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Bytes could not stand for the U+2581 that stands for a space.
+SPM_VOCABULARY_MIN = len(_SPM_CONTROLS) + 256 + 1
 
 
 # --- any GGUF ------------------------------------------------------------------------
@@ -76,24 +88,38 @@ def write_gguf(
     `general.alignment` too.
     """
     tensors = tuple(tensors)
+    records = [(t.name, t.shape, t.type, len(t.data)) for t in tensors]
+    with open(path, "wb") as file:
+        file.write(gguf_head(metadata, records, alignment=alignment))
+        for t in tensors:
+            file.write(t.data.ljust(padded(len(t.data), alignment), b"\0"))
+    return Path(path)
+
+
+def gguf_head(
+    metadata: Mapping[str, Value],
+    tensors: Sequence[tuple[str, tuple[int, ...], GGMLType, int]],
+    *,
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> bytes:
+    """What stands in front of the data: keys and (name, shape, type, bytes) of the tensors.
+
+    Their data follows in this order, each filled up with zeros to the alignment.
+    """
     head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         head += [_string(key), _value(value)]
     offset = 0
-    for t in tensors:
-        dimensions = t.shape[::-1]
-        head.append(_string(t.name) + struct.pack("<I", len(dimensions)))
-        head.append(struct.pack(f"<{len(dimensions)}QIQ", *dimensions, t.type, offset))
-        offset += _padded(len(t.data), alignment)
+    for name, shape, kind, nbytes in tensors:
+        head.append(_string(name) + struct.pack("<I", len(shape)))
+        head.append(struct.pack(f"<{len(shape)}QIQ", *shape[::-1], kind, offset))
+        offset += padded(nbytes, alignment)
     start = b"".join(head)
-    with open(path, "wb") as file:
-        file.write(start.ljust(_padded(len(start), alignment), b"\0"))
-        for t in tensors:
-            file.write(t.data.ljust(_padded(len(t.data), alignment), b"\0"))
-    return Path(path)
+    return start.ljust(padded(len(start), alignment), b"\0")
 
 
-def _padded(nbytes: int, alignment: int) -> int:
+def padded(nbytes: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
+    """A size rounded up to the alignment."""
     return -(-nbytes // alignment) * alignment
 
 
@@ -153,6 +179,7 @@ def write_tiny_llama(
     seed: int = 0,
     context: int = 256,
     tied: bool = True,
+    tokenizer: Kind = "gpt2",
 ) -> Path:
     """Write the model of `tiny_llama` to `path`, and return the path."""
     return tiny_llama(
@@ -167,6 +194,7 @@ def write_tiny_llama(
         seed=seed,
         context=context,
         tied=tied,
+        tokenizer=tokenizer,
     ).write(path)
 
 
@@ -183,14 +211,20 @@ def tiny_llama(
     seed: int = 0,
     context: int = 256,
     tied: bool = True,
+    tokenizer: Kind = "gpt2",
 ) -> TinyModel:
-    """A llama with random weights, and a byte-level tokenizer for any text.
+    """A llama with random weights, and a tokenizer for any text.
 
     All matrices are in `format`: f32, f16, bf16; q8_0, q4_0, q4_1, q5_0, q5_1, which need
     `hidden`, `ffn` and heads x head_dim to be multiples of 32; q4_k, q5_k, q6_k, which need
-    multiples of 256.  The vocabulary is `tiny_vocabulary`.  The same arguments give the same
-    bytes.  Activations stay far inside what f16 holds.
+    multiples of 256.  The vocabulary is `tiny_vocabulary`, or with the tokenizer "spm"
+    `tiny_spm_vocabulary`.  The same arguments give the same bytes.  Activations stay far inside
+    what f16 holds.
     """
+    words_of, controls = {
+        "gpt2": (tiny_vocabulary, range(256, VOCABULARY_MIN)),
+        "spm": (tiny_spm_vocabulary, range(len(_SPM_CONTROLS))),
+    }[tokenizer]
     rng = np.random.default_rng(seed)
     dim = hidden // heads if head_dim is None else head_dim
     tensors: dict[str, GGUFTensor] = {}
@@ -209,7 +243,7 @@ def tiny_llama(
     def words(name: str) -> None:
         values = matrix(name, vocabulary, hidden)
         # Control tokens are unlikely, so that a generation does not soon end by itself.
-        values[_control_ids()] /= 16
+        values[list(controls)] /= 16
         put(name, values)
 
     words("token_embd.weight")
@@ -245,13 +279,9 @@ def tiny_llama(
         "llama.rope.dimension_count": dim,
         "llama.rope.freq_base": 10000.0,
         "llama.vocab_size": vocabulary,
-        **tiny_vocabulary(vocabulary),
+        **words_of(vocabulary),
     }
     return TinyModel(metadata, tensors)
-
-
-def _control_ids() -> list[int]:
-    return list(range(256, VOCABULARY_MIN))
 
 
 def tiny_vocabulary(size: int = 320) -> dict[str, Value]:
@@ -282,6 +312,45 @@ def tiny_vocabulary(size: int = 320) -> dict[str, Value]:
         "tokenizer.ggml.eos_token_id": 256,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def tiny_spm_vocabulary(size: int = 320) -> dict[str, Value]:
+    """The `tokenizer.*` keys of a SentencePiece vocabulary with `size` tokens and a chat template.
+
+    Ids 0 to 2 are `<unk>`, `<s>` (BOS) and `</s>` (end), then come the 256 bytes, then U+2581 for
+    a space and the commonest letters, pairs of these, and other characters, as many as there is
+    room for.
+    """
+    if size < SPM_VOCABULARY_MIN:
+        raise ValueError(
+            f"a tiny SentencePiece vocabulary has at least {SPM_VOCABULARY_MIN} tokens, got {size}"
+        )
+    common = "\u2581etaoinshrdlucmfwypvbgkjqxz"
+    pairs = product(enumerate(common), enumerate(common[1:]))
+    ranked = sorted(pairs, key=lambda pair: pair[0][0] + pair[1][0])
+    words = [*common, *(a + b for (_, a), (_, b) in ranked)]
+    words += "ETAOINSHRDLUCMFWYPVBGKJQXZ.,!?0123456789"
+    first = SPM_VOCABULARY_MIN - 1
+    words = words[: size - first]
+    spare = size - first - len(words)
+    tokens = [*_SPM_CONTROLS, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    tokens += [f"<|spare{i}|>" for i in range(spare)]
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    types += [TokenType.BYTE] * 256
+    types += [TokenType.NORMAL] * len(words) + [TokenType.UNUSED] * spare
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(t) for t in types],
+        # The commonest pairs merge first; scores of single characters mean nothing.
+        "tokenizer.ggml.scores": [0.0] * first + [-float(i) for i in range(len(words) + spare)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": SPM_CHAT_TEMPLATE,
     }
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A card in a few lines of Python for tests of actors: buffers, and steps that do what a test says.
 
-Unlike tests/device's bodies it computes nothing.  Steps complete when `finish` is called, or at
-once where `automatic`; the descriptor is a pipe.
+Unlike tests/device's bodies it computes nothing, and traces what a test puts into `traced`.  Steps
+complete when `finish` is called, or at once where `automatic`; the descriptor is a pipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo
+from spanker.device.base import (
+    TRACE_EVENT,
+    Buffer,
+    CardDevice,
+    Completion,
+    DeviceCounters,
+    DeviceInfo,
+    Read,
+    TraceEvent,
+)
 from spanker.errors import CardAbortedError, CardCommandError, CardMemoryError
 
 
@@ -26,9 +35,13 @@ class FakeDevice(CardDevice):
         self.automatic = automatic
         self.buffers: dict[int, bytearray] = {}
         self.queued: deque[int] = deque()
+        self.reads: dict[int, tuple[Read, ...]] = {}
         self.done: list[Completion] = []
         self.calls: list[str] = []
         self.closed = 0
+        self.tracing = 0
+        self.traced: deque[TraceEvent] = deque()
+        self.lost = 0
         self._handles = self._fences = 0
         self._pipe = os.pipe() if with_fd else None
 
@@ -76,19 +89,25 @@ class FakeDevice(CardDevice):
     def unload_program(self, program: int) -> None:
         self.calls.append("unload_program")
 
-    def submit(self, program: int, parameters: Buffer) -> int:
+    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
         self.calls.append("submit")
         if program == 666:
             raise CardCommandError(f"card {self.number}: no program {program}", card=self.number)
         self._fences += 1
         self.queued.append(self._fences)
+        self.reads[self._fences] = tuple(reads)
         if self.automatic:
             self.finish()
         return self._fences
 
     def finish(self, error: Exception | None = None) -> None:
         """Complete the oldest submission."""
-        self.done.append(Completion(self.queued.popleft(), 1000, error))
+        fence = self.queued.popleft()
+        reads = self.reads.pop(fence)
+        data: tuple[bytes, ...] = ()
+        if error is None:
+            data = tuple(bytes(self._buffer(h)[o : o + n]) for h, o, n in reads)
+        self.done.append(Completion(fence, 1000, error, data))
         if self._pipe:
             os.write(self._pipe[1], b"x")
 
@@ -119,6 +138,18 @@ class FakeDevice(CardDevice):
             link_tx_bytes=(7, 8),
             link_rx_bytes=(9, 10),
         )
+
+    def trace(self, events: int) -> None:
+        self.calls.append(f"trace {events}")
+        if self.queued:
+            raise CardCommandError(f"card {self.number}: busy", card=self.number)
+        self.tracing = events
+        self.traced.clear()
+
+    def trace_events(self, most: int) -> tuple[bytes, int]:
+        self.calls.append("trace_events")
+        taken = [self.traced.popleft() for _ in range(min(most, len(self.traced)))]
+        return b"".join(TRACE_EVENT.pack(*attrs.astuple(e)) for e in taken), self.lost
 
     def close(self) -> None:
         self.closed += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 import pytest
@@ -21,8 +22,10 @@ from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
     AllocBuffer,
+    AllocBuffers,
     BufferAllocated,
     BufferData,
+    BuffersAllocated,
     CardInfo,
     Counters,
     Describe,
@@ -34,12 +37,18 @@ from spanker.actors.message import (
     ProgramLoaded,
     ReadBuffer,
     ReadCounters,
+    ReadTrace,
     RunStep,
+    StartTrace,
     StepDone,
     Stop,
+    TraceData,
     UnloadProgram,
     WriteBuffer,
+    WriteBuffers,
 )
+from spanker.device.base import TRACE_EVENT, CardDevice, TraceEvent, unpack_events
+from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import CardError, CardFaultError, ChannelClosedError
 
 PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
@@ -53,7 +62,7 @@ class Host:
     """The far end of an actor's channel."""
 
     channel: Channel
-    device: FakeDevice
+    device: Any
     next_id: int = 0
     crash: Exception | None = None
 
@@ -71,7 +80,7 @@ class Host:
 
 @asynccontextmanager
 async def serving(
-    device: FakeDevice, kind: str = "memory", limits: FrameLimits = DEFAULT_LIMITS
+    device: CardDevice, kind: str = "memory", limits: FrameLimits = DEFAULT_LIMITS
 ) -> AsyncIterator[Host]:
     """An actor at work, as its coordinator runs it: `serve`, then `aclose`."""
     host_end, card = PAIRS[kind](limits=limits)
@@ -91,7 +100,8 @@ async def serving(
             nursery.start_soon(run)
             yield host
             nursery.cancel_scope.cancel()
-    assert device.closed == 1
+    if isinstance(device, FakeDevice):
+        assert device.closed == 1
     with pytest.raises(ChannelClosedError):
         await card.receive()
 
@@ -128,6 +138,13 @@ async def test_every_request_has_its_reply(host: Host) -> None:
     assert (counters.link_tx_bytes, counters.link_rx_bytes) == ((7, 8), (9, 10))
     assert await host.ask(FreeBuffer(1)) == Ok()
     assert "abort 9" in host.device.calls
+    assert await host.ask(AllocBuffers((3, 5))) == BuffersAllocated((2, 3))
+    writes = ((3, 2, 2), (2, 0, 1))
+    assert await host.ask(WriteBuffers(writes, buffers=(b"xyz",))) == Ok()
+    assert {handle: bytes(data) for handle, data in host.device.buffers.items()} == {
+        2: b"z\0\0",
+        3: b"\0\0xy\0",
+    }
 
 
 @pytest.mark.parametrize(
@@ -136,6 +153,8 @@ async def test_every_request_has_its_reply(host: Host) -> None:
         (FreeBuffer(99), "CardCommandError"),
         (ReadBuffer(99, 0, 1), "CardCommandError"),
         (AllocBuffer(1 << 30), "CardMemoryError"),
+        (AllocBuffers((1, 1 << 30, 1)), "CardMemoryError"),
+        (WriteBuffers(((99, 0, 1),), buffers=(b"x",)), "CardCommandError"),
         (RunStep(666, buffers=(b"",)), "CardCommandError"),
         (Ok(), "LocalProtocolError"),
         (StepDone(1, 2), "LocalProtocolError"),
@@ -149,6 +168,93 @@ async def test_errors_are_replies_and_the_actor_goes_on(
     assert isinstance(reply, Failed)
     assert (reply.error, reply.card) == (error, 3)
     assert isinstance(await host.ask(Describe()), CardInfo)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 63])
+async def test_of_several_buffers_all_are_allocated_or_none(host: Host, fails_at: int) -> None:
+    assert await host.ask(AllocBuffer(100)) == BufferAllocated(1, 100)
+    sizes = [10] * 64
+    sizes[fails_at] = 1 << 30
+    reply = await host.ask(AllocBuffers(tuple(sizes)))
+    assert isinstance(reply, Failed) and reply.error == "CardMemoryError"
+    assert list(host.device.buffers) == [1]
+    assert host.device.calls.count("free") == fails_at
+    # The same without the large one is allocated, in order.
+    sizes[fails_at] = 20
+    reply = await host.ask(AllocBuffers(tuple(sizes)))
+    assert isinstance(reply, BuffersAllocated)
+    assert [len(host.device.buffers[handle]) for handle in reply.handles] == sizes
+    assert len(set(reply.handles) | {1}) == 65
+    assert await host.ask(AllocBuffers(())) == BuffersAllocated(())
+
+
+async def test_a_soft_card_keeps_no_memory_of_buffers_that_did_not_all_fit() -> None:
+    with SoftRig([SoftCardSpec(ddr_bytes=1 << 20)]) as rig:
+        card = rig.cards[0]
+        async with serving(card) as host:
+            for sizes in ((1 << 19, 64, 1 << 19), (64, 0), (1 << 20, 1)):
+                reply = await host.ask(AllocBuffers(sizes))
+                assert isinstance(reply, Failed)
+                assert card.counters().ddr_used_bytes == 0
+            reply = await host.ask(AllocBuffers((1 << 19, 64, (1 << 19) - 64)))
+            assert isinstance(reply, BuffersAllocated)
+            assert card.counters().ddr_used_bytes == 1 << 20
+
+
+@pytest.mark.parametrize("wrapped", [bytes, bytearray, memoryview, "u16"])
+async def test_pieces_are_written_in_order_from_any_buffer(host: Host, wrapped: object) -> None:
+    await host.ask(AllocBuffers((8, 8)))
+    data = bytes(range(1, 15)) + b"\xff\xfe"
+    raw = memoryview(data).cast("H") if wrapped == "u16" else wrapped(data)  # type: ignore[operator]
+    # The last piece lies over the first: what comes later stays.
+    writes = ((1, 0, 8), (2, 4, 4), (2, 0, 0), (2, 0, 2), (1, 6, 2))
+    assert await host.ask(WriteBuffers(writes, buffers=(raw,))) == Ok()
+    assert bytes(host.device.buffers[1]) == data[:6] + data[14:]
+    assert bytes(host.device.buffers[2]) == data[12:14] + b"\0\0" + data[8:12]
+
+
+@pytest.mark.parametrize(
+    ("writes", "nbytes"),
+    [
+        (((1, 0, 4),), 3),
+        (((1, 0, 4),), 5),
+        (((1, 0, 4), (1, 4, 4)), 4),
+        ((), 1),
+        (((1, 0, 2),), 0),
+        (((1, 0, (1 << 64) - 1), (1, 0, 5)), 4),
+    ],
+)
+async def test_pieces_that_do_not_add_up_to_what_comes_are_refused_unwritten(
+    host: Host, writes: tuple[tuple[int, int, int], ...], nbytes: int
+) -> None:
+    await host.ask(AllocBuffer(16))
+    reply = await host.ask(WriteBuffers(writes, buffers=(b"x" * nbytes,)))
+    assert isinstance(reply, Failed) and reply.error == "CardCommandError"
+    need = sum(n for _, _, n in writes)
+    assert f"pieces of {need:,} bytes together, but brings {nbytes}" in reply.message
+    assert "write" not in host.device.calls
+    assert await host.ask(WriteBuffers((), buffers=(b"",))) == Ok()
+
+
+async def test_a_soft_card_refuses_pieces_that_are_out_of_bounds() -> None:
+    with SoftRig([SoftCardSpec(ddr_bytes=1 << 20)]) as rig:
+        async with serving(rig.cards[0]) as host:
+            reply = await host.ask(AllocBuffers((10, 20)))
+            assert isinstance(reply, BuffersAllocated)
+            a, b = reply.handles
+            for bad in (
+                (a, 8, 3),
+                (a, 11, 0),
+                (b, 1 << 63, 1),
+                (a ^ b ^ 77, 0, 1),
+                (1 << 40, 0, 1),
+            ):
+                writes = ((b, 0, 4), bad)
+                raw = b"w" * (4 + bad[2])
+                failed = await host.ask(WriteBuffers(writes, buffers=(raw,)))
+                assert isinstance(failed, Failed) and failed.error == "CardCommandError", bad
+            data = await host.ask(ReadBuffer(a, 0, 10))
+            assert isinstance(data, BufferData) and bytes(data.buffers[0]) == bytes(10)
 
 
 async def test_a_reply_that_no_channel_carries_is_refused_before_it_is_read(host: Host) -> None:
@@ -172,6 +278,53 @@ async def test_a_reply_beyond_the_channels_limit_is_an_error_of_that_request(kin
             reply = await host.ask(request)
             assert isinstance(reply, Failed) and reply.error == "LocalProtocolError"
         assert isinstance(await host.ask(ReadBuffer(1, 0, 1000)), BufferData)
+
+
+async def test_a_trace_is_started_read_in_pieces_and_stopped(host: Host) -> None:
+    device = host.device
+    events = [TraceEvent(n, n + 1, 1, n, 9, 0) for n in range(5)]
+    assert await host.ask(StartTrace(1000)) == Ok()
+    assert device.tracing == 1000
+    device.traced.extend(events)
+    device.lost = 7
+    for count, expected in ((2, events[:2]), (0, []), (100, events[2:]), (100, [])):
+        reply = await host.ask(ReadTrace(count))
+        assert isinstance(reply, TraceData) and reply.lost == 7
+        assert list(unpack_events(reply.buffers[0])) == expected
+    # While a step is queued it can be read, not started or stopped.
+    await host.post(RunStep(1, buffers=(b"p",)))
+    assert isinstance(await host.ask(ReadTrace(1)), TraceData)
+    for number in (0, 10):
+        reply = await host.ask(StartTrace(number))
+        assert isinstance(reply, Failed) and reply.error == "CardCommandError"
+    device.finish()
+    assert isinstance((await host.channel.receive())[1], StepDone)
+    assert await host.ask(StartTrace(0)) == Ok()
+    assert device.tracing == 0
+
+
+async def test_more_of_a_trace_than_a_channel_carries_is_refused_before_it_is_taken(
+    host: Host,
+) -> None:
+    most = DEFAULT_LIMITS.raw_bytes_max // TRACE_EVENT.size
+    reply = await host.ask(ReadTrace(most + 1))
+    assert isinstance(reply, Failed) and "read them in pieces" in reply.message
+    assert "trace_events" not in host.device.calls
+    assert isinstance(await host.ask(ReadTrace(most)), TraceData)
+
+
+class Untraceable(FakeDevice):
+    """A body that leaves the contract's own answer."""
+
+    trace = CardDevice.trace
+    trace_events = CardDevice.trace_events
+
+
+async def test_a_card_that_cannot_trace_says_so() -> None:
+    async with serving(Untraceable(3)) as host:
+        for request in (StartTrace(1), StartTrace(0), ReadTrace(1)):
+            reply = await host.ask(request)
+            assert reply == Failed("CardCommandError", "card 3 cannot trace its commands", 3)
 
 
 # --- steps ---------------------------------------------------------------------------------

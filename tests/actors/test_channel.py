@@ -294,7 +294,91 @@ async def test_send_and_receive_are_checkpoints(pair: Pair) -> None:
         await a.aclose()
 
 
+async def test_try_send_sends_now_or_not_at_all(pair: Pair) -> None:
+    a, b = pair
+    expected: list[int] = []
+    for i in range(50):
+        if a.try_send(data_message(i, 100), i):
+            expected.append(i)
+    for i in expected:
+        request_id, message = await b.receive()
+        assert request_id == i
+        check_data_message(i, message)
+    with trio.move_on_after(0.01) as scope:
+        await b.receive()
+    assert scope.cancelled_caught
+    await a.send(Ok(), 99)
+    assert await b.receive() == (99, Ok())
+
+
+async def test_try_send_does_not_overtake_who_waits_to_send(pair: Pair) -> None:
+    a, b = pair
+    posted: list[int] = []
+
+    async def send(number: int) -> None:
+        posted.append(number)
+        await a.send(data_message(number, 1 << 20), number)
+
+    async with trio.open_nursery() as nursery:
+        # Full, with a number of senders waiting in order.
+        for number in range(30):
+            nursery.start_soon(send, number)
+            await trio.testing.wait_all_tasks_blocked()
+        assert not a.try_send(Ok(), 1000)
+        got = []
+        tried = 2000
+        while len(got) < len(posted):
+            got.append((await b.receive())[0])
+            if a.try_send(Ok(), tried):
+                posted.append(tried)
+                tried += 1
+            if tried == 2010:
+                break
+        while len(got) < len(posted):
+            got.append((await b.receive())[0])
+    # Whatever went without waiting stands behind those that had waited by then.
+    assert got == posted
+
+
+async def test_try_send_refuses_what_send_refuses(pair: Pair) -> None:
+    a, b = pair
+    await a.send(Ok(), 1)
+    if not a.try_send(Ok(), 2):
+        return  # this kind always leaves it to `send`
+    for message, words in (
+        (WriteBuffer(1, 0, buffers=(memoryview(bytes((16 << 20) + 1)),)), "raw bytes"),
+        (Abort(-1), "field epoch"),
+    ):
+        with pytest.raises(LocalProtocolError, match=words):
+            a.try_send(message, 3)
+    assert [await b.receive() for _ in range(2)] == [(1, Ok()), (2, Ok())]
+
+
+@pytest.mark.parametrize(("closer", "words"), [(0, "on this side"), (1, "by the peer")])
+async def test_try_send_tells_of_a_closed_channel_as_send_does(
+    pair: Pair, closer: int, words: str
+) -> None:
+    a = pair[0]
+    await pair[closer].aclose()
+    for _ in range(2):
+        # False, nothing sent, or the very error: then whoever goes on to `send` gets that.
+        with pytest.raises(ChannelClosedError, match=words):
+            if not a.try_send(Ok(), 1):
+                while True:
+                    await a.send(Ok(), 1)
+
+
 # --- memory ------------------------------------------------------------------------
+
+
+async def test_a_memory_channel_with_room_takes_a_message_at_once() -> None:
+    a, b = memory_channel_pair(2)
+    async with a, b:
+        assert a.try_send(Ok(), 1) and a.try_send(Ok(), 2)
+        assert not a.try_send(Ok(), 3)
+        assert await b.receive() == (1, Ok())
+        assert a.try_send(Ok(), 4)
+        assert [(await b.receive())[0] for _ in range(2)] == [2, 4]
 
 
 async def test_memory_channel_hands_over_the_very_buffers() -> None:

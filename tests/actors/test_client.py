@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 from waiting import until
 
 from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pair
@@ -223,6 +224,86 @@ async def test_the_reply_to_a_cancelled_request_is_dropped(ends: Ends) -> None:
         nursery.start_soon(answer)
         assert await client.request(Abort(2)) == Ok()
     assert client.failure is None
+
+
+async def test_requests_are_sent_in_the_order_they_were_posted_in(ends: Ends) -> None:
+    """However full the channel: what goes without waiting must not overtake what waits."""
+    client, card = ends
+    told: list[int] = []
+    posted: list[int] = []
+
+    async def post(number: int, nbytes: int) -> None:
+        posted.append(number)
+        request = WriteBuffer(number, 0, buffers=(bytes(nbytes),))
+        await client.post(request, lambda reply, number=number: told.append(number))
+
+    got = []
+    async with trio.open_nursery() as nursery:
+        # Large ones fill a socket, many of them a memory channel.
+        for number in range(40):
+            nursery.start_soon(post, number, (300_000, 10, 0)[number % 3])
+            await trio.lowlevel.checkpoint()
+        for number in range(40, 80):
+            request_id, request = await card.receive()
+            assert isinstance(request, WriteBuffer)
+            got.append(request.handle)
+            await card.send(Ok(), request_id)
+            nursery.start_soon(post, number, 10)
+            await trio.lowlevel.checkpoint()
+        while len(got) < 80:
+            request_id, request = await card.receive()
+            assert isinstance(request, WriteBuffer)
+            got.append(request.handle)
+            await card.send(Ok(), request_id)
+    assert got == posted
+    await until(lambda: len(told) == 80)
+    assert told == posted
+
+
+async def test_a_post_that_need_not_wait_is_no_checkpoint() -> None:
+    async with connected("memory") as (client, card):
+        with trio.testing.assert_no_checkpoints():
+            for epoch in range(2, 5):
+                await client.post(Abort(epoch), lambda reply: None)
+        assert [(await card.receive())[1] for _ in range(3)] == [Abort(n) for n in range(2, 5)]
+
+
+async def test_a_cancelled_post_has_sent_nothing_and_holds_up_nobody() -> None:
+    async with connected("memory") as (client, card):
+        for epoch in range(100, 116):
+            await client.post(Abort(epoch), lambda reply: None)
+        told: list[object] = []
+        # One is with the writing task; behind it the others wait with their callers.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.post, Abort(116), told.append)
+            await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            for epoch in range(200, 205):
+                nursery.start_soon(client.post, Abort(epoch), told.append)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        for epoch in range(100, 117):
+            assert (await card.receive())[1] == Abort(epoch)
+        # The way is free again.
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.testing.assert_no_checkpoints():
+            await client.post(Abort(300), told.append)
+        request_id, request = await card.receive()
+        assert request == Abort(300)
+        await card.send(Ok(), request_id)
+        await until(lambda: told)
+        assert told == [Ok()]
+
+
+async def test_a_post_after_the_end_tells_its_callback(ends: Ends) -> None:
+    client, card = ends
+    await card.aclose()
+    told: list[object] = []
+    with trio.fail_after(5):
+        while not told:
+            await client.post(Describe(), told.append)
+            await trio.lowlevel.checkpoint()
+    assert all(isinstance(error, CardLostError) for error in told)
 
 
 async def test_a_request_cancelled_while_it_is_written_costs_nobody_the_card() -> None:

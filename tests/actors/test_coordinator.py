@@ -19,7 +19,10 @@ from waiting import until
 
 import spanker.actors.card
 from spanker.actors import coordinator as coordinators
-from spanker.actors.coordinator import Coordinator, LoadedModel, open_coordinator
+from spanker.actors import steps
+from spanker.actors.coordinator import Coordinator, open_coordinator
+from spanker.actors.message import PROTOCOL_VERSION
+from spanker.actors.steps import LoadedModel
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
     CardAbortedError,
@@ -123,7 +126,7 @@ async def test_a_card_that_speaks_another_protocol_is_refused(
         async with open_coordinator([FakeDevice()], NATIVE):
             raise AssertionError("not reached")
     error = only_error(caught.value)
-    assert "card 0 speaks protocol 99, expected 1" in str(error)
+    assert f"card 0 speaks protocol 99, expected {PROTOCOL_VERSION}" in str(error)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
@@ -288,8 +291,11 @@ async def test_a_cancelled_step_begins_a_new_epoch_and_the_next_one_works(
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(coordinator.step, loaded, [whole(list(range(60)))])
-                    if turn % 2:
-                        await until(lambda: any(c.counters().queued for c in rig.cards))
+                    # Before it has begun, and at later and later moments of it.
+                    if turn:
+                        await until(coordinator._step_lock.locked)
+                    for _ in range(turn // 2):
+                        await trio.lowlevel.checkpoint()
                     scope.cancel()
             assert coordinator._epoch in (epoch, epoch + 1)
             # Nothing is queued any more, and no card waits for another.
@@ -447,7 +453,7 @@ async def _never(*args: object) -> None:
 
 
 def test_the_cause_of_a_failed_step_is_what_is_not_an_abort() -> None:
-    replies = coordinators._Replies(3)
+    replies = steps._Flight(1, 0, 3)
     errors: list[SpankerError] = [
         CardAbortedError("aborted", card=0),
         CardFaultError("a NaN", card=1),

@@ -29,8 +29,14 @@ MESSAGES = (
     m.AllocBuffer(0),
     m.AllocBuffer(U64),
     m.BufferAllocated(7, 4096),
+    m.AllocBuffers(()),
+    m.AllocBuffers((0, 1, U64)),
+    m.BuffersAllocated(()),
+    m.BuffersAllocated((3, U64)),
     m.FreeBuffer(7),
     m.WriteBuffer(7, 32, buffers=(b"weights",)),
+    m.WriteBuffers((), buffers=(b"",)),
+    m.WriteBuffers(((7, 32, 3), (8, U64, 4)), buffers=(b"weights",)),
     m.ReadBuffer(7, 0, 7),
     m.BufferData(buffers=(b"weights",)),
     m.LoadProgram(buffers=(b"",)),
@@ -44,6 +50,11 @@ MESSAGES = (
     COUNTERS,
     attrs.evolve(COUNTERS, waiting_for=3),
     m.Abort(9),
+    m.StartTrace(0),
+    m.StartTrace(U64),
+    m.ReadTrace(U32),
+    m.TraceData(0, buffers=(b"",)),
+    m.TraceData(U64, buffers=(bytes(64),)),
     m.Stop(),
     m.Ok(),
     m.Failed("CardHungError", "card 3: stuck", 3),
@@ -110,9 +121,21 @@ OUT_OF_RANGE = (
     (m.RunStep(1, ((1, 2, -3),), buffers=(b"",)), "reads: expected array"),
     (m.RunStep(1, (5,), buffers=(b"",)), "reads: expected array"),  # type: ignore[arg-type]
     (m.RunStep(1, ((1, 2, 3),) * 65, buffers=(b"",)), "reads: expected array"),
+    (m.AllocBuffers((1, -1)), "AllocBuffers, field sizes: expected array of u64"),
+    (m.AllocBuffers((U64, True)), "sizes: expected array of u64"),
+    (m.AllocBuffers((1,) * 65), "sizes: expected array of u64"),
+    (m.BuffersAllocated((None,)), "handles: expected array of u64"),  # type: ignore[arg-type]
+    (m.WriteBuffers(((1, 2),), buffers=(b"",)), "writes: expected array"),  # type: ignore[arg-type]
+    (m.WriteBuffers(((1, 2, -3),), buffers=(b"",)), "writes: expected array"),
+    (m.WriteBuffers(((1, 2, 3),) * 65, buffers=(b"",)), "writes: expected array"),
+    (m.WriteBuffers(()), "WriteBuffers: expected 1 raw buffers, got 0"),
+    (m.WriteBuffers((), buffers=(b"", b"")), "expected 1 raw buffers, got 2"),
     (attrs.evolve(COUNTERS, waiting_for=1 << 16), "waiting_for: expected u16 or nil"),
     (attrs.evolve(COUNTERS, link_tx_bytes=(-1,)), "link_tx_bytes: expected array"),
     (attrs.evolve(COUNTERS, link_rx_bytes=(0,) * 65), "link_rx_bytes: expected array"),
+    (m.StartTrace(-1), "StartTrace, field events: expected u64"),
+    (m.ReadTrace(U32 + 1), "ReadTrace, field events: expected u32"),
+    (m.TraceData(0), "TraceData: expected 1 raw buffers, got 0"),
     (m.Failed("E", "x", 1 << 16), "card: expected u16 or nil"),
     (m.Failed("E", "x" * 4097, None), "message: expected str"),
     (m.WriteBuffer(1, 0), "WriteBuffer: expected 1 raw buffers, got 0"),
@@ -242,6 +265,9 @@ def test_the_right_reply_is_handed_on() -> None:
     assert step.check_reply(done) is done
     assert m.ReadBuffer(1, 0, 3).check_reply(m.BufferData(buffers=(b"abc",))).buffers == (b"abc",)
     assert m.Stop().check_reply(m.Ok()) == m.Ok()
+    for events in (0, 2, 3):
+        traced = m.TraceData(9, buffers=(bytes(32 * events),))
+        assert m.ReadTrace(3).check_reply(traced) is traced
 
 
 @pytest.mark.parametrize(
@@ -252,6 +278,9 @@ def test_the_right_reply_is_handed_on() -> None:
         (m.ReadBuffer(1, 0, 3), m.BufferData(buffers=(b"ab",)), r"\(3,\) bytes, got \(2,\)"),
         (m.RunStep(1, ((1, 0, 1),), buffers=(b"",)), m.StepDone(1, 1), r"got \(\)"),
         (m.RunStep(1, buffers=(b"",)), m.StepDone(1, 1, buffers=(b"",)), r"got \(0,\)"),
+        (m.ReadTrace(3), m.Ok(), "expected TraceData, got Ok"),
+        (m.ReadTrace(3), m.TraceData(0, buffers=(bytes(31),)), "at most 3 events of 32 .* got 31"),
+        (m.ReadTrace(3), m.TraceData(0, buffers=(bytes(128),)), "got 128 bytes"),
     ],
 )
 def test_the_wrong_reply_is_a_remote_error(

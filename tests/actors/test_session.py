@@ -18,6 +18,7 @@ from waiting import until
 
 import spanker
 from spanker.actors.session import RUN_AHEAD_MAX
+from spanker.actors.steps import StepPipe
 from spanker.errors import CardFaultError, ContextLengthError, RequestError
 from spanker.fleet import Generation, Model
 from spanker.ggml.sampling import SamplingParams, choose_from_logits
@@ -89,16 +90,18 @@ async def test_short_prompt_chunks_do_not_keep_generations_from_sharing_steps(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])
-async def test_a_step_has_no_more_prompt_tokens_than_the_chunk(tiny: Path, chunk: int) -> None:
+async def test_a_step_has_no_more_prompt_tokens_than_the_chunk(
+    tiny: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with spanker.open_fleet(1) as fleet:
         model = await fleet.load(tiny, prompt_chunk=chunk)
-        step, sizes = model._session.coordinator.step, []
+        submit, sizes = StepPipe.submit, []
 
-        async def counted(loaded: object, sequences: Sequence, **options: bool) -> object:
+        async def counted(pipe: StepPipe, sequences: Sequence, **options: bool) -> None:
             sizes.append(sum(len(s.tokens) for s in sequences))
-            return await step(loaded, sequences, **options)  # type: ignore[arg-type]
+            await submit(pipe, sequences, **options)  # type: ignore[arg-type]
 
-        model._session.coordinator.step = counted  # type: ignore[assignment]
+        monkeypatch.setattr(StepPipe, "submit", counted)
         async with trio.open_nursery() as nursery:
             for seed in range(2):
                 nursery.start_soon(model.logits, ids_of(20, seed=seed))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
 import pytest
-from reference_model import forward, with_formats
+from reference_model import forward, greedy, with_formats
 
 import spanker
 from spanker.ggml.sampling import SamplingParams, choose_from_logits
@@ -32,11 +33,27 @@ class Case:
     tokens: int = 24
 
 
-def llama(formats: dict[str, str], *, rope_dim: int | None = None, **shape: object) -> TinyModel:
-    model = with_formats(tiny_llama(format="f32", **shape), formats)  # type: ignore[arg-type]
+def llama(formats: dict[str, str], *, rope_dim: int | None = None, **shape: Any) -> TinyModel:
+    model = with_formats(tiny_llama(format="f32", **shape), formats)
     if rope_dim is not None:
         model.metadata["llama.rope.dimension_count"] = rope_dim
     return model
+
+
+# Rows of whole super-blocks, and five words in the last 16 rows.
+K_SHAPE: dict[str, Any] = {
+    "hidden": 256,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "ffn": 512,
+    "vocabulary": 597,
+}
+
+
+def k_m(base: str) -> dict[str, str]:
+    """The formats of a Q4_K_M or Q5_K_M of two layers."""
+    return {"*": base, "blk.1.attn_v": "q6_k", "blk.1.ffn_down": "q6_k", "output": "q6_k"}
 
 
 CASES = {
@@ -139,6 +156,82 @@ CASES = {
             {"*": "q4_0"}, hidden=32, heads=1, kv_heads=1, head_dim=32, ffn=32, vocabulary=260
         )
     ),
+    "brain floats": Case(
+        lambda: llama(
+            {"*": "bf16"},
+            hidden=96,
+            heads=5,
+            kv_heads=5,
+            head_dim=14,
+            ffn=150,
+            vocabulary=600,
+        )
+    ),
+    "five bits": Case(
+        lambda: llama(
+            {"*": "q5_0", "ffn_down": "q5_1", "output": "q5_1"},
+            hidden=96,
+            heads=6,
+            kv_heads=3,
+            head_dim=16,
+            ffn=160,
+            vocabulary=600,
+            tied=False,
+        )
+    ),
+    "five bits and minima": Case(
+        lambda: llama(
+            {"*": "q5_1", "attn_v": "q5_0"},
+            hidden=64,
+            heads=3,
+            kv_heads=1,
+            head_dim=32,
+            ffn=96,
+            vocabulary=300,
+        )
+    ),
+    # Columns of the embedding in units of 256: the second card is the last that embeds.
+    "q4_k": Case(
+        lambda: llama(
+            {"*": "q4_k"}, hidden=512, heads=4, kv_heads=2, head_dim=64, ffn=256, vocabulary=600
+        )
+    ),
+    "q5_k": Case(lambda: llama({"*": "q5_k"}, **K_SHAPE)),
+    # Rows of three super-blocks: pairs, and one alone.
+    "q6_k": Case(lambda: llama({"*": "q6_k"}, **{**K_SHAPE, "ffn": 768})),
+    # As llama.cpp mixes them: of two layers the last gets more bits for values and the way down.
+    "q4_k_m": Case(lambda: llama(k_m("q4_k"), **K_SHAPE, tied=False)),
+    "q4_k_m, tied": Case(lambda: llama({**k_m("q4_k"), "token_embd": "q6_k"}, **K_SHAPE)),
+    "q5_k_m": Case(lambda: llama(k_m("q5_k"), **K_SHAPE, tied=False)),
+    "q4_0 with another output": Case(
+        lambda: llama({"*": "q4_0", "output": "q6_k"}, **K_SHAPE, tied=False)
+    ),
+    # What llama.cpp takes where rows are no multiple of 256, as in SmolLM2: only the way down is.
+    "q4_k_m that falls back": Case(
+        lambda: llama(
+            {
+                "*": "q5_0",
+                "blk.1.attn_v": "q8_0",
+                "blk.0.ffn_down": "q4_k",
+                "blk.1.ffn_down": "q6_k",
+                "output": "q8_0",
+            },
+            hidden=96,
+            heads=3,
+            kv_heads=3,
+            head_dim=32,
+            ffn=512,
+            vocabulary=600,
+            tied=False,
+        )
+    ),
+    "an embedding unlike the output": Case(
+        lambda: llama(
+            {"*": "q5_k", "token_embd": "q4_1", "attn_k": "bf16", "output": "bf16"},
+            **K_SHAPE,
+            tied=False,
+        )
+    ),
     "several pages": Case(
         lambda: llama(
             {"*": "q4_0"}, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocabulary=320
@@ -197,11 +290,46 @@ async def test_more_cards_than_heads_change_no_bit(
 
 async def test_cards_of_different_instruction_sets_agree(path_of: Callable[[str], Path]) -> None:
     spec = ",".join(f"soft:1@{isa}" for isa in (*isas(), "scalar"))
-    for name in ("5 heads of 24", "mixed formats", "floats of no block"):
+    for name in CASES:
         _, ids, expected = made(name)
         async with spanker.open_fleet(spec) as fleet:
             model = await fleet.load(path_of(name), plan="tp")
             assert np.array_equal((await model.logits(ids)).view(np.uint32), expected)
+
+
+# --- the tokens that the cards choose ----------------------------------------------------------
+
+
+def with_equal_words(model: TinyModel, period: int) -> TinyModel:
+    """Word i of the output is word i mod `period`: every logit is there several times."""
+    name = "output.weight"
+    t = model.tensors[name]
+    data = np.frombuffer(t.data, np.uint8).reshape(t.shape[0], -1)
+    rows = data[np.arange(t.shape[0]) % period]
+    return TinyModel(
+        dict(model.metadata), {**model.tensors, name: attrs.evolve(t, data=rows.tobytes())}
+    )
+
+
+@pytest.mark.parametrize("plan", ["tp1", "tp3", "tp5", "pp2", "tp2xpp2", "tp3xpp2"])
+@pytest.mark.parametrize("period", [256, 100, 1])
+async def test_of_equal_logits_the_lowest_id_is_chosen_wherever_it_lies(
+    plan: str, period: int, tmp_path: Path
+) -> None:
+    """The cards go on with the token that they have chosen; the host sees it later."""
+    source = with_equal_words(
+        llama(
+            {"*": "q5_0"}, hidden=96, heads=3, head_dim=32, kv_heads=3, vocabulary=800, tied=False
+        ),
+        period,
+    )
+    path = source.write(tmp_path / "equal.gguf")
+    async with spanker.open_fleet(PLANS[plan]) as fleet:
+        model = await fleet.load(path, plan=plan)
+        generation = model.generate([5, 6, 7], max_tokens=10, ignore_eos=True)
+        await generation.collect()
+    assert generation.token_ids == greedy(source, [5, 6, 7], 10)
+    assert max(generation.token_ids) < period
 
 
 SAMPLING = {

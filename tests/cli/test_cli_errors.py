@@ -87,6 +87,33 @@ def test_an_option_that_makes_no_sense_is_refused_with_what_to_do(models: Path) 
         assert expected in one_line(done)
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_any_work(
+    models: Path, tmp_path: Path
+) -> None:
+    """Before the model is looked for, even; what an older file holds is kept."""
+    missing = str(models / "missing.gguf")
+    older = tmp_path / "older.json"
+    older.write_text("{}")
+    nowhere = str(tmp_path / "none" / "trace.json")
+    *refused, kept = batch(
+        ("run", "words", "--model", missing, "--trace", nowhere),
+        ("bench", "--model", missing, "--trace", nowhere),
+        ("run", "words", "--model", missing, "--trace", str(older)),
+    )
+    for done in refused:
+        assert one_line(done) == (
+            f"spanker: error: cannot write the trace {nowhere}: No such file or directory\n"
+        )
+    assert "no such model file" in one_line(kept)
+    assert older.read_text() == "{}"
+
+
+def test_a_trace_that_finds_no_room_is_one_line(models: Path) -> None:
+    args = ("run", "words", "--model", str(models / "good.gguf"), "--max-tokens", "2", "--json")
+    (done,) = batch((*args, "--trace", "/dev/full"))
+    assert "cannot write the trace /dev/full: No space left on device" in one_line(done)
+
+
 def test_too_little_card_memory_says_how_much_is_needed(smollm2_path: Path) -> None:
     done = spanker("run", "x", "--model", str(smollm2_path), "--cards", "soft:1:20MiB")
     said = one_line(Done(done.returncode, done.stdout.decode(), done.stderr.decode()))
@@ -126,6 +153,7 @@ def test_wrong_usage_has_exit_code_2() -> None:
         ("run", "--prompt-file", "/nonexistent"),
         ("eval",),
         ("bench", "--gen-tokens", "1"),
+        ("run", "x", "--trace", "/"),
     ):
         assert done.code == 2
         assert done.out == "" and "Error: " in done.err and "Traceback" not in done.err

@@ -119,3 +119,12 @@ def test_pull_lists_models_and_prints_the_path_of_a_cached_one(smollm2_path: Pat
     listed, pulled = batch(("pull",), ("pull", "smollm2"))
     assert "smollm2" in listed.out and "Apache-2.0" in listed.out and "yes" in listed.out
     assert pulled.out == f"{smollm2_path}\n"
+
+
+def test_bench_can_be_traced(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    args = ("bench", "--model", tiny, "--gen-tokens", "5", "--repeat", "2", "--trace", str(path))
+    shown, record = batch(args, (*args, "--json"))
+    assert f" commands in 10 steps: {path}\n" in shown.err and "decode" in shown.out
+    assert record.json()["tokens_generated"] == 5
+    assert json.loads(path.read_text())["otherData"]["steps"] == 10

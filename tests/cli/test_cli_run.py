@@ -67,6 +67,26 @@ def test_the_text_alone_goes_to_stdout_and_the_summary_to_stderr(smollm2_path: P
     assert "generated 8 tokens, " in summary and "--max-tokens reached" in summary
 
 
+def test_a_trace_changes_nothing_else(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text("an older one")
+    args = ("run", PROMPT, "--model", tiny, "--max-tokens", "9", "--ignore-eos", "--cards", "3")
+    plain, traced, silent = batch(args, (*args, "--trace", str(path)), (*args, "--json"))
+    assert plain.code == traced.code == 0 and traced.out == plain.out
+    assert "trace of " not in plain.err
+    assert f" commands in 9 steps: {path}\n" in traced.err and "lost" not in traced.err
+    value = json.loads(path.read_text(encoding="ascii"))
+    events = [e for e in value["traceEvents"] if e["ph"] == "X"]
+    assert {e["tid"] for e in events} == {1, 2, 3, 4}
+    names = {e["name"] for e in events}
+    assert {"matmul blk.0.ffn_gate q4_0", "wait for step 1", "collect step 9"} < names
+    assert any(name.startswith("wait for cards 0, 2 blk.1") for name in names)
+    assert value["otherData"]["version"] == f"spanker {library.__version__}"
+    (done,) = batch((*args, "--json", "--trace", str(path)))
+    assert done.json()["tokens"] == silent.json()["tokens"] and done.err == ""
+    assert json.loads(path.read_text())["otherData"]["steps"] == 9
+
+
 def test_everything_fits_into_80_columns(tiny: str) -> None:
     with (
         terminal(80) as screen,

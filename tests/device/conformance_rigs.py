@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
+from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.kernels import program as op
@@ -41,9 +42,23 @@ class Rig(Protocol):
 
 MakeRig = Callable[..., Rig]
 
-BODIES: dict[str, Callable[[int, int], Rig]] = {
-    "soft": lambda count, ddr_bytes: SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count),
-}
+
+def soft_rig(count: int, ddr_bytes: int) -> SoftRig:
+    return SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count)
+
+
+class RecordedRig:
+    """Soft cards, each within a recorder."""
+
+    def __init__(self, count: int, ddr_bytes: int) -> None:
+        self._rig = soft_rig(count, ddr_bytes)
+        self.cards = [AxiRecorder(card) for card in self._rig.cards]
+
+    def close(self) -> None:
+        self._rig.close()
+
+
+BODIES: dict[str, Callable[[int, int], Rig]] = {"soft": soft_rig, "recorded": RecordedRig}
 
 
 def readable(device: CardDevice, timeout_s: float) -> bool:

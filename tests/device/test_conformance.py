@@ -44,6 +44,7 @@ from spanker.kernels.program import (
     Ref,
     SequenceStep,
     Transfer,
+    chosen_token,
     encode_step,
 )
 
@@ -250,7 +251,7 @@ REFUSED = {
         "beyond any card",
     ),
     "k that cuts a block": (op.matmul(Format.Q4_0, W, X, X, rows=16, k=33), "cuts a block"),
-    "unknown format": (Command(Op.MATMUL, ((0, W), (1, X), (3, X)), (16, 32), 7), "format"),
+    "unknown format": (Command(Op.MATMUL, ((0, W), (1, X), (3, X)), (16, 32), 9), "format"),
     "quantise part of a block": (op.quantize(X, X, k=31), "whole blocks"),
     "unknown operation": (Command(99), "unknown operation 99"),
     "operation zero": (Command(0), "unknown operation 0"),
@@ -288,7 +289,19 @@ REFUSED = {
     "no candidates": (op.top_k(X, X, n=16, k=0, first_id=0), "1 to 4096"),
     "too many candidates": (op.top_k(X, X, n=16, k=4097, first_id=0), "1 to 4096"),
     "candidates do not fit": (op.top_k(X, X, n=16, k=17, first_id=0), "operand 3"),
-    "no vocabulary": (op.embed(Format.F32, X, X, columns=1, vocabulary=0), "vocabulary"),
+    "the best of none": (op.best(X, X, k=0), "1 to 4096"),
+    "the best of too many": (op.best(X, X, k=4097), "1 to 4096"),
+    "the best of more than there are": (op.best(X, X, k=17), "operand 0"),
+    "the best of tokens": (Command(Op.BEST, ((0, X), (3, X)), (4,)), "row per output"),
+    "a choice among none": (op.choose(X, X, lists=0), "1 to 256"),
+    "a choice among too many": (op.choose(X, X, lists=257), "1 to 256"),
+    "a choice among more than there are": (op.choose(X, X, lists=17), "operand 0"),
+    "a choice for tokens": (Command(Op.CHOOSE, ((0, X), (3, X)), (4,)), "row per output"),
+    "too few chosen ids": (
+        op.embed(Format.F32, X, Ref("small", 4, 52), X, columns=1, vocabulary=3),
+        "operand 1 needs 4 rows of 4 bytes at offset 52",
+    ),
+    "no vocabulary": (op.embed(Format.F32, X, X, X, columns=1, vocabulary=0), "vocabulary"),
     "transfer outside of an exchange": (TRANSFER, "outside an exchange"),
     "more transfers than follow": (Command(Op.EXCHANGE, args=(1,)), "more transfers"),
     "more transfers than fit into 32 bits": (Command(Op.EXCHANGE, args=(0xFFFFFFFF,)), "more"),
@@ -338,8 +351,8 @@ def test_commands_that_disagree_about_the_step_are_refused(card: CardDevice) -> 
     for commands in (
         (op.kv_append(X, X, KV, pages=1, **kv), op.kv_append(X, X, KV, pages=2, **kv)),
         (
-            op.embed(Format.F32, X, X, columns=1, vocabulary=3),
-            op.embed(Format.F32, X, X, columns=1, vocabulary=4),
+            op.embed(Format.F32, X, X, X, columns=1, vocabulary=3),
+            op.embed(Format.F32, X, X, X, columns=1, vocabulary=4),
         ),
     ):
         with pytest.raises(CardCommandError, match=r"command 1.*disagrees"):
@@ -409,7 +422,8 @@ def test_random_programs_never_do_harm(card: CardDevice) -> None:
             offset = rng.choice((0, 0, 0, 4, 32, 64, 4096, 1 << 20, (1 << 64) - 4))
             refs += [rng.choice(handles), stride, offset]
         # Exchanges need the far end: they have tests of their own.
-        kind = rng.choice([o for o in Op if o < Op.EXCHANGE])
+        exchanges = (Op.EXCHANGE, Op.LINK_SEND, Op.LINK_RECV)
+        kind = rng.choice([o for o in Op if o not in exchanges])
         numbers = [rng.choice(small if rng.random() < 0.9 else huge) for _ in range(14)]
         blob = PROGRAM_HEADER.pack(0x474B5053, 1, 1, rng.choice((1, 2, 4)), 1, 16)
         blob += COMMAND.pack(kind, rng.choice((0, 1, 2, 3, 8)), rng.choice((0, 1)), *refs, *numbers)
@@ -418,7 +432,8 @@ def test_random_programs_never_do_harm(card: CardDevice) -> None:
         except CardCommandError:
             continue
         accepted += 1
-        params = encode_step([SequenceStep([0], 0, [0], (0,))])
+        token = rng.choice((0, 0, chosen_token(0)))
+        params = encode_step([SequenceStep([token], 0, [0], (0,))])
         try:
             card.submit(program, params)
         except CardCommandError:
@@ -499,12 +514,12 @@ class Stepper:
 
 @pytest.fixture
 def stepper(card: CardDevice) -> Stepper:
-    sizes = {"table": 640, "x": 4 * 64, "out": 2 * 64, "kv": 3 * 16 * 16 * 2 * 2}
+    sizes = {"table": 640, "chosen": 8, "x": 4 * 64, "out": 2 * 64, "kv": 3 * 16 * 16 * 2 * 2}
     handles = {name: card.alloc(n) for name, n in sizes.items()}
     x = Ref("x", 64)
     made = Program(
         (
-            op.embed(Format.F32, Ref("table", 64), x, columns=16, vocabulary=10),
+            op.embed(Format.F32, Ref("table", 64), Ref("chosen", 4), x, columns=16, vocabulary=10),
             op.kv_append(x, x, Ref("kv"), kv_heads=1, head_dim=16, page_positions=16, pages=3),
             op.select(x, Ref("out", 64), n=16),
         ),
@@ -525,7 +540,9 @@ def test_steps_at_the_limits_are_taken(stepper: Stepper) -> None:
     ("sequences", "words"),
     [
         ([SequenceStep([10], 0, [0])], "token id 0 is 10, must be below 10"),
-        ([SequenceStep([0xFFFFFFFF], 0, [0])], "token id"),
+        ([SequenceStep([0x7FFFFFFF], 0, [0])], "token id"),
+        ([SequenceStep([chosen_token(2)], 0, [0])], "output of token 0 is 2, must be below 2"),
+        ([SequenceStep([0xFFFFFFFF], 0, [0])], "output of token 0"),
         ([SequenceStep([1, 1], 39, [0, 1, 2])], "position of token 1 is 40, must be below 40"),
         ([SequenceStep([1], 16, [0])], "position of token 0 is 16, must be below 16"),
         ([SequenceStep([1], 0, [])], "position of token 0 is 0, must be below 0"),

@@ -83,7 +83,7 @@ def test_fences_grow_and_complete_in_order(card: CardDevice) -> None:
     assert completed == submitted == sorted(set(submitted))
 
 
-def test_the_completion_fd_is_readable_exactly_when_completions_wait(card: CardDevice) -> None:
+def test_the_completion_fd_is_readable_while_completions_wait(card: CardDevice) -> None:
     if card.completion_fd is None:
         pytest.skip("this body finishes before submit returns")
     program, _, _ = adder(card)
@@ -95,11 +95,15 @@ def test_the_completion_fd_is_readable_exactly_when_completions_wait(card: CardD
         finish(card)
         assert not readable(card, 0)
         assert card.completions() == []
-    card.submit(program, step())
-    card.submit(program, step())
-    collect(card, 2)
-    time.sleep(0.002)
-    assert not readable(card, 0)
+    # A collector that was quicker than the signal may find it readable once more, for nothing.
+    for _ in range(300):
+        for _ in range(2):
+            card.submit(program, step())
+        collect(card, 2)
+        for _ in range(2):
+            if readable(card, 0.001):
+                assert card.completions() == []
+        assert not readable(card, 0)
 
 
 def test_busy_time_is_that_of_the_step(card: CardDevice) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import struct
 import tracemalloc
@@ -12,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spanker.errors import (
@@ -21,6 +22,7 @@ from spanker.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from spanker.ggml import gguf as gguf_module
 from spanker.ggml.gguf import BLOCK_SIZES, GGMLType, GGUFFile, StringArray
 
 U32, STRING, ARRAY, BOOL = 4, 8, 9, 7
@@ -257,6 +259,124 @@ def test_bad_utf8_in_a_string_array_is_reported_when_read(tmp_path: Path) -> Non
         strings[1]
     with pytest.raises(ModelFormatError, match="item 1 is not UTF-8"):
         strings.tolist()
+
+
+# What the quick way of reading an array of strings relies on, and what it must leave alone.
+STRINGS = st.lists(
+    st.one_of(
+        st.text(max_size=3),
+        st.sampled_from(["", "\0", "a\0", "\0" * 7, "\0" * 8, "a" * 255, "a" * 256, "é" * 128]),
+        st.sampled_from([7, 8, 15, 254, 257, 511, 512, 65536]).map("x".__mul__),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STRINGS, st.binary(max_size=9) | st.just(bytes(40)), st.integers(1, 40))
+@example(["a", "b\0"], b"", 4)
+@example(["a" * 256, "\0" * 7 + "a"], b"", 64)
+def test_any_strings_are_read_as_they_are(
+    tmp_path: Path, items: list[str], after: bytes, scanned: int
+) -> None:
+    content = build(
+        [
+            pair("s", ARRAY, array(STRING, len(items), b"".join(map(text, items)))),
+            pair("after", STRING, text(after.decode("latin-1"))),
+        ]
+    )
+    before = gguf_module._SCAN_BYTES
+    gguf_module._SCAN_BYTES = scanned
+    try:
+        with open_bytes(tmp_path, content) as file:
+            strings = file.metadata["s"]
+    finally:
+        gguf_module._SCAN_BYTES = before
+    assert isinstance(strings, StringArray)
+    assert strings.tolist() == list(strings) == items
+    assert file.metadata["after"] == after.decode("latin-1")
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"a\xffb", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80"])
+def test_bytes_that_are_no_text_are_found_among_short_strings(bad: bytes, tmp_path: Path) -> None:
+    items = [b"ok", bad, b"\xa9", b"ok"]
+    content = build([pair("s", ARRAY, array(STRING, 4, b"".join(map(text, items))))])
+    with open_bytes(tmp_path, content) as file:
+        strings = file.metadata["s"]
+    assert isinstance(strings, StringArray)
+    with pytest.raises(ModelFormatError, match="item 1 is not UTF-8"):
+        strings.tolist()
+
+
+# --- forgetting ----------------------------------------------------------------
+
+
+def resident_bytes(path: Path) -> int:
+    """Bytes of a mapped file that this process holds."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def random_tensors(rows: dict[str, int], row_floats: int) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A file of f32 tensors, one right behind the other, and their bytes."""
+    rng = np.random.default_rng(3)
+    records, data, expected = [], b"", {}
+    for name, count in rows.items():
+        values = rng.standard_normal((count, row_floats)).astype(np.float32)
+        records.append(tensor(name, (row_floats, count), F32, len(data)))
+        expected[name] = values.view(np.uint8)
+        data += values.tobytes()
+    return build(tensors=records, data=data), expected
+
+
+def test_what_was_forgotten_reads_as_before(tmp_path: Path) -> None:
+    """Rows of 96 bytes: pages hold rows of several tensors, and end within rows."""
+    rows = {"a": 3, "b": 50, "c": 1, "d": 200, "e": 40}
+    content, expected = random_tensors(rows, 24)
+    with open_bytes(tmp_path, content) as file:
+        views = {name: file.tensor_data(name) for name in rows}
+        rng = np.random.default_rng(4)
+        for turn in range(300):
+            name = list(rows)[turn % len(rows)]
+            first = int(rng.integers(rows[name]))
+            file.forget(name, first, int(rng.integers(rows[name] - first + 1)))
+            for other, view in views.items():
+                assert np.array_equal(view, expected[other]), (turn, name, first, other)
+
+
+def test_forgotten_rows_leave_this_process(tmp_path: Path) -> None:
+    content, expected = random_tensors({"a": 256, "b": 256}, 1024)
+    with open_bytes(tmp_path, content) as file:
+        path = tmp_path / "model.gguf"
+        a, b = file.tensor_data("a"), file.tensor_data("b")
+        for _ in range(2):
+            assert np.array_equal(a, expected["a"]) and np.array_equal(b, expected["b"])
+            both = resident_bytes(path)
+            assert both >= 2 << 20
+            file.forget("a", 0, 256)
+            # The system may let go of more: what it holds as one huge page goes as one.
+            assert resident_bytes(path) <= both - (1 << 20) + mmap.PAGESIZE
+            file.forget("b", 128, 128)
+            file.forget("b", 0, 128)
+            # The rest is the head of the file, and what the system reads ahead of it.
+            assert resident_bytes(path) <= 128 << 10
+
+
+def test_forgetting_what_is_not_there_does_nothing(tmp_path: Path) -> None:
+    content, expected = random_tensors({"a": 5}, 24)
+    file = open_bytes(tmp_path, content)
+    view = file.tensor_data("a")
+    file.forget("nope", 0, 5)
+    file.forget("a", 2, 0)
+    file.forget("a", 4, 1)  # to the last byte of the file
+    file.close()
+    file.forget("a", 0, 5)
+    assert np.array_equal(view, expected["a"])
 
 
 # --- closing ------------------------------------------------------------------

@@ -3,19 +3,33 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
+from reference_model import with_formats
 
 from spanker.errors import ModelFormatError, SpankerError, UnsupportedModelError
 from spanker.ggml.architectures import llama
-from spanker.ggml.architectures.llama import LlamaModel, build_program, read_model, uploads
+from spanker.ggml.architectures.llama import (
+    LlamaModel,
+    Piece,
+    Upload,
+    build_program,
+    read_model,
+    uploads,
+)
 from spanker.ggml.gguf import GGMLType, GGUFFile
-from spanker.kernels.formats import Format, pack
+from spanker.kernels.formats import Format, pack, row_bytes
+from spanker.kernels.program import Op, Ref
 from spanker.sched.layout import card_buffers, layer_rows
-from spanker.sched.plan import Limits, tensor_pipeline
+from spanker.sched.plan import Limits, Plan, tensor_pipeline
 from spanker.testing.models import GGUFTensor, TinyModel, Value, tensor, tiny_llama
 
 LIMITS = Limits(
@@ -66,12 +80,59 @@ def test_without_an_output_matrix_the_embedding_serves_as_one(tmp_path: Path) ->
     assert not model.tied and model.shape.output.name == "output.weight"
 
 
-@pytest.mark.parametrize("fmt", ["f32", "f16", "q4_0", "q4_1", "q8_0"])
+# Of 256 weights.
+ROW_BYTES = {
+    "f32": 1024,
+    "f16": 512,
+    "bf16": 512,
+    "q4_0": 144,
+    "q4_1": 160,
+    "q5_0": 176,
+    "q5_1": 192,
+    "q8_0": 272,
+    "q4_k": 144,
+    "q5_k": 176,
+    "q6_k": 210,
+}
+
+
+@pytest.mark.parametrize("fmt", ROW_BYTES)
 def test_every_format_is_read(tmp_path: Path, fmt: str) -> None:
-    model = read(tiny_llama(format=fmt), tmp_path)
+    model = read(tiny_llama(layers=1, hidden=256, ffn=512, format=fmt), tmp_path)
     assert {w.format for w in model.weights.values()} == {Format[fmt.upper()]}
-    bytes_of_a_row = {"f32": 256, "f16": 128, "q4_0": 36, "q4_1": 40, "q8_0": 68}[fmt]
-    assert model.shape.layers[0].attn_q.row_bytes == bytes_of_a_row
+    layer = model.shape.layers[0]
+    assert layer.attn_q.row_bytes == model.shape.output.row_bytes == ROW_BYTES[fmt]
+    assert layer.ffn_down.row_bytes == 2 * ROW_BYTES[fmt]
+    unit = 1 if fmt in ("f32", "f16", "bf16") else 256 if fmt.endswith("k") else 32
+    assert (layer.attn_q.columns_unit, layer.attn_q.unit_bytes) == (
+        unit,
+        ROW_BYTES[fmt] * unit // 256,
+    )
+    assert layer.attn_q.quantized == (unit > 1)
+
+
+def test_the_formats_that_are_tested_are_all_there_are() -> None:
+    assert set(ROW_BYTES) == {f.name.lower() for f in Format}
+
+
+def test_formats_may_differ_within_a_file(tmp_path: Path) -> None:
+    made = mixed(
+        {"*": "q4_k", "token_embd": "bf16", "blk.1.attn_v": "q6_k", "output": "q5_1"},
+        hidden=256,
+        ffn=256,
+        tied=False,
+    )
+    model = read(made, tmp_path)
+    formats = {name: weight.format for name, weight in model.weights.items()}
+    assert formats.pop("token_embd.weight") is Format.BF16
+    assert formats.pop("output.weight") is Format.Q5_1
+    assert formats.pop("blk.1.attn_v.weight") is Format.Q6_K
+    assert set(formats.values()) == {Format.Q4_K}
+
+
+def mixed(formats: dict[str, str], **shape: Any) -> TinyModel:
+    """A tiny model with formats by the part of a tensor's name, as reference_model says."""
+    return with_formats(tiny_llama(format="f32", **shape), formats)
 
 
 def test_absent_keys_have_their_defaults(tmp_path: Path) -> None:
@@ -278,24 +339,37 @@ def test_a_tensor_that_nothing_reads_is_refused_by_name(tmp_path: Path, name: st
     assert "and 1 more" in refusal(made, tmp_path, UnsupportedModelError)
 
 
-@pytest.mark.parametrize("kind", [GGMLType.Q5_0, GGMLType.Q6_K, GGMLType.BF16, GGMLType.I8])
+REFUSED = [kind for kind in GGMLType if kind not in set(map(int, Format))]
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight", "output.weight"])
 def test_formats_that_are_not_multiplied_are_refused_by_name(
-    tmp_path: Path, kind: GGMLType
+    tmp_path: Path, kind: GGMLType, name: str
 ) -> None:
+    made = tiny_llama(hidden=256, ffn=256, tied=False)
+    rows = made.tensors[name].shape[0]
+    nbytes = rows * 256 // kind.block_weights * kind.block_bytes
+    made.tensors[name] = GGUFTensor(name, (rows, 256), kind, bytes(nbytes))
+    text = refusal(made, tmp_path, UnsupportedModelError)
+    assert f"tensor {name!r} has format {kind.name}; supported formats: " in text
+    supported = text.partition("supported formats: ")[2].split(", ")
+    assert sorted(supported) == sorted(f.name for f in Format)
+
+
+def test_what_is_refused_includes_the_formats_that_people_will_try() -> None:
+    names = {kind.name for kind in REFUSED}
+    assert names >= {"Q2_K", "Q3_K", "IQ2_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ2_0"}
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.F64, GGMLType.I32])
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "output_norm.weight"])
+def test_a_norm_of_another_format_is_refused(tmp_path: Path, name: str, kind: GGMLType) -> None:
     made = tiny_llama(hidden=256, ffn=256)
-    name = "blk.1.ffn_up.weight"
-    row_bytes = {"Q5_0": 256 // 32 * 22, "Q6_K": 210, "BF16": 512, "I8": 256}[kind.name]
-    made.tensors[name] = GGUFTensor(name, (256, 256), kind, bytes(256 * row_bytes))
+    nbytes = 256 // kind.block_weights * kind.block_bytes
+    made.tensors[name] = GGUFTensor(name, (256,), kind, bytes(nbytes))
     text = refusal(made, tmp_path, UnsupportedModelError)
-    assert f"tensor {name!r} has format {kind.name}" in text and "Q4_1" in text
-
-
-def test_a_norm_of_another_format_is_refused(tmp_path: Path) -> None:
-    made = tiny_llama()
-    name = "blk.0.attn_norm.weight"
-    made.tensors[name] = tensor(name, np.ones(64, np.float32), "q8_0")
-    text = refusal(made, tmp_path, UnsupportedModelError)
-    assert f"tensor {name!r} must be F32 or F16, got Q8_0" in text
+    assert f"tensor {name!r} must be F32, F16 or BF16, got {kind.name}" in text
 
 
 # --- what is sent to the cards ------------------------------------------------------------------
@@ -316,23 +390,66 @@ MODELS: dict[str, Callable[[], TinyModel]] = {
         tied=False,
     ),
     "q8_0": lambda: tiny_llama(heads=3, kv_heads=1, head_dim=32, format="q8_0", tied=False),
+    "q5": lambda: mixed(
+        {"*": "q5_0", "ffn_down": "q5_1", "attn_v": "bf16"},
+        hidden=96,
+        heads=6,
+        kv_heads=2,
+        ffn=160,
+        vocabulary=700,
+    ),
+    # Columns in units of 256: two cards embed, however many there are.
+    "k-quants": lambda: mixed(
+        {"*": "q4_k", "blk.1.attn_v": "q6_k", "blk.1.ffn_down": "q6_k", "output": "q5_k"},
+        hidden=512,
+        heads=4,
+        kv_heads=2,
+        head_dim=128,
+        ffn=256,
+        vocabulary=600,
+        tied=False,
+    ),
+    "q6_k": lambda: tiny_llama(
+        layers=2, hidden=512, heads=3, kv_heads=3, head_dim=256, ffn=768, format="q6_k"
+    ),
 }
 PLANS = [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (1, 2), (2, 2), (5, 2)]
 
 
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    directory = tmp_path_factory.mktemp("models")
+    return functools.cache(lambda name: MODELS[name]().write(directory / f"{name}.gguf"))
+
+
+def filled(upload: Upload) -> bytes:
+    """A buffer's content from its pieces, each of which fills just what it says."""
+    out = np.full(upload.nbytes + 2, 0xA5, np.uint8)
+    at = 0
+    for piece in upload.pieces:
+        assert piece.offset == at and piece.nbytes > 0
+        guarded = np.full(piece.nbytes + 2, 0x5A, np.uint8)
+        piece.fill(guarded[1:-1])
+        assert guarded[0] == guarded[-1] == 0x5A
+        at += piece.nbytes
+        out[1 + piece.offset : 1 + at] = guarded[1:-1]
+    assert at == upload.nbytes and out[0] == out[-1] == 0xA5
+    return out[1:-1].tobytes()
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("cards", "stages"), PLANS)
-@pytest.mark.parametrize("upload_bytes", [1, 2 << 20])
+@pytest.mark.parametrize("upload_bytes", [3000, 2 << 20])
 def test_every_byte_of_every_weight_buffer_is_written_once(
-    tmp_path: Path,
+    path_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     cards: int,
     stages: int,
     upload_bytes: int,
 ) -> None:
-    monkeypatch.setattr(llama, "UPLOAD_BYTES", upload_bytes if upload_bytes > 1 else 3000)
-    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+    monkeypatch.setattr(llama, "UPLOAD_BYTES", upload_bytes)
+    with GGUFFile(path_of(name)) as gguf:
         model = read_model(gguf)
         plan = tensor_pipeline(model.shape, cards, stages)
         for card in plan.cards:
@@ -343,49 +460,82 @@ def test_every_byte_of_every_weight_buffer_is_written_once(
                 written.add(upload.buffer)
                 assert upload.nbytes == sizes[upload.buffer]
                 at = 0
-                for offset, data in upload.pieces():
-                    assert offset == at and data.size and data.dtype == np.uint8
-                    at += data.size
+                for piece in upload.pieces:
+                    assert piece.offset == at and piece.nbytes > 0
+                    at += piece.nbytes
                 assert at == upload.nbytes
             weights = {b for b in sizes if b.endswith((".weight", ".columns", ".rows"))}
             assert written == weights | {"rope"}
 
 
-def content(gguf: GGUFFile, model: LlamaModel, cards: int, stages: int) -> dict[str, list[bytes]]:
+@pytest.mark.parametrize("upload_bytes", [64, 3000, 100_000])
+def test_pieces_are_of_the_size_asked_for_as_far_as_tiles_allow(
+    path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, upload_bytes: int
+) -> None:
+    monkeypatch.setattr(llama, "UPLOAD_BYTES", upload_bytes)
+    for name in MODELS:
+        with GGUFFile(path_of(name)) as gguf:
+            model = read_model(gguf)
+            plan = tensor_pipeline(model.shape, 2, 1)
+            row_bytes = {n: w.shape.row_bytes for n, w in model.weights.items()}
+            row_bytes["output.rows"] = model.shape.output.row_bytes
+            for upload in uploads(model, gguf, plan, 1, LIMITS):
+                # A packed piece is at least one tile, one of columns at least one row.
+                least = 16 * row_bytes.get(upload.buffer, 0)
+                if upload.buffer.endswith(".columns"):
+                    least = upload.nbytes // model.shape.vocabulary
+                most = max(upload_bytes, least)
+                sizes = [piece.nbytes for piece in upload.pieces]
+                assert max(sizes) <= most
+                assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]
+
+
+def content(gguf: GGUFFile, model: LlamaModel, plan: Plan) -> dict[str, list[bytes]]:
     """What the cards of a plan get, by buffer, in order of the cards."""
-    plan = tensor_pipeline(model.shape, cards, stages)
     out: dict[str, list[bytes]] = {}
     for card in plan.cards:
         for upload in uploads(model, gguf, plan, card, LIMITS):
-            data = b"".join(data.tobytes() for _, data in upload.pieces())
-            out.setdefault(upload.buffer, []).append(data)
+            out.setdefault(upload.buffer, []).append(filled(upload))
     return out
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("cards", "stages"), PLANS)
-def test_the_cards_get_the_right_rows(tmp_path: Path, name: str, cards: int, stages: int) -> None:
-    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+@pytest.mark.parametrize("upload_bytes", [3000, 2 << 20])
+def test_the_cards_get_the_right_rows(
+    path_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cards: int,
+    stages: int,
+    upload_bytes: int,
+) -> None:
+    monkeypatch.setattr(llama, "UPLOAD_BYTES", upload_bytes)
+    with GGUFFile(path_of(name)) as gguf:
         model = read_model(gguf)
         shape, plan = model.shape, tensor_pipeline(model.shape, cards, stages)
-        got = content(gguf, model, cards, stages)
+        got = content(gguf, model, plan)
+
+        def packed(name: str, first: int, rows: int) -> bytes:
+            weight = model.weights[name]
+            data = gguf.tensor_data(name)[first : first + rows]
+            return pack(weight.format, data, weight.shape.k).tobytes()
+
         for stage in plan.stages:
             for index in range(stage.layers.start, stage.layers.stop):
                 held: dict[str, list[bytes]] = {}
                 for share in stage.shares:
                     for matrix, first, rows in layer_rows(shape.layers[index], shape, share):
-                        weight = model.weights[matrix.name]
-                        data = gguf.tensor_data(matrix.name)[first : first + rows]
-                        packed = pack(weight.format, data, matrix.k).tobytes()
-                        held.setdefault(matrix.name, []).append(packed)
+                        held.setdefault(matrix.name, []).append(packed(matrix.name, first, rows))
                 for matrix_name, expected in held.items():
                     assert got[matrix_name] == expected
         vocabulary = [s.vocabulary for s in plan.stages[-1].shares if s.vocabulary.size]
-        output = model.weights[shape.output.name]
-        data = gguf.tensor_data(shape.output.name)
         assert got["output.rows"] == [
-            pack(output.format, data[v.start : v.stop], shape.hidden).tobytes() for v in vocabulary
+            packed(shape.output.name, v.start, v.size) for v in vocabulary
         ]
+        if model.tied and len(plan.cards) == 1:
+            assert "token_embd.weight.columns" not in got
+            return
         # The columns of all cards side by side are the embedding as it stands in the file.
         table = gguf.tensor_data("token_embd.weight")
         columns = [
@@ -395,22 +545,77 @@ def test_the_cards_get_the_right_rows(tmp_path: Path, name: str, cards: int, sta
         assert np.array_equal(np.concatenate(columns, axis=1), table)
 
 
-def test_norms_in_f16_are_sent_as_floats(tmp_path: Path) -> None:
+def test_pieces_can_be_filled_in_any_order_and_from_several_threads(
+    path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one piece lets go of in the file, its neighbours on the same page still get."""
+    monkeypatch.setattr(llama, "UPLOAD_BYTES", 500)
+    with GGUFFile(path_of("k-quants")) as gguf:
+        model = read_model(gguf)
+        plan = tensor_pipeline(model.shape, 1, 1)
+        made = uploads(model, gguf, plan, 0, LIMITS)
+        expected = {upload.buffer: filled(upload) for upload in made}
+        jobs = [(upload, piece) for upload in made for piece in upload.pieces]
+        out = {upload.buffer: np.empty(upload.nbytes, np.uint8) for upload in made}
+
+        def run(upload: Upload, piece: Piece) -> None:
+            piece.fill(out[upload.buffer][piece.offset : piece.offset + piece.nbytes])
+
+        random.Random(3).shuffle(jobs)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda job: run(*job), jobs))
+        assert {buffer: data.tobytes() for buffer, data in out.items()} == expected
+
+
+@pytest.mark.parametrize("fmt", ["f32", "f16", "bf16"])
+def test_norms_are_sent_as_floats_whatever_they_are_in(tmp_path: Path, fmt: str) -> None:
     made = tiny_llama(layers=1)
     values = np.linspace(0.5, 1.5, 64, dtype=np.float32)
-    made.tensors["output_norm.weight"] = tensor("output_norm.weight", values, "f16")
+    for name in ("output_norm.weight", "blk.0.attn_norm.weight"):
+        made.tensors[name] = tensor(name, values, fmt)
     with GGUFFile(made.write(tmp_path / "model.gguf")) as gguf:
-        got = content(gguf, read_model(gguf), 1, 1)
-    expected = values.astype(np.float16).astype(np.float32)
-    assert got["output_norm.weight"] == [expected.tobytes()]
+        model = read_model(gguf)
+        got = content(gguf, model, tensor_pipeline(model.shape, 1, 1))
+    t = made.tensors["output_norm.weight"]
+    expected = quants.dequantize(
+        np.frombuffer(t.data, np.uint8), GGMLQuantizationType[fmt.upper()]
+    ).astype(np.float32)
+    assert np.abs(expected - values).max() <= 2**-8
+    assert got["output_norm.weight"] == got["blk.0.attn_norm.weight"] == [expected.tobytes()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("cards", "stages"), PLANS)
+def test_a_card_embeds_from_packed_rows_only_where_it_holds_them_all(
+    path_of: Callable[[str], Path], name: str, cards: int, stages: int
+) -> None:
+    with GGUFFile(path_of(name)) as gguf:
+        model = read_model(gguf)
+    shape, plan = model.shape, tensor_pipeline(model.shape, cards, stages)
+    for card in plan.cards:
+        _, share = plan.place(card)
+        commands = build_program(model, plan, card, LIMITS).commands
+        embeds = [c for c in commands if c.op is Op.EMBED]
+        assert len(embeds) == (not share.columns.empty)
+        for command in embeds:
+            (table, _, out) = (ref for _, ref in command.refs)
+            alone = model.tied and len(plan.cards) == 1
+            assert command.args == (share.columns.size, shape.vocabulary, int(alone))
+            assert command.format is model.weights["token_embd.weight"].format
+            if alone:
+                assert table == Ref("output.rows")
+            else:
+                width = row_bytes(command.format, share.columns.size)
+                assert table == Ref("token_embd.weight.columns", width)
+            assert out == Ref("x", shape.hidden * 4, share.columns.start * 4)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("cards", "stages"), PLANS)
 def test_programs_name_only_buffers_that_the_card_has(
-    tmp_path: Path, name: str, cards: int, stages: int
+    path_of: Callable[[str], Path], name: str, cards: int, stages: int
 ) -> None:
-    with GGUFFile(MODELS[name]().write(tmp_path / "model.gguf")) as gguf:
+    with GGUFFile(path_of(name)) as gguf:
         model = read_model(gguf)
         plan = tensor_pipeline(model.shape, cards, stages)
         for card in plan.cards:

@@ -15,8 +15,21 @@ from spanker.native import isas
 Array = npt.NDArray[Any]
 
 ISAS = isas()
-FORMATS = ("f32", "f16", "q4_0", "q4_1", "q8_0")
-QUANTISED = ("q4_0", "q4_1", "q8_0")
+FORMATS = tuple(f.name.lower() for f in Format)
+FLOATS = tuple(f.name.lower() for f in Format if f.is_float)
+QUANTISED = tuple(f.name.lower() for f in Format if not f.is_float)
+SUPER_BLOCKS = ("q4_k", "q5_k", "q6_k")
+# Where the f16 fields of a block are: the scale, then the minimum if there is one.
+SCALES_AT = {
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q8_0": (0,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
 GUARD = 0xA5
 
 
@@ -97,26 +110,101 @@ def finite_f16(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[
     return np.where(infinite, bits ^ np.uint16(0x4000), bits).astype(np.uint16).view(np.float16)
 
 
-def weights(rng: np.random.Generator, name: str, rows: int, k: int) -> npt.NDArray[np.uint8]:
-    """Random GGML rows (rows, row_bytes); scales and minima are any finite f16."""
+def depths(name: str, *blocks: int) -> tuple[int, ...]:
+    """Depths of so many blocks of a format; one of float weights counts as 32."""
+    block = Format[name.upper()].block
+    return tuple((32 if block == 1 else block) * n for n in blocks)
+
+
+def block_view(name: str, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Contiguous GGML rows as (rows, blocks, bytes of a block); a view."""
     fmt = Format[name.upper()]
+    size = row_bytes(fmt, fmt.block)
+    return rows.reshape(rows.shape[0], rows.shape[1] // size, size)
+
+
+def f16_bytes(values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """The bytes (*shape, 2) of f16 values, broadcast to that shape."""
+    f16 = np.broadcast_to(np.asarray(values, np.float16), shape)
+    return np.ascontiguousarray(f16)[..., None].view(np.uint8)
+
+
+def set_scales(name: str, rows: npt.NDArray[np.uint8], *values: npt.ArrayLike) -> None:
+    """Overwrite the scale, then the minimum, of every block; f16 values, broadcast to (R, n)."""
+    blocks = block_view(name, rows)
+    for at, value in zip(SCALES_AT[name], values, strict=False):
+        blocks[..., at : at + 2] = f16_bytes(value, blocks.shape[:2])
+
+
+def weights(rng: np.random.Generator, name: str, rows: int, k: int) -> npt.NDArray[np.uint8]:
+    """Random GGML rows (rows, row_bytes); f16 scales and minima are any finite ones."""
     if name == "f32":
         return np.ascontiguousarray(floats(rng, (rows, k), "mixed")).view(np.uint8)
     if name == "f16":
         return np.ascontiguousarray(finite_f16(rng, (rows, k))).view(np.uint8)
-    nbytes = row_bytes(fmt, k)
-    out = rng.integers(0, 256, (rows, nbytes), dtype=np.uint8)
-    blocks = out.reshape(rows, k // 32, row_bytes(fmt, 32))
-    scale_count = 2 if name == "q4_1" else 1
-    scales = finite_f16(rng, (rows, k // 32, scale_count))
-    blocks[..., : 2 * scale_count] = scales.view(np.uint8)
+    if name == "bf16":
+        upper = floats(rng, (rows, k), "mixed").view(np.uint32) >> 16
+        return np.ascontiguousarray(upper.astype(np.uint16)).view(np.uint8)
+    out = rng.integers(0, 256, (rows, row_bytes(Format[name.upper()], k)), dtype=np.uint8)
+    shape = block_view(name, out).shape[:2]
+    set_scales(name, out, *(finite_f16(rng, shape) for _ in SCALES_AT[name]))
     return out
+
+
+def six_bits(scales: Array, minima: Array) -> npt.NDArray[np.uint8]:
+    """The twelve bytes of a K-quant's scales and minima, each (..., 8) below 64.
+
+    0-3    EEAAAAAA ... HHDDDDDD   scales A to D and the upper bits of scales E to H
+    4-7    eeaaaaaa ... hhdddddd   the same of the minima
+    8-11   eeeeEEEE ... hhhhHHHH   the lower bits of minima and scales E to H
+    """
+    upper = np.concatenate([scales[..., :4], minima[..., :4]], axis=-1)
+    upper = upper | np.concatenate([scales[..., 4:], minima[..., 4:]], axis=-1) >> 4 << 6
+    lower = scales[..., 4:] & 15 | (minima[..., 4:] & 15) << 4
+    return np.concatenate([upper, lower], axis=-1).astype(np.uint8)
+
+
+def ggml_rows(name: str, q: Array, *scales: Array, small: Array | None = None) -> Array:
+    """GGML rows from their parts: the inverse of what reference.split_blocks takes apart.
+
+    q (R, B, 32) are the integers as stored: unsigned, or int8 for q8_0.  `scales` are f16 bytes
+    (R, n, 2): scale and minimum of each of the n blocks or super-blocks.  `small` are the bytes
+    (R, n, 12 or 16) of a K-quant's block scales.
+    """
+    rows = q.shape[0]
+    q = np.ascontiguousarray(q).view(np.uint8) if name == "q8_0" else q.astype(np.uint8)
+
+    def joined(*parts: Array) -> Array:
+        return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+    def halves(low: Array, high: Array) -> Array:
+        return low & 15 | (high & 15) << 4
+
+    if name in SUPER_BLOCKS:
+        n = q.shape[1] // 8
+        assert small is not None
+        if name == "q6_k":
+            q = q.reshape(rows, n, 2, 4, 32)  # in each half, two blocks are below two others
+            ql = halves(q[..., 0:2, :], q[..., 2:4, :]).reshape(rows, n, 128)
+            qh = sum((q[..., i, :] >> 4 << 2 * i for i in range(4)), np.uint8(0))
+            return joined(ql, qh.reshape(rows, n, 64), small, *scales)
+        qs = halves(q[:, 0::2], q[:, 1::2]).reshape(rows, n, 128)
+        if name == "q4_k":
+            return joined(*scales, small, qs)
+        fifth = np.packbits(q.reshape(rows, n, 8, 32) >> 4, axis=-2, bitorder="little")
+        return joined(*scales, small, fifth.reshape(rows, n, 32), qs)
+    if name == "q8_0":
+        return joined(*scales, q)
+    qs = halves(q[..., :16], q[..., 16:])
+    if name in ("q5_0", "q5_1"):
+        return joined(*scales, np.packbits(q >> 4, axis=-1, bitorder="little"), qs)
+    return joined(*scales, qs)
 
 
 def q8_rows(rng: np.random.Generator, tokens: int, k: int) -> npt.NDArray[np.uint8]:
     """Random Q8 activations: any finite scale, integers in [-127, 127].
 
-    -128 is left out: no quantiser of Spanker produces it, and AVX2's sign trick needs that.
+    -128 is left out: no quantiser of Spanker produces it, and the kernels may rely on that.
     """
     out = np.empty((tokens, k // 32, 34), np.uint8)
     out[..., :2] = finite_f16(rng, (tokens, k // 32, 1)).view(np.uint8)
@@ -126,6 +214,6 @@ def q8_rows(rng: np.random.Generator, tokens: int, k: int) -> npt.NDArray[np.uin
 
 def activations(rng: np.random.Generator, name: str, tokens: int, k: int) -> Array:
     """What the matmul of this format multiplies."""
-    if name in ("f32", "f16"):
+    if name in FLOATS:
         return floats(rng, (tokens, k), "mixed")
     return q8_rows(rng, tokens, k)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from kernel_cases import assert_same_bits, floats, seed_of, weights
+from kernel_cases import FLOATS, FORMATS, QUANTISED, assert_same_bits, floats, seed_of, weights
 
 from spanker.kernels import native
 from spanker.kernels.native import NativeKernels
@@ -55,10 +55,9 @@ def hostile(bits: int) -> Iterator[None]:
 def test_kernels_ignore_the_modes_of_their_thread(kernels: NativeKernels, bits: int) -> None:
     case = ("hostile", bits)
     rng = np.random.default_rng(seed_of(*case))
-    small = floats(rng, (3, 64), "subnormal")
-    x = floats(rng, (3, 64))
-    w = weights(rng, "f16", 17, 64)
-    q4 = weights(rng, "q4_1", 17, 64)
+    small = floats(rng, (3, 256), "subnormal")
+    x = floats(rng, (3, 256))
+    w = {name: weights(rng, name, 17, 256) for name in FORMATS}
 
     def results() -> list[np.ndarray]:
         return [
@@ -66,10 +65,10 @@ def test_kernels_ignore_the_modes_of_their_thread(kernels: NativeKernels, bits: 
             kernels.swiglu(x, small),
             kernels.rmsnorm(x, x[0], 1e-5),
             kernels.quantize_q8(x),
-            kernels.matmul("f16", w, small),
-            kernels.matmul("q4_1", q4, kernels.quantize_q8(x)),
-            kernels.dequantize_row("q4_1", q4, 64),
             kernels.logit_stats(x[0], 1.0),
+            *(kernels.matmul(name, w[name], small) for name in FLOATS),
+            *(kernels.matmul(name, w[name], kernels.quantize_q8(x)) for name in QUANTISED),
+            *(kernels.dequantize_row(name, w[name], 256) for name in FORMATS),
         ]
 
     expected = results()

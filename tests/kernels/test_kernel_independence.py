@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import FORMATS, ISAS, activations, assert_same_bits, floats, seed_of, weights
+from kernel_cases import (
+    FORMATS,
+    ISAS,
+    SUPER_BLOCKS,
+    activations,
+    assert_same_bits,
+    depths,
+    floats,
+    seed_of,
+    weights,
+)
 
 from spanker.kernels.formats import Format, pack
 from spanker.kernels.native import KvPool, NativeKernels
@@ -28,8 +38,8 @@ bounded = settings(max_examples=60, deadline=None, derandomize=True, database=No
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_a_matmul_may_be_cut_anywhere(isa: str, name: str, data: st.DataObject, seed: int) -> None:
     kernels, rng = NativeKernels(isa), np.random.default_rng(seed)
-    rows, tokens = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 20))
-    k = 32 * data.draw(st.integers(1, 4))
+    rows, tokens = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 30))
+    (k,) = depths(name, data.draw(st.integers(1, 2 if name in SUPER_BLOCKS else 5)))
     w, x = weights(rng, name, rows, k), activations(rng, name, tokens, k)
     fmt = Format[name.upper()]
     whole = kernels.matmul(name, w, x)

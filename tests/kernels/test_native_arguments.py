@@ -32,7 +32,11 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an output of another dtype": lambda: K.add(f32(3, 8), f32(3, 8), np.empty((3, 8))),
     "operands of different widths": lambda: K.swiglu(f32(3, 8), f32(3, 9)),
     "Q8 rows that cut a block": lambda: K.expand_q8(np.zeros((1, 33), np.uint8)),
-    "an unknown format": lambda: K.dequantize_row("q4_k", np.zeros((1, 144), np.uint8), 256),
+    "an unknown format": lambda: K.dequantize_row("q2_k", np.zeros((1, 84), np.uint8), 256),
+    "a super-block that is cut": lambda: K.dequantize_row("q4_k", np.zeros((1, 72), np.uint8), 128),
+    "activations that cut a super-block": lambda: K.matmul(
+        "q6_k", np.zeros((1, 210), np.uint8), np.zeros((1, 7 * 34), np.uint8)
+    ),
     "a row of another length": lambda: K.dequantize_row("q4_0", np.zeros((1, 18), np.uint8), 64),
     "weights for another k": lambda: K.matmul("f32", np.zeros((2, 12), np.uint8), f32(1, 4)),
     "packed weights that are too few": lambda: K.matmul_packed(
@@ -46,6 +50,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     ),
     "Q8 activations for float weights": lambda: K.matmul_packed(
         "f16", np.zeros(16 * 34 * 2, np.uint8), 16, np.zeros((1, 34), np.uint8)
+    ),
+    "Q8 activations for bf16 weights": lambda: K.matmul(
+        "bf16", np.zeros((16, 68), np.uint8), np.zeros((1, 34), np.uint8)
     ),
     "floats for quantised weights": lambda: K.matmul_packed(
         "q4_0", np.zeros(16 * 18, np.uint8), 16, f32(1, 34)

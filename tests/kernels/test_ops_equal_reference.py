@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_cases import FORMATS, ISAS, Guarded, assert_same_bits, floats, seed_of, strided, weights
+from kernel_cases import (
+    FORMATS,
+    ISAS,
+    Guarded,
+    assert_same_bits,
+    depths,
+    floats,
+    seed_of,
+    strided,
+    weights,
+)
 
 from spanker.kernels import native, reference
 from spanker.kernels.native import NativeKernels
@@ -116,23 +126,29 @@ def test_add_equals_reference(kernels: NativeKernels, n: int, kind: str) -> None
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("k", [0, 32, 96])
-def test_dequantize_row_equals_reference(kernels: NativeKernels, name: str, k: int) -> None:
-    case = ("dequantize", name, k)
-    w = weights(np.random.default_rng(seed_of(*case)), name, 17, k)
-    got = kernels.dequantize_row(name, strided(w, 7), k)
-    assert_same_bits(got, reference.dequantize_row(name, w), *case)
+def test_dequantize_row_equals_reference(kernels: NativeKernels, name: str) -> None:
+    for k in (0, *depths(name, 1, 2, 3)):
+        case = ("dequantize", name, k)
+        w = weights(np.random.default_rng(seed_of(*case)), name, 17, k)
+        got = kernels.dequantize_row(name, strided(w, 7), k)
+        assert_same_bits(got, reference.dequantize_row(name, w), *case)
 
 
-def test_every_f16_is_read_alike(kernels: NativeKernels) -> None:
+@pytest.mark.parametrize(("name", "exponent"), [("f16", 0x7C00), ("bf16", 0x7F80)])
+def test_every_float_of_16_bits_is_read_alike(
+    kernels: NativeKernels, name: str, exponent: int
+) -> None:
     """NaN is left out: a product of a NaN keeps no promise about its bits."""
     bits = np.arange(1 << 16, dtype=np.uint16)
-    finite = bits[(bits & 0x7C00) != 0x7C00].reshape(-1, 1)
+    finite = bits[(bits & exponent) != exponent].reshape(-1, 1)
     w = finite.view(np.uint8)
     x = np.array([[1.0], [-3.0]], np.float32)
-    assert_same_bits(kernels.matmul("f16", w, x), reference.matmul("f16", w, x))
-    values = finite.view(np.float16).astype(np.float32)
-    assert_same_bits(kernels.dequantize_row("f16", w, 1), values)
+    assert_same_bits(kernels.matmul(name, w, x), reference.matmul(name, w, x))
+    if name == "f16":
+        values = finite.view(np.float16).astype(np.float32)
+    else:
+        values = (finite.astype(np.uint32) << 16).view(np.float32)
+    assert_same_bits(kernels.dequantize_row(name, w, 1), values)
 
 
 # --- scalar functions ---------------------------------------------------------------------

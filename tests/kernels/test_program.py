@@ -68,8 +68,8 @@ REF = {"a": (11, 100, 1000), "b": (22, 101, 1001), "c": (33, 102, 1002), "d": (4
 
 COMMANDS = {
     "embed": (
-        op.embed(Format.Q4_1, A, D, columns=64, vocabulary=300),
-        ("EMBED", Format.Q4_1, {0: "a", 3: "d"}, [64, 300]),
+        op.embed(Format.Q4_1, A, B, D, columns=64, vocabulary=300),
+        ("EMBED", Format.Q4_1, {0: "a", 1: "b", 3: "d"}, [64, 300]),
     ),
     "rmsnorm": (
         op.rmsnorm(A, B, D, n=64, eps=1e-5),

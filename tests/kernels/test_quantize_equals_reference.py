@@ -94,21 +94,59 @@ def test_a_value_that_is_not_finite_is_an_error(
             quantize(x)
 
 
-@pytest.mark.parametrize("k", [0, 32, 160])
+# --- blocks as the matmuls read them ------------------------------------------------------
+
+
+def regrouped(expanded: np.ndarray, tokens: int) -> np.ndarray:
+    """Records as they lie to (tokens, blocks): groups of 4 tokens, the last may be smaller;
+    within a group block after block, within a block token after token."""
+    blocks = expanded.size // tokens if tokens else 0
+    out = np.empty((tokens, blocks), expanded.dtype)
+    at = 0
+    for first in range(0, tokens, 4):
+        group = range(first, min(first + 4, tokens))
+        for b in range(blocks):
+            for t in group:
+                out[t, b] = expanded[at]
+                at += 1
+    assert at == expanded.size
+    return out
+
+
+def assert_expanded(got: np.ndarray, rows: np.ndarray, *case: object) -> None:
+    q, d, total = reference.expand_q8(rows)
+    assert got.size == d.size
+    blocks = regrouped(got, rows.shape[0])
+    first = q[..., :16].sum(axis=-1, dtype=np.int32)
+    for field, expected in (
+        ("qs", q),
+        ("d", d),
+        ("sum", total.astype(np.float32)),
+        ("minus_sum", -total),
+        ("minus_first", -first),
+    ):
+        assert_same_bits(blocks[field], expected.reshape(blocks[field].shape), field, *case)
+
+
+@pytest.mark.parametrize("k", [0, 32, 64, 160])
 def test_expand_equals_reference(kernels: NativeKernels, k: int) -> None:
     case = ("expand", k)
     rng = np.random.default_rng(seed_of(*case))
     blocks = rng.integers(0, 256, (17, k // 32, 34), dtype=np.uint8)
     blocks[..., :2] = finite_f16(rng, (17, k // 32, 1)).view(np.uint8)
     rows = blocks.reshape(17, k // 32 * 34)
-    for tokens in (0, 1, 17):
-        got = kernels.expand_q8(strided(rows[:tokens]))
-        for a, b in zip(got, reference.expand_q8(rows[:tokens]), strict=True):
-            assert_same_bits(a, b, *case)
+    for tokens in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
+        assert_expanded(kernels.expand_q8(strided(rows[:tokens])), rows[:tokens], *case, tokens)
 
 
 def test_expanded_sums_of_extremes(kernels: NativeKernels) -> None:
-    rows = np.zeros((2, 34), np.uint8)
+    rows = np.zeros((4, 34), np.uint8)
     rows[0, 2:] = 0x80
     rows[1, 2:] = 0x7F
-    assert kernels.expand_q8(rows)[2].tolist() == [[-4096], [4064]]
+    rows[2, 2:18] = 0x80
+    rows[3, 18:] = 0x7F
+    got = kernels.expand_q8(rows)
+    assert got["sum"].tolist() == [-4096, 4064, -2048, 2032]
+    assert got["minus_sum"].tolist() == [4096, -4064, 2048, -2032]
+    assert got["minus_first"].tolist() == [2048, -2032, 2048, 0]
+    assert_expanded(got, rows)

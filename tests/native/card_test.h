@@ -2,7 +2,8 @@
 /* Programs and steps for the native tests of the card.
  *
  * `struct bench` is a card with a small program that uses every operation: a token's embedding,
- * norm, Q8, attention over a paged cache, SwiGLU, an exchange with a peer, logits and candidates.
+ * norm, Q8, attention over a paged cache, SwiGLU, exchanges with a peer, logits, candidates and the
+ * choice among the best of both cards.
  * Its buffers are exactly as large as the program needs, and under AddressSanitizer everything
  * else in the card's DDR is poisoned: whatever the engine touches beyond them is reported. */
 #ifndef CARD_TEST_H
@@ -119,17 +120,28 @@ static inline struct step new_step(uint32_t tokens, uint32_t outputs, uint32_t f
     return s;
 }
 
+/* Submits heap copies of exactly these bytes and reads. */
+static inline int submit_reading(struct spk_card *c, uint32_t program, const void *bytes,
+                                 size_t nbytes, const struct spk_read *reads, size_t count,
+                                 uint64_t *fence, char *why)
+{
+    uint8_t *copy = exact(nbytes);
+    struct spk_read *wanted = count ? exact(count * sizeof *reads) : NULL;
+    if (nbytes)
+        memcpy(copy, bytes, nbytes);
+    if (count)
+        memcpy(wanted, reads, count * sizeof *reads);
+    memset(why, 0, 256);
+    int status = spk_card_submit(c, program, copy, nbytes, wanted, count, fence, why);
+    free(copy), free(wanted);
+    CHECK((status == SPK_OK) == (why[0] == 0));
+    return status;
+}
+
 static inline int submit_bytes(struct spk_card *c, uint32_t program, const void *bytes,
                                size_t nbytes, uint64_t *fence, char *why)
 {
-    uint8_t *copy = exact(nbytes);
-    if (nbytes)
-        memcpy(copy, bytes, nbytes);
-    memset(why, 0, 256);
-    int status = spk_card_submit(c, program, copy, nbytes, fence, why);
-    free(copy);
-    CHECK((status == SPK_OK) == (why[0] == 0));
-    return status;
+    return submit_reading(c, program, bytes, nbytes, NULL, 0, fence, why);
 }
 
 static inline int submit(struct spk_card *c, uint32_t program, const struct step *s,
@@ -169,6 +181,8 @@ enum bench_buffer {
     LOGITS,
     STATS,
     CANDIDATE,
+    PAIRS,
+    CHOSEN,
     BUFFERS
 };
 
@@ -221,6 +235,8 @@ static inline struct bench bench_create(uint32_t number, int isa)
     b.bytes[LOGITS] = OUTPUTS_MAX * VOCABULARY * 4;
     b.bytes[STATS] = OUTPUTS_MAX * 8;
     b.bytes[CANDIDATE] = OUTPUTS_MAX * CANDIDATES * 8;
+    b.bytes[PAIRS] = OUTPUTS_MAX * 2 * 8;
+    b.bytes[CHOSEN] = OUTPUTS_MAX * 4;
     uint32_t gap[BUFFERS]; /* what lies between two buffers belongs to neither */
     for (int i = 0; i < BUFFERS; i++) {
         CHECK_EQUAL(spk_card_alloc(b.card, b.bytes[i], &b.buffer[i]), SPK_OK);
@@ -249,7 +265,8 @@ static inline struct spk_ref bench_ref(const struct bench *b, enum bench_buffer 
     return ref_at(b->buffer[which], stride, offset);
 }
 
-/* Two cards with this program, linked, exchange their attended rows with each other. */
+/* Two cards with this program, linked, exchange their attended rows and their best tokens with
+ * each other: card 1's vocabulary begins where card 0's ends. */
 static inline struct builder bench_program(const struct bench *b)
 {
     struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX);
@@ -260,6 +277,7 @@ static inline struct builder bench_program(const struct bench *b)
     c = append(&p, SPK_OP_EMBED);
     c->format = SPK_Q8_0;
     c->ref[0] = bench_ref(b, EMBEDDING, 34, 0);
+    c->ref[1] = bench_ref(b, CHOSEN, 4, 0);
     c->ref[3] = bench_ref(b, X, row, 0);
     c->arg[0] = WIDTH, c->arg[1] = VOCABULARY;
     c = append(&p, SPK_OP_RMSNORM);
@@ -328,7 +346,27 @@ static inline struct builder bench_program(const struct bench *b)
     c->flags = SPK_FLAG_OUTPUTS;
     c->ref[0] = bench_ref(b, LOGITS, VOCABULARY * 4, 0);
     c->ref[3] = bench_ref(b, CANDIDATE, CANDIDATES * 8, 0);
-    c->arg[0] = VOCABULARY, c->arg[1] = CANDIDATES, c->arg[2] = 1000;
+    c->arg[0] = VOCABULARY, c->arg[1] = CANDIDATES, c->arg[2] = b->number * VOCABULARY;
+    c = append(&p, SPK_OP_BEST);
+    c->flags = SPK_FLAG_OUTPUTS;
+    c->ref[0] = bench_ref(b, CANDIDATE, CANDIDATES * 8, 0);
+    c->ref[3] = bench_ref(b, PAIRS, 2 * 8, b->number * 8);
+    c->arg[0] = CANDIDATES;
+    c = append(&p, SPK_OP_EXCHANGE);
+    c->arg[0] = 2;
+    c = append(&p, SPK_OP_LINK_SEND);
+    c->flags = SPK_FLAG_OUTPUTS;
+    c->ref[0] = bench_ref(b, PAIRS, 2 * 8, b->number * 8);
+    c->arg[0] = !b->number, c->arg[1] = 8;
+    c = append(&p, SPK_OP_LINK_RECV);
+    c->flags = SPK_FLAG_OUTPUTS;
+    c->ref[3] = bench_ref(b, PAIRS, 2 * 8, !b->number * 8u);
+    c->arg[0] = !b->number, c->arg[1] = 8;
+    c = append(&p, SPK_OP_CHOOSE);
+    c->flags = SPK_FLAG_OUTPUTS;
+    c->ref[0] = bench_ref(b, PAIRS, 2 * 8, 0);
+    c->ref[3] = bench_ref(b, CHOSEN, 4, 0);
+    c->arg[0] = 2;
     return p;
 }
 

@@ -11,16 +11,27 @@
 
 #define PLAIN (&spk_kernels__scalar)
 
+/* FNV-1a of all bytes that were compared: equal on every machine. */
+static uint64_t compared_digest = 0xcbf29ce484222325u;
+
 static inline void compare_bytes(const void *got, const void *expected, size_t n)
 {
     const uint8_t *a = got, *b = expected;
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         if (a[i] != b[i]) {
             fprintf(stderr, "byte %zu of %zu is %#x, expected %#x\n  case: %s\n", i, n, a[i], b[i],
                     test_case);
             exit(1);
         }
+        compared_digest = (compared_digest ^ b[i]) * 0x100000001b3u;
+    }
 }
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static const int quantised[] = {SPK_Q4_0, SPK_Q4_1, SPK_Q5_0, SPK_Q5_1,
+                                SPK_Q8_0, SPK_Q4_K, SPK_Q5_K, SPK_Q6_K};
+static const int unquantised[] = {SPK_F32, SPK_F16, SPK_BF16};
 
 /* A finite f16, a twentieth of them subnormal. */
 static inline uint16_t random_f16(struct rng *r)
@@ -40,9 +51,37 @@ static inline float any_finite(struct rng *r)
     return x;
 }
 
-static inline size_t scales_of(int format)
+/* Sets the f16 fields of all blocks of a row to `value`, or each to a random one. */
+static inline void set_scales(struct rng *r, int format, uint8_t *row, size_t k,
+                              const uint16_t *value)
 {
-    return format == SPK_Q4_1 ? 2 : 1;
+    size_t block = spk_block_weights(format), bytes = spk_row_bytes(format, block);
+    int two = format == SPK_Q4_1 || format == SPK_Q5_1 || format == SPK_Q4_K || format == SPK_Q5_K;
+    for (size_t b = 0; b < k / block; b++, row += bytes)
+        for (int i = 0; i < 1 + two; i++) {
+            uint16_t h = value ? *value : random_f16(r);
+            memcpy(row + (format == SPK_Q6_K ? 208 : 2 * i), &h, 2);
+        }
+}
+
+static inline void random_row(struct rng *r, int format, uint8_t *row, size_t k)
+{
+    if (spk_block_weights(format) > 1) {
+        for (size_t j = 0; j < spk_row_bytes(format, k); j++)
+            row[j] = (uint8_t)rng_next(r);
+        set_scales(r, format, row, k, NULL);
+        return;
+    }
+    for (size_t j = 0; j < k; j++) {
+        float x = rng_float(r);
+        uint16_t h = random_f16(r);
+        if (format == SPK_F32)
+            memcpy(row + 4 * j, &x, 4);
+        else if (format == SPK_F16)
+            memcpy(row + 2 * j, &h, 2);
+        else
+            memcpy(row + 2 * j, (uint8_t *)&x + 2, 2);
+    }
 }
 
 /* GGML rows with finite scales, packed. */
@@ -51,32 +90,21 @@ static inline uint8_t *random_packed(struct rng *r, int format, size_t rows, siz
     size_t row_bytes = spk_row_bytes(format, k), row_stride = row_bytes + 3;
     uint8_t *raw = exact(span(rows, row_bytes, row_stride));
     uint8_t *packed = exact(spk_packed_bytes(format, rows, k));
-    for (size_t i = 0; i < rows; i++) {
-        uint8_t *row = raw + i * row_stride;
-        if (format == SPK_F32) {
-            for (size_t j = 0; j < k; j++) {
-                float x = rng_float(r);
-                memcpy(row + 4 * j, &x, 4);
-            }
-        } else if (format == SPK_F16) {
-            for (size_t j = 0; j < k; j++) {
-                uint16_t h = random_f16(r);
-                memcpy(row + 2 * j, &h, 2);
-            }
-        } else {
-            size_t block = row_bytes / (k / SPK_BLOCK);
-            for (size_t j = 0; j < row_bytes; j++)
-                row[j] = (uint8_t)rng_next(r);
-            for (size_t b = 0; b < k / SPK_BLOCK; b++)
-                for (size_t s = 0; s < scales_of(format); s++) {
-                    uint16_t h = random_f16(r);
-                    memcpy(row + b * block + 2 * s, &h, 2);
-                }
-        }
-    }
+    for (size_t i = 0; i < rows; i++)
+        random_row(r, format, raw + i * row_stride, k);
     CHECK_EQUAL(spk_pack(format, raw, row_stride, packed, rows, k), SPK_OK);
     free(raw);
     return packed;
+}
+
+static inline void set_sums(struct spk_q8_block *x)
+{
+    x->minus_sum = x->minus_first = 0;
+    for (int i = 0; i < SPK_BLOCK; i++) {
+        x->minus_sum -= x->qs[i];
+        x->minus_first -= i < 16 ? x->qs[i] : 0;
+    }
+    x->sum = (float)-x->minus_sum;
 }
 
 static inline void compare_matmul_q8(const struct spk_kernels *k, int format, size_t rows,
@@ -85,35 +113,22 @@ static inline void compare_matmul_q8(const struct spk_kernels *k, int format, si
     struct rng r = {.state = (uint64_t)format * 1000003 + rows * 10007 + blocks * 101 + tokens};
     CASE("%s matmul format %d, %zu rows, %zu blocks, %zu tokens, tiles %zu to %zu", k->name,
          format, rows, blocks, tokens, begin, end);
-    uint8_t *w = random_packed(&r, format, rows, blocks * SPK_BLOCK);
-    int8_t *qs = exact(tokens * blocks * SPK_BLOCK);
-    float *d = exact_floats(&r, tokens * blocks);
-    int32_t *sum = exact(tokens * blocks * sizeof *sum);
-    for (size_t i = 0; i < tokens * blocks; i++) {
-        sum[i] = 0;
-        for (size_t j = 0; j < SPK_BLOCK; j++) {
-            qs[i * SPK_BLOCK + j] = (int8_t)((int)rng_below(&r, 255) - 127);
-            sum[i] += qs[i * SPK_BLOCK + j];
-        }
+    size_t depth = blocks * spk_block_weights(format), count = tokens * depth / SPK_BLOCK;
+    uint8_t *w = random_packed(&r, format, rows, depth);
+    struct spk_q8_block *block = exact(count * sizeof *block);
+    for (size_t i = 0; i < count; i++) {
+        for (size_t j = 0; j < SPK_BLOCK; j++)
+            block[i].qs[j] = (int8_t)((int)rng_below(&r, 255) - 127);
+        block[i].d = rng_float(&r);
+        set_sums(&block[i]);
     }
-    struct spk_q8 x = {.qs = qs, .d = d, .sum = sum, .blocks = blocks};
+    struct spk_q8 x = {.block = block, .blocks = depth / SPK_BLOCK};
     size_t stride = rows + 5, bytes = span(tokens, rows, stride) * sizeof(float);
     float *got = exact(bytes), *expected = exact(bytes);
-    for (int i = 0; i < 2; i++) {
-        const struct spk_kernels *which = i ? k : PLAIN;
-        float *out = i ? got : expected;
-        switch (format) {
-        case SPK_Q4_0:
-            which->matmul_q4_0_q8(w, &x, out, stride, rows, tokens, begin, end);
-            break;
-        case SPK_Q4_1:
-            which->matmul_q4_1_q8(w, &x, out, stride, rows, tokens, begin, end);
-            break;
-        default: which->matmul_q8_0_q8(w, &x, out, stride, rows, tokens, begin, end); break;
-        }
-    }
+    k->matmul_q8[format](w, &x, got, stride, rows, tokens, begin, end);
+    PLAIN->matmul_q8[format](w, &x, expected, stride, rows, tokens, begin, end);
     compare_bytes(got, expected, bytes);
-    free(w), free(qs), free(d), free(sum), free(got), free(expected);
+    free(w), free(block), free(got), free(expected);
 }
 
 static inline void compare_matmul_float(const struct spk_kernels *k, int format, size_t rows,
@@ -127,37 +142,43 @@ static inline void compare_matmul_float(const struct spk_kernels *k, int format,
     float *x = exact_floats(&r, span(tokens, depth, x_stride));
     size_t bytes = span(tokens, rows, stride) * sizeof(float);
     float *got = exact(bytes), *expected = exact(bytes);
-    for (int i = 0; i < 2; i++) {
-        const struct spk_kernels *which = i ? k : PLAIN;
-        (format == SPK_F16 ? which->matmul_f16_f32 : which->matmul_f32_f32)(
-            w, x, x_stride, i ? got : expected, stride, rows, depth, tokens, begin, end);
-    }
+    k->matmul_f32[format](w, x, x_stride, got, stride, rows, depth, tokens, begin, end);
+    PLAIN->matmul_f32[format](w, x, x_stride, expected, stride, rows, depth, tokens, begin, end);
     compare_bytes(got, expected, bytes);
     free(w), free(x), free(got), free(expected);
 }
 
+/* Groups of all sizes, pairs of tiles (they need many tokens), runs of blocks of both lengths. */
 static inline void compare_matmuls(const struct spk_kernels *k)
 {
     static const size_t rows[] = {0, 1, 15, 16, 17, 33}, blocks[] = {1, 2, 3, 5};
-    static const size_t tokens[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 17};
+    static const size_t tokens[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 27};
     static const size_t depths[] = {0, 1, 7, 32, 33};
-    static const int quantised[] = {SPK_Q4_0, SPK_Q4_1, SPK_Q8_0}, floats[] = {SPK_F16, SPK_F32};
-    for (size_t a = 0; a < sizeof rows / sizeof *rows; a++)
-        for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++) {
+    for (int format = 0; format < SPK_FORMAT_COUNT; format++) {
+        CASE("%s has kernels of format %d", k->name, format);
+        CHECK_EQUAL(k->matmul_q8[format] != NULL, spk_block_weights(format) > 1);
+        CHECK_EQUAL(k->matmul_f32[format] != NULL, spk_block_weights(format) == 1);
+    }
+    for (size_t a = 0; a < COUNT(rows); a++)
+        for (size_t t = 0; t < COUNT(tokens); t++) {
             size_t tiles = (rows[a] + 15) / 16;
-            for (size_t f = 0; f < 3; f++)
-                for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
-                    compare_matmul_q8(k, quantised[f], rows[a], blocks[b], tokens[t], 0, tiles);
-            for (size_t f = 0; f < 2; f++)
-                for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
-                    compare_matmul_float(k, floats[f], rows[a], depths[d], tokens[t], 0, tiles);
+            for (size_t f = 0; f < COUNT(quantised); f++)
+                for (size_t b = 0; b < COUNT(blocks); b++)
+                    if (blocks[b] < 5 || spk_block_weights(quantised[f]) == SPK_BLOCK)
+                        compare_matmul_q8(k, quantised[f], rows[a], blocks[b], tokens[t], 0, tiles);
+            for (size_t f = 0; f < COUNT(unquantised); f++)
+                for (size_t d = 0; d < COUNT(depths); d++)
+                    compare_matmul_float(k, unquantised[f], rows[a], depths[d], tokens[t], 0,
+                                         tiles);
         }
     for (size_t begin = 0; begin <= 3; begin++)
         for (size_t end = begin; end <= 3; end++) {
-            for (size_t f = 0; f < 3; f++)
+            for (size_t f = 0; f < COUNT(quantised); f++) {
                 compare_matmul_q8(k, quantised[f], 41, 3, 6, begin, end);
-            for (size_t f = 0; f < 2; f++)
-                compare_matmul_float(k, floats[f], 41, 9, 6, begin, end);
+                compare_matmul_q8(k, quantised[f], 41, 1, 25, begin, end);
+            }
+            for (size_t f = 0; f < COUNT(unquantised); f++)
+                compare_matmul_float(k, unquantised[f], 41, 9, 6, begin, end);
         }
 }
 
@@ -165,41 +186,37 @@ static inline void compare_matmuls(const struct spk_kernels *k)
 static inline void compare_extreme_integers(const struct spk_kernels *k)
 {
     static const uint8_t bytes[] = {0x00, 0x0f, 0x7f, 0x80, 0x81, 0xf0, 0xff};
-    static const int8_t activations[] = {127, -127};
-    for (size_t f = 0; f < 3; f++)
+    static const int activations[] = {127, -127};
+    for (size_t f = 0; f < COUNT(quantised); f++)
         for (size_t i = 0; i < sizeof bytes; i++)
-            for (size_t j = 0; j < sizeof activations; j++) {
-                int format = (int[]){SPK_Q4_0, SPK_Q4_1, SPK_Q8_0}[f];
+            for (size_t j = 0; j < COUNT(activations); j++) {
+                int format = quantised[f];
+                size_t depth = spk_block_weights(format), row = spk_row_bytes(format, depth);
                 CASE("%s format %d, weights of %#x, activations of %d", k->name, format, bytes[i],
                      activations[j]);
-                size_t nbytes = spk_packed_bytes(format, 16, 32), ints = f == 2 ? 512 : 256;
-                uint8_t *w = exact(nbytes);
-                memset(w, bytes[i], nbytes);
-                for (size_t at = ints; at < nbytes; at += 2)
-                    memcpy(w + at, &(uint16_t){0x3c00}, 2);
-                int8_t qs[32];
-                memset(qs, activations[j], sizeof qs);
-                struct spk_q8 x = {qs, &(float){1.0f}, &(int32_t){32 * activations[j]}, 1};
-                float got[16], expected[16];
-                if (f == 0) {
-                    k->matmul_q4_0_q8(w, &x, got, 16, 16, 1, 0, 1);
-                    PLAIN->matmul_q4_0_q8(w, &x, expected, 16, 16, 1, 0, 1);
-                } else if (f == 1) {
-                    k->matmul_q4_1_q8(w, &x, got, 16, 16, 1, 0, 1);
-                    PLAIN->matmul_q4_1_q8(w, &x, expected, 16, 16, 1, 0, 1);
-                } else {
-                    k->matmul_q8_0_q8(w, &x, got, 16, 16, 1, 0, 1);
-                    PLAIN->matmul_q8_0_q8(w, &x, expected, 16, 16, 1, 0, 1);
+                uint8_t *raw = exact(row), *w = exact(16 * row);
+                memset(raw, bytes[i], row);
+                set_scales(NULL, format, raw, depth, &(uint16_t){0x3c00});
+                CHECK_EQUAL(spk_pack(format, raw, 0, w, 16, depth), SPK_OK);
+                struct spk_q8_block block[8];
+                for (size_t b = 0; b < depth / SPK_BLOCK; b++) {
+                    memset(block[b].qs, activations[j], sizeof block[b].qs);
+                    block[b].d = 1.0f;
+                    set_sums(&block[b]);
                 }
+                struct spk_q8 x = {block, depth / SPK_BLOCK};
+                float got[16], expected[16];
+                k->matmul_q8[format](w, &x, got, 16, 16, 1, 0, 1);
+                PLAIN->matmul_q8[format](w, &x, expected, 16, 16, 1, 0, 1);
                 compare_bytes(got, expected, sizeof got);
-                free(w);
+                free(raw), free(w);
             }
 }
 
 static inline void compare_quantize(const struct spk_kernels *k)
 {
     for (size_t width = 0; width <= 160; width += 32)
-        for (size_t tokens = 0; tokens < 4; tokens++)
+        for (size_t tokens = 0; tokens < 10; tokens += tokens < 6 ? 1 : 3)
             for (int kind = 0; kind < 3; kind++) {
                 struct rng r = {.state = width * 7 + tokens * 3 + (uint64_t)kind};
                 CASE("%s quantize, k %zu, %zu tokens, kind %d", k->name, width, tokens, kind);
@@ -219,17 +236,12 @@ static inline void compare_quantize(const struct spk_kernels *k)
                             SPK_OK);
                 compare_bytes(got, expected, bytes);
 
-                size_t n = tokens * blocks;
-                int8_t *qs[2] = {exact(n * 32), exact(n * 32)};
-                float *d[2] = {exact(n * 4), exact(n * 4)};
-                int32_t *sum[2] = {exact(n * 4), exact(n * 4)};
-                k->expand_q8(got, out_stride, qs[0], d[0], sum[0], width, tokens);
-                PLAIN->expand_q8(got, out_stride, qs[1], d[1], sum[1], width, tokens);
-                compare_bytes(qs[0], qs[1], n * 32);
-                compare_bytes(d[0], d[1], n * 4);
-                compare_bytes(sum[0], sum[1], n * 4);
-                for (int i = 0; i < 2; i++)
-                    free(qs[i]), free(d[i]), free(sum[i]);
+                size_t expanded = tokens * blocks * sizeof(struct spk_q8_block);
+                struct spk_q8_block *block[2] = {exact(expanded), exact(expanded)};
+                k->expand_q8(got, out_stride, block[0], width, tokens);
+                PLAIN->expand_q8(got, out_stride, block[1], width, tokens);
+                compare_bytes(block[0], block[1], expanded);
+                free(block[0]), free(block[1]);
                 free(x), free(got), free(expected);
             }
 }
@@ -237,7 +249,7 @@ static inline void compare_quantize(const struct spk_kernels *k)
 static inline void compare_rows(const struct spk_kernels *k)
 {
     static const size_t widths[] = {1, 7, 15, 16, 17, 31, 32, 33, 80};
-    for (size_t a = 0; a < sizeof widths / sizeof *widths; a++)
+    for (size_t a = 0; a < COUNT(widths); a++)
         for (size_t tokens = 0; tokens < 4; tokens++) {
             size_t n = widths[a], stride = n + 3, bytes = span(tokens, n, stride) * 4;
             struct rng r = {.state = n * 31 + tokens};
@@ -292,30 +304,29 @@ static inline void compare_exp(const struct spk_kernels *k)
 
 static inline void compare_dequantize(const struct spk_kernels *k)
 {
-    static const int formats[] = {SPK_F32, SPK_F16, SPK_Q4_0, SPK_Q4_1, SPK_Q8_0};
-    for (size_t f = 0; f < 5; f++)
-        for (size_t n = 0; n <= 96; n += 32) {
-            struct rng r = {.state = f * 1000 + n};
-            CASE("%s dequantize format %d, %zu", k->name, formats[f], n);
-            size_t bytes = spk_row_bytes(formats[f], n);
-            uint8_t *row = exact(bytes);
-            for (size_t i = 0; i < bytes; i++)
-                row[i] = (uint8_t)rng_below(&r, 0x70); /* no exponent of all ones */
+    for (int format = 0; format < SPK_FORMAT_COUNT; format++)
+        for (size_t blocks = 0; spk_block_weights(format) && blocks < 4; blocks++) {
+            struct rng r = {.state = (uint64_t)format * 1000 + blocks};
+            CASE("%s dequantize format %d, %zu blocks", k->name, format, blocks);
+            size_t weights = spk_block_weights(format), n = blocks * (weights > 1 ? weights : 33);
+            uint8_t *row = exact(spk_row_bytes(format, n));
+            random_row(&r, format, row, n);
             float *got = exact(n * 4), *expected = exact(n * 4);
-            CHECK_EQUAL(k->dequantize_row(formats[f], row, got, n), SPK_OK);
-            CHECK_EQUAL(PLAIN->dequantize_row(formats[f], row, expected, n), SPK_OK);
+            CHECK_EQUAL(k->dequantize_row(format, row, got, n), SPK_OK);
+            CHECK_EQUAL(PLAIN->dequantize_row(format, row, expected, n), SPK_OK);
             compare_bytes(got, expected, n * 4);
             free(row), free(got), free(expected);
         }
     CASE("%s dequantize unknown format", k->name);
-    CHECK_EQUAL(k->dequantize_row(7, NULL, NULL, 0), SPK_E_ARG);
+    CHECK_EQUAL(k->dequantize_row(10, NULL, NULL, 0), SPK_E_ARG);
+    CHECK_EQUAL(k->dequantize_row(SPK_FORMAT_COUNT, NULL, NULL, 0), SPK_E_ARG);
 }
 
 static inline void compare_logits(const struct spk_kernels *k)
 {
     static const size_t counts[] = {0, 1, 15, 16, 17, 255, 256, 257, 273, 600};
     static const size_t wanted[] = {0, 1, 3, 40, 700};
-    for (size_t a = 0; a < sizeof counts / sizeof *counts; a++)
+    for (size_t a = 0; a < COUNT(counts); a++)
         for (int ties = 0; ties < 2; ties++) {
             size_t n = counts[a], chunks = (n + 255) / 256;
             struct rng r = {.state = n * 2 + (uint64_t)ties};
@@ -328,7 +339,7 @@ static inline void compare_logits(const struct spk_kernels *k)
             CHECK_EQUAL(PLAIN->logit_stats(x, n, 1.25f, expected), SPK_OK);
             compare_bytes(got, expected, chunks * 8);
             free(got), free(expected);
-            for (size_t b = 0; b < sizeof wanted / sizeof *wanted; b++) {
+            for (size_t b = 0; b < COUNT(wanted); b++) {
                 size_t size = wanted[b] < n ? wanted[b] : n;
                 uint32_t *ids[2] = {exact(size * 4), exact(size * 4)};
                 float *values[2] = {exact(size * 4), exact(size * 4)};
@@ -353,7 +364,8 @@ static inline void compare_attention(const struct spk_kernels *k, size_t dim, si
     CASE("%s attention, head size %zu, pages of %zu, %zu queries, %zu positions", k->name, dim,
          page_positions, queries, longest);
     uint16_t *pool[2] = {exact(pool_bytes), exact(pool_bytes)};
-    float *scratch[2] = {exact(4 * rounded * 4), exact(4 * rounded * 4)};
+    float *scratch[2] = {exact(SPK_ATTENTION_ROWS * (rounded + dim) * 4),
+                         exact(SPK_ATTENTION_ROWS * (rounded + dim) * 4)};
     for (size_t i = 0; i < pool_bytes / 2; i++)
         pool[0][i] = pool[1][i] = 0x7e00; /* NaN wherever nothing was stored */
     uint32_t *pages = exact(used * sizeof *pages);
@@ -361,7 +373,7 @@ static inline void compare_attention(const struct spk_kernels *k, size_t dim, si
         pages[i] = (uint32_t)(used - i); /* in reverse, page 0 unused */
     struct spk_kv kv[2];
     for (int i = 0; i < 2; i++)
-        kv[i] = (struct spk_kv){pool[i], page_positions, heads, dim};
+        kv[i] = (struct spk_kv){pool[i], page_count, page_positions, heads, dim};
     for (size_t p = 0; p < longest; p++) {
         float *key = exact_floats(&r, heads * dim), *value = exact_floats(&r, heads * dim);
         uint32_t page = pages[p / page_positions], at = (uint32_t)(p % page_positions);
@@ -403,8 +415,8 @@ static inline void compare_attention(const struct spk_kernels *k, size_t dim, si
 static inline void compare_attentions(const struct spk_kernels *k)
 {
     static const size_t dims[] = {16, 24, 64, 80, 7}, lengths[] = {1, 15, 16, 17, 33, 100};
-    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
-        for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++)
+    for (size_t d = 0; d < COUNT(dims); d++)
+        for (size_t n = 0; n < COUNT(lengths); n++)
             for (size_t queries = 1; queries <= 9; queries += queries < 5 ? 1 : 4) {
                 compare_attention(k, dims[d], 16, queries, lengths[n]);
                 compare_attention(k, dims[d], 48, queries, lengths[n]);
@@ -427,12 +439,12 @@ static inline void compare_one_nonfinite(const struct spk_kernels *k, float bad,
     CHECK(!isfinite(out[at])); /* nothing here reports it, so it must not vanish */
 
     uint16_t *pool = exact(2 * 16 * N * 2);
-    struct spk_kv kv = {pool, 16, 1, N};
+    struct spk_kv kv = {pool, 1, 16, 1, N};
     CHECK_EQUAL(k->kv_append(&kv, 0, 5, x, w), SPK_E_F16_RANGE);
     CHECK_EQUAL(k->kv_append(&kv, 0, 5, w, x), SPK_E_F16_RANGE);
     for (uint32_t p = 0; p < 16; p++)
         CHECK_EQUAL(k->kv_append(&kv, 0, p, w, w), SPK_OK);
-    float *scratch = exact(4 * 16 * 4);
+    float *scratch = exact(SPK_ATTENTION_ROWS * (16 + N) * 4);
     for (uint32_t visible = 1; visible <= 16; visible += 5) {
         struct spk_attention a = {kv, &(uint32_t){0}, 0, 1, (const float *const[]){x},
                                   (float *[]){out}, &visible, 0.1f, scratch};
@@ -444,7 +456,7 @@ static inline void compare_one_nonfinite(const struct spk_kernels *k, float bad,
 static inline void compare_nonfinite(const struct spk_kernels *k)
 {
     static const size_t at[] = {0, 15, 16, 255, 256, 287, 288, 299};
-    for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
+    for (size_t i = 0; i < COUNT(at); i++) {
         compare_one_nonfinite(k, NAN, at[i]);
         compare_one_nonfinite(k, INFINITY, at[i]);
         compare_one_nonfinite(k, -INFINITY, at[i]);

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The card driven by one thread: memory, what it refuses, the queue, aborts, faults and links. */
+/* The card driven by one thread: memory, what it refuses, the queue, what steps bring back, chosen
+ * tokens, the trace, aborts, faults and links. */
 #include <poll.h>
+#include <time.h>
 
 #include "card_test.h"
 
@@ -189,7 +191,7 @@ static void refuses_broken_headers(void)
     REFUSES(SPK_E_BOUNDS, p.header.positions_max++);
 }
 
-static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8, 9, 9};
 
 /* Operands that an operation does not take are not checked, so they must not be looked at. */
 static void ignores_operands_that_an_operation_does_not_take(void)
@@ -247,7 +249,7 @@ static void refuses_every_operand_out_of_bounds(void)
                 p.commands[i].ref[slot].stride = UINT32_MAX / 32 * 32;
                 CHECK_EQUAL(load(alice.card, &p, &handle, &bad, why), SPK_E_BOUNDS);
                 p = valid;
-                p.commands[i].ref[slot].stride = 4; /* rows would overlap */
+                p.commands[i].ref[slot].stride = 0; /* rows would overlap */
                 CHECK(load(alice.card, &p, &handle, &bad, why) != SPK_OK);
             }
         }
@@ -262,15 +264,15 @@ static void refuses_every_operand_out_of_bounds(void)
 static void refuses_arguments_that_make_no_sense(void)
 {
     REFUSES(SPK_E_ARG, p.commands[0].op = 0);
-    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_LINK_RECV + 1);
+    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_CHOOSE + 1);
     REFUSES(SPK_E_ARG, p.commands[0].op = UINT16_MAX);
     REFUSES(SPK_E_ARG, p.commands[1].flags = 2);
-    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->format = 7);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->format = 10);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->arg[0] = 33);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->arg[1] = 0);
     REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_EMBED)->arg[1] = VOCABULARY + 1);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_QUANTIZE)->arg[0] = 31);
-    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->format = 7);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->format = 10);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_MATMUL)->arg[1] = 33);
     REFUSES(SPK_E_BOUNDS, find(&p, SPK_OP_MATMUL)->arg[0] = 65);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_ROPE)->arg[2] = HEAD_DIM + 2);
@@ -289,6 +291,14 @@ static void refuses_arguments_that_make_no_sense(void)
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = 0);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = 4097);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_TOP_K)->arg[1] = CANDIDATES + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_BEST)->arg[0] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_BEST)->arg[0] = 4097);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_BEST)->arg[0] = UINT32_MAX);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_BEST)->arg[0] = CANDIDATES + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_CHOOSE)->arg[0] = 0);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_CHOOSE)->arg[0] = SPK_CARDS_MAX + 1);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_CHOOSE)->arg[0] = UINT32_MAX);
+    REFUSES(SPK_E_ARG, find(&p, SPK_OP_CHOOSE)->arg[0] = 3);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = 3);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = 1);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EXCHANGE)->arg[0] = UINT32_MAX);
@@ -328,7 +338,9 @@ static void refuses_rows_of_the_wrong_kind(void)
     static const int by_token[] = {SPK_OP_EMBED, SPK_OP_ROPE, SPK_OP_KV_APPEND, SPK_OP_ATTENTION};
     for (size_t i = 0; i < COUNT(by_token); i++)
         REFUSES(SPK_E_ARG, find(&p, by_token[i])->flags = SPK_FLAG_OUTPUTS);
-    REFUSES(SPK_E_ARG, find(&p, SPK_OP_LOGIT_STATS)->flags = 0);
+    static const int by_output[] = {SPK_OP_LOGIT_STATS, SPK_OP_BEST, SPK_OP_CHOOSE};
+    for (size_t i = 0; i < COUNT(by_output); i++)
+        REFUSES(SPK_E_ARG, find(&p, by_output[i])->flags = 0);
 }
 
 static void refuses_broken_steps(void)
@@ -357,7 +369,9 @@ static void refuses_broken_steps(void)
         uint32_t word, value;
     } bad_words[] = {
         {"token id", TOKEN + 1, VOCABULARY},
-        {"token id", TOKEN, UINT32_MAX},
+        {"token id", TOKEN, SPK_TOKEN_CHOSEN - 1},
+        {"chosen output", TOKEN + 2, SPK_TOKEN_CHOSEN | OUTPUTS_MAX},
+        {"chosen output", TOKEN, UINT32_MAX},
         {"position beyond the pages", POSITION + 2, 48},
         {"position beyond the program", POSITION, POSITIONS_MAX},
         {"sequence", SEQUENCE + 2, 1},
@@ -558,6 +572,598 @@ static void only_the_rows_of_the_step_are_written(void)
     CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
 }
 
+/* --- what a step brings back -------------------------------------------------------------- */
+
+/* A program that adds HIDDEN to X, once for each command, on the first row or more. */
+static struct builder adding(const struct bench *b, int commands)
+{
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX), whole = bench_program(b);
+    for (int i = 0; i < commands; i++)
+        *append(&p, SPK_OP_ADD) = *find(&whole, SPK_OP_ADD);
+    return p;
+}
+
+/* X to zeros and HIDDEN to ones: `adding` counts. */
+static void start_counting(const struct bench *b)
+{
+    float x[TOKENS_MAX * WIDTH] = {0};
+    CHECK_EQUAL(spk_card_write(b->card, b->buffer[X], 0, x, sizeof x), SPK_OK);
+    for (size_t i = 0; i < COUNT(x); i++)
+        x[i] = 1.0f;
+    CHECK_EQUAL(spk_card_write(b->card, b->buffer[HIDDEN], 0, x, sizeof x), SPK_OK);
+}
+
+static float float_at(const uint8_t *bytes)
+{
+    float x;
+    memcpy(&x, bytes, sizeof x);
+    return x;
+}
+
+static void reads_come_with_their_own_step(void)
+{
+    struct builder p = adding(&alice, 1);
+    uint32_t program, bad;
+    uint64_t fence;
+    char why[256];
+    struct step s = new_step(1, 0, 0, 0, 1);
+    struct spk_completion done;
+    CASE("reads");
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    start_counting(&alice);
+    for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++) {
+        /* As many reads as there may be; the last one ends with its buffer. */
+        struct spk_read reads[SPK_READS_MAX] = {
+            {.buffer = alice.buffer[X], .offset = 4 * i, .nbytes = 4},
+            {.buffer = alice.buffer[HIDDEN], .offset = 0, .nbytes = 0},
+            {.buffer = alice.buffer[X], .offset = TOKENS_MAX * WIDTH * 4, .nbytes = 0},
+            {.buffer = alice.buffer[HIDDEN], .offset = 4, .nbytes = 8},
+            {.buffer = alice.buffer[X], .offset = TOKENS_MAX * WIDTH * 4 - 1, .nbytes = 1},
+        };
+        for (int j = 5; j < SPK_READS_MAX; j++)
+            reads[j] = reads[0];
+        CHECK_EQUAL(submit_reading(alice.card, program, &s, step_bytes(&s), reads, i + 1, &fence,
+                                   why),
+                    SPK_OK);
+    }
+    CHECK(run_cards(&alice.card, 1));
+    static const uint64_t ends[SPK_READS_MAX] = {4, 4, 4, 12, 13, 17, 21, 25};
+    for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++) {
+        CASE("reads of step %u", i);
+        done = collect(alice.card);
+        CHECK_EQUAL(done.status, SPK_OK);
+        CHECK_EQUAL(done.result_bytes, ends[i]);
+        /* The memory as it was then, though all the steps are over. */
+        CHECK(float_at(done.result) == (float)(i + 1));
+        if (i >= 3)
+            CHECK(float_at(done.result + 4) == 1.0f && float_at(done.result + 8) == 1.0f);
+        if (i >= 4)
+            CHECK_EQUAL(done.result[12], 0);
+        for (uint32_t j = 5; j <= i; j++)
+            CHECK(float_at(done.result + 13 + 4 * (j - 5)) == (float)(i + 1));
+    }
+    CHECK(!spk_card_completion(alice.card, &done));
+    /* A step of no rows reads too, one without reads brings nothing. */
+    struct step empty = new_step(0, 0, 0, 0, 0);
+    struct spk_read whole = {.buffer = alice.buffer[X], .nbytes = TOKENS_MAX * WIDTH * 4};
+    CHECK_EQUAL(submit_reading(alice.card, program, &empty, step_bytes(&empty), &whole, 1, &fence,
+                               why),
+                SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &empty, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    done = collect(alice.card);
+    CHECK_EQUAL(done.result_bytes, whole.nbytes);
+    CHECK(float_at(done.result + 4 * WIDTH) == 0.0f && float_at(done.result) == SPK_QUEUE_MAX);
+    CHECK_EQUAL(collect(alice.card).result_bytes, 0);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+static void refuses_reads_that_do_not_fit(void)
+{
+    struct builder p = adding(&alice, 1);
+    uint32_t program, bad, users[BUFFERS];
+    uint64_t fence;
+    char why[256];
+    struct step s = new_step(1, 0, 0, 0, 1);
+    struct spk_counters counters;
+    struct spk_completion done;
+    const uint64_t end = TOKENS_MAX * WIDTH * 4;
+    const uint32_t x = alice.buffer[X];
+    const struct {
+        int status;
+        struct spk_read read;
+    } bad_reads[] = {
+        {SPK_E_HANDLE, {.buffer = 9999, .nbytes = 1}},
+        {SPK_E_HANDLE, {.buffer = UINT32_MAX}},
+        {SPK_E_BOUNDS, {.buffer = x, .offset = end, .nbytes = 1}},
+        {SPK_E_BOUNDS, {.buffer = x, .offset = end + 1}},
+        {SPK_E_BOUNDS, {.buffer = x, .nbytes = end + 1}},
+        {SPK_E_BOUNDS, {.buffer = x, .offset = 1, .nbytes = UINT64_MAX}},
+        {SPK_E_BOUNDS, {.buffer = x, .offset = UINT64_MAX, .nbytes = 1}},
+        {SPK_E_BOUNDS, {.buffer = x, .offset = UINT64_MAX - 3, .nbytes = 8}},
+        {SPK_E_BOUNDS, {.buffer = x, .reserved = 1}},
+        {SPK_E_BOUNDS, {.buffer = x, .reserved = UINT32_MAX, .nbytes = 4}},
+    };
+    CASE("reads");
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    start_counting(&alice);
+    for (int i = 0; i < BUFFERS; i++)
+        users[i] = alice.card->buffers[alice.buffer[i]].users;
+    for (size_t i = 0; i < COUNT(bad_reads) + 1; i++)
+        for (size_t at = 0; at < SPK_READS_MAX; at++) {
+            /* The bad one among good ones, or one too many of those. */
+            struct spk_read reads[SPK_READS_MAX + 1];
+            bool many = i == COUNT(bad_reads);
+            CASE("bad read %zu of number %zu", at, i);
+            for (size_t j = 0; j < COUNT(reads); j++)
+                reads[j] = (struct spk_read){.buffer = x, .nbytes = 4};
+            if (!many)
+                reads[at] = bad_reads[i].read;
+            CHECK_EQUAL(submit_reading(alice.card, program, &s, step_bytes(&s), reads,
+                                       SPK_READS_MAX + many, &fence, why),
+                        many ? SPK_E_PARAMS : bad_reads[i].status);
+            CHECK(strlen(why) > 8 && !strchr(why, '\n'));
+            for (int j = 0; j < BUFFERS; j++)
+                CHECK_EQUAL(alice.card->buffers[alice.buffer[j]].users, users[j]);
+        }
+    CASE("a number of reads beyond any memory");
+    CHECK_EQUAL(spk_card_submit(alice.card, program, &s, step_bytes(&s), NULL, SIZE_MAX, &fence,
+                                why),
+                SPK_E_PARAMS);
+    spk_card_counters(alice.card, &counters);
+    CHECK_EQUAL(counters.queued, 0);
+    CHECK_EQUAL(spk_card_step(alice.card), SPK_STEP_IDLE);
+    CHECK(!spk_card_completion(alice.card, &done));
+    /* What is wrong with the step itself is told though the reads are good. */
+    struct spk_read good = {.buffer = x, .nbytes = 4};
+    CHECK_EQUAL(submit_reading(alice.card, program, &s, step_bytes(&s) - 4, &good, 1, &fence, why),
+                SPK_E_PARAMS);
+    CHECK_EQUAL(submit_reading(alice.card, program, &s, step_bytes(&s), &good, 1, &fence, why),
+                SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK(float_at(collect(alice.card).result) == 1.0f); /* nothing ran before it */
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+/* Reads within their buffers, but together more than a result may have. */
+static void refuses_results_that_are_too_large(void)
+{
+    int status;
+    uint32_t large, program, bad;
+    uint64_t fence;
+    char why[256];
+    struct spk_card *c = spk_card_create(SPK_RESULT_BYTES_MAX, SPK_ISA_SCALAR, &status);
+    struct builder p = new_program(1, 0, 1);
+    struct step s = new_step(1, 0, 0, 0, 0);
+    struct spk_read reads[2] = {{.nbytes = SPK_RESULT_BYTES_MAX}, {.nbytes = 1}};
+    CASE("large results");
+    CHECK_EQUAL(spk_card_alloc(c, SPK_RESULT_BYTES_MAX, &large), SPK_OK);
+    CHECK_EQUAL(load(c, &p, &program, &bad, why), SPK_OK);
+    reads[0].buffer = reads[1].buffer = large;
+    CHECK_EQUAL(submit_reading(c, program, &s, step_bytes(&s), reads, 2, &fence, why),
+                SPK_E_BOUNDS);
+    reads[0].nbytes = reads[1].nbytes = SPK_RESULT_BYTES_MAX / 2 + 1;
+    CHECK_EQUAL(submit_reading(c, program, &s, step_bytes(&s), reads, 2, &fence, why),
+                SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_free(c, large), SPK_OK);
+    spk_card_destroy(c);
+}
+
+/* However a step ends, its buffers are held until then and no longer. */
+static void a_buffer_that_a_step_will_read_cannot_be_freed(void)
+{
+    static const char *const endings[] = {"success", "fault", "abort", "death"};
+    for (size_t how = 0; how < COUNT(endings); how++) {
+        struct bench b = bench_create(0, SPK_ISA_SCALAR);
+        struct builder p = adding(&b, 1), whole = bench_program(&b);
+        uint32_t program, bad, extra;
+        uint64_t fence;
+        char why[256];
+        float inf = 0x1p127f * 2.0f;
+        struct step s = new_step(1, 0, 0, 0, 1);
+        CASE("held until %s", endings[how]);
+        *append(&p, SPK_OP_QUANTIZE) = *find(&whole, SPK_OP_QUANTIZE);
+        UNPOISON(b.card->ddr, b.card->ddr_bytes);
+        CHECK_EQUAL(spk_card_alloc(b.card, 100, &extra), SPK_OK);
+        CHECK_EQUAL(spk_card_write(b.card, extra, 0, "abcdef", 6), SPK_OK);
+        CHECK_EQUAL(load(b.card, &p, &program, &bad, why), SPK_OK);
+        start_counting(&b);
+        if (how == 1)
+            CHECK_EQUAL(spk_card_write(b.card, b.buffer[HIDDEN], 0, &inf, 4), SPK_OK);
+        struct spk_read reads[] = {{.buffer = extra, .offset = 2, .nbytes = 3},
+                                   {.buffer = extra, .nbytes = 1}};
+        /* Of the second one nothing runs but on success. */
+        for (int i = 0; i < 2; i++)
+            CHECK_EQUAL(submit_reading(b.card, program, &s, step_bytes(&s), reads, 2, &fence, why),
+                        SPK_OK);
+        CHECK_EQUAL(spk_card_free(b.card, extra), SPK_E_BUSY);
+        if (how == 2)
+            CHECK_EQUAL(spk_card_abort(b.card, 2), SPK_OK);
+        if (how == 3)
+            spk_card_plant(b.card, SPK_PLANT_DIE);
+        CHECK(run_cards(&b.card, 1));
+        static const int statuses[][2] = {{SPK_OK, SPK_OK},
+                                          {SPK_E_NONFINITE, SPK_E_ABORTED},
+                                          {SPK_E_ABORTED, SPK_E_ABORTED},
+                                          {SPK_E_LOST, SPK_E_LOST}};
+        for (int i = 0; i < 2; i++) {
+            struct spk_completion done = collect(b.card);
+            CHECK_EQUAL(done.status, statuses[how][i]);
+            CHECK_EQUAL(done.result_bytes, how == 0 ? 4 : 0);
+            if (how == 0)
+                CHECK(memcmp(done.result, "cdea", 4) == 0);
+        }
+        CHECK_EQUAL(b.card->buffers[extra].users, 0);
+        CHECK_EQUAL(spk_card_free(b.card, extra), how == 3 ? SPK_E_LOST : SPK_OK);
+        bench_destroy(&b);
+    }
+}
+
+/* --- the choice of a token ---------------------------------------------------------------- */
+
+static float choice_value(struct rng *r)
+{
+    static const float values[] = {-3.0e38f, -1.0f, -0.0f, 0.0f, 0x1p-149f, 1.0f, 1.5f, 3.0e38f};
+    return values[rng_below(r, COUNT(values))];
+}
+
+/* The largest value wins and of equal ones the first, whatever lies between the rows. */
+static void the_best_of_all_lists_is_chosen(void)
+{
+    enum { ROWS = 5, K_MAX = 6, LISTS_MAX = 7, ROUNDS = 300, SEED = 41 };
+    struct rng r = {.state = SEED};
+    int status;
+    struct spk_card *c = spk_card_create(1 << 20, SPK_ISA_SCALAR, &status);
+    uint32_t top, pairs, chosen, best;
+    CHECK_EQUAL(spk_card_alloc(c, 4096, &top), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 4096, &best), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 4096, &pairs), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 4096, &chosen), SPK_OK);
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t k = 1 + rng_below(&r, K_MAX), lists = 1 + rng_below(&r, LISTS_MAX);
+        uint32_t outputs = rng_below(&r, ROWS + 1), program, bad, words[1024], ids[1024];
+        uint32_t stride = 8 * k + 4 * rng_below(&r, 4), pair_stride = 8 * lists + 4 * rng_below(&r, 4);
+        uint32_t out_stride = 8 + 4 * rng_below(&r, 3), id_stride = 4 + 4 * rng_below(&r, 3);
+        uint32_t offset = 4 * rng_below(&r, 5);
+        uint64_t fence;
+        char why[256];
+        struct builder p = new_program(ROWS, ROWS, ROWS);
+        struct step s = new_step(outputs, outputs, 0, 0, 0);
+        CASE("choice, round %d, seed %d", round, SEED);
+        for (size_t i = 0; i < COUNT(words); i++) {
+            float x = choice_value(&r);
+            memcpy(&words[i], &x, 4);
+            ids[i] = (uint32_t)rng_next(&r);
+        }
+        CHECK_EQUAL(spk_card_write(c, top, 0, words, 4096), SPK_OK);
+        for (size_t i = 1; i < COUNT(words); i += 2)
+            ids[i] = words[i];
+        if (offset % 8) /* ids stand at even words of a list, wherever that begins */
+            for (size_t i = 0; i + 1 < COUNT(words); i += 2) {
+                uint32_t id = ids[i];
+                ids[i] = ids[i + 1], ids[i + 1] = id;
+            }
+        CHECK_EQUAL(spk_card_write(c, pairs, 0, ids, 4096), SPK_OK);
+        struct spk_command *cmd = append(&p, SPK_OP_BEST);
+        cmd->flags = SPK_FLAG_OUTPUTS;
+        cmd->ref[0] = ref_at(top, stride, offset);
+        cmd->ref[3] = ref_at(best, out_stride, offset);
+        cmd->arg[0] = k;
+        cmd = append(&p, SPK_OP_CHOOSE);
+        cmd->flags = SPK_FLAG_OUTPUTS;
+        cmd->ref[0] = ref_at(pairs, pair_stride, offset);
+        cmd->ref[3] = ref_at(chosen, id_stride, offset);
+        cmd->arg[0] = lists;
+        uint32_t out[2][1024], expected[2][1024];
+        memset(expected, 0xa5, sizeof expected);
+        CHECK_EQUAL(spk_card_write(c, best, 0, expected, 4096), SPK_OK);
+        CHECK_EQUAL(spk_card_write(c, chosen, 0, expected, 4096), SPK_OK);
+        for (uint32_t i = 0; i < outputs; i++) {
+            const uint32_t *list = words + (offset + i * stride) / 4;
+            uint32_t *pair = expected[0] + (offset + i * out_stride) / 4;
+            pair[0] = list[0], pair[1] = list[k];
+            list = ids + (offset + i * pair_stride) / 4;
+            float most = float_at((const uint8_t *)&list[1]);
+            uint32_t winner = list[0];
+            for (uint32_t j = 1; j < lists; j++) {
+                float value = float_at((const uint8_t *)&list[2 * j + 1]);
+                if (value > most)
+                    most = value, winner = list[2 * j];
+            }
+            expected[1][(offset + i * id_stride) / 4] = winner;
+        }
+        CHECK_EQUAL(load(c, &p, &program, &bad, why), SPK_OK);
+        CHECK_EQUAL(submit(c, program, &s, &fence), SPK_OK);
+        CHECK(run_cards(&c, 1));
+        CHECK_EQUAL(collect(c).status, SPK_OK);
+        CHECK_EQUAL(spk_card_read(c, best, 0, out[0], 4096), SPK_OK);
+        CHECK_EQUAL(spk_card_read(c, chosen, 0, out[1], 4096), SPK_OK);
+        CHECK(memcmp(out, expected, sizeof out) == 0);
+        CHECK_EQUAL(spk_card_unload_program(c, program), SPK_OK);
+    }
+    spk_card_destroy(c);
+}
+
+/* What the steps of `ids` bring back from both cards: the logits and the chosen ids of each. */
+static void run_queued(const uint32_t *programs, const struct step *steps, size_t count,
+                       uint8_t *results, size_t result_bytes)
+{
+    struct spk_card *both[] = {alice.card, bob.card};
+    char why[256];
+    uint64_t fence;
+    for (size_t i = 0; i < count; i++)
+        for (int card = 0; card < 2; card++) {
+            const struct bench *b = card ? &bob : &alice;
+            struct spk_read reads[] = {
+                {.buffer = b->buffer[CHOSEN], .nbytes = b->bytes[CHOSEN]},
+                {.buffer = b->buffer[LOGITS], .nbytes = b->bytes[LOGITS]},
+            };
+            CHECK_EQUAL(submit_reading(both[card], programs[card], &steps[i],
+                                       step_bytes(&steps[i]), reads, 2, &fence, why),
+                        SPK_OK);
+        }
+    CHECK(run_cards(both, 2));
+    for (size_t i = 0; i < count; i++)
+        for (int card = 0; card < 2; card++) {
+            struct spk_completion done = collect(both[card]);
+            CHECK_EQUAL(done.status, SPK_OK);
+            CHECK_EQUAL(done.result_bytes, result_bytes);
+            memcpy(results + (2 * i + (size_t)card) * result_bytes, done.result, result_bytes);
+        }
+}
+
+/* Queued before anyone knows the tokens, steps compute what they do when the ids are given. */
+static void a_step_begins_with_what_the_step_before_chose(void)
+{
+    enum { STEPS = 4 };
+    uint32_t programs[2], bad;
+    char why[256];
+    struct builder pa = bench_program(&alice), pb = bench_program(&bob);
+    size_t bytes = alice.bytes[CHOSEN] + alice.bytes[LOGITS];
+    uint8_t *ahead = exact(STEPS * 2 * bytes), *single = exact(STEPS * 2 * bytes);
+    CASE("chosen tokens");
+    CHECK_EQUAL(load(alice.card, &pa, &programs[0], &bad, why), SPK_OK);
+    CHECK_EQUAL(load(bob.card, &pb, &programs[1], &bad, why), SPK_OK);
+    struct step steps[STEPS] = {new_step(3, 3, 0, 0, 1)};
+    /* Each of these begins with an output of the one before, and chooses one to two more. */
+    steps[1] = new_step(2, 2, 3, 0, 1);
+    steps[1].words[0] = SPK_TOKEN_CHOSEN | 2, steps[1].words[1] = SPK_TOKEN_CHOSEN;
+    steps[2] = new_step(1, 1, 5, 0, 1);
+    steps[2].words[0] = SPK_TOKEN_CHOSEN | 1;
+    steps[3] = new_step(2, 1, 6, 0, 1);
+    steps[3].words[0] = SPK_TOKEN_CHOSEN;
+    run_queued(programs, steps, STEPS, ahead, bytes);
+    for (int i = 0; i < STEPS; i++) {
+        const uint32_t *before = (const uint32_t *)(const void *)(single + 2 * (i - 1) * bytes);
+        for (uint32_t t = 0; i && t < steps[i].header.tokens; t++)
+            if (steps[i].words[t] & SPK_TOKEN_CHOSEN) {
+                steps[i].words[t] = before[steps[i].words[t] ^ SPK_TOKEN_CHOSEN];
+                CHECK(steps[i].words[t] < VOCABULARY);
+            }
+        run_queued(programs, &steps[i], 1, single + 2 * (size_t)i * bytes, bytes);
+    }
+    /* Rows that a step does not write keep what an earlier one, of the other run too, has left. */
+    for (int i = 0; i < STEPS; i++)
+        for (int card = 0; card < 2; card++) {
+            size_t at = (2 * (size_t)i + (size_t)card) * bytes, outputs = steps[i].header.outputs;
+            CASE("chosen tokens, step %d, card %d", i, card);
+            CHECK(memcmp(ahead + at, single + at, outputs * 4) == 0);
+            at += alice.bytes[CHOSEN];
+            CHECK(memcmp(ahead + at, single + at, outputs * VOCABULARY * 4) == 0);
+        }
+    CHECK_EQUAL(spk_card_unload_program(alice.card, programs[0]), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(bob.card, programs[1]), SPK_OK);
+    free(ahead), free(single);
+}
+
+static void a_chosen_id_that_is_no_token_is_a_fault(void)
+{
+    static const uint32_t ids[] = {VOCABULARY, SPK_TOKEN_CHOSEN, SPK_TOKEN_CHOSEN | 1, UINT32_MAX};
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX);
+    struct builder whole = bench_program(&alice);
+    uint32_t program, bad, zero = 0;
+    uint64_t fence;
+    char why[256];
+    struct step s = new_step(2, 0, 0, 0, 1);
+    *append(&p, SPK_OP_SELECT) = *find(&whole, SPK_OP_SELECT);
+    *append(&p, SPK_OP_EMBED) = *find(&whole, SPK_OP_EMBED);
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    for (size_t i = 0; i < COUNT(ids); i++)
+        for (uint32_t slot = 0; slot < OUTPUTS_MAX; slot++) {
+            CASE("chosen id %u of output %u", ids[i], slot);
+            s.words[1] = SPK_TOKEN_CHOSEN | slot;
+            CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[CHOSEN], 4 * slot, &ids[i], 4),
+                        SPK_OK);
+            CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+            CHECK(run_cards(&alice.card, 1));
+            struct spk_completion done = collect(alice.card);
+            CHECK_EQUAL(done.status, SPK_E_PARAMS);
+            CHECK_EQUAL(done.command, 1);
+            CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[CHOSEN], 4 * slot, &zero, 4),
+                        SPK_OK);
+            CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+            CHECK(run_cards(&alice.card, 1));
+            CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+        }
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+    /* A program that embeds nothing takes any ids. */
+    p.header.commands = 1;
+    s.words[0] = UINT32_MAX, s.words[1] = SPK_TOKEN_CHOSEN | OUTPUTS_MAX;
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+/* --- the trace ---------------------------------------------------------------------------- */
+
+#define EVENTS_MAX 64
+
+/* Reads what was traced, which must be in order of time and no two at once. */
+static uint64_t read_trace(struct spk_card *c, struct spk_trace_event *events, uint64_t most,
+                           uint64_t *lost)
+{
+    struct spk_trace_event *copy = exact(most * sizeof *copy);
+    uint64_t got = spk_card_trace_read(c, copy, most, lost);
+    CHECK(got <= most);
+    for (uint64_t i = 0; i < got; i++) {
+        CHECK(copy[i].begin_ns && copy[i].begin_ns <= copy[i].end_ns);
+        CHECK(!i || copy[i - 1].end_ns <= copy[i].begin_ns);
+        events[i] = copy[i];
+    }
+    free(copy);
+    return got;
+}
+
+static void a_trace_tells_every_command_in_order(void)
+{
+    struct spk_card *both[] = {alice.card, bob.card};
+    struct builder p[] = {bench_program(&alice), bench_program(&bob)};
+    struct spk_trace_event events[EVENTS_MAX];
+    uint32_t programs[2], bad;
+    uint64_t fences[2][2], lost, last_end = 0;
+    char why[256];
+    struct timespec begin, end;
+    CASE("trace");
+    for (int card = 0; card < 2; card++) {
+        CHECK_EQUAL(load(both[card], &p[card], &programs[card], &bad, why), SPK_OK);
+        CHECK_EQUAL(spk_card_trace(both[card], EVENTS_MAX), SPK_OK);
+        CHECK_EQUAL(read_trace(both[card], events, EVENTS_MAX, &lost), 0);
+        CHECK_EQUAL(lost, 0);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int i = 0; i < 2; i++)
+        for (int card = 0; card < 2; card++) {
+            struct step s = new_step(i ? 1 : 4, i ? 0 : 2, 0, 0, 1);
+            CHECK_EQUAL(submit(both[card], programs[card], &s, &fences[card][i]), SPK_OK);
+            CHECK_EQUAL(spk_card_trace(both[card], EVENTS_MAX), SPK_E_BUSY);
+            CHECK_EQUAL(spk_card_trace(both[card], 0), SPK_E_BUSY);
+        }
+    CHECK(run_cards(both, 2));
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    for (int card = 0; card < 2; card++) {
+        CASE("trace of card %d", card);
+        uint32_t commands = p[card].header.commands;
+        CHECK(2 * commands <= EVENTS_MAX);
+        /* In two pieces. */
+        uint64_t got = read_trace(both[card], events, 7, &lost);
+        CHECK_EQUAL(got, 7);
+        got += read_trace(both[card], events + got, EVENTS_MAX, &lost);
+        CHECK_EQUAL(got, 2 * commands);
+        CHECK_EQUAL(lost, 0);
+        CHECK(events[6].end_ns <= events[7].begin_ns);
+        for (uint64_t i = 0; i < got; i++) {
+            const struct spk_command *cmd = &p[card].commands[i % commands];
+            CHECK_EQUAL(events[i].command, i % commands);
+            CHECK_EQUAL(events[i].fence, fences[card][i / commands]);
+            CHECK_EQUAL(events[i].op, cmd->op);
+            CHECK_EQUAL(events[i].format, cmd->format);
+        }
+        last_end = events[got - 1].end_ns;
+        CHECK(events[0].begin_ns >=
+              (uint64_t)begin.tv_sec * 1000000000u + (uint64_t)begin.tv_nsec);
+        CHECK(last_end <= (uint64_t)end.tv_sec * 1000000000u + (uint64_t)end.tv_nsec);
+        CHECK_EQUAL(read_trace(both[card], events, EVENTS_MAX, &lost), 0);
+        for (int i = 0; i < 2; i++)
+            CHECK_EQUAL(collect(both[card]).status, SPK_OK);
+        CHECK_EQUAL(spk_card_trace(both[card], 0), SPK_OK);
+        CHECK_EQUAL(spk_card_unload_program(both[card], programs[card]), SPK_OK);
+    }
+}
+
+static void a_trace_that_nobody_reads_loses_the_newest(void)
+{
+    enum { ROOM = 5, COMMANDS = 3 };
+    struct builder p = adding(&alice, COMMANDS);
+    struct spk_trace_event events[EVENTS_MAX];
+    uint32_t program, bad;
+    uint64_t fence, first = 0, lost;
+    char why[256];
+    struct step s = new_step(1, 0, 0, 0, 1);
+    CASE("full trace");
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    CHECK_EQUAL(spk_card_trace(alice.card, SPK_TRACE_EVENTS_MAX + 1), SPK_E_ARG);
+    CHECK_EQUAL(spk_card_trace(alice.card, UINT64_MAX), SPK_E_ARG);
+    CHECK_EQUAL(spk_card_trace(alice.card, ROOM), SPK_OK);
+    uint64_t total_lost = 0;
+    for (int round = 0; round < 6; round++) {
+        CASE("full trace, round %d", round);
+        uint64_t steps = 1 + (uint64_t)round % 3, made = steps * COMMANDS;
+        for (uint64_t i = 0; i < steps; i++) {
+            CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+            first = i ? first : fence;
+        }
+        CHECK(run_cards(&alice.card, 1));
+        for (uint64_t i = 0; i < steps; i++)
+            CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+        uint64_t kept = made < ROOM ? made : ROOM;
+        total_lost += made - kept;
+        CHECK_EQUAL(read_trace(alice.card, events, 0, &lost), 0);
+        CHECK_EQUAL(lost, total_lost);
+        CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), kept);
+        CHECK_EQUAL(lost, total_lost);
+        for (uint64_t i = 0; i < kept; i++) {
+            CHECK_EQUAL(events[i].fence, first + i / COMMANDS);
+            CHECK_EQUAL(events[i].command, i % COMMANDS);
+        }
+    }
+    /* Begun again it has lost nothing, stopped it records nothing. */
+    CHECK_EQUAL(spk_card_trace(alice.card, ROOM), SPK_OK);
+    CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), 0);
+    CHECK_EQUAL(lost, 0);
+    CHECK_EQUAL(spk_card_trace(alice.card, 0), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK_EQUAL(collect(alice.card).status, SPK_OK);
+    CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), 0);
+    CHECK_EQUAL(lost, 0);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
+/* The command that fails and what an abort cuts short are not told. */
+static void a_trace_ends_where_a_step_does(void)
+{
+    struct builder p = adding(&alice, 1), whole = bench_program(&alice);
+    struct spk_trace_event events[EVENTS_MAX];
+    uint32_t program, bad;
+    uint64_t fence, lost;
+    char why[256];
+    float inf = 0x1p127f * 2.0f;
+    struct step s = new_step(1, 0, 0, 0, 1);
+    CASE("trace of a fault");
+    *append(&p, SPK_OP_QUANTIZE) = *find(&whole, SPK_OP_QUANTIZE);
+    CHECK_EQUAL(load(alice.card, &p, &program, &bad, why), SPK_OK);
+    CHECK_EQUAL(spk_card_trace(alice.card, EVENTS_MAX), SPK_OK);
+    CHECK_EQUAL(spk_card_write(alice.card, alice.buffer[HIDDEN], 0, &inf, 4), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(run_cards(&alice.card, 1));
+    CHECK_EQUAL(collect(alice.card).status, SPK_E_NONFINITE);
+    CHECK_EQUAL(collect(alice.card).status, SPK_E_ABORTED);
+    CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), 1);
+    CHECK_EQUAL(events[0].fence, fence - 1);
+    CHECK_EQUAL(events[0].command, 0);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+
+    CASE("trace of an abort");
+    CHECK_EQUAL(load(alice.card, &whole, &program, &bad, why), SPK_OK);
+    start_counting(&alice);
+    uint32_t exchange = (uint32_t)(find(&whole, SPK_OP_EXCHANGE) - whole.commands);
+    CHECK_EQUAL(submit(alice.card, program, &s, &fence), SPK_OK);
+    CHECK(!run_cards(&alice.card, 1)); /* bob does nothing */
+    CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), exchange);
+    uint32_t epoch = alice.card->epoch + 1;
+    CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
+    CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
+    struct spk_card *both[] = {alice.card, bob.card};
+    CHECK(run_cards(both, 2));
+    CHECK_EQUAL(collect(alice.card).status, SPK_E_ABORTED);
+    CHECK_EQUAL(read_trace(alice.card, events, EVENTS_MAX, &lost), 0);
+    CHECK_EQUAL(spk_card_trace(alice.card, 0), SPK_OK);
+    CHECK_EQUAL(spk_card_unload_program(alice.card, program), SPK_OK);
+}
+
 /* --- aborts, planted faults, links -------------------------------------------------------- */
 
 static struct spk_completion completion_of(struct bench *b)
@@ -653,14 +1259,21 @@ static void a_corrupt_message_is_a_link_fault(void)
     char why[256];
     CHECK_EQUAL(load(alice.card, &pa, &a, &bad, why), SPK_OK);
     CHECK_EQUAL(load(bob.card, &pb, &b, &bad, why), SPK_OK);
+    /* Both in one epoch, an odd one: its lowest bit flipped it is an older one. */
+    uint32_t epoch = (alice.card->epoch | 1) + 2;
+    CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
+    CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
+    CHECK(run_cards(both, 2));
     /* Header: epoch, bytes, sequence, CRC; then the payload of 4 rows. */
     static const struct {
         const char *what;
         uint64_t at;
         uint8_t flip;
-    } flips[] = {{"epoch", 0, 1},       {"bytes", 4, 4},         {"bytes", 6, 0x40},
-                 {"sequence", 8, 1},    {"CRC", 16, 1},          {"payload", 24, 1},
-                 {"payload", 200, 0x80}, {"last byte", 24 + 511, 1}};
+    } flips[] = {{"epoch, now older", 0, 1}, {"epoch, now newer", 3, 0x80},
+                 {"bytes", 4, 4},            {"bytes", 6, 0x40},
+                 {"sequence", 8, 1},         {"CRC", 16, 1},
+                 {"payload", 24, 1},         {"payload", 200, 0x80},
+                 {"last byte", 24 + 511, 1}};
     for (size_t i = 0; i < COUNT(flips); i++) {
         struct step s = new_step(4, 2, 0, 0, 1);
         CASE("a flipped bit in the %s", flips[i].what);
@@ -674,11 +1287,11 @@ static void a_corrupt_message_is_a_link_fault(void)
             ;
         struct spk_completion done;
         bool completed = spk_card_completion(bob.card, &done);
-        /* An older epoch is dropped, whatever it says; anything else is reported. */
-        CHECK(flips[i].at == 0 ? !completed : completed && done.status == SPK_E_LINK);
+        /* An older epoch is dropped and a newer one waits; anything else is reported. */
+        CHECK(flips[i].at < 4 ? !completed : completed && done.status == SPK_E_LINK);
         /* The ring still holds the bad message: put it right, so that it can be dropped. */
         ring->data[(tail + flips[i].at) % ring->capacity] ^= flips[i].flip;
-        uint32_t epoch = alice.card->epoch + 1;
+        epoch += 2;
         CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
         CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);
         run_cards(both, 2);
@@ -789,16 +1402,19 @@ static void a_card_may_be_destroyed_with_work_queued(void)
     CHECK_EQUAL(spk_link_connect(one.card, 0, two.card, 1, RING_BYTES), SPK_OK);
     struct builder p = bench_program(&one);
     struct step s = new_step(3, 1, 0, 0, 1);
+    struct spk_read reads[] = {{.buffer = one.buffer[X], .nbytes = 16}};
     uint32_t program, bad;
     uint64_t fence;
     char why[256];
     CHECK_EQUAL(load(one.card, &p, &program, &bad, why), SPK_OK);
-    CHECK_EQUAL(submit(one.card, program, &s, &fence), SPK_OK);
-    CHECK_EQUAL(submit(one.card, program, &s, &fence), SPK_OK);
+    for (int i = 0; i < 2; i++)
+        CHECK_EQUAL(submit_reading(one.card, program, &s, step_bytes(&s), reads, 1, &fence, why),
+                    SPK_OK);
     CHECK(!run_cards(&one.card, 1));
     bench_destroy(&one);
     /* The other's link leads nowhere now: it gets what was sent, then waits, and can be aborted. */
     p = bench_program(&two);
+    p.header.commands = (uint32_t)(find(&p, SPK_OP_SWIGLU) - p.commands);
     CHECK_EQUAL(load(two.card, &p, &program, &bad, why), SPK_OK);
     CHECK_EQUAL(submit(two.card, program, &s, &fence), SPK_OK);
     CHECK_EQUAL(submit(two.card, program, &s, &fence), SPK_OK);
@@ -875,11 +1491,21 @@ int main(void)
     steps_complete_in_order();
     a_fault_names_its_command();
     only_the_rows_of_the_step_are_written();
+    reads_come_with_their_own_step();
+    refuses_reads_that_do_not_fit();
+    a_step_begins_with_what_the_step_before_chose();
+    a_chosen_id_that_is_no_token_is_a_fault();
+    a_trace_tells_every_command_in_order();
+    a_trace_that_nobody_reads_loses_the_newest();
+    a_trace_ends_where_a_step_does();
     aborts_end_waiting_steps_and_leave_nothing_behind();
     a_step_never_starts_in_an_epoch_before_its_own();
     a_corrupt_message_is_a_link_fault();
     bench_destroy(&alice), bench_destroy(&bob);
 
+    refuses_results_that_are_too_large();
+    a_buffer_that_a_step_will_read_cannot_be_freed();
+    the_best_of_all_lists_is_chosen();
     transfers_to_one_peer_keep_their_order();
     planted_faults();
     a_card_may_be_destroyed_with_work_queued();

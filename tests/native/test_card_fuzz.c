@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Mutated programs and parameter blocks are refused, or run without touching a byte beyond the
- * card's buffers: under AddressSanitizer everything else in its DDR is poisoned. */
+/* Mutated programs, parameter blocks and reads are refused, or run without touching a byte beyond
+ * the card's buffers: under AddressSanitizer everything else in its DDR is poisoned. */
 #include "card_test.h"
 
 #define ROUNDS 20000
@@ -35,8 +35,8 @@ static void mutate_command(struct rng *r, struct builder *p)
     struct spk_ref *ref = &c->ref[rng_below(r, 4)];
     uint32_t *arg = &c->arg[rng_below(r, 8)];
     switch (rng_below(r, 12)) {
-    case 0: c->op = (uint16_t)rng_below(r, 17); break;
-    case 1: c->format = (uint16_t)(rng_below(r, 2) ? rng_below(r, 10) : interesting(r)); break;
+    case 0: c->op = (uint16_t)rng_below(r, SPK_OP_CHOOSE + 2); break;
+    case 1: c->format = (uint16_t)(rng_below(r, 2) ? rng_below(r, SPK_FORMAT_COUNT) : interesting(r)); break;
     case 2: c->flags ^= rng_below(r, 4) ? SPK_FLAG_OUTPUTS : interesting(r); break;
     case 3: ref->buffer = rng_below(r, 4) ? rng_below(r, 2 * BUFFERS) : interesting(r); break;
     case 4: ref->stride = nearby(r, ref->stride); break;
@@ -85,6 +85,10 @@ static struct step random_step(struct rng *r)
             index[1] = 3, index[2] = 1, index[3] = 2, index[4] = 0;
         s.header.pages = tokens ? 3 : 0;
     }
+    /* Tokens that an earlier step has chosen, or that none has. */
+    for (uint32_t t = 0; t < tokens; t++)
+        if (rng_below(r, 6) == 0)
+            s.words[t] = SPK_TOKEN_CHOSEN | rng_below(r, OUTPUTS_MAX + (rng_below(r, 8) == 0));
     for (uint32_t mutations = rng_below(r, 3); mutations; mutations--) {
         uint32_t words = (uint32_t)((step_bytes(&s) - sizeof s.header) / 4);
         uint32_t at = rng_below(r, words < STEP_WORDS_MAX ? words : STEP_WORDS_MAX);
@@ -99,8 +103,66 @@ static struct step random_step(struct rng *r)
     return s;
 }
 
+struct reads {
+    struct spk_read read[SPK_READS_MAX + 1];
+    size_t count;
+};
+
+static struct reads random_reads(struct rng *r, const struct bench *b)
+{
+    struct reads made = {.count = rng_below(r, 4) ? rng_below(r, 3) : rng_below(r, SPK_READS_MAX + 2)};
+    for (size_t i = 0; i < made.count; i++) {
+        uint32_t which = rng_below(r, BUFFERS), bytes = (uint32_t)b->bytes[which];
+        struct spk_read *read = &made.read[i];
+        read->buffer = b->buffer[which];
+        read->offset = rng_below(r, bytes + 1);
+        read->nbytes = rng_below(r, bytes - (uint32_t)read->offset + 1);
+        switch (rng_below(r, 40)) {
+        case 0: read->buffer = nearby(r, read->buffer); break;
+        case 1: read->offset = nearby(r, (uint32_t)read->offset); break;
+        case 2: read->offset = (uint64_t)interesting(r) << rng_below(r, 33); break;
+        case 3: read->nbytes = nearby(r, (uint32_t)read->nbytes); break;
+        case 4: read->nbytes = (uint64_t)interesting(r) << rng_below(r, 33); break;
+        case 5: read->reserved = interesting(r); break;
+        default: break;
+        }
+    }
+    return made;
+}
+
+/* What came with a step that nothing has followed is what lies in memory now. */
+static void check_result(struct spk_card *c, const struct spk_completion *done,
+                         const struct reads *reads)
+{
+    uint64_t at = 0;
+    for (size_t i = 0; done->status == SPK_OK && i < reads->count; i++) {
+        const struct spk_read *read = &reads->read[i];
+        uint8_t *now = exact(read->nbytes);
+        CHECK_EQUAL(spk_card_read(c, read->buffer, read->offset, now, read->nbytes), SPK_OK);
+        CHECK(read->nbytes == 0 || memcmp(done->result + at, now, read->nbytes) == 0);
+        at += read->nbytes;
+        free(now);
+    }
+    CHECK_EQUAL(done->result_bytes, at);
+}
+
+/* Takes events from time to time: those of one card are in order, whether or not some were lost. */
+static void read_some_trace(struct rng *r, struct spk_card *c, uint64_t *last_ns)
+{
+    uint64_t most = rng_below(r, 20), lost;
+    struct spk_trace_event *events = exact(most * sizeof *events);
+    uint64_t got = spk_card_trace_read(c, events, most, &lost);
+    CHECK(got <= most);
+    for (uint64_t i = 0; i < got; i++) {
+        CHECK(events[i].begin_ns >= *last_ns && events[i].end_ns >= events[i].begin_ns);
+        CHECK(events[i].op && events[i].op <= SPK_OP_CHOOSE);
+        *last_ns = events[i].end_ns;
+    }
+    free(events);
+}
+
 /* Steps both cards for a while; whatever still waits then is aborted. */
-static void run_bounded(struct bench *pair)
+static void run_bounded(struct bench *pair, const struct reads *reads)
 {
     struct spk_card *both[] = {pair[0].card, pair[1].card};
     struct spk_completion done;
@@ -112,8 +174,11 @@ static void run_bounded(struct bench *pair)
     }
     for (int i = 0; i < 2; i++) {
         struct spk_counters counters;
-        while (spk_card_completion(both[i], &done))
+        static const struct reads none;
+        while (spk_card_completion(both[i], &done)) {
             CHECK(done.status >= SPK_OK && done.status <= SPK_E_SYSTEM);
+            check_result(both[i], &done, i ? &none : reads);
+        }
         spk_card_counters(both[i], &counters);
         CHECK_EQUAL(counters.queued, 0);
     }
@@ -124,7 +189,7 @@ int main(int argc, char **argv)
 {
     int rounds = argc > 1 ? atoi(argv[1]) : ROUNDS;
     struct rng r = {.state = argc > 2 ? strtoull(argv[2], NULL, 0) : 2026};
-    int accepted = 0, ran = 0;
+    int accepted = 0, ran = 0, brought = 0;
     spk_fp_enter();
     for (int isa = 0; isa < SPK_ISA_COUNT; isa++) {
         if (!spk_kernels_get(isa))
@@ -132,7 +197,7 @@ int main(int argc, char **argv)
         struct bench pair[2] = {bench_create(0, isa), bench_create(1, isa)};
         struct builder valid = bench_program(&pair[0]), peer = bench_program(&pair[1]);
         uint32_t handle, peer_handle, bad;
-        uint64_t fence;
+        uint64_t fence, last_ns = 0;
         char why[256];
         CHECK_EQUAL(spk_link_connect(pair[0].card, 0, pair[1].card, 1, RING_BYTES), SPK_OK);
         CHECK_EQUAL(load(pair[1].card, &peer, &peer_handle, &bad, why), SPK_OK);
@@ -146,21 +211,31 @@ int main(int argc, char **argv)
                 continue;
             }
             accepted++;
+            if (rng_below(&r, 16) == 0)
+                CHECK_EQUAL(spk_card_trace(pair[0].card, rng_below(&r, 50)), SPK_OK);
             for (int i = 0; i < STEPS_PER_PROGRAM; i++) {
                 struct step s = random_step(&r);
                 size_t n = step_bytes(&s) <= sizeof s ? step_bytes(&s) : sizeof s;
-                if (submit_bytes(pair[0].card, handle, &s, n, &fence, why) != SPK_OK)
+                struct reads reads = random_reads(&r, &pair[0]);
+                status = submit_reading(pair[0].card, handle, &s, n, reads.read, reads.count, &fence,
+                                        why);
+                if (status != SPK_OK)
                     continue;
                 ran++;
+                brought += reads.count > 0;
                 submit_bytes(pair[1].card, peer_handle, &s, n, &fence, why);
-                run_bounded(pair);
+                run_bounded(pair, &reads);
+                read_some_trace(&r, pair[0].card, &last_ns);
             }
             CHECK_EQUAL(spk_card_unload_program(pair[0].card, handle), SPK_OK);
+            for (int i = 0; i < BUFFERS; i++)
+                CHECK_EQUAL(pair[0].card->buffers[pair[0].buffer[i]].users, 0);
         }
         bench_destroy(&pair[0]), bench_destroy(&pair[1]);
     }
     /* A fuzzer of which nothing gets through tests nothing. */
-    CHECK(accepted > rounds / 10 && ran > rounds / 10);
-    printf("ok card fuzz (%d programs accepted, %d steps run)\n", accepted, ran);
+    CHECK(accepted > rounds / 10 && ran > rounds / 10 && brought > rounds / 20);
+    printf("ok card fuzz (%d programs accepted, %d steps run, %d with reads)\n", accepted, ran,
+           brought);
     return 0;
 }

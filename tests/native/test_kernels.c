@@ -6,12 +6,20 @@
 static void packing_refuses_what_it_does_not_know(void)
 {
     CASE("packing");
-    CHECK_EQUAL(spk_row_bytes(7, 32), 0);
-    CHECK_EQUAL(spk_row_bytes(SPK_Q4_0, 33), 0);
+    for (int format = -1; format <= SPK_FORMAT_COUNT; format++) {
+        size_t weights = spk_block_weights(format);
+        int known = weights == 1 || weights == SPK_BLOCK || weights == SPK_SUPER_BLOCK;
+        CHECK(known || weights == 0);
+        CHECK_EQUAL(spk_row_bytes(format, 256) != 0, known);
+        CHECK_EQUAL(spk_pack(format, NULL, 0, NULL, 0, 256), known ? SPK_OK : SPK_E_ARG);
+        CHECK_EQUAL(spk_pack(format, NULL, 0, NULL, 0, 257), weights == 1 ? SPK_OK : SPK_E_ARG);
+        CHECK_EQUAL(spk_row_bytes(format, 257) != 0, weights == 1);
+        CHECK_EQUAL(spk_packed_bytes(format, 17, 512), 32 * spk_row_bytes(format, 512));
+    }
     CHECK_EQUAL(spk_row_bytes(SPK_Q4_1, 64), 40);
+    CHECK_EQUAL(spk_row_bytes(SPK_Q5_K, 512), 352);
+    CHECK_EQUAL(spk_row_bytes(SPK_Q6_K, 32), 0);
     CHECK_EQUAL(spk_packed_bytes(SPK_Q8_0, 17, 32), 32 * 34);
-    CHECK_EQUAL(spk_pack(7, NULL, 0, NULL, 0, 32), SPK_E_ARG);
-    CHECK_EQUAL(spk_pack(SPK_Q4_0, NULL, 0, NULL, 0, 33), SPK_E_ARG);
 }
 
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Four cards on two workers: exchanges over every link at once, aborted and torn down at any
- * moment.  Runs under ThreadSanitizer too. */
+/* Four cards on two workers: exchanges over every link at once, queued, traced, aborted and torn down
+ * at any moment.  Runs under ThreadSanitizer too. */
 #include <pthread.h>
 #include <time.h>
 
@@ -123,7 +123,8 @@ static void write_step(struct fleet *f, uint32_t step)
     free(x);
 }
 
-static void submit_step(struct fleet *f, uint32_t tokens)
+/* Every card brings back its whole buffer after the step where `reading`. */
+static void submit_step_reading(struct fleet *f, uint32_t tokens, bool reading)
 {
     struct spk_step_header *h = exact(sizeof *h + (3 * tokens + 2) * 4);
     uint32_t *words = (uint32_t *)(h + 1);
@@ -135,20 +136,27 @@ static void submit_step(struct fleet *f, uint32_t tokens)
     for (int i = 0; i < CARDS; i++) {
         uint64_t fence;
         char why[256];
-        CHECK_EQUAL(submit_bytes(f->cards[i], f->program[i], h, sizeof *h + (3 * tokens + 2) * 4,
-                                 &fence, why),
+        struct spk_read read = {.buffer = f->gathered[i],
+                                .nbytes = (uint64_t)row_bytes(f) * f->rows};
+        CHECK_EQUAL(submit_reading(f->cards[i], f->program[i], h,
+                                   sizeof *h + (3 * tokens + 2) * 4, &read, reading, &fence, why),
                     SPK_OK);
     }
     free(h);
 }
 
+static void submit_step(struct fleet *f, uint32_t tokens)
+{
+    submit_step_reading(f, tokens, false);
+}
+
 /* Waits for one completion of a card. */
-static int wait_status(struct spk_card *c)
+static struct spk_completion wait_for(struct spk_card *c)
 {
     struct spk_completion done;
     for (int i = 0; i < 200000; i++) {
         if (spk_card_completion(c, &done))
-            return done.status;
+            return done;
         sleep_ns(50000);
     }
     struct spk_counters counters;
@@ -158,27 +166,39 @@ static int wait_status(struct spk_card *c)
     exit(1);
 }
 
+static int wait_status(struct spk_card *c)
+{
+    return wait_for(c).status;
+}
+
+/* What a card holds once it has run the step `runs` times, each time on the same tokens. */
+static void check_rows(struct fleet *f, const float *x, uint32_t step, uint32_t tokens,
+                       uint32_t card, uint32_t runs)
+{
+    for (uint32_t r = 0; r < f->rows; r++)
+        for (uint32_t from = 0; from < CARDS; from++)
+            for (uint32_t c = 0; c < f->chunk; c++) {
+                /* The last exchange carries what all changes but the last have made. */
+                uint32_t changes = runs * EXCHANGES - (from != card);
+                float value = initial(step, r, from, c) + (float)changes * added(r, from, c);
+                if (r >= tokens)
+                    value = from == card ? initial(step, r, from, c) : -1.0f;
+                if (x[(r * CARDS + from) * f->chunk + c] != value) {
+                    CASE("step %u, run %u, card %u, row %u, from %u, column %u: %g, expected %g",
+                         step, runs, card, r, from, c,
+                         (double)x[(r * CARDS + from) * f->chunk + c], (double)value);
+                    CHECK(!"the right value arrived");
+                }
+            }
+}
+
 static void check_step(struct fleet *f, uint32_t step, uint32_t tokens)
 {
     size_t n = (size_t)f->rows * CARDS * f->chunk;
     float *x = exact(n * 4);
     for (uint32_t card = 0; card < CARDS; card++) {
         CHECK_EQUAL(spk_card_read(f->cards[card], f->gathered[card], 0, x, n * 4), SPK_OK);
-        for (uint32_t r = 0; r < f->rows; r++)
-            for (uint32_t from = 0; from < CARDS; from++)
-                for (uint32_t c = 0; c < f->chunk; c++) {
-                    /* The last exchange carries what all changes but the last have made. */
-                    uint32_t changes = from == card ? EXCHANGES : EXCHANGES - 1;
-                    float value = initial(step, r, from, c) + (float)changes * added(r, from, c);
-                    if (r >= tokens)
-                        value = from == card ? initial(step, r, from, c) : -1.0f;
-                    if (x[(r * CARDS + from) * f->chunk + c] != value) {
-                        CASE("step %u, card %u, row %u, from %u, column %u: %g, expected %g", step,
-                             card, r, from, c, (double)x[(r * CARDS + from) * f->chunk + c],
-                             (double)value);
-                        CHECK(!"the right value arrived");
-                    }
-                }
+        check_rows(f, x, step, tokens, card, 1);
     }
     free(x);
 }
@@ -233,6 +253,82 @@ static void queued_steps_follow_each_other(void)
                 CHECK_EQUAL(wait_status(f.cards[card]), SPK_OK);
     }
     fleet_destroy(&f);
+}
+
+/* Each step brings back what it left, though the next one runs before anybody collects. */
+static void queued_steps_bring_back_their_own_results(void)
+{
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    size_t bytes = (size_t)row_bytes(&f) * ROWS;
+    float *x = exact(bytes);
+    for (uint32_t step = 0; step < 10; step++) {
+        uint32_t tokens = 1 + step * 13 % ROWS;
+        CASE("results of queued steps, step %u", step);
+        write_step(&f, step);
+        for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++)
+            submit_step_reading(&f, tokens, true);
+        for (uint32_t i = 0; i < SPK_QUEUE_MAX; i++)
+            for (uint32_t card = 0; card < CARDS; card++) {
+                struct spk_completion done = wait_for(f.cards[card]);
+                CHECK_EQUAL(done.status, SPK_OK);
+                CHECK_EQUAL(done.result_bytes, bytes);
+                memcpy(x, done.result, bytes);
+                check_rows(&f, x, step, tokens, card, i + 1);
+            }
+    }
+    free(x);
+    fleet_destroy(&f);
+}
+
+/* Takes what a card has traced so far; says how many events that were. */
+static uint64_t take_trace(struct spk_card *c, uint64_t *last_ns, uint64_t *lost)
+{
+    struct spk_trace_event events[37];
+    uint64_t got, all = 0;
+    while ((got = spk_card_trace_read(c, events, 37, lost)) != 0) {
+        for (uint64_t i = 0; i < got; i++) {
+            CHECK(events[i].begin_ns >= *last_ns && events[i].end_ns >= events[i].begin_ns);
+            *last_ns = events[i].end_ns;
+        }
+        all += got;
+    }
+    return all;
+}
+
+/* The host reads the trace while the workers write it: every command is told or counted as lost. */
+static void a_trace_may_be_read_while_steps_run(void)
+{
+    enum { COMMANDS = EXCHANGES * (1 + 2 * (CARDS - 1) + 1), STEPS = 30 };
+    static const uint64_t rooms[] = {16 * COMMANDS, 10, 1};
+    for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) {
+        struct fleet f = fleet_create(CHUNK, ROWS);
+        uint64_t told[CARDS] = {0}, last_ns[CARDS] = {0}, lost[CARDS];
+        CASE("trace, room for %llu", (unsigned long long)rooms[i]);
+        for (int card = 0; card < CARDS; card++)
+            CHECK_EQUAL(spk_card_trace(f.cards[card], rooms[i]), SPK_OK);
+        for (int step = 0; step < STEPS; step++) {
+            bool waits[CARDS] = {false};
+            int left = CARDS;
+            submit_step(&f, 1);
+            while (left)
+                for (int card = 0; card < CARDS; card++) {
+                    struct spk_completion done;
+                    told[card] += take_trace(f.cards[card], &last_ns[card], &lost[card]);
+                    if (!waits[card] && spk_card_completion(f.cards[card], &done)) {
+                        CHECK_EQUAL(done.status, SPK_OK);
+                        waits[card] = true;
+                        left--;
+                    }
+                }
+        }
+        for (int card = 0; card < CARDS; card++) {
+            told[card] += take_trace(f.cards[card], &last_ns[card], &lost[card]);
+            CHECK_EQUAL(told[card] + lost[card], STEPS * COMMANDS);
+            CHECK(i > 0 || lost[card] == 0);
+            CHECK_EQUAL(spk_card_trace(f.cards[card], 0), SPK_OK);
+        }
+        fleet_destroy(&f);
+    }
 }
 
 static void abort_all(struct fleet *f, struct rng *r)
@@ -398,6 +494,8 @@ int main(void)
     gathers_carry_the_right_data();
     gathers_larger_than_a_ring_arrive();
     queued_steps_follow_each_other();
+    queued_steps_bring_back_their_own_results();
+    a_trace_may_be_read_while_steps_run();
     an_abort_at_any_moment_leaves_nothing_behind();
     a_step_may_be_submitted_right_behind_an_abort();
     a_fleet_may_be_destroyed_while_it_runs();

@@ -7,16 +7,26 @@ import attrs
 
 from spanker.sched.plan import LayerShape, ModelShape, WeightShape
 
-BLOCK_BYTES = {"f32": 4, "f16": 2, "q4_0": 18, "q4_1": 20, "q8_0": 34}
+# (weights, bytes) of a block.
+BLOCKS = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+}
 
 
 def weight(name: str, rows: int, k: int, fmt: str) -> WeightShape:
-    quantized = fmt.startswith("q")
-    unit = 32 if quantized else 1
+    unit, nbytes = BLOCKS[fmt]
     assert k % unit == 0, (name, k, fmt)
-    return WeightShape(
-        name, rows, k, k // unit * BLOCK_BYTES[fmt], quantized, unit, BLOCK_BYTES[fmt]
-    )
+    return WeightShape(name, rows, k, k // unit * nbytes, unit > 1, unit, nbytes)
 
 
 def make_shape(
@@ -93,5 +103,7 @@ SHAPES = {
     "one KV head": make_shape(heads=3, kv_heads=1, head_dim=16, hidden=96, vocabulary=1000),
     "floats": make_shape(hidden=40, ffn=56, vocabulary=257, fmt="f32"),
     "separate output": make_shape(tied=False, vocabulary=256, ffn=32, hidden=32),
+    "k-quants": make_shape(hidden=768, heads=6, head_dim=128, ffn=1024, fmt="q4_k"),
+    "few words": make_shape(hidden=256, ffn=512, head_dim=64, vocabulary=256, fmt="q6_k"),
     "wide": make_shape(heads=64, kv_heads=8, head_dim=80, hidden=2048, ffn=5632, vocabulary=32000),
 }

@@ -12,6 +12,7 @@ from spanker.sched.layout import (
     BufferSpec,
     card_buffers,
     card_bytes,
+    embeds_from_output,
     fit_kv_pages,
     kv_page_bytes,
     layer_rows,
@@ -73,7 +74,65 @@ def test_every_buffer_of_one_card_with_everything() -> None:
         "logits": 4 * 320 * 4,
         "stats": 4 * 2 * 8,
         "top": 4 * 10 * 8,
+        "best": 4 * 8,
+        "chosen": 4 * 4,
     }
+
+
+def tied(shape: ModelShape) -> bool:
+    return shape.output.name == shape.embedding.name
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "embedding_of_its_own"),
+    [
+        # One card holds the whole output matrix, which serves as the embedding too.
+        (make_shape(), (1, 1), {0: False}),
+        (make_shape(fmt="q6_k", hidden=256, ffn=256, head_dim=64), (1, 1), {0: False}),
+        (make_shape(tied=False), (1, 1), {0: True}),
+        # Columns and rows are with the first and the last stage.
+        (make_shape(), (1, 2), {0: True, 1: False}),
+        (make_shape(), (2, 2), {0: True, 1: True, 2: False, 3: False}),
+        # Each card has some of the rows, or of the columns.
+        (make_shape(), (2, 1), {0: True, 1: True}),
+        (make_shape(vocabulary=256), (2, 1), {0: True, 1: True}),
+        # All columns are one block: card 0 has them and, of 256 words, all rows too.
+        (make_shape(hidden=32, vocabulary=256), (2, 1), {0: False, 1: False}),
+        (make_shape(hidden=32, vocabulary=257), (2, 1), {0: True, 1: False}),
+        (SHAPES["few words"], (3, 1), {0: False, 1: False, 2: False}),
+        (SHAPES["k-quants"], (5, 1), {0: True, 1: True, 2: True, 3: False, 4: False}),
+    ],
+)
+def test_a_card_with_the_whole_tied_output_needs_no_embedding(
+    shape: ModelShape, plan: tuple[int, int], embedding_of_its_own: dict[int, bool]
+) -> None:
+    made = tensor_pipeline(shape, *plan)
+    found = {c: "token_embd.weight.columns" in sizes(shape, made, c) for c in made.cards}
+    assert found == embedding_of_its_own
+    for card in made.cards:
+        _, share = made.place(card)
+        embeds = not share.columns.empty
+        assert embeds_from_output(shape, share) == (embeds and not found[card])
+        # Whoever embeds must be told the chosen token; without columns nobody asks.
+        assert ("chosen" in sizes(shape, made, card)) == embeds
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("tensor", "pipeline"), PLANS)
+def test_who_votes_and_who_embeds_have_the_best_tokens(
+    name: str, tensor: int, pipeline: int
+) -> None:
+    shape = SHAPES[name]
+    plan = tensor_pipeline(shape, tensor, pipeline)
+    voters = [c for c in plan.cards if "output.rows" in sizes(shape, plan, c)]
+    embedders = [c for c in plan.cards if "chosen" in sizes(shape, plan, c)]
+    assert (list(plan.voters), list(plan.embedders)) == (voters, embedders)
+    assert voters and embedders
+    for card in plan.cards:
+        held = sizes(shape, plan, card)
+        assert plan.chooses(card) == (card in voters or card in embedders)
+        assert held.get("best") == (4 * len(voters) * 8 if plan.chooses(card) else None)
+        assert held.get("chosen") == (4 * 4 if card in embedders else None)
 
 
 def test_rows_are_padded_to_tiles_of_16() -> None:
@@ -122,7 +181,10 @@ def test_a_stage_holds_its_layers_and_no_others(name: str, tensor: int, pipeline
             assert kv == (set() if share.heads.empty else layers)
             assert ("output.rows" in names) == (not share.vocabulary.empty)
             assert ("xo" in names) == (number == len(plan.stages) - 1)
-            assert ("token_embd.weight.columns" in names) == (not share.columns.empty)
+            embeds = not share.columns.empty
+            everything = (share.columns.size, share.vocabulary.size)
+            packed = tied(shape) and everything == (shape.hidden, shape.vocabulary)
+            assert ("token_embd.weight.columns" in names) == (embeds and not packed)
 
 
 def test_a_card_outside_of_the_plan_holds_nothing() -> None:

@@ -121,7 +121,7 @@ async def test_a_card_killed_during_a_load_fails_the_load_and_frees_the_others(l
             blow = Blow(fleet, kill, card)
 
             def progress(done: int, total: int) -> None:
-                if done > total // 2:
+                if done:  # before any card has got its whole share
                     blow.strike()
 
             for _ in range(2):
@@ -167,7 +167,7 @@ async def test_it_makes_no_difference_how_messages_travel(
 async def test_a_slow_card_is_not_taken_for_hung(tmp_path: Path):
     """Progress counts, not how long a step takes."""
     timeout_s = 0.25
-    path = write_tiny_llama(tmp_path / "wide.gguf", layers=1, hidden=256, ffn=1024, context=2048)
+    path = write_tiny_llama(tmp_path / "wide.gguf", layers=4, hidden=256, ffn=1024, context=2048)
     async with spanker.open_fleet("soft:1@scalar", hang_timeout_s=timeout_s) as fleet:
         model = await fleet.load(path, prompt_chunk=2048)
         start = trio.current_time()

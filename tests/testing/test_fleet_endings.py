@@ -39,7 +39,7 @@ def boom(*args: object) -> object:
 
 
 @CHANNELS
-@pytest.mark.parametrize("method", ["read", "submit", "completions", "counters"])
+@pytest.mark.parametrize("method", ["submit", "completions", "counters"])
 async def test_a_crash_of_a_card_actor_names_card_and_cause(
     method: str, options: dict[str, str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -142,7 +142,7 @@ async def test_a_bug_in_the_fleet_itself_reaches_whoever_opened_it(
     with trio.fail_after(5), pytest.raises(RuntimeError, match="a bug"):
         async with spanker.open_fleet("soft:2") as fleet:
             model = await fleet.load(tiny_model)
-            monkeypatch.setattr(model._session, "_next_batch", boom)
+            monkeypatch.setattr(model._session, "_plan_batch", boom)
             model.generate("Hello")
             await trio.sleep_forever()
 

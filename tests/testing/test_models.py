@@ -12,7 +12,14 @@ import pytest
 import spanker
 from spanker.ggml.gguf import GGMLType, GGUFFile
 from spanker.ggml.tokenizer import Tokenizer
-from spanker.testing import tensor, tiny_llama, tiny_vocabulary, write_gguf, write_tiny_llama
+from spanker.testing import (
+    tensor,
+    tiny_llama,
+    tiny_spm_vocabulary,
+    tiny_vocabulary,
+    write_gguf,
+    write_tiny_llama,
+)
 
 FORMATS = ("f32", "f16", "q8_0", "q4_0", "q4_1")
 # The largest step of each format, as a part of the largest magnitude in the block.
@@ -91,9 +98,22 @@ def test_the_vocabulary_tokenises_any_text(size: int):
     assert tokenizer.stop_ids == {256, 258}
 
 
+@pytest.mark.parametrize("size", [260, 261, 320, 5000])
+def test_the_sentencepiece_vocabulary_tokenises_any_text(size: int):
+    tokenizer = Tokenizer.from_metadata(tiny_spm_vocabulary(size))
+    assert tokenizer.vocab_size == size
+    text = "Hello the wörld, 北京 \U0001f600\n\x00 the  the"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids[0] == tokenizer.bos_id == 1 and tokenizer.stop_ids == {2}
+    assert (len(ids) < len(text.encode())) == (size > 261)
+
+
 def test_a_vocabulary_without_room_for_all_bytes_is_refused():
     with pytest.raises(ValueError, match="at least 259 tokens, got 258"):
         tiny_vocabulary(258)
+    with pytest.raises(ValueError, match="at least 260 tokens, got 259"):
+        tiny_spm_vocabulary(259)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -112,6 +132,22 @@ async def test_every_format_loads_and_depends_on_every_token(
         first, second = await model.logits([1, 2, 3, 4]), await model.logits([9, 2, 3, 4])
         assert 0.5 < first.std() < 2
         assert not (first == second).any()
+
+
+async def test_a_model_with_a_sentencepiece_tokenizer_loads_and_generates(tmp_path: Path):
+    path = write_tiny_llama(tmp_path / "tiny.gguf", tokenizer="spm", seed=4)
+    async with spanker.open_fleet("soft:2") as fleet:
+        model = await fleet.load(path)
+        prompt = model.tokenizer.encode("hello there")
+        generation = model.generate("hello there", max_tokens=40)
+        said = await generation.collect()
+        assert len(generation.token_ids) == 40
+        assert len(set(generation.token_ids)) > 20
+        assert said == model.tokenizer.decode(generation.token_ids, continues=True)
+        again = model.generate(prompt, max_tokens=40)
+        await again.collect()
+        assert again.token_ids == generation.token_ids
+        assert model.detokenize(prompt) == "hello there"
 
 
 def test_the_pieces_can_be_altered(tmp_path: Path):

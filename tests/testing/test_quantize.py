@@ -101,7 +101,7 @@ def representable(name: str, rows: int) -> np.ndarray:
     """
     print("seed", SEED)
     rng = np.random.default_rng(SEED)
-    size = {"Q4_K": 32, "Q5_K": 32, "Q6_K": 16}.get(name, 32)
+    size = 16 if name == "Q6_K" else 32
     most = {"4": 15, "5": 31, "6": 63, "8": 254}[name[1]]
     parts = rng.integers(0, most + 1, (rows, 512 // size, size)).astype(np.float32)
     parts[..., 3], parts[..., -2] = 0, most
@@ -110,20 +110,21 @@ def representable(name: str, rows: int) -> np.ndarray:
     elif name.endswith("_0") or name == "Q6_K":
         parts -= (most + 1) // 2
     scale = np.exp2(rng.integers(-6, 7, (rows, 512 // size, 1))).astype(np.float32)
+    block, super_scale = 256 // size, scale
     if name.endswith("_K"):
         limit = 127 if name == "Q6_K" else 63
-        block = 256 // size
+        super_scale = np.repeat(scale[:, ::block], block, axis=1)
         steps = rng.integers(1, limit + 1, (rows, 512 // size, 1)).astype(np.float32)
         steps[:, ::block] = -128 if name == "Q6_K" else 63
-        scale = np.repeat(scale[:, ::block], block, axis=1) * steps
+        scale = super_scale * steps
     values = parts * scale
     if name.endswith("_1"):
         values += np.float32(-0.25) * scale
     if name in ("Q4_K", "Q5_K"):
         minima = rng.integers(0, 64, (rows, 512 // size, 1)).astype(np.float32)
-        minima[:, 1 :: 256 // size] = 63
-        # So that the smallest value is the minimum and the steps lead up from it.
-        values -= minima * np.repeat(scale[:, :: 256 // size] / 63, 256 // size, axis=1)
+        minima[:, 1::block] = 63
+        # At most 63/8 steps of the finest sub-block: every range has 0 in it, as the format wants.
+        values -= minima * super_scale / 8
     return values.reshape(rows, 512)
 
 

@@ -22,8 +22,9 @@ void axpy(float *x, const float *y, const float *w) {
 lint_module = runpy.run_path(str(TOOL))
 
 
-def lint(*paths: Path, objdump: str = "objdump") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "--objdump", objdump, *map(str, paths)]
+def lint(*paths: Path, objdump: str | None = None) -> subprocess.CompletedProcess[str]:
+    chosen = [] if objdump is None else ["--objdump", objdump]
+    command = [sys.executable, str(TOOL), *chosen, *map(str, paths)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -35,6 +36,18 @@ def build(directory: Path, name: str, source: str, *flags: str) -> Path:
         pytest.skip("neither gcc nor clang is installed")
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
+    return compiled(directory, name, source, compiler, *flags)
+
+
+def build_aarch64(directory: Path, name: str, source: str, *flags: str) -> Path:
+    prefix = "" if platform.machine() == "aarch64" else "aarch64-linux-gnu-"
+    for tool in ("gcc", "objdump"):
+        if shutil.which(prefix + tool) is None:
+            pytest.skip(f"{prefix}{tool} is not installed")
+    return compiled(directory, name, source, f"{prefix}gcc", "-march=armv8.2-a+dotprod", *flags)
+
+
+def compiled(directory: Path, name: str, source: str, compiler: str, *flags: str) -> Path:
     (directory / f"{name}.c").write_text(source)
     target = directory / f"{name}.o"
     subprocess.run([compiler, "-c", *flags, str(directory / f"{name}.c"), "-o", target], check=True)
@@ -52,6 +65,32 @@ def test_the_same_code_without_contraction_passes(tmp_path: Path) -> None:
     result = lint(build(tmp_path, "plain", AXPY, "-mfma", "-O2", "-ffp-contract=off"))
     assert result.returncode == 0
     assert "none forbidden" in result.stdout
+
+
+def test_aarch64_objects_are_decoded_with_their_own_objdump(tmp_path: Path) -> None:
+    fused = build_aarch64(tmp_path, "fused", AXPY, "-O3", "-ffp-contract=fast")
+    plain = build_aarch64(tmp_path, "plain", AXPY, "-O3", "-ffp-contract=off")
+    result = lint(fused)
+    assert result.returncode == 1
+    assert f"{fused}: axpy: fmla" in result.stdout
+    assert lint(plain).returncode == 0
+
+
+def test_a_directory_may_hold_objects_of_two_machines(tmp_path: Path) -> None:
+    build(tmp_path, "here", AXPY, "-mfma", "-O2", "-ffp-contract=fast")
+    build_aarch64(tmp_path, "there", AXPY, "-O3", "-ffp-contract=fast")
+    output = lint(tmp_path).stdout
+    assert f"{tmp_path / 'here.o'}: axpy: vfmadd" in output
+    assert f"{tmp_path / 'there.o'}: axpy: fmla" in output
+
+
+@pytest.mark.parametrize("machine", sorted(lint_module["MACHINES"]))
+@pytest.mark.parametrize("before", [b"", b"!<arch>\n" + b"/ member header" * 4])
+def test_the_objdump_is_that_of_the_elf_header(tmp_path: Path, before: bytes, machine: int) -> None:
+    (tmp_path / "k.o").write_bytes(before + b"\x7fELF" + bytes(14) + machine.to_bytes(2, "little"))
+    name = lint_module["MACHINES"][machine]
+    expected = "objdump" if name == platform.machine() else f"{name}-linux-gnu-objdump"
+    assert lint_module["objdump_of"](tmp_path / "k.o") == expected
 
 
 def test_directories_and_archives_are_searched(tmp_path: Path) -> None:
@@ -77,6 +116,8 @@ def test_nothing_to_check_is_a_failure(tmp_path: Path) -> None:
 
 def test_missing_files_and_a_missing_objdump_are_named(tmp_path: Path) -> None:
     assert "no-such-objdump not found" in lint(tmp_path, objdump="no-such-objdump").stderr
+    foreign = lint(tmp_path, objdump="sparc-linux-gnu-objdump").stderr
+    assert "apt-get install binutils-sparc-linux-gnu" in foreign
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     result = lint(tmp_path / "absent.o")
@@ -90,7 +131,9 @@ def test_missing_files_and_a_missing_objdump_are_named(tmp_path: Path) -> None:
         "vfmadd231ps", "vfmadd132sd", "vfmsub213pd", "vfnmadd231ss", "vfnmsub132ps",
         "vfmaddsub213ps", "vfmsubadd231pd", "vfmaddps", "vfmaddcph", "vdpbf16ps",
         "rcpps", "vrsqrtss", "vrcp14ps", "vrsqrt14pd", "vrcpph",
-        "fmla", "fmls", "fmlal", "fmlal2", "fmadd", "fmsub", "fnmadd", "fnmsub", "fcmla", "frecpe",
+        "fmla", "fmls", "fmlal", "fmlal2", "fmlslb", "fmlallbb", "fmadd", "fmsub", "fnmadd",
+        "fnmsub", "fmad", "fnmsb", "fcmla", "ftmad", "bfdot", "bfmmla", "bfmlalt", "bfmlslb",
+        "bfmla", "fmmla", "fdot", "bfvdot", "fmopa", "bfmops", "faddv", "frecpe", "frsqrts",
         "fmadd.s", "fnmsub.d", "vfmacc.vv", "vfnmacc.vf", "vfmadd.vv", "vfwmacc.vf", "vfmsac.vf",
         "vfnmsac.vv", "vfnmsub.vv", "vfredusum.vs", "vfwredusum.vs", "vfrec7.v",
     ],
@@ -110,6 +153,9 @@ def test_forbidden_mnemonics(mnemonic: str) -> None:
         "vmulps %ymm0,%ymm1,%ymm2", "vaddps %zmm0,%zmm1,%zmm2", "vpmaddubsw a,b,c",
         "vpdpbusd a,b,c", "vpmadd52luq a,b,c", "vsqrtps a,b", "call 40 <vfmadd231ps>",
         "rep stos %al,%es:(%rdi)", "fmul v0.4s, v1.4s, v2.4s", "fmov s0, s1", "sdot a, b, c",
+        "mla v0.4s, v1.4s, v2.4s", "madd x0, x1, x2, x3", "umaddl x0, w1, w2, x3",
+        "fmaxnmv s0, v1.4s", "faddp v0.4s, v1.4s, v2.4s", "fcvtl v0.4s, v1.4h",
+        "bfi x0, x1, #2, #3", "bfcvt h0, s1",
         "fmul.s fa0,fa1,fa2", "vfmul.vv v1,v2,v3", "vfredosum.vs v1,v2,v3", "vfredmax.vs v1,v2,v3",
         "vfmv.v.f v1,fa0", "vfmin.vv v1,v2,v3",
     ],

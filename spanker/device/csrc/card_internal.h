@@ -12,7 +12,7 @@
 
 struct buffer {
     uint64_t offset, bytes; /* bytes is what was asked for; 0 marks a free slot */
-    uint32_t users;         /* programs that refer to it */
+    uint32_t users;         /* programs that refer to it, and steps that will read it */
 };
 
 struct program {
@@ -43,6 +43,9 @@ struct link {
 struct submission {
     struct program *program;
     uint8_t *params; /* owned */
+    uint8_t *result; /* owned: room for what `reads` bring back */
+    struct spk_read reads[SPK_READS_MAX];
+    uint32_t read_count;
     uint64_t fence;
     uint32_t epoch; /* an abort that came before the submission spares it */
 };
@@ -57,7 +60,15 @@ struct execution {
     uint32_t pc;
     uint64_t cursor, cursor2;
     uint64_t busy_ns;
+    uint64_t command_begin_ns; /* when the current command began */
     int32_t waiting_for;
+};
+
+/* Executed commands for whoever asked: written by the engine, read by the host. */
+struct trace {
+    struct spk_trace_event *events;
+    uint64_t capacity;
+    _Atomic uint64_t written, read, lost;
 };
 
 /* Progress of one LINK_SEND or LINK_RECV within an exchange. */
@@ -67,6 +78,7 @@ struct transfer {
 
 struct spk_card {
     const struct spk_kernels *kernels;
+    uint8_t *mapping; /* what was mapped; `ddr` is its first multiple of a huge page */
     uint8_t *ddr;
     uint64_t ddr_bytes;
     _Atomic uint64_t ddr_used;
@@ -80,11 +92,13 @@ struct spk_card {
     uint32_t queue_head, queue_count; /* the running submission stays in the queue */
     struct spk_completion completions[SPK_QUEUE_MAX];
     uint32_t completion_head, completion_count;
+    uint8_t *taken_result; /* of the completion that was collected last */
     uint64_t next_fence;
 
     /* Touched only by whoever steps the card. */
     struct execution run;
     struct transfer transfers[2 * SPK_CARDS_MAX];
+    struct trace trace;
     uint8_t *scratch;
     size_t scratch_bytes;
 

@@ -39,21 +39,6 @@ static void count_ddr(struct spk_card *c, uint64_t read, uint64_t written)
 
 /* --- matmul --------------------------------------------------------------------------------- */
 
-static size_t align64(size_t n)
-{
-    return (n + 63) / 64 * 64;
-}
-
-static struct spk_q8 expanded(const struct spk_card *c, size_t tokens, size_t blocks)
-{
-    uint8_t *d = c->scratch + align64(tokens * blocks * SPK_BLOCK);
-    uint8_t *sum = d + align64(tokens * blocks * 4);
-    return (struct spk_q8){.qs = (const int8_t *)c->scratch,
-                           .d = (const float *)d,
-                           .sum = (const int32_t *)sum,
-                           .blocks = blocks};
-}
-
 static void matmul_slice(struct spk_card *c, const struct spk_command *cmd, size_t tokens, bool *done)
 {
     const struct spk_kernels *k = c->kernels;
@@ -61,33 +46,25 @@ static void matmul_slice(struct spk_card *c, const struct spk_command *cmd, size
     const uint8_t *w = card_at(c, &cmd->ref[0]), *x = card_at(c, &cmd->ref[1]);
     size_t x_stride = cmd->ref[1].stride, out_stride = cmd->ref[3].stride / 4;
     float *out = row_f32(c, &cmd->ref[3], 0);
-    bool is_float = cmd->format == SPK_F32 || cmd->format == SPK_F16;
-    struct spk_q8 q8 = expanded(c, tokens, depth / SPK_BLOCK);
+    spk_matmul_f32 float_kernel = k->matmul_f32[cmd->format];
+    struct spk_q8 q8 = {(const struct spk_q8_block *)c->scratch, depth / SPK_BLOCK};
 
     if (c->run.cursor == 0) {
-        if (!is_float)
-            k->expand_q8(x, x_stride, (int8_t *)(uintptr_t)q8.qs, (float *)(uintptr_t)q8.d,
-                         (int32_t *)(uintptr_t)q8.sum, depth, tokens);
+        if (!float_kernel)
+            k->expand_q8(x, x_stride, (struct spk_q8_block *)c->scratch, depth, tokens);
         count_ddr(c, spk_packed_bytes(cmd->format, rows, depth) +
-                         tokens * (is_float ? depth * 4 : q8.blocks * SPK_Q8_BLOCK_BYTES),
+                         tokens * (float_kernel ? depth * 4 : q8.blocks * SPK_Q8_BLOCK_BYTES),
                   tokens * rows * 4);
     }
-    size_t per_tile = 16 * depth * tokens + 1;
-    size_t begin = c->run.cursor, end = begin + SLICE_MULTIPLY_ADDS / per_tile + 1;
+    /* Kernels take tiles two at a time. */
+    size_t per_pair = 32 * depth * tokens + 1;
+    size_t begin = c->run.cursor, end = begin + 2 * (SLICE_MULTIPLY_ADDS / per_pair + 1);
     end = min_u64(end, tiles);
-    switch (cmd->format) {
-    case SPK_Q4_0: k->matmul_q4_0_q8(w, &q8, out, out_stride, rows, tokens, begin, end); break;
-    case SPK_Q4_1: k->matmul_q4_1_q8(w, &q8, out, out_stride, rows, tokens, begin, end); break;
-    case SPK_Q8_0: k->matmul_q8_0_q8(w, &q8, out, out_stride, rows, tokens, begin, end); break;
-    case SPK_F16:
-        k->matmul_f16_f32(w, (const float *)x, x_stride / 4, out, out_stride, rows, depth, tokens,
-                          begin, end);
-        break;
-    case SPK_F32:
-        k->matmul_f32_f32(w, (const float *)x, x_stride / 4, out, out_stride, rows, depth, tokens,
-                          begin, end);
-        break;
-    }
+    if (float_kernel)
+        float_kernel(w, (const float *)x, x_stride / 4, out, out_stride, rows, depth, tokens, begin,
+                     end);
+    else
+        k->matmul_q8[cmd->format](w, &q8, out, out_stride, rows, tokens, begin, end);
     c->run.cursor = end;
     *done = end == tiles;
 }
@@ -97,6 +74,7 @@ static void matmul_slice(struct spk_card *c, const struct spk_command *cmd, size
 static struct spk_kv kv_of(const struct spk_card *c, const struct spk_command *cmd, int ref)
 {
     return (struct spk_kv){.pool = (uint16_t *)card_at(c, &cmd->ref[ref]),
+                           .pages = cmd->arg[3],
                            .kv_heads = cmd->arg[0],
                            .head_dim = cmd->arg[1],
                            .page_positions = cmd->arg[2]};
@@ -179,10 +157,20 @@ static int rows_slice(struct spk_card *c, const struct spk_command *cmd, size_t 
 
     switch (cmd->op) {
     case SPK_OP_EMBED:
-        for (size_t t = begin; t < end && status == SPK_OK; t++)
-            status = k->dequantize_row(cmd->format,
-                                       card_at(c, &r[0]) + (uint64_t)run->token_id[t] * r[0].stride,
-                                       row_f32(c, &r[3], t), n);
+        for (size_t t = begin; t < end && status == SPK_OK; t++) {
+            uint32_t id = run->token_id[t];
+            if (id & SPK_TOKEN_CHOSEN)
+                memcpy(&id, row_f32(c, &r[1], id ^ SPK_TOKEN_CHOSEN), sizeof id);
+            if (id >= cmd->arg[1])
+                return SPK_E_PARAMS; /* no earlier step has chosen */
+            if (cmd->arg[2])
+                spk_dequantize_packed_row(cmd->format, card_at(c, &r[0]), id,
+                                          row_f32(c, &r[3], t), n);
+            else
+                status = k->dequantize_row(cmd->format,
+                                           card_at(c, &r[0]) + (uint64_t)id * r[0].stride,
+                                           row_f32(c, &r[3], t), n);
+        }
         count_ddr(c, rows * spk_row_bytes(cmd->format, n), rows * n * 4);
         return status;
     case SPK_OP_RMSNORM:
@@ -232,6 +220,27 @@ static int rows_slice(struct spk_card *c, const struct spk_command *cmd, size_t 
             }
         }
         count_ddr(c, rows * n * 4, rows * cmd->arg[1] * 8);
+        return SPK_OK;
+    case SPK_OP_BEST:
+        for (size_t i = begin; i < end; i++) {
+            const uint32_t *ids = (const uint32_t *)row_f32(c, &r[0], i);
+            uint32_t *pair = (uint32_t *)row_f32(c, &r[3], i);
+            pair[0] = ids[0];
+            pair[1] = ids[n]; /* the first value stands behind the ids */
+        }
+        count_ddr(c, rows * 8, rows * 8);
+        return SPK_OK;
+    case SPK_OP_CHOOSE:
+        for (size_t i = begin; i < end; i++) {
+            const uint32_t *pair = (const uint32_t *)row_f32(c, &r[0], i);
+            size_t best = 0;
+            /* Cards stand in order of their ids: of equals the first has the lowest. */
+            for (size_t j = 1; j < n; j++)
+                if (as_float(pair[2 * j + 1]) > as_float(pair[2 * best + 1]))
+                    best = j;
+            *(uint32_t *)row_f32(c, &r[3], i) = pair[2 * best];
+        }
+        count_ddr(c, rows * n * 8, rows * 4);
         return SPK_OK;
     default:
         return SPK_E_ARG;

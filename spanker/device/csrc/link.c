@@ -203,8 +203,9 @@ static int receive_some(struct spk_card *c, struct link *l, const struct spk_com
                        t->done_bytes, m.bytes, get_piece);
             t->done_bytes += m.bytes;
             l->rx_sequence++;
-            atomic_fetch_add_explicit(&l->rx_bytes, m.bytes, memory_order_relaxed);
         }
+        /* Dropped ones too: what was sent and is not counted here still waits to be taken. */
+        atomic_fetch_add_explicit(&l->rx_bytes, m.bytes, memory_order_relaxed);
         head += padded(m.bytes);
         atomic_store_explicit(&r->head, head, memory_order_release);
         *moved = true;

@@ -12,10 +12,11 @@
 static const char *const op_names[] = {
     "?",      "embed", "rmsnorm", "quantize",    "matmul", "rope",     "kv_append", "attention",
     "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
+    "best",   "choose",
 };
 
 /* Bit r: the operation has operand r. */
-static const uint8_t refs_of[] = {0, 9, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8};
+static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8, 9, 9};
 
 /* One operand: rows of row_bytes. */
 struct operand {
@@ -96,7 +97,7 @@ static int check_kv(struct program *p, const struct spk_command *cmd, const char
 static int check_matmul_format(const struct spk_command *cmd, uint64_t *x_bytes)
 {
     uint64_t k = cmd->arg[1];
-    if (cmd->format == SPK_F32 || cmd->format == SPK_F16)
+    if (spk_block_weights(cmd->format) == 1)
         *x_bytes = floats(k);
     else if (spk_row_bytes(cmd->format, k) == 0)
         return SPK_E_ARG;
@@ -124,7 +125,8 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
     /* A step may have more outputs than tokens: these read what it has of the one or the other. */
     bool by_token = cmd->op == SPK_OP_EMBED || cmd->op == SPK_OP_ROPE ||
                     cmd->op == SPK_OP_KV_APPEND || cmd->op == SPK_OP_ATTENTION;
-    bool by_output = cmd->op == SPK_OP_LOGIT_STATS;
+    bool by_output = cmd->op == SPK_OP_LOGIT_STATS || cmd->op == SPK_OP_BEST ||
+                     cmd->op == SPK_OP_CHOOSE;
     if (cmd->flags ? by_token : by_output)
         return refuse(why, op, by_token ? "has a row per token, not per output"
                                         : "has a row per output, not per token");
@@ -136,7 +138,14 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         bytes = spk_row_bytes(cmd->format, n);
         if (n && !bytes)
             return refuse(why, op, "has an unknown format or a row that cuts a block");
+        if (arg[2] > 1)
+            return refuse(why, op, "takes rows (0) or packed weights (1)");
+        if (!mul((uint64_t)arg[1] + 15, bytes, &packed))
+            return refuse(why, op, "has weights beyond any card");
         o[count++] = (struct operand){0, arg[1], bytes, 1};
+        if (arg[2])
+            o[0] = (struct operand){0, 1, spk_packed_bytes(cmd->format, arg[1], n), 32};
+        o[count++] = (struct operand){1, p->header.outputs_max, 4, 4};
         o[count++] = (struct operand){3, rows, floats(n), 4};
         break;
     case SPK_OP_RMSNORM:
@@ -158,7 +167,7 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             return refuse(why, op, "has weights beyond any card");
         o[count++] = (struct operand){0, 1, spk_packed_bytes(cmd->format, n, arg[1]), 32};
         o[count++] = (struct operand){1, rows, bytes,
-                                      cmd->format == SPK_F32 || cmd->format == SPK_F16 ? 4 : 2};
+                                      spk_block_weights(cmd->format) == 1 ? 4 : 2};
         o[count++] = (struct operand){3, rows, floats(n), 4};
         break;
     case SPK_OP_ROPE:
@@ -211,6 +220,18 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             return refuse(why, op, "takes 1 to 4096 candidates");
         o[count++] = (struct operand){0, rows, floats(n), 4};
         o[count++] = (struct operand){3, rows, (uint64_t)arg[1] * 8, 4};
+        break;
+    case SPK_OP_BEST:
+        if (arg[0] == 0 || arg[0] > 4096)
+            return refuse(why, op, "takes 1 to 4096 candidates");
+        o[count++] = (struct operand){0, rows, (uint64_t)n * 8, 4};
+        o[count++] = (struct operand){3, rows, 8, 4};
+        break;
+    case SPK_OP_CHOOSE:
+        if (arg[0] == 0 || arg[0] > SPK_CARDS_MAX)
+            return refuse(why, op, "takes a pair from 1 to 256 cards");
+        o[count++] = (struct operand){0, rows, (uint64_t)n * 8, 4};
+        o[count++] = (struct operand){3, rows, 4, 4};
         break;
     case SPK_OP_EXCHANGE:
         if (n > 2 * SPK_CARDS_MAX || n > p->header.commands - i - 1)
@@ -333,8 +354,14 @@ int step_check(const struct program *p, const uint8_t *params, size_t nbytes, ch
             return bad_step(why, "page", i, run.page[i], p->kv_pages);
     for (uint32_t t = 0; t < h->tokens; t++) {
         uint32_t s = run.sequence[t];
-        if (p->vocabulary && run.token_id[t] >= p->vocabulary)
-            return bad_step(why, "token id", t, run.token_id[t], p->vocabulary);
+        uint32_t id = run.token_id[t];
+        if (p->vocabulary && id & SPK_TOKEN_CHOSEN) {
+            if ((id ^ SPK_TOKEN_CHOSEN) >= p->header.outputs_max)
+                return bad_step(why, "chosen output of token", t, id ^ SPK_TOKEN_CHOSEN,
+                                p->header.outputs_max);
+        } else if (p->vocabulary && id >= p->vocabulary) {
+            return bad_step(why, "token id", t, id, p->vocabulary);
+        }
         if (s >= h->sequences)
             return bad_step(why, "sequence of token", t, s, h->sequences);
         if (run.position[t] >= p->header.positions_max)
@@ -372,11 +399,11 @@ size_t program_scratch_bytes(const struct program *p)
         size_t rows = p->header.tokens_max, need = 0;
         if (cmd->flags & SPK_FLAG_OUTPUTS)
             rows = p->header.outputs_max;
-        if (cmd->op == SPK_OP_MATMUL && cmd->format != SPK_F32 && cmd->format != SPK_F16) {
-            size_t blocks = cmd->arg[1] / SPK_BLOCK;
-            need = align64(rows * blocks * SPK_BLOCK) + 2 * align64(rows * blocks * 4);
+        if (cmd->op == SPK_OP_MATMUL && spk_block_weights(cmd->format) != 1) {
+            need = rows * (cmd->arg[1] / SPK_BLOCK) * sizeof(struct spk_q8_block);
         } else if (cmd->op == SPK_OP_ATTENTION) {
-            need = 4 * sizeof(float) * (((size_t)p->header.positions_max + 15) / 16 * 16);
+            need = SPK_ATTENTION_ROWS * sizeof(float) *
+                   (((size_t)p->header.positions_max + 15) / 16 * 16 + cmd->arg[1]);
         }
         most = need > most ? need : most;
     }

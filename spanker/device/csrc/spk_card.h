@@ -26,6 +26,9 @@
 #define SPK_STEP_BYTES_MAX 4194304
 #define SPK_DDR_ALIGN 64
 #define SPK_TOKENS_MAX 65536
+#define SPK_READS_MAX 8 /* pieces of memory that a step brings back */
+#define SPK_RESULT_BYTES_MAX 1073741824
+#define SPK_TRACE_EVENTS_MAX 16777216
 
 /* Operations.  ref[] and arg[] of each are listed in spanker/kernels/program.py. */
 #define SPK_OP_EMBED 1
@@ -43,6 +46,12 @@
 #define SPK_OP_EXCHANGE 13
 #define SPK_OP_LINK_SEND 14
 #define SPK_OP_LINK_RECV 15
+#define SPK_OP_BEST 16
+#define SPK_OP_CHOOSE 17
+
+/* In place of a token id: the token that CHOOSE left for output i of an earlier step.  So a step
+ * can be queued before anyone has seen the token it begins with. */
+#define SPK_TOKEN_CHOSEN 0x80000000u
 
 #define SPK_FLAG_OUTPUTS 1u /* rows are the step's outputs, not its tokens */
 
@@ -84,11 +93,31 @@ struct spk_step_header {
     uint32_t reserved[2];
 };
 
+/* Memory that a step brings back: copied when the step completes, before the next one starts. */
+struct spk_read {
+    uint32_t buffer;
+    uint32_t reserved; /* zero */
+    uint64_t offset;
+    uint64_t nbytes;
+};
+
 struct spk_completion {
     uint64_t fence;
     uint64_t busy_ns;
     int32_t status;
-    uint32_t command; /* where a fault happened */
+    uint32_t command;      /* where a fault happened */
+    const uint8_t *result; /* the step's reads, one after the other; nothing unless it succeeded */
+    uint64_t result_bytes;
+};
+
+/* One command of a step as it was executed; an exchange ends when its last message has come. */
+struct spk_trace_event {
+    uint64_t begin_ns; /* CLOCK_MONOTONIC */
+    uint64_t end_ns;
+    uint64_t fence;
+    uint32_t command;
+    uint16_t op;
+    uint16_t format;
 };
 
 struct spk_counters {
@@ -134,9 +163,9 @@ int spk_card_load_program(struct spk_card *card, const void *program, size_t nby
                           uint32_t *handle, uint32_t *bad_command, char *why);
 int spk_card_unload_program(struct spk_card *card, uint32_t handle);
 int spk_card_submit(struct spk_card *card, uint32_t program, const void *params, size_t nbytes,
-                    uint64_t *fence, char *why);
-/* 1 and a completion, or 0 when there is none.  The fd is an eventfd that polls readable
- * whenever completions wait. */
+                    const struct spk_read *reads, size_t read_count, uint64_t *fence, char *why);
+/* 1 and a completion, or 0 when there is none.  Its result stays until the next call.  The fd is
+ * an eventfd that polls readable whenever completions wait, and now and then when none does. */
 int spk_card_completion(struct spk_card *card, struct spk_completion *out);
 int spk_card_fd(struct spk_card *card);
 /* Completes everything queued with SPK_E_ABORTED and enters `epoch`; workers do it.  A
@@ -144,6 +173,11 @@ int spk_card_fd(struct spk_card *card);
 int spk_card_abort(struct spk_card *card, uint32_t epoch);
 void spk_card_counters(struct spk_card *card, struct spk_counters *out);
 void spk_card_link_bytes(struct spk_card *card, uint32_t peer, uint64_t *tx, uint64_t *rx);
+/* Record commands from now on, up to `events` that nobody has read; 0 stops.  Idle cards only. */
+int spk_card_trace(struct spk_card *card, uint64_t events);
+/* Take up to `most` recorded events, oldest first; how many were lost for want of room so far. */
+uint64_t spk_card_trace_read(struct spk_card *card, struct spk_trace_event *out, uint64_t most,
+                             uint64_t *lost);
 void spk_card_plant(struct spk_card *card, int fault);
 /* For those who drive a card without a pool: from one thread, between spk_fp_enter and
  * spk_fp_leave. */

@@ -30,8 +30,9 @@ from spanker.ggml.gguf import GGUFFile, TensorInfo
 from spanker.kernels import program as op
 from spanker.kernels.formats import Format, pack, row_bytes
 from spanker.kernels.program import Command, Program, Ref, Transfer
+from spanker.kernels.reference import dequantize_row
 from spanker.sched.collectives import direct
-from spanker.sched.layout import chunks, layer_rows, q8_bytes
+from spanker.sched.layout import chunks, embeds_from_output, layer_rows, q8_bytes
 from spanker.sched.plan import (
     Q8_BLOCK,
     CardShare,
@@ -232,7 +233,7 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
         info = tensor(name, hidden)
         fmt = _format(info)
         if fmt is None or not fmt.is_float:
-            raise _bad(gguf, f"tensor {name!r} must be F32 or F16, got {info.type.name}")
+            raise _bad(gguf, f"tensor {name!r} must be F32, F16 or BF16, got {info.type.name}")
         norms[name] = info
 
     def weight(name: str, rows: int, k: int) -> WeightShape:
@@ -322,50 +323,73 @@ UPLOAD_BYTES = 2 << 20
 
 
 @attrs.frozen
+class Piece:
+    """Bytes [offset, offset + nbytes) of a buffer.  `fill` writes them into a contiguous uint8
+    array of just that size; any thread may call it, once."""
+
+    offset: int
+    nbytes: int
+    fill: Callable[[npt.NDArray[np.uint8]], None]
+
+
+@attrs.frozen
 class Upload:
-    """A buffer's content in pieces (byte offset, data); made lazily, a few MiB at a time."""
+    """A buffer's content, in pieces that are made when they are wanted."""
 
     buffer: str
     nbytes: int
-    pieces: Callable[[], Iterator[tuple[int, npt.NDArray[np.uint8]]]]
+    pieces: tuple[Piece, ...]
 
 
 def _whole(buffer: str, data: npt.NDArray[np.generic]) -> Upload:
     flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
-    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        for begin in range(0, flat.size, UPLOAD_BYTES):
-            yield begin, flat[begin : begin + UPLOAD_BYTES]
+    def piece(begin: int) -> Piece:
+        part = flat[begin : begin + UPLOAD_BYTES]
 
-    return Upload(buffer, flat.size, pieces)
+        def fill(out: npt.NDArray[np.uint8]) -> None:
+            out[:] = part
+
+        return Piece(begin, part.size, fill)
+
+    return Upload(buffer, flat.size, tuple(map(piece, range(0, flat.size, UPLOAD_BYTES))))
 
 
 def _packed_rows(gguf: GGUFFile, weight: Weight, buffer: str, first: int, rows: int) -> Upload:
     step = max(UPLOAD_BYTES // weight.shape.row_bytes // 16 * 16, 16)
+    data, name = gguf.tensor_data(weight.info.name), weight.info.name
 
-    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        data = gguf.tensor_data(weight.info.name)
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            part = pack(weight.format, data[first + begin : first + end], weight.shape.k)
-            yield begin * weight.shape.row_bytes, part
+    def piece(begin: int) -> Piece:
+        count = min(step, rows - begin)
 
-    return Upload(buffer, weight.shape.packed_bytes(rows), pieces)
+        def fill(out: npt.NDArray[np.uint8]) -> None:
+            at = first + begin
+            pack(weight.format, data[at : at + count], weight.shape.k, out)
+            gguf.forget(name, at, count)
+
+        return Piece(begin * weight.shape.row_bytes, weight.shape.packed_bytes(count), fill)
+
+    nbytes = weight.shape.packed_bytes(rows)
+    return Upload(buffer, nbytes, tuple(map(piece, range(0, rows, step))))
 
 
 def _columns(gguf: GGUFFile, weight: Weight, buffer: str, columns: Share) -> Upload:
     unit, nbytes = weight.shape.columns_unit, weight.shape.unit_bytes
     begin, end = columns.start // unit * nbytes, columns.stop // unit * nbytes
-    width = end - begin
+    width, rows = end - begin, weight.shape.rows
     step = max(UPLOAD_BYTES // width, 1)
+    data, name = gguf.tensor_data(weight.info.name), weight.info.name
 
-    def pieces() -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        data = gguf.tensor_data(weight.info.name)
-        for row in range(0, weight.shape.rows, step):
-            part = np.ascontiguousarray(data[row : row + step, begin:end])
-            yield row * width, part.reshape(-1)
+    def piece(row: int) -> Piece:
+        count = min(step, rows - row)
 
-    return Upload(buffer, weight.shape.rows * width, pieces)
+        def fill(out: npt.NDArray[np.uint8]) -> None:
+            out.reshape(count, width)[:] = data[row : row + count, begin:end]
+            gguf.forget(name, row, count)
+
+        return Piece(row * width, count * width, fill)
+
+    return Upload(buffer, rows * width, tuple(map(piece, range(0, rows, step))))
 
 
 def uploads(
@@ -379,12 +403,10 @@ def uploads(
     ]
 
     def norm(name: str) -> None:
-        info = model.norms[name]
-        data = gguf.tensor_data(name).reshape(-1)
-        values = data.view(np.float32 if _format(info) is Format.F32 else np.float16)
-        out.append(_whole(name, values.astype(np.float32)))
+        kind = model.norms[name].type.name.lower()
+        out.append(_whole(name, dequantize_row(kind, gguf.tensor_data(name))))
 
-    if not share.columns.empty:
+    if not share.columns.empty and not embeds_from_output(model.shape, share):
         embedding = model.weights["token_embd.weight"]
         out.append(_columns(gguf, embedding, "token_embd.weight.columns", share.columns))
     for i in range(stage.layers.start, stage.layers.stop):
@@ -457,12 +479,13 @@ class _Builder:
             yield from self._handover(self.previous, self.stage)
         for index in range(self.stage.layers.start, self.stage.layers.stop):
             layer = self.shape.layers[index]
-            yield from self._attention(index, layer)
-            yield from self._ffn(index, layer)
+            for part in (self._attention(index, layer), self._ffn(index, layer)):
+                yield from (command.of_part(f"blk.{index}") for command in part)
         if self.next is None:
             yield from self._output()
         else:
             yield from self._handover(self.stage, self.next)
+        yield from self._choose()
 
     # --- exchanges ---
 
@@ -495,12 +518,15 @@ class _Builder:
         columns, weight = self.share.columns, self.model.weights["token_embd.weight"]
         if not columns.empty:
             nbytes = columns.size // weight.shape.columns_unit * weight.shape.unit_bytes
+            packed = embeds_from_output(self.shape, self.share)
             yield op.embed(
                 weight.format,
-                Ref("token_embd.weight.columns", nbytes),
+                Ref("output.rows") if packed else Ref("token_embd.weight.columns", nbytes),
+                Ref("chosen", 4),
                 self.x.at(columns.start),
                 columns=columns.size,
                 vocabulary=self.shape.vocabulary,
+                packed=packed,
             )
         yield from self._gather(self.x, lambda s: s.columns)
 
@@ -642,3 +668,24 @@ class _Builder:
             k=self.limits.candidates,
             first_id=vocabulary.start,
         )
+
+    def _choose(self) -> Iterator[Command]:
+        """The most likely token goes to the cards that embed it, so that the next step can begin
+        before the host has seen it."""
+        voters, embedders = self.plan.voters, self.plan.embedders
+
+        def slot(voter: int) -> Ref:
+            return Ref("best", len(voters) * 8, voters.index(voter) * 8)
+
+        if self.card in voters:
+            candidates = self.limits.candidates
+            yield op.best(Ref("top", candidates * 8), slot(self.card), k=candidates)
+        transfers = [
+            Transfer(self.card == voter, embedder if self.card == voter else voter, slot(voter), 8)
+            for voter in voters
+            for embedder in embedders
+            if voter != embedder and self.card in (voter, embedder)
+        ]
+        yield from op.exchange(transfers, outputs=True)
+        if self.card in embedders:
+            yield op.choose(Ref("best", len(voters) * 8), Ref("chosen", 4), lists=len(voters))

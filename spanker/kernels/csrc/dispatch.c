@@ -29,6 +29,16 @@ static int machine_has(int isa)
 }
 #endif
 
+#if SPK_HAVE_NEON
+#include <sys/auxv.h>
+
+/* Dot products are an extension; the kernel tells which a program may use. */
+static int machine_has_neon_dotprod(void)
+{
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+#endif
+
 const struct spk_kernels *spk_kernels_get(int isa)
 {
     if (isa == SPK_ISA_SCALAR)
@@ -38,6 +48,10 @@ const struct spk_kernels *spk_kernels_get(int isa)
         return &spk_kernels__avx2;
     if (isa == SPK_ISA_AVX512VNNI && machine_has(isa))
         return &spk_kernels__avx512vnni;
+#endif
+#if SPK_HAVE_NEON
+    if (isa == SPK_ISA_NEON && machine_has_neon_dotprod())
+        return &spk_kernels__neon;
 #endif
     return NULL;
 }

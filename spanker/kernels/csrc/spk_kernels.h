@@ -7,7 +7,8 @@
  * sizes and strides, uses no globals, allocates nothing and returns a status.
  *
  * Strides of float arrays count floats, strides of block arrays count bytes.  Counts of zero
- * are valid and write nothing (a norm has at least one element).  Arguments are checked by the caller (the command processor).
+ * are valid and write nothing (a norm has at least one element).  Arguments are checked by the
+ * caller (the command processor).
  */
 #ifndef SPK_KERNELS_H
 #define SPK_KERNELS_H
@@ -19,7 +20,10 @@
 #define SPK_SEMANTICS_VERSION 1
 #define SPK_TILE_ROWS 16    /* output rows interleaved in packed weights; one row is one lane */
 #define SPK_BLOCK 32        /* weights or activations that share a scale */
+#define SPK_SUPER_BLOCK 256 /* weights that share the outer scales of a K-quant (GGML's QK_K) */
 #define SPK_Q8_BLOCK_BYTES 34 /* f16 scale and 32 int8, as in GGML's block_q8_0 */
+#define SPK_Q8_GROUP 4      /* tokens whose expanded blocks lie side by side */
+#define SPK_ATTENTION_ROWS 8 /* rows of scores that attention keeps in its scratch memory */
 #define SPK_LOGIT_CHUNK 256 /* vocabulary rows that share one (max, sum of exp) pair */
 
 /* Statuses; docs/api/kernel-semantics.md lists what each means to the caller. */
@@ -42,26 +46,45 @@
 #define SPK_F16 1
 #define SPK_Q4_0 2
 #define SPK_Q4_1 3
+#define SPK_Q5_0 6
+#define SPK_Q5_1 7
 #define SPK_Q8_0 8
+#define SPK_Q4_K 12
+#define SPK_Q5_K 13
+#define SPK_Q6_K 14
+#define SPK_BF16 30
+#define SPK_FORMAT_COUNT 31 /* above every format's number */
 
 #define SPK_ISA_SCALAR 0
 #define SPK_ISA_AVX2 1
 #define SPK_ISA_AVX512VNNI 2
-#define SPK_ISA_COUNT 3
+#define SPK_ISA_NEON 3
+#define SPK_ISA_COUNT 4
 
-/* Activations ready for a matmul: for token t and block b, 32 int8 at qs[(t*blocks + b)*32],
- * the scale d[t*blocks + b] and the sum of the 32 integers sum[t*blocks + b]. */
-struct spk_q8 {
-    const int8_t *qs;
-    const float *d;
-    const int32_t *sum;
-    size_t blocks;
+/* One Q8 block of activations, ready for a matmul.  The sums are negative as the kernels start
+ * their dot products from an offset times them. */
+struct spk_q8_block {
+    int8_t qs[32];
+    float d;
+    float sum;           /* of the 32 integers */
+    int32_t minus_sum;   /* the same, negative */
+    int32_t minus_first; /* minus the sum of the first 16 */
 };
 
-/* KV pages of one layer on one card.  A page holds, for each KV head, K in tiles of 16
- * positions ([position/16][head_dim][16]) followed by V ([position][head_dim]), all f16. */
+/* Activations ready for a matmul: tokens in groups of SPK_Q8_GROUP (the last may be smaller),
+ * within a group block after block, within a block token after token.  So block b of token t is
+ * block[first*blocks + b*n + (t - first)] where first is the group's first token and n its size. */
+struct spk_q8 {
+    const struct spk_q8_block *block;
+    size_t blocks; /* of a token */
+};
+
+/* KV pages of one layer on one card, all f16: for each KV head its keys, page after page, then its
+ * values, page after page.  A page of keys is tiles of 16 positions ([position/16][head_dim][16]), a
+ * page of values [position][head_dim].  So a sequence on neighbouring pages is two streams. */
 struct spk_kv {
     uint16_t *pool;
+    size_t pages;
     size_t page_positions; /* a multiple of 16 */
     size_t kv_heads;
     size_t head_dim;
@@ -77,33 +100,29 @@ struct spk_attention {
     float *const *out;       /* queries pointers to head_dim floats */
     const uint32_t *visible; /* positions each query attends to: its own position + 1 */
     float scale;             /* 1/sqrt(head_dim) */
-    float *scratch;          /* 4 * (largest visible, rounded up to 16) floats */
+    /* SPK_ATTENTION_ROWS * (largest visible, rounded up to 16, + head_dim) floats */
+    float *scratch;
 };
+
+/* Rows [tile_begin*16, min(tile_end*16, rows)) of out[token][row]; weights as spk_pack leaves
+ * them. */
+typedef void (*spk_matmul_q8)(const uint8_t *w, const struct spk_q8 *x, float *out,
+                              size_t out_stride, size_t rows, size_t tokens, size_t tile_begin,
+                              size_t tile_end);
+typedef void (*spk_matmul_f32)(const uint8_t *w, const float *x, size_t x_stride, float *out,
+                               size_t out_stride, size_t rows, size_t k, size_t tokens,
+                               size_t tile_begin, size_t tile_end);
 
 struct spk_kernels {
     const char *name;
     int isa;
     int (*quantize_q8)(const float *x, size_t x_stride, uint8_t *out, size_t out_stride,
                        size_t k, size_t tokens);
-    void (*expand_q8)(const uint8_t *in, size_t in_stride, int8_t *qs, float *d, int32_t *sum,
-                      size_t k, size_t tokens);
-    /* Rows [tile_begin*16, min(tile_end*16, rows)) of out[token][row]; weights as spk_pack
-     * leaves them. */
-    void (*matmul_q4_0_q8)(const uint8_t *w, const struct spk_q8 *x, float *out,
-                           size_t out_stride, size_t rows, size_t tokens, size_t tile_begin,
-                           size_t tile_end);
-    void (*matmul_q4_1_q8)(const uint8_t *w, const struct spk_q8 *x, float *out,
-                           size_t out_stride, size_t rows, size_t tokens, size_t tile_begin,
-                           size_t tile_end);
-    void (*matmul_q8_0_q8)(const uint8_t *w, const struct spk_q8 *x, float *out,
-                           size_t out_stride, size_t rows, size_t tokens, size_t tile_begin,
-                           size_t tile_end);
-    void (*matmul_f16_f32)(const uint8_t *w, const float *x, size_t x_stride, float *out,
-                           size_t out_stride, size_t rows, size_t k, size_t tokens,
-                           size_t tile_begin, size_t tile_end);
-    void (*matmul_f32_f32)(const uint8_t *w, const float *x, size_t x_stride, float *out,
-                           size_t out_stride, size_t rows, size_t k, size_t tokens,
-                           size_t tile_begin, size_t tile_end);
+    void (*expand_q8)(const uint8_t *in, size_t in_stride, struct spk_q8_block *out, size_t k,
+                      size_t tokens);
+    /* By format, NULL where activations are of the other kind. */
+    spk_matmul_q8 matmul_q8[SPK_FORMAT_COUNT];
+    spk_matmul_f32 matmul_f32[SPK_FORMAT_COUNT];
     int (*rmsnorm)(const float *x, size_t x_stride, const float *w, float *out,
                    size_t out_stride, size_t n, size_t tokens, float eps);
     /* In place; table[position][rope_dim/2][2] = (cos, sin); pairs are (2i, 2i+1). */
@@ -129,6 +148,8 @@ struct spk_kernels {
 /* The kernels of an instruction set, or NULL when this build or this machine lacks it. */
 const struct spk_kernels *spk_kernels_get(int isa);
 
+/* Weights that share a scale in GGML's layout: 1, 32 or 256; 0 when the format is unknown. */
+size_t spk_block_weights(int format);
 /* Bytes of one row of k weights in GGML's layout; 0 when the format is unknown or k does not
  * fill whole blocks. */
 size_t spk_row_bytes(int format, size_t k);
@@ -138,9 +159,16 @@ size_t spk_packed_bytes(int format, size_t rows, size_t k);
 int spk_pack(int format, const uint8_t *src, size_t row_stride, uint8_t *dst, size_t rows,
              size_t k);
 
+/* One row of packed weights as floats: the values of dequantize_row. */
+void spk_dequantize_packed_row(int format, const uint8_t *packed, size_t row, float *out, size_t k);
+
 uint16_t spk_f16_from_f32(float x);
 float spk_f32_from_f16(uint16_t h);
 float spk_exp(float x);
+/* total + sum over chunks, ascending, of exp((max - top) * inv_temperature) * sum, each operation
+ * on the float64 total rounded once; stats as logit_stats leaves them. */
+double spk_fold_stats(double total, const float *stats, size_t chunks, float top,
+                      float inv_temperature);
 uint32_t spk_crc32c(uint32_t crc, const void *data, size_t nbytes);
 
 /* Round to nearest, no flush to zero, for this thread; returns what to restore. */
@@ -151,5 +179,6 @@ void spk_fp_leave(uint64_t saved);
 extern const struct spk_kernels spk_kernels__scalar;
 extern const struct spk_kernels spk_kernels__avx2;
 extern const struct spk_kernels spk_kernels__avx512vnni;
+extern const struct spk_kernels spk_kernels__neon;
 
 #endif

@@ -15,11 +15,17 @@
                size_t, size_t)
 
 int K(quantize_q8)(const float *, size_t, uint8_t *, size_t, size_t, size_t);
-void K(expand_q8)(const uint8_t *, size_t, int8_t *, float *, int32_t *, size_t, size_t);
+void K(expand_q8)(const uint8_t *, size_t, struct spk_q8_block *, size_t, size_t);
 MATMUL_Q8(matmul_q4_0_q8);
 MATMUL_Q8(matmul_q4_1_q8);
+MATMUL_Q8(matmul_q5_0_q8);
+MATMUL_Q8(matmul_q5_1_q8);
 MATMUL_Q8(matmul_q8_0_q8);
+MATMUL_Q8(matmul_q4_k_q8);
+MATMUL_Q8(matmul_q5_k_q8);
+MATMUL_Q8(matmul_q6_k_q8);
 MATMUL_F32(matmul_f16_f32);
+MATMUL_F32(matmul_bf16_f32);
 MATMUL_F32(matmul_f32_f32);
 int K(rmsnorm)(const float *, size_t, const float *, float *, size_t, size_t, size_t, float);
 void K(rope)(float *, size_t, size_t, size_t, size_t, const float *, const uint32_t *, size_t);
@@ -36,11 +42,17 @@ const struct spk_kernels K(spk_kernels) = {
     .isa = SPK_TABLE_ISA,
     .quantize_q8 = K(quantize_q8),
     .expand_q8 = K(expand_q8),
-    .matmul_q4_0_q8 = K(matmul_q4_0_q8),
-    .matmul_q4_1_q8 = K(matmul_q4_1_q8),
-    .matmul_q8_0_q8 = K(matmul_q8_0_q8),
-    .matmul_f16_f32 = K(matmul_f16_f32),
-    .matmul_f32_f32 = K(matmul_f32_f32),
+    .matmul_q8 = {[SPK_Q4_0] = K(matmul_q4_0_q8),
+                  [SPK_Q4_1] = K(matmul_q4_1_q8),
+                  [SPK_Q5_0] = K(matmul_q5_0_q8),
+                  [SPK_Q5_1] = K(matmul_q5_1_q8),
+                  [SPK_Q8_0] = K(matmul_q8_0_q8),
+                  [SPK_Q4_K] = K(matmul_q4_k_q8),
+                  [SPK_Q5_K] = K(matmul_q5_k_q8),
+                  [SPK_Q6_K] = K(matmul_q6_k_q8)},
+    .matmul_f32 = {[SPK_F16] = K(matmul_f16_f32),
+                   [SPK_BF16] = K(matmul_bf16_f32),
+                   [SPK_F32] = K(matmul_f32_f32)},
     .rmsnorm = K(rmsnorm),
     .rope = K(rope),
     .kv_append = K(kv_append),

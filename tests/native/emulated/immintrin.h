@@ -3,9 +3,9 @@
  * Stands in for the compiler's <immintrin.h>: AVX-512 in plain C by SIMDe, so that the AVX-512
  * kernels run on any machine.  tools/check_avx512.sh puts this directory first in the path.
  *
- * SIMDe 0.7.4 lacks the five intrinsics at the end.  They are given one lane at a time from
- * Intel's description of each, not from how the kernels use them.  Another one that the kernels
- * come to use fails to compile: add it here.
+ * The intrinsics at the end are missing from SIMDe 0.7.4, or take it thousands of lines
+ * (ternarylogic).  They are given one lane at a time from Intel's description of each, not from how
+ * the kernels use them.  Another one that the kernels come to use fails to compile: add it here.
  */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
@@ -23,6 +23,8 @@
 #include <simde/x86/avx512/max.h>
 #include <simde/x86/avx512/min.h>
 #include <simde/x86/avx512/mul.h>
+#include <simde/x86/avx512/mullo.h>
+#include <simde/x86/avx512/or.h>
 #include <simde/x86/avx512/set1.h>
 #include <simde/x86/avx512/setzero.h>
 #include <simde/x86/avx512/slli.h>
@@ -88,6 +90,30 @@ static inline simde__m512 emulated_cvtepi32_ps(simde__m512i a)
     return r;
 }
 
+static inline simde__m512i emulated_cvtepi8_epi32(simde__m128i a)
+{
+    int8_t in[16];
+    int32_t out[16];
+    simde__m512i r;
+    memcpy(in, &a, sizeof in);
+    for (int i = 0; i < 16; i++)
+        out[i] = in[i];
+    memcpy(&r, out, sizeof r);
+    return r;
+}
+
+static inline simde__m512i emulated_cvtepu16_epi32(simde__m256i a)
+{
+    uint16_t in[16];
+    uint32_t out[16];
+    simde__m512i r;
+    memcpy(in, &a, sizeof in);
+    for (int i = 0; i < 16; i++)
+        out[i] = in[i];
+    memcpy(&r, out, sizeof r);
+    return r;
+}
+
 /* Truncates, where packs would saturate. */
 static inline simde__m128i emulated_cvtepi32_epi8(simde__m512i a)
 {
@@ -99,6 +125,28 @@ static inline simde__m128i emulated_cvtepi32_epi8(simde__m512i a)
         out[i] = (uint8_t)in[i];
     memcpy(&r, out, sizeof r);
     return r;
+}
+
+/* Each bit is the bit of imm8 that the three operands' bits, a's above b's above c's, number. */
+static inline simde__m512i emulated_ternarylogic_epi32(simde__m512i a, simde__m512i b,
+                                                       simde__m512i c, int imm8)
+{
+    uint32_t x[16], y[16], z[16], out[16] = {0};
+    simde__m512i r;
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    memcpy(z, &c, sizeof z);
+    for (int i = 0; i < 16; i++)
+        for (int n = 0; n < 8; n++)
+            if (imm8 >> n & 1)
+                out[i] |= (n & 4 ? x[i] : ~x[i]) & (n & 2 ? y[i] : ~y[i]) & (n & 1 ? z[i] : ~z[i]);
+    memcpy(&r, out, sizeof r);
+    return r;
+}
+
+static inline simde__mmask64 emulated_cvtu64_mask64(uint64_t a)
+{
+    return a;
 }
 
 /* Touches no byte of a lane that is masked out. */
@@ -117,6 +165,14 @@ static inline void emulated_mask_storeu_ps(void *p, simde__mmask16 mask, simde__
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+#undef _mm512_ternarylogic_epi32
+#define _mm512_ternarylogic_epi32 emulated_ternarylogic_epi32
+#undef _cvtu64_mask64
+#define _cvtu64_mask64 emulated_cvtu64_mask64
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #undef _mm512_mask_storeu_ps

@@ -7,6 +7,9 @@
 
 #include "spk_scalar_math.h"
 
+#define SPK_LANES_QUERIES 4 /* queries of attention at a time */
+#define SPK_LANES_VALUE_CHUNKS 1
+
 typedef struct {
     __m256 lo, hi;
 } lanes;
@@ -68,6 +71,23 @@ static inline void l_store_i8(uint8_t *p, lanes a)
     w = _mm256_permute4x64_epi64(w, 0xd8);
     __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
     _mm_storeu_si128((__m128i *)p, b);
+}
+
+/* The sum of 16 int8. */
+static inline int32_t l_sum_i8(const uint8_t *p)
+{
+    /* Bytes offset by 128 are unsigned, which psadbw adds up in two halves. */
+    __m128i x = _mm_xor_si128(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8((char)0x80));
+    __m128i s = _mm_sad_epu8(x, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 16 * 128;
+}
+
+static inline lanes l_load_bf16(const uint16_t *p)
+{
+    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return (lanes){_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+                   _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
 
 #endif

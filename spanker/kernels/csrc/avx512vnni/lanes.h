@@ -7,6 +7,9 @@
 
 #include "spk_scalar_math.h"
 
+#define SPK_LANES_QUERIES 8 /* queries of attention at a time */
+#define SPK_LANES_VALUE_CHUNKS 4
+
 typedef __m512 lanes;
 
 static inline lanes l_add(lanes a, lanes b) { return _mm512_add_ps(a, b); }
@@ -41,6 +44,21 @@ static inline lanes l_pow2(lanes n)
 static inline void l_store_i8(uint8_t *p, lanes a)
 {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+
+/* The sum of 16 int8. */
+static inline int32_t l_sum_i8(const uint8_t *p)
+{
+    /* Bytes offset by 128 are unsigned, which psadbw adds up in two halves. */
+    __m128i x = _mm_xor_si128(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8((char)0x80));
+    __m128i s = _mm_sad_epu8(x, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 16 * 128;
+}
+
+static inline lanes l_load_bf16(const uint16_t *p)
+{
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 
 #endif

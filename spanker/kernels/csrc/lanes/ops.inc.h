@@ -116,4 +116,5 @@ int K(dequantize_row)(int format, const uint8_t *row, float *out, size_t k)
     }
 
 MATMUL_FLOAT(matmul_f16_f32, uint16_t, l_load_f16)
+MATMUL_FLOAT(matmul_bf16_f32, uint16_t, l_load_bf16)
 MATMUL_FLOAT(matmul_f32_f32, float, l_load)

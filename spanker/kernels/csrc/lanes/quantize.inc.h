@@ -30,22 +30,23 @@ int K(quantize_q8)(const float *x, size_t x_stride, uint8_t *out, size_t out_str
     return status;
 }
 
-void K(expand_q8)(const uint8_t *in, size_t in_stride, int8_t *qs, float *d, int32_t *sum,
-                  size_t k, size_t tokens)
+void K(expand_q8)(const uint8_t *in, size_t in_stride, struct spk_q8_block *out, size_t k,
+                  size_t tokens)
 {
     size_t blocks = k / SPK_BLOCK;
-    for (size_t t = 0; t < tokens; t++) {
-        for (size_t b = 0; b < blocks; b++) {
-            const uint8_t *block = in + t * in_stride + b * SPK_Q8_BLOCK_BYTES;
-            int8_t *q = qs + (t * blocks + b) * SPK_BLOCK;
-            uint16_t h;
-            int32_t s = 0;
-            memcpy(&h, block, 2);
-            memcpy(q, block + 2, SPK_BLOCK);
-            for (int i = 0; i < SPK_BLOCK; i++)
-                s += q[i];
-            d[t * blocks + b] = spk_f16_to_f32(h);
-            sum[t * blocks + b] = s;
-        }
+    for (size_t first = 0; first < tokens; first += SPK_Q8_GROUP) {
+        size_t n = tokens - first < SPK_Q8_GROUP ? tokens - first : SPK_Q8_GROUP;
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t j = 0; j < n; j++, out++) {
+                const uint8_t *block = in + (first + j) * in_stride + b * SPK_Q8_BLOCK_BYTES;
+                uint16_t h;
+                memcpy(&h, block, 2);
+                memcpy(out->qs, block + 2, SPK_BLOCK);
+                int32_t low = l_sum_i8(block + 2), both = low + l_sum_i8(block + 18);
+                out->d = spk_f16_to_f32(h);
+                out->sum = (float)both;
+                out->minus_sum = -both;
+                out->minus_first = -low;
+            }
     }
 }

@@ -1,13 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* KV append and attention over paged f16 keys and values, one query at a time. */
 #include "spk_kernels.h"
+#include "spk_kv.h"
 #include "spk_scalar_math.h"
-
-static uint16_t *page_of(const struct spk_kv *kv, uint32_t page, size_t kv_head)
-{
-    size_t head_words = 2 * kv->page_positions * kv->head_dim;
-    return kv->pool + ((size_t)page * kv->kv_heads + kv_head) * head_words;
-}
 
 int kv_append__scalar(const struct spk_kv *kv, uint32_t page, uint32_t pos, const float *k,
                       const float *v)
@@ -15,8 +10,8 @@ int kv_append__scalar(const struct spk_kv *kv, uint32_t page, uint32_t pos, cons
     size_t dim = kv->head_dim;
     int status = SPK_OK;
     for (size_t h = 0; h < kv->kv_heads; h++) {
-        uint16_t *keys = page_of(kv, page, h) + (pos / 16) * 16 * dim + pos % 16;
-        uint16_t *values = page_of(kv, page, h) + kv->page_positions * dim + pos * dim;
+        uint16_t *keys = spk_keys(kv, page, h) + (pos / 16) * 16 * dim + pos % 16;
+        uint16_t *values = spk_values(kv, page, h) + pos * dim;
         for (size_t i = 0; i < dim; i++) {
             keys[i * 16] = spk_f32_to_f16(k[h * dim + i]);
             values[i] = spk_f32_to_f16(v[h * dim + i]);
@@ -55,7 +50,7 @@ int attention__scalar(const struct spk_attention *a)
         size_t n = a->visible[j];
         float *score = a->scratch, *out = a->out[j], max = 0.0f, lane[16] = {0};
         for (size_t p = 0; p < n; p += 16)
-            score_tile(a->q[j], page_of(kv, a->pages[p / page], a->kv_head) + p % page * dim, dim,
+            score_tile(a->q[j], spk_keys(kv, a->pages[p / page], a->kv_head) + p % page * dim, dim,
                        a->scale, score + p);
         for (size_t p = 0; p < n; p++) {
             if (spk_nonfinite(score[p]))
@@ -72,7 +67,7 @@ int attention__scalar(const struct spk_attention *a)
             out[i] = 0.0f;
         for (size_t p = 0; p < n; p++) {
             const uint16_t *values =
-                page_of(kv, a->pages[p / page], a->kv_head) + (page + p % page) * dim;
+                spk_values(kv, a->pages[p / page], a->kv_head) + p % page * dim;
             for (size_t i = 0; i < dim; i++)
                 out[i] = out[i] + score[p] * finite_f16(values[i]);
         }

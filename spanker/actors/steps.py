@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a loaded model: queued on its cards, waited for, and what they bring back.
+
+A pipe exists only within `Coordinator.steps`, which aborts what is left of it.  What steps are for
+(sequences, sampling) is the business of session.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from spanker.actors.message import Counters, Message, ReadCounters, RunStep, StepDone
+from spanker.errors import CardAbortedError, CardHungError, SpankerError
+from spanker.ggml.architectures import llama
+from spanker.kernels.native import fold_stats
+from spanker.kernels.program import SequenceStep, encode_step
+from spanker.sched.layout import chunks
+from spanker.sched.plan import CardShare, Limits, Plan
+
+if TYPE_CHECKING:
+    from spanker.actors.coordinator import Coordinator
+    from spanker.actors.trace import Trace
+
+F32 = npt.NDArray[np.float32]
+_U32, _F32 = struct.Struct("<I"), struct.Struct("<f")
+
+# How often a step in flight is looked at.
+WATCH_S = 1.0
+
+
+@attrs.frozen
+class LoadedModel:
+    """A model on its cards: handles of its buffers and programs, by card number."""
+
+    model: llama.LlamaModel
+    plan: Plan
+    limits: Limits
+    handles: dict[int, dict[str, int]]
+    programs: dict[int, int]
+
+    @property
+    def output_shares(self) -> tuple[CardShare, ...]:
+        """The cards that hold rows of the vocabulary, in order of those rows."""
+        shares = self.plan.stages[-1].shares
+        return tuple(s for s in shares if not s.vocabulary.empty)
+
+
+@attrs.frozen
+class _Part:
+    """What one card brought back for the outputs of a step, as bytes of its buffers."""
+
+    stats: bytes
+    top: bytes
+    logits: bytes | None
+
+
+class StepResult:
+    """What came back for the outputs of a step, in their order (O outputs).
+
+    `number` counts the steps of the fleet.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        parts: Sequence[_Part],
+        outputs: int,
+        candidates: int,
+        busy_ns: tuple[int, ...],
+    ) -> None:
+        self.number = number
+        self.busy_ns = busy_ns
+        self._parts = tuple(parts)
+        self._outputs = outputs
+        self._candidates = candidates
+
+    def best(self, output: int) -> tuple[int, float]:
+        """The largest logit of an output and its token, of equal ones the lowest id."""
+        at = output * 8 * self._candidates
+        found = [
+            (_F32.unpack_from(p.top, at + 4 * self._candidates)[0], _U32.unpack_from(p.top, at)[0])
+            for p in self._parts
+        ]
+        # Cards stand in order of their ids, and max takes the first of equal ones.
+        value, token = max(found, key=lambda pair: pair[0])
+        return token, value
+
+    def exp_sum(self, output: int, top: float, inv_temperature: float) -> float:
+        """The sum of exp((logit - top) * inv_temperature) over the vocabulary, `top` being the
+        largest logit."""
+        total = 0.0
+        for part in self._parts:
+            size = len(part.stats) // self._outputs
+            view = memoryview(part.stats)[output * size : (output + 1) * size]
+            total = fold_stats(total, view, top, inv_temperature)
+        return total
+
+    @property
+    def ids(self) -> npt.NDArray[np.uint32]:
+        """(O, candidates of all cards): each card's best tokens, card after card."""
+        tops = [self._top(p)[:, : self._candidates] for p in self._parts]
+        return np.concatenate(tops, axis=1) if tops else np.zeros((0, 0), np.uint32)
+
+    @property
+    def values(self) -> F32:
+        """(O, candidates of all cards): the logits of `ids`."""
+        tops = [self._top(p)[:, self._candidates :].view(np.float32) for p in self._parts]
+        return np.concatenate(tops, axis=1) if tops else np.zeros((0, 0), np.float32)
+
+    @property
+    def stats(self) -> F32:
+        """(O, chunks, 2): (max, sum of exp) in order of the vocabulary."""
+        if not self._parts:
+            return np.zeros((0, 0, 2), np.float32)
+        rows = [np.frombuffer(p.stats, np.float32) for p in self._parts]
+        return np.concatenate([r.reshape(self._outputs, -1, 2) for r in rows], axis=1)
+
+    @functools.cached_property
+    def logits(self) -> F32 | None:
+        """(O, vocabulary), or None where they were not asked for."""
+        rows = [np.frombuffer(p.logits, np.float32) for p in self._parts if p.logits is not None]
+        if not rows:
+            return None
+        return np.concatenate([r.reshape(self._outputs, -1) for r in rows], axis=1)
+
+    def _top(self, part: _Part) -> npt.NDArray[np.uint32]:
+        return np.frombuffer(part.top, np.uint32).reshape(self._outputs, 2 * self._candidates)
+
+
+class StepPipe:
+    """Steps of one model, queued on its cards in order; made by `Coordinator.steps`.
+
+    A card's failure, a hung card and cancellation end the pipe: leave its block.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, loaded: LoadedModel, hang_timeout_s: float
+    ) -> None:
+        self._coordinator = coordinator
+        self._loaded = loaded
+        self._hang_timeout_s = hang_timeout_s
+        self._flights: deque[_Flight] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Steps submitted and not collected."""
+        return len(self._flights)
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest step in flight."""
+        return self._flights[0].number
+
+    async def submit(self, sequences: Sequence[SequenceStep], *, logits: bool = False) -> None:
+        """Queue a step behind those before it; a checkpoint.
+
+        A step that is queued behind another may begin with tokens that the cards will have chosen
+        in that one (`kernels.program.chosen_token`).
+        """
+        number = self._coordinator.count_step()
+        with self._coordinator.span("submit", number):
+            await self._submit(number, sequences, logits)
+
+    async def _submit(self, number: int, sequences: Sequence[SequenceStep], logits: bool) -> None:
+        loaded, parameters = self._loaded, encode_step(sequences)
+        trace = self._coordinator.trace
+        outputs = sum(len(s.outputs) for s in sequences)
+        flight = _Flight(number, outputs, len(loaded.plan.cards), trace)
+        self._flights.append(flight)
+        if trace is not None:
+            trace.step(number, loaded, sequences)
+        posted = 0
+        try:
+            for card in loaded.plan.cards:
+                request = RunStep(
+                    loaded.programs[card],
+                    _reads(loaded, card, outputs, logits),
+                    buffers=(parameters,),
+                )
+                await self._coordinator.clients[card].post(request, flight.callback(card))
+                posted += 1
+        except BaseException:
+            flight.forget(len(loaded.plan.cards) - posted)
+            raise
+
+    async def result(self) -> StepResult:
+        """Wait for the oldest step and collect its outputs.
+
+        Raises what a card reports, or CardHungError when no card has made progress for the hang
+        timeout.
+        """
+        flight = self._flights[0]
+        with self._coordinator.span("wait for", flight.number):
+            await self._settled(flight)
+        if flight.errors:
+            raise flight.cause()
+        self._flights.popleft()
+        return _assemble(self._loaded, flight)
+
+    async def _settled(self, flight: _Flight) -> None:
+        watch = _ProgressWatch(self._coordinator, self._loaded.plan.cards, self._hang_timeout_s)
+        while not flight.settled.is_set():
+            with trio.move_on_after(min(WATCH_S, self._hang_timeout_s / 4)):
+                await flight.settled.wait()
+            if not flight.settled.is_set():
+                await watch.look()
+
+    async def all_back(self) -> None:
+        """Wait until every card has answered every step."""
+        for flight in self._flights:
+            await flight.all_back.wait()
+
+
+class _Flight:
+    """One step under way: settled when all replies are there, or at the first error."""
+
+    def __init__(self, number: int, outputs: int, cards: int, trace: Trace | None = None) -> None:
+        self.number = number
+        self.outputs = outputs
+        self._trace = trace
+        self.replies: dict[int, StepDone] = {}
+        self.errors: list[SpankerError] = []
+        self.settled = trio.Event()
+        self.all_back = trio.Event()
+        self._missing = cards
+
+    def callback(self, card: int) -> Callable[[Message | SpankerError], None]:
+        def arrived(reply: Message | SpankerError) -> None:
+            self._missing -= 1
+            if self._trace is not None:
+                self._trace.answered(card, self.number, reply)
+            if isinstance(reply, SpankerError):
+                self.errors.append(reply)
+            elif isinstance(reply, StepDone):
+                self.replies[card] = reply
+            if self.errors or not self._missing:
+                self.settled.set()
+            if not self._missing:
+                self.all_back.set()
+
+        return arrived
+
+    def forget(self, count: int) -> None:
+        """So many requests were never made."""
+        self._missing -= count
+        if not self._missing:
+            self.all_back.set()
+
+    def cause(self) -> SpankerError:
+        """The error that explains the others: aborted cards only follow."""
+        for error in self.errors:
+            if not isinstance(error, CardAbortedError):
+                return error
+        return self.errors[0]
+
+
+class _ProgressWatch:
+    """Tells a slow step from a hung card: by progress, not by a fixed wait."""
+
+    def __init__(self, coordinator: Coordinator, cards: Sequence[int], timeout_s: float) -> None:
+        self._coordinator = coordinator
+        self._cards = cards
+        self._timeout_s = timeout_s
+        self._progress = -1
+        self._since = trio.current_time()
+
+    async def look(self) -> None:
+        """Raise CardHungError when nothing has moved on any card for the timeout."""
+        counters: dict[int, Counters] = {}
+        with trio.move_on_after(self._timeout_s):
+            for card in self._cards:
+                counters[card] = await self._coordinator.clients[card].request(ReadCounters())
+        missing = [card for card in self._cards if card not in counters]
+        progress = sum(c.progress for c in counters.values())
+        if progress != self._progress and not missing:
+            self._progress, self._since = progress, trio.current_time()
+        elif missing or trio.current_time() - self._since >= self._timeout_s:
+            idle_s = trio.current_time() - self._since
+            stuck = missing or [card for card in counters if _stands_still(card, counters)]
+            card = stuck[0] if stuck else self._cards[0]
+            raise CardHungError(
+                f"card {card} hangs: it holds a step and no card of the fleet has made progress "
+                f"for {idle_s:.1f} s; close the fleet and open it without that card",
+                card=card,
+            )
+
+
+def _stands_still(card: int, counters: dict[int, Counters]) -> bool:
+    """Whether a card holds work that it could do: it waits for nobody, or for bytes that its peer
+    has sent and it has not taken."""
+    own = counters[card]
+    if not own.queued or own.waiting_for is None or own.waiting_for not in counters:
+        return bool(own.queued)
+    sent = counters[own.waiting_for].link_tx_bytes[card]
+    return sent > own.link_rx_bytes[own.waiting_for]
+
+
+def _reads(
+    loaded: LoadedModel, card: int, outputs: int, logits: bool
+) -> tuple[tuple[int, int, int], ...]:
+    """What to bring back from a card after a step: its part of the outputs."""
+    for share in loaded.output_shares:
+        if share.card == card and outputs:
+            handles, v = loaded.handles[card], share.vocabulary.size
+            reads = [
+                (handles["stats"], 0, outputs * chunks(v) * 8),
+                (handles["top"], 0, outputs * loaded.limits.candidates * 8),
+            ]
+            if logits:
+                reads.append((handles["logits"], 0, outputs * v * 4))
+            return tuple(reads)
+    return ()
+
+
+def _assemble(loaded: LoadedModel, flight: _Flight) -> StepResult:
+    parts: list[_Part] = []
+    if flight.outputs:
+        for share in loaded.output_shares:
+            stats, top, *rest = flight.replies[share.card].buffers
+            parts.append(_Part(bytes(stats), bytes(top), bytes(rest[0]) if rest else None))
+    busy_ns = tuple(flight.replies[c].busy_ns for c in loaded.plan.cards)
+    return StepResult(flight.number, parts, flight.outputs, loaded.limits.candidates, busy_ns)
