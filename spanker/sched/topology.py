@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -71,6 +71,24 @@ class Topology:
         return cls._mesh(n, LinkState.UP)
 
     @classmethod
+    def ring(cls, n: int) -> Topology:
+        """`n` cards in a ring, each linked with its two neighbours in both directions, all up."""
+        return cls.of_pairs(n, [(a, (a + 1) % n) for a in range(n)] if n > 1 else [])
+
+    @classmethod
+    def line(cls, n: int) -> Topology:
+        """`n` cards in a row, each linked with its neighbours in both directions, all up."""
+        return cls.of_pairs(n, [(a, a + 1) for a in range(n - 1)])
+
+    @classmethod
+    def of_pairs(cls, n: int, pairs: Iterable[tuple[int, int]]) -> Topology:
+        """`n` cards and a link in both directions for each pair, all up; pairs may repeat."""
+        if not 0 <= n <= MAX_CARDS:
+            raise ConfigError(f"topology: expected 0 to {MAX_CARDS} cards, got {n}")
+        ends = {(a, b) for pair in pairs for a, b in (pair, pair[::-1])}
+        return cls(tuple(range(n)), tuple(Link(a, b, LinkState.UP) for a, b in sorted(ends)))
+
+    @classmethod
     def enumerate(cls, device_dir: str | os.PathLike[str] = "/dev") -> Topology:
         """The cards `spanker0`, `spanker1`, ... of `device_dir`, up to the first that is missing.
 
@@ -101,6 +119,17 @@ class Topology:
             raise PlanError(
                 f"topology: no link {local_sail} -> {remote_sail} among {len(self.cards)} cards"
             ) from None
+
+    def is_up(self, local_sail: int, remote_sail: int) -> bool:
+        """Whether there is a link from one card to another, and it is up."""
+        link = self._by_ends.get((local_sail, remote_sail))
+        return link is not None and link.state is LinkState.UP
+
+    @property
+    def fully_meshed(self) -> bool:
+        """Whether every card can send straight to every other."""
+        n = len(self.cards)
+        return sum(link.state is LinkState.UP for link in self.links) == n * (n - 1)
 
     def shard_count(self) -> int:
         """Into how many shards a model is cut, tensor or model parallel: one a card."""

@@ -48,4 +48,4 @@ def test_profiles_are_found_by_name() -> None:
 def test_an_unknown_profile_is_refused_with_the_names_that_exist() -> None:
     with pytest.raises(ConfigError) as caught:
         sched.profile("rev-z")
-    assert str(caught.value) == "no profile 'rev-z': expected one of native, rev-a"
+    assert str(caught.value) == "no profile 'rev-z': expected one of native, rev-a, rev-b"
