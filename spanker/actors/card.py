@@ -8,6 +8,7 @@ device is closed.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,13 +16,11 @@ import attrs
 import trio
 
 from spanker.actors.channel import Channel
-from spanker.actors.frame import DEFAULT_LIMITS
+from spanker.actors.frame import DEFAULT_LIMITS, Deferred, flat_buffer
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
-    AllocBuffer,
     AllocBuffers,
-    BufferAllocated,
     BufferData,
     BuffersAllocated,
     CardInfo,
@@ -41,10 +40,10 @@ from spanker.actors.message import (
     Stop,
     TraceData,
     UnloadProgram,
-    WriteBuffer,
     WriteBuffers,
     failed,
 )
+from spanker.actors.threads import WorkThreads
 from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Read
 from spanker.errors import (
     CardCommandError,
@@ -55,6 +54,11 @@ from spanker.errors import (
 )
 
 QUEUE_MAX = 4
+
+# Writes that run side by side, in threads.
+WRITES_MAX = 4
+# Less than this is written faster (a tenth of a millisecond) than handed to a thread.
+LARGE_WRITE_BYTES = 256 << 10
 
 
 class KernelQueue:
@@ -106,25 +110,37 @@ class CardActor:
         self._queue = KernelQueue(device)
         self._pending: deque[_Pending] = deque()
         self._submitted = trio.Event()
+        self._writers = WorkThreads("spanker-writer", WRITES_MAX)
+        self._free_writers = trio.Semaphore(WRITES_MAX)
+        self._waiting_for_writes = trio.lowlevel.ParkingLot()
 
     async def serve(self) -> None:
         """Serve until Stop or the end of the channel."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect)
             try:
-                await self._serve()
+                await self._serve(nursery)
             except ChannelClosedError:
                 pass
             nursery.cancel_scope.cancel()
 
     async def aclose(self) -> None:
-        """Close the device and the channel."""
+        """Close the device and the channel, once no write uses the card's memory any more."""
+        with trio.CancelScope(shield=True):
+            await self._all_written()
+        self._writers.close()
         self._device.close()
         await trio.aclose_forcefully(self._channel)
 
-    async def _serve(self) -> None:
+    async def _serve(self, nursery: trio.Nursery) -> None:
         while True:
             request_id, request = await self._channel.receive()
+            if isinstance(request, WriteBuffers) and not _is_quick(request):
+                await self._free_writers.acquire()
+                nursery.start_soon(self._write, request, request_id)
+                continue
+            # Whatever comes behind a write finds it done.
+            await self._all_written()
             try:
                 if isinstance(request, RunStep):
                     _check_reply_bytes(request, sum(request.reply_sizes()))
@@ -143,9 +159,6 @@ class CardActor:
 
     def _answer(self, request: Message) -> Message:
         device = self._device
-        if isinstance(request, WriteBuffer):
-            device.write(request.handle, request.offset, request.buffers[0])
-            return Ok()
         if isinstance(request, WriteBuffers):
             self._write_all(request)
             return Ok()
@@ -155,8 +168,6 @@ class CardActor:
             _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
             return BufferData(buffers=(data,))
-        if isinstance(request, AllocBuffer):
-            return BufferAllocated(device.alloc(request.nbytes), request.nbytes)
         if isinstance(request, FreeBuffer):
             device.free(request.handle)
             return Ok()
@@ -194,16 +205,42 @@ class CardActor:
             raise
         return tuple(handles)
 
+    async def _all_written(self) -> None:
+        """Wait until no write runs in a thread."""
+        while self._free_writers.value < WRITES_MAX:
+            await self._waiting_for_writes.park()
+
+    async def _write(self, request: WriteBuffers, request_id: int) -> None:
+        """Do one write in a thread and answer it; the caller has taken a writer for it."""
+        reply: Message = Ok()
+        try:
+            await self._writers.run(lambda: self._write_all(request))
+        except SpankerError as error:
+            reply = failed(error, self._device.number)
+        finally:
+            self._free_writers.release()
+            self._waiting_for_writes.unpark_all()
+        with contextlib.suppress(ChannelClosedError):
+            await self._send(reply, request_id)
+
     def _write_all(self, request: WriteBuffers) -> None:
-        data, at = memoryview(request.buffers[0]).cast("B"), 0
-        need = sum(nbytes for _, _, nbytes in request.writes)
-        if need != data.nbytes:
+        buffers = [flat_buffer(buffer) for buffer in request.buffers]
+        if len(buffers) != len(request.writes):
             raise CardCommandError(
-                f"WriteBuffers has pieces of {need:,} bytes together, but brings {data.nbytes:,}"
+                f"WriteBuffers: expected a raw buffer for each of {len(request.writes)} writes, "
+                f"got {len(buffers)}"
             )
-        for handle, offset, nbytes in request.writes:
-            self._device.write(handle, offset, data[at : at + nbytes])
-            at += nbytes
+        for i, ((_, _, nbytes), buffer) in enumerate(zip(request.writes, buffers, strict=True)):
+            if nbytes != len(buffer):
+                raise CardCommandError(
+                    f"WriteBuffers, write {i}: expected a buffer of {nbytes:,} bytes, "
+                    f"got {len(buffer):,}"
+                )
+        for (handle, offset, nbytes), buffer in zip(request.writes, buffers, strict=True):
+            if isinstance(buffer, Deferred):
+                self._device.fill(handle, offset, nbytes, buffer.make_in)
+            else:
+                self._device.write(handle, offset, buffer)
 
     def _describe(self) -> CardInfo:
         info = self._device.info
@@ -250,6 +287,13 @@ class CardActor:
         except LocalProtocolError as error:
             # Nothing was sent: the answer exceeds what the channel carries.
             await self._channel.send(failed(error, self._device.number), request_id)
+
+
+def _is_quick(request: WriteBuffers) -> bool:
+    """Whether a write takes no longer than other requests: few bytes, and all of them at hand."""
+    if any(isinstance(buffer, Deferred) for buffer in request.buffers):
+        return False
+    return sum(nbytes for _, _, nbytes in request.writes) < LARGE_WRITE_BYTES
 
 
 def _check_reply_bytes(request: Message, nbytes: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
@@ -141,6 +142,8 @@ class Coordinator:
         todo = {c: llama.uploads(model, gguf, plan, c, limits) for c in plan.cards}
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
+        # All cards together as many as there are cores to make the bytes.
+        at_once = -(-len(os.sched_getaffinity(0)) // len(plan.cards))
         loaded = LoadedModel(model, plan, limits, {c: {} for c in plan.cards}, {})
 
         def sent(nbytes: int) -> None:
@@ -158,7 +161,7 @@ class Coordinator:
                     sizes = tuple(spec.nbytes for spec in specs)
                     reply = await self._owning(client, AllocBuffers(sizes))
                     handles.update(zip((s.name for s in specs), reply.handles, strict=True))
-            await loading.upload(client, todo[card], handles, sent)
+            await loading.upload(client, todo[card], handles, at_once, sent)
             program = llama.build_program(model, plan, card, limits).encode(handles)
             async with self._step_lock:
                 loaded_program = await self._owning(client, LoadProgram(buffers=(program,)))

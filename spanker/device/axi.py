@@ -19,7 +19,7 @@ from typing import Any
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo
+from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo, Fill
 from spanker.device.base import Read as ReadRange
 from spanker.errors import CardCommandError, CardMemoryError
 from spanker.kernels.formats import Format
@@ -310,7 +310,13 @@ class AxiRecorder(CardDevice):
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         self._device.write(handle, offset, data)
-        nbytes = memoryview(data).nbytes
+        self._written(handle, offset, memoryview(data).nbytes)
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        self._device.fill(handle, offset, nbytes, make)
+        self._written(handle, offset, nbytes)
+
+    def _written(self, handle: int, offset: int, nbytes: int) -> None:
         if nbytes:
             region = self._regions[handle]
             self._entries.append(Write(region.name, region.address + offset, nbytes))

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import abc
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 
 from spanker.errors import CardCommandError
 
 Buffer = bytes | bytearray | memoryview
 Read = tuple[int, int, int]
+# Writes all of the contiguous array that it is given, once, in any thread, and does not keep it.
+Fill = Callable[[npt.NDArray[np.uint8]], None]
 READS_MAX = 8
 
 
@@ -120,7 +124,24 @@ class CardDevice(abc.ABC):
 
     @abc.abstractmethod
     def write(self, handle: int, offset: int, data: Buffer) -> None:
-        """Copy bytes into a buffer; CardCommandError outside of its bounds."""
+        """Copy bytes into a buffer; CardCommandError outside of its bounds.
+
+        Other threads may call this and `fill` beside everything but `free` and `close`.
+        """
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        """Let `make` write bytes into a buffer; outside of its bounds CardCommandError, and `make`
+        is not called.
+
+        A body whose memory the host can reach lets it write there, and not into a copy.  When
+        `make` raises, so does this, and what the bytes are then is open.
+        """
+        # Writes of nothing at both ends are refused where what lies between them would be.
+        self.write(handle, offset, b"")
+        self.write(handle, offset + nbytes, b"")
+        data = np.empty(nbytes, np.uint8)
+        make(data)
+        self.write(handle, offset, data.data)
 
     @abc.abstractmethod
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:

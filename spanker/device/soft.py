@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import attrs
+import numpy as np
 
 from spanker.device.base import (
     TRACE_EVENT,
@@ -22,6 +23,7 @@ from spanker.device.base import (
     Completion,
     DeviceCounters,
     DeviceInfo,
+    Fill,
     Read,
 )
 from spanker.errors import (
@@ -128,6 +130,15 @@ class SoftCard(CardDevice):
         view = ffi.from_buffer("char[]", data)
         status = lib.spk_card_write(self.handle, handle, offset, view, len(view))
         self._check(status, f"writing {len(view)} bytes at {offset} of buffer {handle}")
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
+        self._u64(nbytes, "size")
+        at = ffi.new("void **")
+        status = lib.spk_card_place(self.handle, handle, offset, nbytes, at)
+        self._check(status, f"filling {nbytes} bytes at {offset} of buffer {handle}")
+        make(np.frombuffer(ffi.buffer(at[0], nbytes), np.uint8))
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
         self._u32(handle, "buffer")

@@ -34,33 +34,6 @@ static bool is_dead(struct spk_card *c)
 
 /* --- life ------------------------------------------------------------------------------- */
 
-#define HUGE_PAGE ((size_t)2 << 20)
-#define LARGE_WRITE ((size_t)64 << 10)
-
-/* Reserved, not committed: a 16 GB card costs what is written to it. */
-static bool reserve_ddr(struct spk_card *c)
-{
-    uint8_t *p = mmap(NULL, c->ddr_bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED)
-        return false;
-    c->mapping = p;
-    c->ddr = (uint8_t *)(((uintptr_t)p + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-    return true;
-}
-
-/* Large pieces are weights, read from end to end in every step: a quarter faster from huge pages
- * (27 against 22 GB/s, measured).  Nothing else gets them: a KV pool of which a page is used would
- * cost two megabytes a layer. */
-static void prefer_huge_pages(const struct spk_card *c, const uint8_t *at, uint64_t nbytes)
-{
-    uint64_t begin = (uint64_t)(at - c->ddr) / HUGE_PAGE * HUGE_PAGE;
-    uint64_t end = ((uint64_t)(at - c->ddr) + nbytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    /* Whole ones: a page that lies in part beyond the advice never becomes huge. */
-    if (nbytes >= LARGE_WRITE)
-        madvise(c->ddr + begin, (end < c->ddr_bytes ? end : c->ddr_bytes) - begin, MADV_HUGEPAGE);
-}
-
 struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
 {
     const struct spk_kernels *kernels = spk_kernels_get(isa);
@@ -82,7 +55,7 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
     atomic_init(&c->abort_epoch, 1);
     c->event_fd = -1;
     pthread_mutex_init(&c->mutex, NULL);
-    if (!reserve_ddr(c))
+    if (!pages_reserve(c))
         goto fail;
     c->links = calloc(SPK_CARDS_MAX, sizeof *c->links);
     if (!c->links)
@@ -130,8 +103,7 @@ void spk_card_destroy(struct spk_card *c)
     free(c->scratch);
     if (c->event_fd >= 0)
         close(c->event_fd);
-    if (c->mapping)
-        munmap(c->mapping, c->ddr_bytes + HUGE_PAGE);
+    pages_release(c);
     pthread_mutex_destroy(&c->mutex);
     free(c);
 }
@@ -249,6 +221,7 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
     } else {
         uint64_t bytes = align_up(b->bytes);
         clear(c->ddr + b->offset, bytes);
+        pages_freed(c, b->offset, bytes);
         c->ddr_used -= bytes;
         b->bytes = 0;
     }
@@ -279,9 +252,19 @@ int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const v
     uint8_t *at;
     int status = locate(c, handle, offset, nbytes, &at);
     if (status == SPK_OK && nbytes) {
-        prefer_huge_pages(c, at, nbytes);
+        pages_before_write(c, at, nbytes);
         memcpy(at, data, nbytes);
     }
+    return status;
+}
+
+int spk_card_place(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, void **out)
+{
+    uint8_t *at = NULL;
+    int status = locate(c, handle, offset, nbytes, &at);
+    if (status == SPK_OK && nbytes)
+        pages_before_write(c, at, nbytes);
+    *out = at;
     return status;
 }
 

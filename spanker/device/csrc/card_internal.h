@@ -79,8 +79,14 @@ struct transfer {
 struct spk_card {
     const struct spk_kernels *kernels;
     uint8_t *mapping; /* what was mapped; `ddr` is its first multiple of a huge page */
+    uint64_t mapping_bytes;
     uint8_t *ddr;
     uint64_t ddr_bytes;
+    _Atomic uint8_t *page_state; /* pages.c, one for each huge page of DDR */
+    uint64_t huge_pages;
+    _Atomic int64_t pages_waited_ns;  /* for huge pages, more than they may take; less: below 0 */
+    _Atomic uint64_t to_collapse;     /* so many pages are small and should be huge */
+    _Atomic uint64_t last_write_ns;   /* when a large write last began */
     _Atomic uint64_t ddr_used;
     int event_fd;
 
@@ -136,7 +142,21 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 void link_release(struct spk_card *c);
 
+/* pages.c */
+#define SPK_HUGE_PAGE ((uint64_t)2 << 20)
+bool pages_reserve(struct spk_card *c);
+void pages_release(struct spk_card *c);
+/* Where anyone outside of the engine is about to write all bytes; threads may do so side by side,
+ * as long as nothing is freed. */
+void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes);
+/* These bytes have been cleared and belong to nobody. */
+void pages_freed(struct spk_card *c, uint64_t offset, uint64_t nbytes);
+/* From any thread: one of the pages that should be huge becomes it.  False when there is none. */
+bool pages_collapse_one(struct spk_card *c);
+
 /* pool.c: wakes the card's worker if it sleeps. */
 void pool_notify(struct spk_card *c);
+/* The card has pages to collapse: its pool will see to it some time after the last large write. */
+void pool_settle(struct spk_card *c);
 
 #endif

@@ -7,6 +7,8 @@
  * usually a few microseconds away), then sleeps on its doorbell, which every submission, abort and
  * link movement that concerns one of its cards rings.  A doorbell for each worker, and not one for
  * all: a needless wake takes the core of the thread that is still submitting to the other cards.
+ *
+ * One more thread, the settler, makes huge pages where loading had to do without (pages.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,6 +22,8 @@
 #include "card_internal.h"
 
 #define SPIN_NS 100000u
+/* So long after the last large write: a load, and the first token after it, have the cores. */
+#define SETTLE_AFTER_NS 250000000u
 
 struct worker {
     struct spk_pool *pool;
@@ -33,6 +37,7 @@ struct spk_pool {
     struct spk_card **cards;
     size_t card_count, worker_count;
     _Atomic int stop;
+    struct worker *settler; /* behind the workers, without cards; NULL until it runs */
     struct worker workers[];
 };
 
@@ -52,9 +57,10 @@ static void relax(void)
 #endif
 }
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t seen)
+/* `timeout` NULL: however long it takes. */
+static void futex_wait(_Atomic uint32_t *word, uint32_t seen, const struct timespec *timeout)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, timeout, NULL, 0);
 }
 
 static void futex_wake(_Atomic uint32_t *word)
@@ -146,10 +152,54 @@ static void *work(void *argument)
         spin_since = 0;
         atomic_store(&w->sleeping, 1);
         if (!atomic_load(&p->stop))
-            futex_wait(&w->doorbell, seen);
+            futex_wait(&w->doorbell, seen, NULL);
         atomic_store(&w->sleeping, 0);
     }
     return NULL;
+}
+
+void pool_settle(struct spk_card *c)
+{
+    if (c->owner)
+        ring(c->owner->pool->settler);
+}
+
+/* When to collapse pages: SETTLE_AFTER_NS after the last large write to a card that has some; 0 when
+ * none has. */
+static uint64_t settle_time_ns(const struct spk_pool *p)
+{
+    uint64_t time = 0;
+    for (size_t i = 0; i < p->card_count; i++) {
+        uint64_t written = atomic_load(&p->cards[i]->last_write_ns);
+        if (atomic_load(&p->cards[i]->to_collapse) && written + SETTLE_AFTER_NS > time)
+            time = written + SETTLE_AFTER_NS;
+    }
+    return time;
+}
+
+static void *settle(void *argument)
+{
+    struct worker *w = argument;
+    struct spk_pool *p = w->pool;
+    for (;;) {
+        /* First the doorbell: the end of the pool is told before it rings. */
+        uint32_t seen = atomic_load(&w->doorbell);
+        if (atomic_load(&p->stop))
+            return NULL;
+        uint64_t time = settle_time_ns(p), now = now_ns();
+        if (!time) {
+            atomic_store(&w->sleeping, 1);
+            futex_wait(&w->doorbell, seen, NULL);
+            atomic_store(&w->sleeping, 0);
+        } else if (time > now) {
+            /* Only the end of the pool interrupts this: more writing just makes it longer. */
+            struct timespec left = {.tv_nsec = (long)(time - now)};
+            futex_wait(&w->doorbell, seen, &left);
+        } else {
+            for (size_t i = 0; i < p->card_count && !pages_collapse_one(p->cards[i]); i++)
+                ;
+        }
+    }
 }
 
 struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers, int *status)
@@ -157,7 +207,7 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
     *status = SPK_E_ARG;
     if (!count || !workers || workers > count)
         return NULL;
-    size_t nbytes = sizeof(struct spk_pool) + workers * sizeof(struct worker);
+    size_t nbytes = sizeof(struct spk_pool) + (workers + 1) * sizeof(struct worker);
     struct spk_pool *p = aligned_alloc(64, (nbytes + 63) / 64 * 64);
     *status = SPK_E_SYSTEM;
     if (!p)
@@ -173,8 +223,14 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
         cards[i]->owner = &p->workers[i % workers];
     }
     p->card_count = count;
-    for (size_t i = 0; i < workers; i++)
+    for (size_t i = 0; i <= workers; i++)
         p->workers[i] = (struct worker){.pool = p, .number = i};
+    struct worker *settler = &p->workers[workers];
+    if (pthread_create(&settler->thread, NULL, settle, settler) != 0) {
+        spk_pool_destroy(p);
+        return NULL;
+    }
+    p->settler = settler;
     /* Threads read worker_count: it is final before the first one starts. */
     p->worker_count = workers;
     for (size_t i = 0; i < workers; i++) {
@@ -197,6 +253,12 @@ void spk_pool_destroy(struct spk_pool *p)
         ring(&p->workers[i]);
     for (size_t i = 0; i < p->worker_count; i++)
         pthread_join(p->workers[i].thread, NULL);
+    if (p->settler) {
+        /* It may be waiting without being `sleeping`. */
+        atomic_fetch_add(&p->settler->doorbell, 1);
+        futex_wake(&p->settler->doorbell);
+        pthread_join(p->settler->thread, NULL);
+    }
     for (size_t i = 0; i < p->card_count; i++)
         p->cards[i]->owner = NULL;
     free(p->cards);

@@ -3,8 +3,9 @@
  * A card: DDR, a resumable command processor, a bounded in-order queue and links to peers.
  *
  * The host side (alloc, write, load, submit, completion) may be called from any one thread while
- * workers step the card.  `spk_card_step` is the whole engine: it never blocks, so that one
- * thread can drive any number of cards.  docs/architecture.md has the picture.
+ * workers step the card; write and place also from others beside it, as long as nothing is freed.
+ * `spk_card_step` is the whole engine: it never blocks, so that one thread can drive any number of
+ * cards.  docs/architecture.md has the picture.
  */
 #ifndef SPK_CARD_H
 #define SPK_CARD_H
@@ -154,6 +155,10 @@ int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);
+/* Where these bytes of a buffer are, until it is freed, for a host that writes all of them itself:
+ * as after spk_card_write, what they were is lost. */
+int spk_card_place(struct spk_card *card, uint32_t handle, uint64_t offset, uint64_t nbytes,
+                   void **at);
 /* The status that spk_card_read would return, without reading. */
 int spk_card_can_read(struct spk_card *card, uint32_t handle, uint64_t offset, uint64_t nbytes);
 int spk_card_read(struct spk_card *card, uint32_t handle, uint64_t offset, void *data,
