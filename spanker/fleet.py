@@ -45,8 +45,8 @@ from spanker.ggml.detokenizer import StopMatcher, StreamDecoder
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
+from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
-from spanker.sched.bandwidth import profile as find_profile
 from spanker.sched.layout import fit_kv_pages
 from spanker.sched.plan import Limits, Plan
 from spanker.sched.planner import Decision, decide, make_plan
@@ -529,6 +529,7 @@ async def open_fleet(
     cards: str | int | Sequence[SoftCardSpec] = "soft:1",
     *,
     profile: str | Profile = "native",
+    throttle: bool = False,
     channel: str = "memory",
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
@@ -536,17 +537,19 @@ async def open_fleet(
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
     `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
-    `soft:4:64MiB`; `profile` names the speeds to plan by and, where its host link is throttled, to
-    keep; `channel` is memory or unix; `workers` native threads step the cards (default: one per
+    `soft:4:64MiB`; `profile` names the speeds to plan by, or a TOML file of them that `spanker
+    calibrate` has written; the host link keeps them where the profile has one, and with `throttle`
+    the cards and the links between them do, as far as the machine is faster (`pace` of a device
+    tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
     card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
     taken for hung.  Raises ConfigError and CardError.
     """
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
-    chosen = find_profile(profile) if isinstance(profile, str) else profile
+    chosen = profiles.find(profile) if isinstance(profile, str) else profile
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     first: list[Exception] = []
-    with _one_error(first), SoftRig(specs, workers) as rig:
+    with _one_error(first), SoftRig(specs, workers, chosen if throttle else None) as rig:
         async with (
             open_coordinator(
                 rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s
