@@ -28,6 +28,7 @@ import attrs
 import numpy as np
 import trio
 
+from spanker.actors import calibration
 from spanker.actors import session as sessions
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
@@ -479,6 +480,24 @@ class Fleet:
         await tracer.start()
         self._nursery.start_soon(tracer.run)
         return tracer
+
+    async def calibrate(
+        self,
+        *,
+        name: str = "measured",
+        seconds: float = 10.0,
+        progress: Progress | None = None,
+    ) -> calibration.Calibration:
+        """Measure what this fleet's cards, links and host can do, as a profile called `name`.
+
+        Takes about `seconds`, during which nobody else should use the fleet; `progress(done,
+        total)` counts measurements.  `spanker.sched.profiles.save` writes the profile into a file
+        that `open_fleet` takes.  Raises ConfigError and CardError.
+        """
+        async with self._load_lock:
+            return await calibration.calibrate(
+                self._coordinator, name=name, seconds=seconds, progress=progress
+            )
 
     async def stats(self) -> FleetStats:
         """Read every card's counters."""

@@ -58,6 +58,11 @@ def is_path(name: str) -> bool:
     return name.endswith(".toml") or os.sep in name
 
 
+def is_builtin(name: str) -> bool:
+    """Whether a built-in profile has that name; a file's cannot."""
+    return name in {p.name for p in PROFILES}
+
+
 # --- reading ------------------------------------------------------------------------------
 
 
@@ -121,7 +126,7 @@ class _Reader:
         name = self._get(table, "name", str, ())
         if not (0 < len(name) <= NAME_CHARS_MAX and name.isprintable()):
             raise self._error("name", f"1 to {NAME_CHARS_MAX} printable characters", name)
-        if name in {p.name for p in PROFILES}:
+        if is_builtin(name):
             raise self._error("name", "another name than those of built-in profiles", name)
         return str(name)
 

@@ -801,15 +801,14 @@ int spk_card_step(struct spk_card *c)
         }
         slices++;
         end = now_ns();
-        uint64_t told = end; /* as when the command ended */
+        uint64_t told = end; /* when the command ended */
         if (done && c->pace) {
-            uint64_t modelled = pace_end_ns(c, run->pc, end);
-            run->held = !modelled;
+            told = pace_end_ns(c, run->pc, end);
+            run->held = !told;
             if (run->held) {
                 result = SPK_STEP_PACED;
                 break;
             }
-            told = modelled > end ? modelled : end;
         }
         if (done) {
             if (c->trace.capacity)

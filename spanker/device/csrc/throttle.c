@@ -8,8 +8,8 @@
  * real time.  A card that has really done a command asks whether it may have ended; if not, it
  * waits.  So nothing adds up: who wakes up late has only that much less to wait for next time.
  *
- * Within a step a card may be AHEAD_NS early, which nobody outside can see: steps end on time,
- * traces tell the modelled times, and what one card sends another takes up no earlier in the model.
+ * Within a step a card may be AHEAD_NS early, which nobody outside can see: steps end on time, a
+ * trace tells the modelled times, and what one card sends another takes up no earlier in the model.
  * That way cards sleep and wake a thousand times a second and not for every command, which takes a
  * few microseconds; and a core that is late by less is not late at all.
  *
@@ -671,7 +671,7 @@ static bool is_known(const struct timeline *t, uint32_t command)
 
 uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
 {
-    const struct pace *p = c->pace;
+    struct pace *p = c->pace;
     struct spk_throttle *th = p->throttle;
     struct execution *run = &c->run;
     const struct timeline *t = run->submission.timeline;
@@ -685,19 +685,18 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
         /* The model waits for something that will not come, since a peer has failed half way:
          * what has really arrived decides. */
         if (!is_known(t, command) && !isfinite(next) && current(p) == t && p->exchanging) {
-            struct pace *own = c->pace;
             for (uint32_t peer = 0; peer < th->count; peer++)
-                link_of(th, peer, own->number)->need = 0;
-            own->lacking = 0;
-            own->exchange_done = fmax(own->exchange_done, now);
-            maybe_end_exchange(own);
+                link_of(th, peer, p->number)->need = 0;
+            p->lacking = 0;
+            p->exchange_done = fmax(p->exchange_done, now);
+            maybe_end_exchange(p);
         }
         next -= fmin(WAKE_AHEAD_NS, certain_ns(th));
         pthread_mutex_unlock(&th->mutex);
     }
     if (is_known(t, command)) {
         double end = !commands ? t->begin : t->end[strict ? command - 1 : command];
-        if (command == 0 && run->command_begin_ns < th->base_ns + (uint64_t)t->begin)
+        if (command == 0)
             run->command_begin_ns = th->base_ns + (uint64_t)t->begin;
         if (end <= now + (strict ? 0 : AHEAD_NS))
             return th->base_ns + (uint64_t)end;
