@@ -506,7 +506,6 @@ class _Calibrator:
         self._name = name
         self._figures: list[Figure] = []
         self._int8_s: dict[int, float] = {}
-        self._stream_bytes_per_s: dict[int, float] = {}
 
     async def run(self) -> Calibration:
         cards = self._bench.cards
@@ -522,8 +521,9 @@ class _Calibrator:
         links = [link for pair in self._bench.pairs() for link in await self._pair(*pair, fit)]
         bytes_per_s = fitting.typical([x.bytes_per_s for x in links]) if links else math.inf
         latency_s = fitting.typical([x.latency_s for x in links]) if links else 0.0
-        port = await self._port(bytes_per_s, latency_s, fit.command_s)
-        cores, shared = await self._together(fit)
+        usual = LinkSpeed(0, 0, bytes_per_s, latency_s)
+        port = await self._port(links, usual, fit.command_s)
+        cores, shared = await self._together(fits, fit)
         host_step_s = await self._host_step()
         self._card_figures(fits)
         self._link_figures(links)
@@ -570,7 +570,6 @@ class _Calibrator:
         }
         streams = await self._alone(card, _stream(self._bench.stream_bytes[card]))
         self._int8_s[card] = statistics.median(t.took_s for t in work["int8"])
-        self._stream_bytes_per_s[card] = statistics.median(t.nbytes / t.took_s for t in streams)
         return fitting.fit_card(tiny, streams, work)
 
     async def _alone(self, card: int, probe: Probe) -> list[Timed]:
@@ -633,35 +632,41 @@ class _Calibrator:
             self._note("latency of a link", "s", [x.latency_s for x in links])
 
     async def _port(
-        self, link_bytes_per_s: float, latency_s: float, command_s: float
+        self, links: Sequence[LinkSpeed], usual: LinkSpeed, command_s: float
     ) -> float | None:
-        """What the first card sends to all others at once, or receives from them."""
-        cards = self._bench.cards
+        """What the first card sends to all others at once, or receives from them, where that is
+        less than its links could carry."""
+        cards, nbytes = self._bench.cards, _MESSAGE_BYTES[1]
+        others = len(cards) - 1
+        speeds = {(x.source, x.target): x.bytes_per_s for x in links}
         limits: list[float] = []
         for sends in (True, False):
-            if len(cards) < 3:
+            if others < 2:
                 self._bench.advance()
                 continue
             runs = await self._bench.runs({c: _fan(c, 0, len(cards), sends) for c in cards})
             self._bench.advance()
-            others = len(cards) - 1
-            nbytes = others * _MESSAGE_BYTES[1]
-            rates: list[float] = []
-            for run in runs:
-                exchanges = [e for e in run[0] if e.op == Op.EXCHANGE]
-                # Before the others send they must hear that the hub is ready.
-                ahead_s = command_s + (0 if sends else 2 * latency_s)
-                rates += [nbytes / max(_took_s(e) - ahead_s, 1e-9) for e in exchanges[1::2]]
-            what = "sends to" if sends else "receives from"
-            rate = self._note(f"what a card {what} {others} others at once", "B/s", rates)
-            limits.append(rate)
-        if not limits:
-            return None
-        return fitting.port_limit(min(limits), (len(cards) - 1) * link_bytes_per_s)
+            # Before the others send they must hear that the hub is ready.
+            ahead_s = command_s + (0 if sends else 2 * usual.latency_s)
+            took_s = [
+                max(_took_s(e) - ahead_s, 1e-9)
+                for run in runs
+                for e in [e for e in run[0] if e.op == Op.EXCHANGE][1::2]
+            ]
+            what = f"what a card {'sends to' if sends else 'receives from'} {others} at once"
+            self._note(what, "B/s", [others * nbytes / each for each in took_s])
+            ends = [(0, c) if sends else (c, 0) for c in cards[1:]]
+            of_links = [speeds.get(end, usual.bytes_per_s) for end in ends]
+            limit = fitting.port_limit(nbytes, statistics.median(took_s), of_links)
+            if limit is not None:
+                limits.append(limit)
+        return min(limits, default=None)
 
     # --- all together ---
 
-    async def _together(self, fit: CardFit) -> tuple[int | None, float | None]:
+    async def _together(
+        self, fits: Mapping[int, CardFit], fit: CardFit
+    ) -> tuple[int | None, float | None]:
         """How cards slow each other down: the cores and the memory bandwidth that they share."""
         cards = self._bench.cards
         if len(cards) < 2:
@@ -688,7 +693,8 @@ class _Calibrator:
             rates.append(sum(nbytes[c] / (_span_s(run[c]) - overhead_s[c]) for c in cards))
         self._bench.advance()
         together = self._note(f"memory of {len(cards)} cards at once", "B/s", rates)
-        return cores, fitting.shared_bandwidth(together, fit.memory_bytes_per_s, len(cards), cores)
+        alone = [fits[c].memory_bytes_per_s for c in cards]
+        return cores, fitting.shared_bandwidth(together, alone, cores)
 
     # --- the host ---
 

@@ -18,6 +18,8 @@ from spanker.sched.bandwidth import CardSpeed, LinkSpeed
 KINDS = ("int8", "float", "elements")
 # The card overhead and the rates depend on each other a little: a few rounds settle both.
 _ROUNDS = 8
+# So close to what memory takes, a time says nothing of the work.
+_SAME = 0.01
 # Less than this differs from measurement to measurement, not from card to card.
 CARD_TOLERANCE = 0.1
 LINK_TOLERANCE = 0.25
@@ -65,13 +67,16 @@ def fit_card(
 def _rate(commands: Sequence[Timed], command_s: float, memory: float) -> float:
     """The rate with which the commands together take as long as they took.
 
-    The more of them are bound by memory the less they say of the rate; where even an infinite one
-    gives more than was measured, their data was not in memory but in a cache.
+    Where memory alone explains the time, the rate is as high as that makes sure.  Where memory
+    would take longer than was measured, the data was in a cache, and the rate is the plain one.
     """
     took_s = _positive(sum(t.took_s - command_s for t in commands))
     slowest = sum(t.work for t in commands) / took_s
-    if sum(t.nbytes for t in commands) / memory >= took_s:
+    moving_s = sum(t.nbytes for t in commands) / memory
+    if moving_s > took_s * (1 + _SAME):
         return slowest
+    if moving_s >= took_s * (1 - _SAME):
+        return max(t.work * memory / _positive(t.nbytes) for t in commands)
 
     def modelled_s(rate: float) -> float:
         return sum(max(t.nbytes / memory, t.work / rate) for t in commands)
@@ -138,10 +143,12 @@ def link_speed(
     return LinkSpeed(source, target, bytes_per_s, latency_s)
 
 
-def port_limit(bytes_per_s: float, links_bytes_per_s: float) -> float | None:
-    """What a port lets through, from what went through it at once and what its links could have
-    carried; None where the links are the only limit."""
-    return bytes_per_s if bytes_per_s < 0.9 * links_bytes_per_s else None
+def port_limit(nbytes: float, took_s: float, links_bytes_per_s: Sequence[float]) -> float | None:
+    """What a port lets through, from how long messages of `nbytes` took that went over these links
+    at once; None where the slowest of the links explains it."""
+    if took_s <= 1.1 * nbytes / min(links_bytes_per_s):
+        return None
+    return len(links_bytes_per_s) * nbytes / took_s
 
 
 def shared_cores(slowdown: float, cards: int) -> int | None:
@@ -150,6 +157,8 @@ def shared_cores(slowdown: float, cards: int) -> int | None:
     return cores if cores < cards else None
 
 
-def shared_bandwidth(together: float, alone: float, cards: int, cores: int | None) -> float | None:
-    """What cards read together, where that is less than each of them could alone."""
-    return together if together < 0.93 * alone * min(cards, cores or cards) else None
+def shared_bandwidth(together: float, alone: Sequence[float], cores: int | None) -> float | None:
+    """What cards read together, where that is less than what they read each alone, or as many of
+    them as work at a time."""
+    working = min(cores or len(alone), len(alone))
+    return together if together < 0.93 * sum(alone) * working / len(alone) else None

@@ -169,7 +169,7 @@ class _Reader:
     ) -> None:
         for key in table:
             if key not in known:
-                raise self._error(".".join((*inside, key)), f"one of {', '.join(known)}", "it")
+                raise self._error(".".join((*inside, key)), f"one of {', '.join(known)}", key)
 
     def _get(self, table: dict[str, Any], key: str, kind: type, inside: tuple[str, ...]) -> Any:
         """A value of a table as `kind`: a whole number is a number, true is none."""
@@ -183,7 +183,7 @@ class _Reader:
             try:
                 value = float(value)
             except OverflowError:
-                raise self._error(name, _KINDS[kind], "one beyond all bounds") from None
+                raise self._error(name, _KINDS[kind], "a number of 309 digits or more") from None
         if not isinstance(value, kind) or (isinstance(value, float) and math.isnan(value)):
             raise self._error(name, _KINDS[kind], value)
         return value

@@ -29,7 +29,7 @@
 #define AHEAD_NS 1e6
 #define WAKE_AHEAD_NS 0.25e6
 /* Longer sleeps are cut: whoever watches for progress sees some. */
-#define SLEEP_MAX_NS 50e6
+#define SLEEP_MAX_NS 20e6
 /* Events this close happen together, whatever the rounding of their times. */
 #define SAME_NS 1e-2
 #define ATTENTION_TOKENS 8 /* neighbours that share the reading of keys and values */
