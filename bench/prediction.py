@@ -130,6 +130,7 @@ async def _generate(fleet: Fleet, model: Model) -> tuple[Rates, float]:
     behind = max(
         (after.late_s - earlier.late_s) / (after.modelled_s - earlier.modelled_s)
         for earlier, after in zip(before, _paces(fleet), strict=True)
+        if after.steps > earlier.steps
     )
     return Rates(PROMPT_TOKENS / (times[0] - begin), (len(times) - 1) / decode_s), behind
 

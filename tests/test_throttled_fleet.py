@@ -54,6 +54,7 @@ async def test_it_generates_the_same_tokens_no_faster_than_the_model(path: Path)
             took_s = time.monotonic() - begin
             tokens.append((generation.token_ids, sampled.token_ids))
             stats = (await fleet.stats()).cards
+            assert (fleet.behind is None) == (not throttle)
             if throttle:
                 for device, card in zip(fleet.devices, stats, strict=True):
                     assert device.pace is not None and device.pace.steps == card.steps

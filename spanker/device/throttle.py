@@ -34,6 +34,11 @@ class Pace:
     late_s: float
     late_s_max: float
 
+    @property
+    def behind(self) -> float:
+        """How late steps ended, as a part of what they take."""
+        return self.late_s / self.modelled_s if self.modelled_s else 0.0
+
 
 class Throttle:
     """Slows cards down to a profile, from before their pool starts until after it has ended.

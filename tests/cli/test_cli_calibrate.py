@@ -69,6 +69,10 @@ def test_throttled_cards_say_the_same(directory: Path) -> None:
     )
     assert same.json()["logits_sha256"] == plain.json()["logits_sha256"]
     assert bench.json()["tokens_generated"] == 4
+    assert bench.json()["profile"] == "board" and bench.json()["behind"] >= 0
+    assert same.json()["behind"] >= 0 and "behind" not in plain.json()
+    (shown,) = batch(("run", "x", *run[:-1], *throttled, "--max-tokens", "2"))
+    assert "throttled to board: steps ended" in shown.err
 
 
 def test_without_a_file_nothing_is_written(directory: Path) -> None:
