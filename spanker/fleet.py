@@ -28,6 +28,7 @@ import attrs
 import numpy as np
 import trio
 
+from spanker.actors import calibration
 from spanker.actors import session as sessions
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
@@ -45,8 +46,8 @@ from spanker.ggml.detokenizer import StopMatcher, StreamDecoder
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
+from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
-from spanker.sched.bandwidth import profile as find_profile
 from spanker.sched.layout import fit_kv_pages
 from spanker.sched.plan import Limits, Plan
 from spanker.sched.planner import Decision, decide, make_plan
@@ -369,6 +370,16 @@ class Fleet:
         """The devices behind the cards, for tests that make them fail."""
         return tuple(self._rig.cards)
 
+    @property
+    def behind(self) -> float | None:
+        """How much later than in the model steps of throttled cards have ended so far, as a part of
+        what they take, on the card that is worst; None where cards are not throttled.
+
+        Beyond a tenth or so this machine is too slow for the profile, and times are its own.
+        """
+        paces = [pace for device in self.devices if (pace := device.pace) is not None]
+        return max((pace.behind for pace in paces), default=None)
+
     async def load(
         self,
         model: str | os.PathLike[str],
@@ -480,6 +491,24 @@ class Fleet:
         self._nursery.start_soon(tracer.run)
         return tracer
 
+    async def calibrate(
+        self,
+        *,
+        name: str = "measured",
+        seconds: float = 10.0,
+        progress: Progress | None = None,
+    ) -> calibration.Calibration:
+        """Measure what this fleet's cards, links and host can do, as a profile called `name`.
+
+        Takes about `seconds`, during which nobody else should use the fleet; `progress(done,
+        total)` counts measurements.  `spanker.sched.profiles.save` writes the profile into a file
+        that `open_fleet` takes.  Raises ConfigError and CardError.
+        """
+        async with self._load_lock:
+            return await calibration.calibrate(
+                self._coordinator, name=name, seconds=seconds, progress=progress
+            )
+
     async def stats(self) -> FleetStats:
         """Read every card's counters."""
         counters = await self._coordinator.counters()
@@ -529,6 +558,7 @@ async def open_fleet(
     cards: str | int | Sequence[SoftCardSpec] = "soft:1",
     *,
     profile: str | Profile = "native",
+    throttle: bool = False,
     channel: str = "memory",
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
@@ -536,17 +566,19 @@ async def open_fleet(
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
     `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
-    `soft:4:64MiB`; `profile` names the speeds to plan by and, where its host link is throttled, to
-    keep; `channel` is memory or unix; `workers` native threads step the cards (default: one per
+    `soft:4:64MiB`; `profile` names the speeds to plan by, or a TOML file of them that `spanker
+    calibrate` has written; the host link keeps them where the profile has one, and with `throttle`
+    the cards and the links between them do, as far as the machine is faster (`pace` of a device
+    tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
     card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
     taken for hung.  Raises ConfigError and CardError.
     """
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
-    chosen = find_profile(profile) if isinstance(profile, str) else profile
+    chosen = profiles.find(profile) if isinstance(profile, str) else profile
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     first: list[Exception] = []
-    with _one_error(first), SoftRig(specs, workers) as rig:
+    with _one_error(first), SoftRig(specs, workers, chosen if throttle else None) as rig:
         async with (
             open_coordinator(
                 rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s

@@ -35,7 +35,7 @@ CFLAGS = [
     "-Wall",
     "-Wextra",
 ]
-LINK_FLAGS = ["-pthread", "-fno-lto"]
+LINK_FLAGS = ["-pthread", "-fno-lto", "-lm"]
 
 # First the baseline, so that a -march or -mfma in CFLAGS raises no library above its own level.
 X86_BASELINE = ("-march=x86-64", "-mno-fma")

@@ -199,6 +199,17 @@ class Coordinator:
             card=client.number,
         )
 
+    async def allocate(self, card: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
+        async with self._step_lock:
+            return (await self._owning(self.clients[card], AllocBuffers(tuple(sizes)))).handles
+
+    async def load_program(self, card: int, program: bytes) -> int:
+        """A program on a card, between two steps; whoever asks unloads it."""
+        async with self._step_lock:
+            request = LoadProgram(buffers=(program,))
+            return (await self._owning(self.clients[card], request)).program
+
     async def _memory_used(self, plan: Plan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
         return {

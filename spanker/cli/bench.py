@@ -15,7 +15,7 @@ from spanker.cli.interrupts import Interrupts, run_async
 from spanker.cli.machine import this_machine
 from spanker.cli.opening import Inspected, check_trace, inspect, maybe_trace, open_model
 from spanker.cli.options import FleetOptions
-from spanker.cli.reports import Timing, trace_note
+from spanker.cli.reports import Timing, pace_note, trace_note
 from spanker.errors import ContextLengthError
 from spanker.fleet import DEFAULT_CONTEXT, Model
 from spanker.ggml.tokenizer import Tokenizer
@@ -48,6 +48,8 @@ def bench(
                 timings = [await _measure(opened.model, ids, gen_tokens) for _ in range(repeat)]
             if recorded is not None and trace is not None:
                 notes.append(trace_note(recorded, trace))
+            if (told := pace_note(opened.fleet)) is not None:
+                notes.append(told)
             rates = [t.decode_rate or 0.0 for t in timings]
             chosen = timings[rates.index(statistics.median_low(rates))]
             isas = dict.fromkeys(card.isa for card in opened.fleet.cards)
@@ -63,6 +65,8 @@ def bench(
                 "plan": opened.model.plan.name,
                 "cards": len(opened.fleet.cards),
                 "isa": ",".join(isas),
+                "profile": opened.fleet.profile.name,
+                "behind": opened.fleet.behind,
                 "runs": [_figures(t) for t in timings],
                 "host": attrs.asdict(this_machine()),
                 "spanker_version": __version__,

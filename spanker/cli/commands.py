@@ -210,6 +210,40 @@ def info(model: str | None, cards: str, plan: str, profile: str, as_json: bool) 
     work.info(where, as_json=as_json)
 
 
+@group.command(short_help="Measure the cards, links and host, as a profile.")
+@options.cards
+@options.profile
+@options.throttle
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.toml",
+    help="Write the profile there, for --profile FILE.toml.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True, max=3600),
+    default=10.0,
+    metavar="S",
+    help="How long to measure, about; fleets that are slow or large take longer.",
+)
+@options.as_json
+def calibrate(
+    cards: str, profile: str, throttle: bool, out: str | None, seconds: float, as_json: bool
+) -> None:
+    """Measure what this machine's cards really do, to plan by and to predict with.
+
+    \b
+    Memory, arithmetic, overheads, links and host link are measured by small
+    programs, and how much cards slow each other down. For instance:
+      spanker calibrate --cards 4 --out desk.toml
+      spanker run "Hello" --cards 4 --profile desk.toml
+    """
+    from spanker.cli import calibrate as work
+
+    work.calibrate(cards, profile, seconds, out, throttle=throttle, as_json=as_json)
+
+
 # --- texts -----------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from spanker.device.spec import parse_fleet
 from spanker.fleet import describe_share
 from spanker.ggml import catalog
 from spanker.native import default_isa, isas, lib
-from spanker.sched.bandwidth import profile
+from spanker.sched import profiles
 from spanker.sched.layout import weight_buffers
 from spanker.sched.plan import Plan
 from spanker.sched.planner import Decision, decide, make_plan
@@ -102,7 +102,7 @@ def _rows() -> list[tuple[str, str]]:
 def _forecast(where: FleetOptions) -> Forecast:
     cards = len(parse_fleet(where.cards))
     inspected = inspect(where.model)
-    shape, speeds = inspected.model.shape, profile(where.profile)
+    shape, speeds = inspected.model.shape, profiles.find(where.profile)
     plan = make_plan(where.plan, shape, cards, speeds)
     return Forecast(inspected, plan, decide(shape, cards, speeds))
 

@@ -77,7 +77,7 @@ async def open_model(where: FleetOptions, ctx: int | None = None) -> AsyncIterat
 
     The cards get KV memory for one sequence, which is all that a command runs at a time.
     """
-    async with open_fleet(where.cards, profile=where.profile) as fleet:
+    async with open_fleet(where.cards, profile=where.profile, throttle=where.throttle) as fleet:
         inspected = inspect(where.model)
         context = ctx or where.ctx or min(inspected.model.shape.context, DEFAULT_CONTEXT)
         begin = time.perf_counter()

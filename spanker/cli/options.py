@@ -16,7 +16,7 @@ import click
 DEFAULT_MODEL = "smollm2"
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PROMPT_CHUNK = 512
-PROFILES = ("native", "rev-a")
+PROFILES = ("native", "rev-a", "rev-b")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,6 +29,7 @@ class FleetOptions:
     cards: str
     plan: str
     profile: str = "native"
+    throttle: bool = False
     ctx: int | None = None
     prompt_chunk: int = DEFAULT_PROMPT_CHUNK
 
@@ -44,6 +45,13 @@ class SamplingOptions:
     min_p: float
     seed: int
     stop: tuple[str, ...]
+
+
+def _profile_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The name of a profile, or a file; what is in the file is read when the fleet is opened."""
+    if value not in PROFILES and not value.endswith(".toml") and "/" not in value:
+        raise click.BadParameter(f"{value!r} is none of {', '.join(PROFILES)}, nor a FILE.toml")
+    return value
 
 
 model = click.option(
@@ -66,9 +74,16 @@ plan = click.option(
 )
 profile = click.option(
     "--profile",
-    type=click.Choice(PROFILES),
+    callback=_profile_name,
     default="native",
-    help="The speeds to plan by; rev-a also slows the host link to that board's.",
+    metavar="NAME|FILE",
+    help="The speeds to plan by: native, rev-a, rev-b, or what `spanker calibrate` has written;"
+    " the host link keeps those of rev-a and rev-b.",
+)
+throttle = click.option(
+    "--throttle",
+    is_flag=True,
+    help="Slow the cards and the links between them down to the profile's speeds.",
 )
 ctx = click.option(
     "--ctx",
@@ -82,7 +97,7 @@ prompt_chunk = click.option(
     default=DEFAULT_PROMPT_CHUNK,
     help="Most prompt tokens in one step.",
 )
-_fleet = (model, cards, plan, profile, prompt_chunk)
+_fleet = (model, cards, plan, profile, throttle, prompt_chunk)
 trace = click.option(
     "--trace",
     type=click.Path(dir_okay=False),

@@ -9,12 +9,16 @@ import attrs
 
 from spanker.actors.trace import Trace
 from spanker.cli import terminal
-from spanker.fleet import CardStats
+from spanker.fleet import CardStats, Fleet
 from spanker.sched.plan import CardShare, Plan, Stage
 from spanker.sched.shares import Share
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+# Throttled cards that are so far behind do not show how fast the modelled ones are.
+BEHIND_MAX = 0.1
 
 
 @attrs.frozen
@@ -111,6 +115,16 @@ def trace_note(trace: Trace, path: str) -> str:
     """What a trace has become, in one line."""
     lost = f"; {trace.lost:,} more were lost" if trace.lost else ""
     return f"trace of {trace.commands:,} commands in {trace.steps:,} steps: {path}{lost}"
+
+
+def pace_note(fleet: Fleet) -> str | None:
+    """How well throttled cards kept the pace, in one line; None where they are not throttled."""
+    if fleet.behind is None:
+        return None
+    told = f"throttled to {fleet.profile.name}: steps ended {fleet.behind:.1%} of their time late"
+    if fleet.behind < BEHIND_MAX:
+        return told
+    return f"{told}, so this machine is too slow for it, or too busy: these times are its own"
 
 
 def plan_json(plan: Plan) -> dict[str, object]:

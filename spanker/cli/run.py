@@ -17,6 +17,7 @@ from spanker.cli.reports import (
     CardWork,
     Timing,
     card_table,
+    pace_note,
     plan_json,
     trace_note,
     work_between,
@@ -41,6 +42,7 @@ class Report:
     cards: tuple[CardWork, ...]
     timing: Timing
     load_s: float
+    behind: float | None
 
     def json(self) -> dict[str, object]:
         out: dict[str, object] = {
@@ -52,6 +54,8 @@ class Report:
             "cards": [card.json() for card in self.cards],
             "timings": self.timing.json(self.load_s),
         }
+        if self.behind is not None:
+            out["behind"] = self.behind
         if self.logits_sha256 is not None:
             out["logits_sha256"] = self.logits_sha256
         return out
@@ -84,6 +88,8 @@ def run(
                 report = await _generate(opened, ids, how, ignore_eos, logits_hash, out)
             if recorded is not None and trace is not None:
                 notes.append(trace_note(recorded, trace))
+            if (told := pace_note(opened.fleet)) is not None:
+                notes.append(told)
             return report
 
     report = run_async(job)
@@ -139,6 +145,7 @@ async def _generate(
         cards=work_between(before, (await fleet.stats()).cards, end - begin),
         timing=Timing(len(prompt), len(generation.token_ids), first - begin, last - first),
         load_s=opened.load_s,
+        behind=fleet.behind,
     )
 
 

@@ -26,6 +26,7 @@ from spanker.device.base import (
     Fill,
     Read,
 )
+from spanker.device.throttle import Pace, Throttle, pace_of
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -35,6 +36,7 @@ from spanker.errors import (
     ConfigError,
 )
 from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
+from spanker.sched.bandwidth import Profile
 
 DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
@@ -240,6 +242,11 @@ class SoftCard(CardDevice):
             link_rx_bytes=tuple(r for _, r in links),
         )
 
+    @property
+    def pace(self) -> Pace | None:
+        """What the card has done by the model's clock; None where it is not throttled."""
+        return pace_of(self.handle) if self._rig.throttled else None
+
     def trace(self, events: int) -> None:
         self._u64(events, "number of events")
         self._check(lib.spk_card_trace(self.handle, events), f"tracing {events} commands")
@@ -300,13 +307,23 @@ class SoftCard(CardDevice):
 
 
 class SoftRig:
-    """The cards of one fleet, fully linked, and the threads that step them."""
+    """The cards of one fleet, fully linked, and the threads that step them.
 
-    def __init__(self, specs: Sequence[SoftCardSpec], workers: int | None = None) -> None:
+    `throttle` is a profile whose speeds the cards keep in real time, as far as the machine can.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[SoftCardSpec],
+        workers: int | None = None,
+        throttle: Profile | None = None,
+    ) -> None:
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
         self.cards: list[SoftCard] = []
+        self.throttled = throttle is not None
         self._pool: Any = None
+        self._throttle: Throttle | None = None
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
@@ -319,6 +336,8 @@ class SoftRig:
                         lib.spk_link_connect(a.handle, a.number, b.handle, b.number, ring_bytes),
                         f"linking cards {a.number} and {b.number}",
                     )
+            if throttle is not None:
+                self._throttle = Throttle([c.handle for c in self.cards], throttle)
             status = ffi.new("int *")
             count = min(len(specs), workers or len(os.sched_getaffinity(0)))
             self._pool = lib.spk_pool_create(
@@ -334,6 +353,9 @@ class SoftRig:
         pool, self._pool = self._pool, None
         if pool is not None and pool != ffi.NULL:
             lib.spk_pool_destroy(pool)
+        throttle, self._throttle = self._throttle, None
+        if throttle is not None:
+            throttle.close()
         for card in self.cards:
             card._release()
 

@@ -29,6 +29,7 @@ from spanker.kernels.program import (
     Transfer,
     encode_step,
 )
+from spanker.sched.bandwidth import REV_A
 
 DDR_BYTES = 1 << 20
 WAIT_S = 20.0
@@ -58,7 +59,16 @@ class RecordedRig:
         self._rig.close()
 
 
-BODIES: dict[str, Callable[[int, int], Rig]] = {"soft": soft_rig, "recorded": RecordedRig}
+def throttled_rig(count: int, ddr_bytes: int) -> SoftRig:
+    """Soft cards at the first board's speeds."""
+    return SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count, throttle=REV_A)
+
+
+BODIES: dict[str, Callable[[int, int], Rig]] = {
+    "soft": soft_rig,
+    "recorded": RecordedRig,
+    "throttled": throttled_rig,
+}
 
 
 def readable(device: CardDevice, timeout_s: float) -> bool:

@@ -89,6 +89,7 @@ void spk_card_destroy(struct spk_card *c)
     for (uint32_t i = 0; i < c->queue_count; i++) {
         free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].params);
         free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].result);
+        free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].timeline);
     }
     for (uint32_t i = 0; i < c->completion_count; i++)
         free(writable(c->completions[(c->completion_head + i) % SPK_QUEUE_MAX].result));
@@ -437,17 +438,18 @@ static int submit_locked(struct spk_card *c, uint32_t handle, struct submission 
         status = hold_reads(c, s->reads, s->read_count, &bytes, why);
     if (status != SPK_OK)
         return status;
+    s->program = c->programs[handle];
+    s->epoch = atomic_load(&c->abort_epoch);
     s->result = malloc(bytes ? bytes : 1);
-    if (!s->result) {
+    if (!s->result || (c->pace && !pace_submitted(c, s))) {
+        free(s->result);
         for (uint32_t i = 0; i < s->read_count; i++)
             c->buffers[s->reads[i].buffer].users--;
         snprintf(why, 256, "no host memory");
         return SPK_E_SYSTEM;
     }
-    s->program = c->programs[handle];
     s->program->users++;
     s->fence = c->next_fence++;
-    s->epoch = atomic_load(&c->abort_epoch);
     c->queue[(c->queue_head + c->queue_count) % SPK_QUEUE_MAX] = *s;
     c->queue_count++;
     return SPK_OK;
@@ -523,6 +525,11 @@ static void complete(struct spk_card *c, int status)
     pthread_mutex_lock(&c->mutex);
     struct submission *s = &c->queue[c->queue_head];
     uint32_t slot = (c->completion_head + c->completion_count) % SPK_QUEUE_MAX;
+    if (s->timeline) {
+        /* What a throttled card would have computed, not what this machine did. */
+        run->busy_ns = pace_completed(c, s, status == SPK_OK);
+        atomic_fetch_add(&c->busy_ns, run->busy_ns);
+    }
     c->completions[slot] = (struct spk_completion){
         .fence = s->fence,
         .busy_ns = run->active ? run->busy_ns : 0,
@@ -701,6 +708,20 @@ static bool start_next(struct spk_card *c)
     return any;
 }
 
+uint64_t spk_card_wake_ns(struct spk_card *c)
+{
+    return atomic_load_explicit(&c->wake_ns, memory_order_relaxed);
+}
+
+/* So much of a worker's time went into the card; of a throttled card the model says how much. */
+static void count_busy(struct spk_card *c, uint64_t ns)
+{
+    if (c->pace)
+        return;
+    atomic_fetch_add(&c->busy_ns, ns);
+    c->run.busy_ns += ns;
+}
+
 static void flush(struct spk_card *c, int status, uint32_t before_epoch)
 {
     while (stale(c, before_epoch))
@@ -735,14 +756,22 @@ int spk_card_step(struct spk_card *c)
     for (;;) {
         struct execution *run = &c->run;
         if (run->pc == run->submission.program->header.commands) {
-            atomic_fetch_add(&c->busy_ns, end - begin);
-            run->busy_ns += end - begin;
+            if (c->pace && !pace_end_ns(c, run->pc, end)) {
+                slices++; /* the model's time passes */
+                result = SPK_STEP_PACED;
+                break;
+            }
+            count_busy(c, end - begin);
             atomic_fetch_add(&c->progress, slices + 1);
             complete(c, SPK_OK);
             return SPK_STEP_RAN;
         }
         bool done = false, waiting = false;
-        int status = execute_slice(c, &done, &waiting);
+        int status = SPK_OK;
+        if (run->held)
+            done = true;
+        else
+            status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
             complete(c, status);
             /* What is queued behind was submitted in the belief that this step succeeds. */
@@ -755,10 +784,19 @@ int spk_card_step(struct spk_card *c)
         }
         slices++;
         end = now_ns();
+        uint64_t told = end; /* when the command ended */
+        if (done && c->pace) {
+            told = pace_end_ns(c, run->pc, end);
+            run->held = !told;
+            if (run->held) {
+                result = SPK_STEP_PACED;
+                break;
+            }
+        }
         if (done) {
             if (c->trace.capacity)
-                trace_command(c, end);
-            run->command_begin_ns = end;
+                trace_command(c, told);
+            run->command_begin_ns = told;
             atomic_fetch_add(&c->commands, 1);
             run->pc++;
             run->cursor = run->cursor2 = 0;
@@ -768,8 +806,7 @@ int spk_card_step(struct spk_card *c)
         if (end - begin > STEP_BUDGET_NS)
             break;
     }
-    atomic_fetch_add(&c->busy_ns, end - begin);
-    c->run.busy_ns += end - begin;
+    count_busy(c, end - begin);
     atomic_fetch_add(&c->progress, slices);
     return result;
 }

@@ -46,6 +46,7 @@ struct submission {
     uint8_t *result; /* owned: room for what `reads` bring back */
     struct spk_read reads[SPK_READS_MAX];
     uint32_t read_count;
+    struct timeline *timeline; /* of a throttled card: when it ends in the model */
     uint64_t fence;
     uint32_t epoch; /* an abort that came before the submission spares it */
 };
@@ -54,6 +55,7 @@ struct submission {
 struct execution {
     struct submission submission;
     bool active;
+    bool held; /* the current command is done, and ends later in the model */
     uint32_t tokens, outputs;
     const uint32_t *token_id, *position, *sequence, *output_token, *first_page, *page;
     const float *inv_temperature;
@@ -114,6 +116,8 @@ struct spk_card {
     _Atomic int plant;
     _Atomic int stepping; /* taken by the worker that steps the card */
     _Atomic int ready;    /* a hint that a step would find work */
+    struct pace *pace;    /* its part of a throttle, or NULL */
+    _Atomic uint64_t wake_ns; /* after SPK_STEP_PACED: when to try again */
     struct worker *owner; /* the worker that polls the card, or NULL */
 
     _Atomic uint64_t commands, steps, ddr_read, ddr_written, busy_ns, progress;
@@ -153,6 +157,13 @@ void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes);
 void pages_freed(struct spk_card *c, uint64_t offset, uint64_t nbytes);
 /* From any thread: one of the pages that should be huge becomes it.  False when there is none. */
 bool pages_collapse_one(struct spk_card *c);
+/* throttle.c.  A step is told to the model when it is queued and when it completes, with the card's
+ * mutex held; false without memory.  `pace_completed` returns how long the card computed. */
+bool pace_submitted(struct spk_card *c, struct submission *s);
+uint64_t pace_completed(struct spk_card *c, struct submission *s, bool succeeded);
+/* The modelled end of a command of the running step that is done, or of the step where `command` is
+ * behind the last; 0 and `wake_ns` when it is too early. */
+uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
 
 /* pool.c: wakes the card's worker if it sleeps. */
 void pool_notify(struct spk_card *c);

@@ -15,6 +15,7 @@
 #include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -24,6 +25,8 @@
 #define SPIN_NS 100000u
 /* So long after the last large write: a load, and the first token after it, have the cores. */
 #define SETTLE_AFTER_NS 250000000u
+/* The last bit of a throttled card's wait: sleeping takes longer than that. */
+#define PACE_SPIN_NS 20000u
 
 struct worker {
     struct spk_pool *pool;
@@ -105,14 +108,17 @@ static int try_step(struct spk_card *c)
     return result;
 }
 
-/* One round over the cards.  Own cards are always tried, others only where work is known. */
-static void round_over_cards(struct worker *w, bool *ran, bool *waiting)
+/* One round over the cards.  Own cards are always tried, others only where work is known.
+ * `wake_ns` is when the first of those will have something to do that are ahead of their time. */
+static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_t *wake_ns)
 {
     struct spk_pool *p = w->pool;
     for (size_t i = w->number; i < p->card_count; i += p->worker_count) {
         int result = try_step(p->cards[i]);
         *ran |= result == SPK_STEP_RAN;
         *waiting |= result == SPK_STEP_WAITING;
+        if (result == SPK_STEP_PACED && spk_card_wake_ns(p->cards[i]) < *wake_ns)
+            *wake_ns = spk_card_wake_ns(p->cards[i]);
     }
     for (size_t i = 0; i < p->card_count && !*ran; i++) {
         struct spk_card *c = p->cards[i];
@@ -131,10 +137,14 @@ static void *work(void *argument)
     struct spk_pool *p = w->pool;
     uint64_t spin_since = 0;
     spk_fp_enter();
+    /* Timers that are 50 us late by default would make every throttled step so much longer. */
+    if (p->cards[0]->pace)
+        prctl(PR_SET_TIMERSLACK, 1ul);
     while (!atomic_load(&p->stop)) {
         uint32_t seen = atomic_load(&w->doorbell);
         bool ran = false, waiting = false;
-        round_over_cards(w, &ran, &waiting);
+        uint64_t wake_ns = UINT64_MAX;
+        round_over_cards(w, &ran, &waiting, &wake_ns);
         if (ran) {
             spin_since = 0;
             continue;
@@ -149,10 +159,22 @@ static void *work(void *argument)
                 continue;
             }
         }
+        struct timespec timeout, *until = NULL;
+        if (wake_ns != UINT64_MAX) {
+            uint64_t now = now_ns(), left = wake_ns > now ? wake_ns - now : 0;
+            if (left <= PACE_SPIN_NS) {
+                relax();
+                continue;
+            }
+            left -= PACE_SPIN_NS;
+            timeout = (struct timespec){.tv_sec = (time_t)(left / 1000000000u),
+                                        .tv_nsec = (long)(left % 1000000000u)};
+            until = &timeout;
+        }
         spin_since = 0;
         atomic_store(&w->sleeping, 1);
         if (!atomic_load(&p->stop))
-            futex_wait(&w->doorbell, seen, NULL);
+            futex_wait(&w->doorbell, seen, until);
         atomic_store(&w->sleeping, 0);
     }
     return NULL;

@@ -140,14 +140,43 @@ struct spk_counters {
 #define SPK_STEP_IDLE 0    /* nothing submitted */
 #define SPK_STEP_RAN 1     /* did some work; more may be ready */
 #define SPK_STEP_WAITING 2 /* waits for a link */
+#define SPK_STEP_PACED 3   /* throttled, and ahead of its time: see spk_card_wake_ns */
 
 /* Faults that a test can plant. */
 #define SPK_PLANT_NONE 0
 #define SPK_PLANT_HANG 1 /* the engine stops making progress */
 #define SPK_PLANT_DIE 2  /* every fence completes with SPK_E_LOST, and every call that uses it answers that */
 
+/* The speed of a throttled card; a port is what it sends, or receives, over all links together.
+ * Speeds may be infinite. */
+struct spk_card_speed {
+    double memory_bytes_per_s;
+    double int8_madds_per_s;
+    double float_madds_per_s;
+    double elements_per_s;
+    double port_bytes_per_s;
+    double command_s;
+    double step_s;
+};
+
+struct spk_link_speed {
+    double bytes_per_s;
+    double latency_s;
+};
+
+/* What a throttled card has done by the model's clock; aborted steps do not count. */
+struct spk_pace {
+    uint64_t steps;
+    double modelled_ns;  /* of all steps, each from when the card could begin */
+    double last_step_ns; /* of the last step alone */
+    double last_end_ns;  /* when that ended, since the throttle was made */
+    double late_ns;      /* how much later than in the model steps really ended, added up */
+    double late_ns_max;
+};
+
 struct spk_card;
 struct spk_pool;
+struct spk_throttle;
 
 struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status);
 void spk_card_destroy(struct spk_card *card);
@@ -187,10 +216,22 @@ void spk_card_plant(struct spk_card *card, int fault);
 /* For those who drive a card without a pool: from one thread, between spk_fp_enter and
  * spk_fp_leave. */
 int spk_card_step(struct spk_card *card);
+/* After SPK_STEP_PACED: when (CLOCK_MONOTONIC) there may be more to do, if nothing else happens. */
+uint64_t spk_card_wake_ns(struct spk_card *card);
 
 /* Two rings between cards numbered number_a and number_b; before the pool starts. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
                      uint32_t number_b, uint64_t ring_bytes);
+
+/* Slows cards down to these speeds, by docs/api/timing-model.md: `links[i * count + j]` is the link
+ * from cards[i] to cards[j], which must be known to each other by these numbers.  Before the pool
+ * starts; destroyed after the pool and before the cards, with nothing queued or never to be run. */
+struct spk_throttle *spk_throttle_create(struct spk_card **cards, size_t count,
+                                         const struct spk_card_speed *speeds,
+                                         const struct spk_link_speed *links, int *status);
+void spk_throttle_destroy(struct spk_throttle *throttle);
+/* Zeros of a card that is not throttled. */
+void spk_card_pace(struct spk_card *card, struct spk_pace *out);
 
 /* `workers` native threads that step `count` cards; destroy stops and joins them. */
 struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers,
