@@ -22,6 +22,7 @@ from spanker.device.base import (
     Completion,
     DeviceCounters,
     DeviceInfo,
+    Lent,
     Read,
 )
 from spanker.errors import (
@@ -41,7 +42,7 @@ CARDS_MAX = 64
 # A ring holds a few messages of 64 KiB; those of a large fleet are kept small, since traffic
 # touches all of their memory: 64 cards have 4,032 of them.
 LINK_RING_BYTES_MIN = 132 << 10
-LINK_RING_BYTES_MAX = 512 << 10
+LINK_RING_BYTES_MAX = 2 << 20
 LINK_RINGS_BYTES = 256 << 20
 _WHY_BYTES = 256
 _EVENTS_AT_ONCE = 4096
@@ -81,11 +82,12 @@ class SoftCard(CardDevice):
             semantics_version=lib.SPK_SEMANTICS_VERSION,
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
+            has_windows=True,
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
-        # Sizes of what each queued step will bring back, oldest first.
-        self._reads: deque[tuple[int, ...]] = deque()
+        # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
+        self._reads: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
 
     @property
@@ -116,6 +118,12 @@ class SoftCard(CardDevice):
                 card=self.number,
             )
         self._check(status, f"allocating {nbytes} bytes")
+        return int(out[0])
+
+    def window(self, nbytes: int) -> int:
+        self._u64(nbytes, "size")
+        out = ffi.new("uint32_t *")
+        self._check(lib.spk_card_window(self.handle, nbytes, out), f"a window of {nbytes} bytes")
         return int(out[0])
 
     def free(self, handle: int) -> None:
@@ -155,7 +163,13 @@ class SoftCard(CardDevice):
         status = lib.spk_card_unload_program(self.handle, program)
         self._check(status, f"unloading program {program}")
 
-    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         self._u32(program, "program")
         wanted: Any = ffi.NULL
         if reads:
@@ -164,22 +178,41 @@ class SoftCard(CardDevice):
                 self._u64(offset, "offset")
                 self._u64(nbytes, "size")
             wanted = ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
+        # Held until the completion is taken: the card works on this very memory.
+        memory = tuple([ffi.from_buffer("char[]", m, require_writable=True) for _, m in lent])
+        shown: Any = ffi.NULL
+        if lent:
+            for handle, _ in lent:
+                self._u32(handle, "window")
+            shown = ffi.new(
+                "struct spk_lent[]",
+                [(h, 0, m, len(m)) for (h, _), m in zip(lent, memory, strict=True)],
+            )
         fence = self._fence
         view = ffi.from_buffer("char[]", parameters)
-        status = lib.spk_card_submit(
-            self.handle, program, view, len(view), wanted, len(reads), fence, self._why
+        status = lib.spk_card_submit_lending(
+            self.handle,
+            program,
+            view,
+            len(view),
+            wanted,
+            len(reads),
+            shown,
+            len(lent),
+            fence,
+            self._why,
         )
         if status != lib.SPK_OK:
             self._check(status, f"step of program {program} refused", self._reason())
         number = int(fence[0])
-        self._reads.append(tuple(nbytes for _, _, nbytes in reads))
+        self._reads.append((tuple(nbytes for _, _, nbytes in reads), memory))
         return number
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
         c = self._completion
         while lib.spk_card_completion(self.handle, c):
-            sizes = self._reads.popleft()
+            sizes, _ = self._reads.popleft()
             if c.status != lib.SPK_OK:
                 out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
                 continue
