@@ -9,7 +9,7 @@ device is closed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import trio
@@ -31,10 +31,12 @@ from spanker.actors.message import (
     LoadProgram,
     Message,
     Ok,
+    OpenWindows,
     ProgramLoaded,
     ReadBuffer,
     ReadCounters,
     ReadTrace,
+    RunLent,
     RunStep,
     StartTrace,
     StepDone,
@@ -45,7 +47,7 @@ from spanker.actors.message import (
     WriteBuffers,
     failed,
 )
-from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Read
+from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Lent, Read
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -64,13 +66,21 @@ class KernelQueue:
         self._device = device
         self._slots = trio.Semaphore(capacity)
 
-    async def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    async def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         """Submit behind what is queued; waits for a free slot.  Returns the fence."""
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._slots.acquire()
         try:
+            if lent:
+                return self._device.submit(program, parameters, reads, lent)
             return self._device.submit(program, parameters, reads)
         except BaseException:
             self._slots.release()
@@ -126,11 +136,8 @@ class CardActor:
         while True:
             request_id, request = await self._channel.receive()
             try:
-                if isinstance(request, RunStep):
-                    _check_reply_bytes(request, sum(request.reply_sizes()))
-                    fence = await self._queue.submit(
-                        request.program, request.buffers[0], request.reads
-                    )
+                if isinstance(request, RunStep | RunLent):
+                    fence = await self._submit(request)
                     self._pending.append(_Pending(request_id, fence))
                     self._submitted.set()
                     continue
@@ -141,6 +148,20 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
+    async def _submit(self, request: RunStep | RunLent) -> int:
+        parameters = request.buffers[0]
+        if isinstance(request, RunStep):
+            _check_reply_bytes(request, sum(request.reply_sizes()))
+            return await self._queue.submit(request.program, parameters, request.reads)
+        lent = request.buffers[1:]
+        if len(lent) != len(request.windows) or any(memoryview(m).readonly for m in lent):
+            raise CardCommandError(
+                f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
+                f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"
+            )
+        windows = tuple(zip(request.windows, lent, strict=True))
+        return await self._queue.submit(request.program, parameters, lent=windows)
+
     def _answer(self, request: Message) -> Message:
         device = self._device
         if isinstance(request, WriteBuffer):
@@ -150,7 +171,9 @@ class CardActor:
             self._write_all(request)
             return Ok()
         if isinstance(request, AllocBuffers):
-            return BuffersAllocated(self._alloc_all(request.sizes))
+            return BuffersAllocated(self._all(request.sizes, device.alloc))
+        if isinstance(request, OpenWindows):
+            return BuffersAllocated(self._all(request.sizes, device.window))
         if isinstance(request, ReadBuffer):
             _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
@@ -183,11 +206,12 @@ class CardActor:
             return Ok()
         raise LocalProtocolError(f"{type(request).__name__} is not a request to a card")
 
-    def _alloc_all(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    def _all(self, sizes: tuple[int, ...], make: Callable[[int], int]) -> tuple[int, ...]:
+        """A buffer of each of these sizes, or none."""
         handles: list[int] = []
         try:
             for nbytes in sizes:
-                handles.append(self._device.alloc(nbytes))
+                handles.append(make(nbytes))
         except BaseException:
             for handle in handles:
                 self._device.free(handle)
@@ -215,6 +239,7 @@ class CardActor:
             isa=info.isa,
             ddr_bytes=info.ddr_bytes,
             max_programs=info.programs_max,
+            max_windows=info.windows_max,
         )
 
     async def _collect(self) -> None:

@@ -48,6 +48,11 @@ class CardClient:
         """Why the card can no longer be reached, or None."""
         return self._failure
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the card gets raw buffers as the very memory that they are."""
+        return self._channel.shares_memory
+
     async def run(self) -> None:
         """Write requests and receive replies until the channel ends; then everything waiting
         fails."""

@@ -21,8 +21,7 @@ Buffer = bytes | bytearray | memoryview
 Read = tuple[int, int, int]
 READS_MAX = 8
 # A window's handle and memory for it.
-Lent = tuple[int, memoryview]
-WINDOWS_MAX = 4
+Lent = tuple[int, Buffer]
 
 
 # How a card tells of one executed command: the fields of TraceEvent in their order.
@@ -52,7 +51,7 @@ def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
 @attrs.frozen
 class DeviceInfo:
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
-    `has_windows` says that it works on memory of the host's where that is lent to it."""
+    `windows_max` windows onto the host's memory fit into a program, 0 where there are none."""
 
     name: str
     serial: int
@@ -60,7 +59,7 @@ class DeviceInfo:
     semantics_version: int
     ddr_bytes: int
     programs_max: int
-    has_windows: bool = False
+    windows_max: int = 0
 
 
 @attrs.frozen

@@ -82,7 +82,7 @@ class SoftCard(CardDevice):
             semantics_version=lib.SPK_SEMANTICS_VERSION,
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
-            has_windows=True,
+            windows_max=lib.SPK_WINDOWS_MAX,
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")

@@ -47,5 +47,3 @@ class Reduction(enum.IntEnum):
     SUM = lib.SPK_REDUCE_SUM
     MAX = lib.SPK_REDUCE_MAX
     MIN = lib.SPK_REDUCE_MIN
-
-

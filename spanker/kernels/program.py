@@ -92,9 +92,7 @@ class Command:
     def of_part(self, part: str) -> Command:
         """The same command under the name of a part; a model has hundreds, and `attrs.evolve` takes
         ten times as long."""
-        return Command(
-            self.op, self.refs, self.args, self.format, self.outputs, part, self.bulk
-        )
+        return Command(self.op, self.refs, self.args, self.format, self.outputs, part, self.bulk)
 
 
 def _f32_bits(x: float) -> int:
