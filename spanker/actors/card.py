@@ -245,7 +245,8 @@ class CardActor:
     async def _collect(self) -> None:
         """Answer steps as the card completes them."""
         while True:
-            if not self._pending:
+            # An fd can be waited for before there is anything: one task the less to wake a step.
+            if not self._pending and self._device.completion_fd is None:
                 self._submitted = trio.Event()
                 await self._submitted.wait()
             for completion in await self._queue.completed():
