@@ -133,7 +133,10 @@ class CardActor:
         await trio.aclose_forcefully(self._channel)
 
     async def _serve(self) -> None:
+        request: Message | None
         while True:
+            # While the next one is waited for nothing is kept of the last: its memory is not ours.
+            request = None
             request_id, request = await self._channel.receive()
             try:
                 if isinstance(request, RunStep | RunLent):

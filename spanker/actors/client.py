@@ -77,6 +77,7 @@ class CardClient:
                     self.fail(error)
                 finally:
                     self._unwritten -= 1
+                    del request  # which refers to memory of whoever made it
 
     async def _read(self) -> None:
         try:
@@ -92,6 +93,7 @@ class CardClient:
                     callback(request.check_reply(reply))
                 except SpankerError as error:
                     callback(error.with_traceback(None))
+                del request, reply, callback  # which refer to memory of whoever asked
         except SpankerError as error:
             self.fail(error)
             await self._channel.aclose()

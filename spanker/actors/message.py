@@ -30,7 +30,7 @@ from spanker.actors.frame import DEFAULT_LIMITS, Buffer, Frame, flat_buffer, rep
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096

@@ -39,11 +39,14 @@ DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
 DDR_BYTES_MAX = 1 << 46
 CARDS_MAX = 64
-# A ring holds a few messages of 64 KiB; those of a large fleet are kept small, since traffic
-# touches all of their memory: 64 cards have 4,032 of them.
+# A ring longer than a core's second-level cache is twice as fast as one that fits (see
+# docs/api/wire-protocol.md).  Traffic touches all of it, so that many links get shorter ones: 64
+# cards have 4,032 of them.
 LINK_RING_BYTES_MIN = 132 << 10
-LINK_RING_BYTES_MAX = 2 << 20
+LINK_RING_BYTES_MAX = 512 << 10
 LINK_RINGS_BYTES = 256 << 20
+FAST_RING_BYTES = 2 << 20
+FAST_RINGS_BYTES = 64 << 20
 _WHY_BYTES = 256
 _EVENTS_AT_ONCE = 4096
 assert ffi.sizeof("struct spk_trace_event") == TRACE_EVENT.size
@@ -321,6 +324,14 @@ class SoftCard(CardDevice):
             check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
 
 
+def _ring_bytes(cards: int) -> int:
+    """Of each ring of a fleet of so many cards."""
+    rings = max(cards * (cards - 1), 1)
+    nbytes = min(LINK_RINGS_BYTES // rings, LINK_RING_BYTES_MAX)
+    nbytes = max(nbytes, min(FAST_RINGS_BYTES // rings, FAST_RING_BYTES), LINK_RING_BYTES_MIN)
+    return nbytes // 4096 * 4096
+
+
 class SoftRig:
     """The cards of one fleet, fully linked, and the threads that step them."""
 
@@ -332,9 +343,7 @@ class SoftRig:
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
-            rings = max(len(specs) * (len(specs) - 1), 1)
-            ring_bytes = LINK_RINGS_BYTES // rings // 4096 * 4096
-            ring_bytes = min(max(ring_bytes, LINK_RING_BYTES_MIN), LINK_RING_BYTES_MAX)
+            ring_bytes = _ring_bytes(len(specs))
             for a in self.cards:
                 for b in self.cards[a.number + 1 :]:
                     check(
