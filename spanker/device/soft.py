@@ -193,7 +193,7 @@ class SoftCard(CardDevice):
             )
         fence = self._fence
         view = ffi.from_buffer("char[]", parameters)
-        status = lib.spk_card_submit_lending(
+        status = lib.spk_card_submit_helping(
             self.handle,
             program,
             view,

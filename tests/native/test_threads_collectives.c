@@ -180,11 +180,108 @@ static void a_dead_card_lets_go_too(void)
     }
 }
 
+/* --- little, done by the thread that submits ---------------------------------------------------- */
+
+enum { LITTLE = 50 };
+
+/* Everybody sends everything to everybody, and folds. */
+static uint32_t load_little(struct fleet *f, int card, uint32_t window)
+{
+    struct builder p = new_program(1, 0, 1);
+    uint32_t bad, program;
+    char why[256];
+    append(&p, SPK_OP_EXCHANGE)->arg[0] = 2 * (CARDS - 1);
+    for (int i = 1; i < CARDS; i++) {
+        int peer = (card + i) % CARDS;
+        transfer(&p, SPK_OP_LINK_SEND, peer, ref_at(window, 0, 0));
+        p.commands[p.header.commands - 1].arg[1] = LITTLE * 4;
+        transfer(&p, SPK_OP_LINK_RECV, peer, ref_at(f->rooms[card], 0, (uint64_t)i * LITTLE * 4));
+        p.commands[p.header.commands - 1].arg[1] = LITTLE * 4;
+    }
+    for (int i = 1; i < CARDS; i++) {
+        struct spk_command *c = append(&p, SPK_OP_REDUCE);
+        c->format = SPK_F32;
+        c->ref[0] = ref_at(f->rooms[card], 0, (uint64_t)i * LITTLE * 4);
+        c->ref[3] = ref_at(window, 0, 0);
+        c->arg[0] = LITTLE;
+    }
+    CHECK_EQUAL(load(f->cards[card], &p, &program, &bad, why), SPK_OK);
+    CHECK(f->cards[card]->programs[program]->quick);
+    CHECK(!f->cards[card]->programs[f->program[card]]->quick);
+    return program;
+}
+
+/* Workers are asleep, or still awake from something else, or busy with the step before. */
+static void little_is_done_by_whoever_submits(void)
+{
+    enum { ROUNDS = 400, SEED = 43 };
+    struct rng r = {.state = SEED};
+    struct fleet f = fleet_create();
+    struct step s = new_step(0, 0, 0, 0, 0);
+    uint32_t window[CARDS], little[CARDS], epoch = 1;
+    for (int i = 0; i < CARDS; i++)
+        CHECK_EQUAL(spk_card_window(f.cards[i], LITTLE * 4, &window[i]), SPK_OK);
+    for (int i = 0; i < CARDS; i++)
+        little[i] = load_little(&f, i, window[i]);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        CASE("little, round %u, seed %d", round, SEED);
+        bool behind = rng_below(&r, 8) == 0, aborted = rng_below(&r, 8) == 0;
+        float *memory[CARDS];
+        if (behind)
+            submit_all(&f, round);
+        if (rng_below(&r, 2))
+            sleep_ns(rng_below(&r, 200000));
+        for (int card = 0; card < CARDS; card++) {
+            uint64_t fence;
+            char why[256];
+            memory[card] = exact(LITTLE * 4);
+            for (size_t i = 0; i < LITTLE; i++)
+                memory[card][i] = initial(round, card, i);
+            struct spk_lent lent = {.window = window[card],
+                                    .memory = memory[card],
+                                    .nbytes = LITTLE * 4};
+            CHECK_EQUAL(spk_card_submit_helping(f.cards[card], little[card], &s, step_bytes(&s),
+                                                NULL, 0, &lent, 1, &fence, why),
+                        SPK_OK);
+            if (aborted && card == 1)
+                for (int i = 0; i < CARDS; i++)
+                    CHECK_EQUAL(spk_card_abort(f.cards[i], epoch + 1), SPK_OK);
+        }
+        if (aborted) {
+            epoch++;
+            for (int i = 0; i < CARDS; i++) /* those behind the abort wait for the others' */
+                CHECK_EQUAL(spk_card_abort(f.cards[i], epoch + 1), SPK_OK);
+            epoch++;
+        }
+        for (int card = 0; card < CARDS; card++) {
+            if (behind)
+                take(&f, card, round);
+            struct spk_completion done;
+            for (int i = 0; !spk_card_completion(f.cards[card], &done); i++) {
+                CHECK(i < 200000);
+                sleep_ns(20000);
+            }
+            CHECK(done.status == SPK_OK || (aborted && done.status == SPK_E_ABORTED));
+            for (size_t i = 0; done.status == SPK_OK && i < LITTLE; i++) {
+                float sum = 0;
+                for (int from = 0; from < CARDS; from++)
+                    sum += initial(round, from, i);
+                CHECK(memory[card][i] == sum);
+            }
+            free(memory[card]);
+        }
+    }
+    spk_pool_destroy(f.pool);
+    for (int i = 0; i < CARDS; i++)
+        spk_card_destroy(f.cards[i]);
+}
+
 int main(void)
 {
     folds_are_right();
     an_abort_at_any_moment_lets_go_of_everything();
     a_dead_card_lets_go_too();
+    little_is_done_by_whoever_submits();
     puts("ok threads_collectives");
     return 0;
 }

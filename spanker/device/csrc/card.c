@@ -581,6 +581,27 @@ int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *par
     return status;
 }
 
+static bool is_quick(struct spk_card *c, uint32_t handle)
+{
+    pthread_mutex_lock(&c->mutex);
+    bool quick = handle < SPK_PROGRAMS_MAX && c->programs[handle] && c->programs[handle]->quick;
+    pthread_mutex_unlock(&c->mutex);
+    return quick;
+}
+
+int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                            const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why)
+{
+    bool help = is_quick(c, handle) && pool_hush(c);
+    int status = spk_card_submit_lending(c, handle, params, nbytes, reads, read_count, lent,
+                                         lent_count, fence, why);
+    if (help)
+        pool_help(c);
+    return status;
+}
+
 static void signal_fd(struct spk_card *c)
 {
     uint64_t one = 1;

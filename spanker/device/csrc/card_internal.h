@@ -24,6 +24,7 @@ struct program {
     uint32_t kv_pages;       /* page numbers must be below; 0 when nothing attends */
     uint32_t page_positions;
     uint32_t users;          /* submissions queued or running */
+    bool quick;              /* bulk operations on little: quicker done than handed to a worker */
     uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
 };
 
@@ -155,5 +156,9 @@ void link_release(struct spk_card *c);
 
 /* pool.c: wakes the card's worker if it sleeps. */
 void pool_notify(struct spk_card *c);
+/* Until `pool_help` no worker of the card's pool is woken.  False where someone helps already. */
+bool pool_hush(struct spk_card *c);
+/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest. */
+void pool_help(struct spk_card *c);
 
 #endif

@@ -28,6 +28,9 @@ struct operand {
 
 #define OPERANDS_MAX 3
 
+/* Of all bulk operations and transfers of a program that a host thread may do itself: some 20 us. */
+#define QUICK_BYTES (256u << 10)
+
 static bool mul(uint64_t a, uint64_t b, uint64_t *out)
 {
     return !__builtin_mul_overflow(a, b, out) && *out < ((uint64_t)1 << 48);
@@ -336,6 +339,8 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         return SPK_E_ARG;
     }
     uint32_t transfers = 0; /* left of the exchange in progress */
+    uint64_t bulk_bytes = 0;
+    p->quick = true;
     for (uint32_t i = 0; i < h->commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
         bool is_transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
@@ -347,6 +352,13 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         for (int r = 0; r < 4; r++)
             if (!(refs_of[cmd->op] >> r & 1))
                 p->commands[i].ref[r] = (struct spk_ref){0};
+        if (is_bulk(cmd))
+            bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
+        else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
+            bulk_bytes += bulk_count(cmd, 1);
+        else if (cmd->op != SPK_OP_EXCHANGE)
+            p->quick = false;
+        p->quick &= bulk_bytes <= QUICK_BYTES;
         if (is_transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
         transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;

@@ -186,6 +186,12 @@ int spk_card_submit_lending(struct spk_card *card, uint32_t program, const void 
                             size_t nbytes, const struct spk_read *reads, size_t read_count,
                             const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
                             char *why);
+/* The same, and where the program is bulk operations on little the calling thread steps the cards
+ * of the pool until they are done or wait: waking a worker takes longer than all of it. */
+int spk_card_submit_helping(struct spk_card *card, uint32_t program, const void *params,
+                            size_t nbytes, const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why);
 /* 1 and a completion, or 0 when there is none.  Its result stays until the next call.  The fd is
  * an eventfd that polls readable whenever completions wait, and now and then when none does. */
 int spk_card_completion(struct spk_card *card, struct spk_completion *out);
