@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import trio
@@ -30,10 +30,12 @@ from spanker.actors.message import (
     LoadProgram,
     Message,
     Ok,
+    OpenWindows,
     ProgramLoaded,
     ReadBuffer,
     ReadCounters,
     ReadTrace,
+    RunLent,
     RunStep,
     StartTrace,
     StepDone,
@@ -44,7 +46,7 @@ from spanker.actors.message import (
     failed,
 )
 from spanker.actors.threads import WorkThreads
-from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Read
+from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Lent, Read
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -68,13 +70,21 @@ class KernelQueue:
         self._device = device
         self._slots = trio.Semaphore(capacity)
 
-    async def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    async def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         """Submit behind what is queued; waits for a free slot.  Returns the fence."""
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._slots.acquire()
         try:
+            if lent:
+                return self._device.submit(program, parameters, reads, lent)
             return self._device.submit(program, parameters, reads)
         except BaseException:
             self._slots.release()
@@ -133,7 +143,10 @@ class CardActor:
         await trio.aclose_forcefully(self._channel)
 
     async def _serve(self, nursery: trio.Nursery) -> None:
+        request: Message | None
         while True:
+            # While the next one is waited for nothing is kept of the last: its memory is not ours.
+            request = None
             request_id, request = await self._channel.receive()
             if isinstance(request, WriteBuffers) and not _is_quick(request):
                 await self._free_writers.acquire()
@@ -142,11 +155,8 @@ class CardActor:
             # Whatever comes behind a write finds it done.
             await self._all_written()
             try:
-                if isinstance(request, RunStep):
-                    _check_reply_bytes(request, sum(request.reply_sizes()))
-                    fence = await self._queue.submit(
-                        request.program, request.buffers[0], request.reads
-                    )
+                if isinstance(request, RunStep | RunLent):
+                    fence = await self._submit(request)
                     self._pending.append(_Pending(request_id, fence))
                     self._submitted.set()
                     continue
@@ -157,13 +167,29 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
+    async def _submit(self, request: RunStep | RunLent) -> int:
+        parameters = request.buffers[0]
+        if isinstance(request, RunStep):
+            _check_reply_bytes(request, sum(request.reply_sizes()))
+            return await self._queue.submit(request.program, parameters, request.reads)
+        lent = request.buffers[1:]
+        if len(lent) != len(request.windows) or any(memoryview(m).readonly for m in lent):
+            raise CardCommandError(
+                f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
+                f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"
+            )
+        windows = tuple(zip(request.windows, lent, strict=True))
+        return await self._queue.submit(request.program, parameters, lent=windows)
+
     def _answer(self, request: Message) -> Message:
         device = self._device
         if isinstance(request, WriteBuffers):
             self._write_all(request)
             return Ok()
         if isinstance(request, AllocBuffers):
-            return BuffersAllocated(self._alloc_all(request.sizes))
+            return BuffersAllocated(self._all(request.sizes, device.alloc))
+        if isinstance(request, OpenWindows):
+            return BuffersAllocated(self._all(request.sizes, device.window))
         if isinstance(request, ReadBuffer):
             _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
@@ -194,11 +220,12 @@ class CardActor:
             return Ok()
         raise LocalProtocolError(f"{type(request).__name__} is not a request to a card")
 
-    def _alloc_all(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    def _all(self, sizes: tuple[int, ...], make: Callable[[int], int]) -> tuple[int, ...]:
+        """A buffer of each of these sizes, or none."""
         handles: list[int] = []
         try:
             for nbytes in sizes:
-                handles.append(self._device.alloc(nbytes))
+                handles.append(make(nbytes))
         except BaseException:
             for handle in handles:
                 self._device.free(handle)
@@ -252,12 +279,14 @@ class CardActor:
             isa=info.isa,
             ddr_bytes=info.ddr_bytes,
             max_programs=info.programs_max,
+            max_windows=info.windows_max,
         )
 
     async def _collect(self) -> None:
         """Answer steps as the card completes them."""
         while True:
-            if not self._pending:
+            # An fd can be waited for before there is anything: one task the less to wake a step.
+            if not self._pending and self._device.completion_fd is None:
                 self._submitted = trio.Event()
                 await self._submitted.wait()
             for completion in await self._queue.completed():

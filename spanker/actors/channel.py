@@ -14,6 +14,7 @@ import socket
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import trio
 
@@ -44,6 +45,9 @@ class Channel(trio.abc.AsyncResource):
 
     Any number of tasks may send; one task at a time receives.
     """
+
+    shares_memory: ClassVar[bool] = False
+    """Whether raw buffers arrive as the very memory that was sent."""
 
     @abstractmethod
     async def send(self, message: Message, request_id: int) -> None:
@@ -89,6 +93,8 @@ class MemoryChannel(Channel):
     Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
     A cancelled `send` has sent nothing.
     """
+
+    shares_memory = True
 
     def __init__(
         self,

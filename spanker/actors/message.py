@@ -259,6 +259,7 @@ class CardInfo(Message):
     isa: Name
     ddr_bytes: U64
     max_programs: U32
+    max_windows: U32 = 0
 
 
 @_wire(0x83, buffers=1)
@@ -444,6 +445,30 @@ class ReadTrace(Request[TraceData]):
                 f"{TRACE_EVENT.size} bytes, got {nbytes} bytes"
             )
         return reply
+
+
+@_wire(0x10)
+@attrs.frozen
+class OpenWindows(Request[BuffersAllocated]):
+    """Open a window of each of these sizes, all of them or none; FreeBuffer closes one.
+
+    A window is a buffer whose memory is lent with every run of a program that names it.
+    """
+
+    sizes: Sizes
+
+
+@_wire(0x11, buffers=(1, READS_MAX))
+@attrs.frozen
+class RunLent(Request[StepDone]):
+    """Run a program with the parameter block in the first raw buffer, on the memory of the others.
+
+    Raw buffer i + 1 is what window `windows[i]` shows meanwhile: the card works on it itself, so
+    this is for channels that hand over memory, and nobody else may touch it before the reply.
+    """
+
+    program: U64
+    windows: Sizes
 
 
 @_wire(0x0B)

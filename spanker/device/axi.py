@@ -19,7 +19,15 @@ from typing import Any
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo, Fill
+from spanker.device.base import (
+    Buffer,
+    CardDevice,
+    Completion,
+    DeviceCounters,
+    DeviceInfo,
+    Fill,
+    Lent,
+)
 from spanker.device.base import Read as ReadRange
 from spanker.errors import CardCommandError, CardMemoryError
 from spanker.kernels.formats import Format
@@ -346,8 +354,14 @@ class AxiRecorder(CardDevice):
         self._device.unload_program(program)
         del self._programs[program]
 
-    def submit(self, program: int, parameters: Buffer, reads: Sequence[ReadRange] = ()) -> int:
-        fence = self._device.submit(program, parameters, reads)
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[ReadRange] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
+        fence = self._device.submit(program, parameters, reads, lent)
         self._entries.append(self._programs[program].step(parameters))
         self._reads.append(self._read_entries(reads))
         return fence
@@ -364,7 +378,8 @@ class AxiRecorder(CardDevice):
 
     @property
     def info(self) -> DeviceInfo:
-        return self._device.info
+        # Without windows: memory that is lent would cross the boundary unseen.
+        return attrs.evolve(self._device.info, windows_max=0)
 
     @property
     def completion_fd(self) -> int | None:

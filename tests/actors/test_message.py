@@ -25,7 +25,7 @@ COUNTERS = m.Counters(1, 2, 3, 4, 5, 6, 7, 8, 9, None, (10, U64), ())
 
 MESSAGES = (
     m.Describe(),
-    m.CardInfo(1, U32, U64, "InnerJib7EA é", "soft:2@avx2", 16 << 30, 64),
+    m.CardInfo(1, U32, U64, "InnerJib7EA é", "soft:2@avx2", 16 << 30, 64, 4),
     m.AllocBuffers(()),
     m.AllocBuffers((0, 1, U64)),
     m.BuffersAllocated(()),
@@ -41,6 +41,10 @@ MESSAGES = (
     m.UnloadProgram(3),
     m.RunStep(3, buffers=(b"",)),
     m.RunStep(3, ((7, 0, 16), (8, U64, 0)), buffers=(bytes(96),)),
+    m.OpenWindows(()),
+    m.OpenWindows((1, U64)),
+    m.RunLent(3, (), buffers=(b"",)),
+    m.RunLent(3, (7, U64), buffers=(bytes(96), b"a", b"")),
     m.StepDone(U64, 0),
     m.StepDone(1, 2, buffers=(b"a", b"")),
     m.ReadCounters(),

@@ -277,7 +277,7 @@ static void refuses_every_operand_out_of_bounds(void)
 static void refuses_arguments_that_make_no_sense(void)
 {
     REFUSES(SPK_E_ARG, p.commands[0].op = 0);
-    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_CHOOSE + 1);
+    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_DIVIDE + 1);
     REFUSES(SPK_E_ARG, p.commands[0].op = UINT16_MAX);
     REFUSES(SPK_E_ARG, p.commands[1].flags = 2);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->format = 10);

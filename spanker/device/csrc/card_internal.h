@@ -13,6 +13,8 @@
 struct buffer {
     uint64_t offset, bytes; /* bytes is what was asked for; 0 marks a free slot */
     uint32_t users;         /* programs that refer to it, and steps that will read it */
+    bool window;            /* nothing of the DDR is its own */
+    uint8_t *lent;          /* what a window shows while a step runs */
 };
 
 struct program {
@@ -22,6 +24,8 @@ struct program {
     uint32_t kv_pages;       /* page numbers must be below; 0 when nothing attends */
     uint32_t page_positions;
     uint32_t users;          /* submissions queued or running */
+    bool quick;              /* bulk operations on little: quicker done than handed to a worker */
+    uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
 };
 
 /* A link's ring: one producer, one consumer, positions grow without wrapping. */
@@ -47,6 +51,7 @@ struct submission {
     struct spk_read reads[SPK_READS_MAX];
     uint32_t read_count;
     struct timeline *timeline; /* of a throttled card: when it ends in the model */
+    struct spk_lent lent[SPK_WINDOWS_MAX]; /* in the order of the program's windows */
     uint64_t fence;
     uint32_t epoch; /* an abort that came before the submission spares it */
 };
@@ -127,7 +132,20 @@ struct spk_card {
 
 static inline uint8_t *card_at(const struct spk_card *c, const struct spk_ref *ref)
 {
-    return c->ddr + c->buffers[ref->buffer].offset + ref->offset;
+    const struct buffer *b = &c->buffers[ref->buffer];
+    return (b->window ? b->lent : c->ddr + b->offset) + ref->offset;
+}
+
+/* Operations on elements, which run once per step. */
+static inline bool is_bulk(const struct spk_command *cmd)
+{
+    return cmd->op == SPK_OP_REDUCE || cmd->op == SPK_OP_COPY || cmd->op == SPK_OP_DIVIDE;
+}
+
+/* A count of 64 bits in two arguments, the lower half first. */
+static inline uint64_t bulk_count(const struct spk_command *cmd, int arg)
+{
+    return cmd->arg[arg] | (uint64_t)cmd->arg[arg + 1] << 32;
 }
 
 /* program.c */
@@ -169,5 +187,9 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
 void pool_notify(struct spk_card *c);
 /* The card has pages to collapse: its pool will see to it some time after the last large write. */
 void pool_settle(struct spk_card *c);
+/* Until `pool_help` no worker of the card's pool is woken.  False where someone helps already. */
+bool pool_hush(struct spk_card *c);
+/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest. */
+void pool_help(struct spk_card *c);
 
 #endif

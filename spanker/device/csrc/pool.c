@@ -27,6 +27,7 @@
 #define SETTLE_AFTER_NS 250000000u
 /* The last bit of a throttled card's wait: sleeping takes longer than that. */
 #define PACE_SPIN_NS 20000u
+#define HELP_NS 100000u
 
 struct worker {
     struct spk_pool *pool;
@@ -41,6 +42,7 @@ struct spk_pool {
     size_t card_count, worker_count;
     _Atomic int stop;
     struct worker *settler; /* behind the workers, without cards; NULL until it runs */
+    _Atomic int helped; /* a host thread steps cards: no worker is woken for what it will find */
     struct worker workers[];
 };
 
@@ -84,6 +86,8 @@ void pool_notify(struct spk_card *c)
     if (!owner)
         return;
     atomic_store(&c->ready, 1);
+    if (atomic_load(&owner->pool->helped))
+        return; /* whoever helps looks at `ready` when it stops */
     ring(owner);
     /* An owner of several cards may be busy with another one: someone idle can take this one. */
     struct spk_pool *p = owner->pool;
@@ -102,8 +106,11 @@ static int try_step(struct spk_card *c)
     /* Someone else steps it and will let it go soon. */
     if (atomic_exchange(&c->stepping, 1))
         return SPK_STEP_WAITING;
+    /* Before, so that news that come meanwhile are not forgotten. */
+    atomic_store(&c->ready, 0);
     int result = spk_card_step(c);
-    atomic_store(&c->ready, result == SPK_STEP_RAN);
+    if (result == SPK_STEP_RAN)
+        atomic_store(&c->ready, 1);
     atomic_store(&c->stepping, 0);
     return result;
 }
@@ -129,6 +136,32 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_
         /* Its own worker may have looked away meanwhile and must not miss what is left. */
         pool_notify(c);
     }
+}
+
+/* --- a host thread that lends a hand ------------------------------------------------------- */
+
+bool pool_hush(struct spk_card *c)
+{
+    return c->owner && !atomic_exchange(&c->owner->pool->helped, 1);
+}
+
+void pool_help(struct spk_card *c)
+{
+    struct spk_pool *p = c->owner->pool;
+    uint64_t saved = spk_fp_enter(), begin = now_ns();
+    bool ran = true;
+    while (ran && now_ns() - begin < HELP_NS) {
+        ran = false;
+        for (size_t i = 0; i < p->card_count; i++)
+            if (atomic_load(&p->cards[i]->ready))
+                ran |= try_step(p->cards[i]) == SPK_STEP_RAN;
+    }
+    spk_fp_leave(saved);
+    atomic_store(&p->helped, 0);
+    /* In this order: who found `helped` set has made a card ready before. */
+    for (size_t i = 0; i < p->card_count; i++)
+        if (atomic_load(&p->cards[i]->ready))
+            pool_notify(p->cards[i]);
 }
 
 static void *work(void *argument)

@@ -152,6 +152,11 @@ static double command_ns(const struct pace *p, const struct timeline *t,
     double rows = by_output ? t->outputs : t->tokens, n = arg[0];
     double bytes = 0, work = 0, each = p->element_ns;
 
+    if (is_bulk(cmd)) {
+        work = (double)bulk_count(cmd, 0);
+        bytes = work * (double)spk_element_bytes(cmd->format) * (cmd->op == SPK_OP_REDUCE ? 3 : 2);
+        rows = 1;
+    }
     if (rows == 0)
         return p->command_ns;
     switch (cmd->op) {
@@ -475,7 +480,7 @@ static void begin_exchange(struct pace *p, double time)
         const struct spk_command *x = &cmd[i];
         uint32_t peer = x->arg[0];
         uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? t->outputs : t->tokens;
-        uint64_t bytes = rows * x->arg[1];
+        uint64_t bytes = x->flags & SPK_FLAG_BULK ? bulk_count(x, 1) : rows * x->arg[1];
         if (!bytes || peer >= th->count)
             continue;
         if (x->op == SPK_OP_LINK_SEND) {
