@@ -26,7 +26,7 @@ async def main() -> None:
         parts = await spanker.reduce_scatter(fleet, gradients, "max")
         print("each card has a share of the maximum:", [part.size for part in parts])
 
-        # Arrays that stay: nothing is checked, sent or prepared again.
+        # Arrays that belong to the fleet, for what is done again and again.
         async with await fleet.arrays(8, np.int32) as counters:
             for card in range(len(counters)):
                 await counters.write(card, card)

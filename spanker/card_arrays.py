@@ -170,8 +170,7 @@ class CardArrays:
             return
         self._closed = True
         if self._resident is not None:
-            with trio.CancelScope(shield=True):
-                await self._collectives.forget(self._resident)
+            await self._collectives.forget(self._resident)
         await trio.lowlevel.checkpoint()
 
     async def __aenter__(self) -> CardArrays:
