@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ from spanker.sched.collectives.plan import Kind, ReduceOp
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 RANKS = (2, 4)
 ENGINES = ("program", "api", "mpi", "gloo")
-# A turn moves about so many bytes, within these numbers of calls.
-TURN_BYTES = 256 << 20
-CALLS_MIN, CALLS_MAX = 12, 300
+# A turn takes about so long, within these numbers of calls.
+TURN_S = 0.1
+CALLS_MIN, CALLS_MAX = 5, 300
+LOOK_S = 0.5
 PEER = Path(__file__).resolve().parent / "collective_peer.py"
 STEP = encode_step([])
 
@@ -196,8 +197,10 @@ def peer(name: str, python: str, ranks: int) -> Iterator[Peer | None]:
         return
     if name == "mpi":
         assert mpirun is not None
-        # Shared memory alone; where ranks outnumber cores, Open MPI yields between its spins.
+        # Shared memory alone; where ranks outnumber cores, they must yield between their spins.
         options = ["--oversubscribe", "--mca", "btl", "self,vader"]
+        crowded = ranks > len(os.sched_getaffinity(0))
+        options += ["--mca", "mpi_yield_when_idle", str(int(crowded))]
         processes = [_start([mpirun, "-n", str(ranks), *options, python, str(PEER), "mpi"])]
     else:
         port = str(_free_port())
@@ -219,41 +222,50 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def calls_for(nbytes: int) -> int:
-    return max(CALLS_MIN, min(CALLS_MAX, TURN_BYTES // nbytes // 8))
+def calls_for(last: Sequence[float]) -> int:
+    """How many calls a turn has, after what they have taken in the turn before."""
+    middle = report.median(last)
+    if not middle:
+        return CALLS_MIN
+    return max(CALLS_MIN, min(CALLS_MAX, round(TURN_S / middle)))
 
 
-async def measure(ranks: int, rounds: int, python: str, out: dict[str, Any]) -> None:
+async def measure(
+    ranks: int, rounds: int, sizes: Sequence[int], python: str | None, out: dict[str, Any]
+) -> None:
     """All engines, size by size, round by round."""
-    turns: dict[int, dict[str, list[float]]] = {size: {} for size in SIZES}
+    turns: dict[int, dict[str, list[float]]] = {size: {} for size in sizes}
     out["ranks"], out["peers"] = ranks, {}
     bystanders, seen = report.Bystanders(), list[dict[str, float]]()
     with ExitStack() as stack:
         programs = stack.enter_context(Programs(ranks))
         peers: dict[str, Turn] = {}
-        for name in ("mpi", "gloo"):
-            started = stack.enter_context(peer(name, python, ranks))
+        for name in ("mpi", "gloo") if python else ():
+            started = stack.enter_context(peer(name, str(python), ranks))
             if started is not None:
                 peers[name] = started.turn
                 out["peers"][name] = started.about["library"]
         async with spanker.open_fleet(ranks) as fleet:
+            last: dict[tuple[int, str], list[float]] = {}
             for number in range(rounds + 1):  # round 0 warms up
-                for size in SIZES:
-                    calls = calls_for(size)
-                    found = {"program": programs.turn(size, calls)}
-                    found["api"] = await api_turn(fleet, size, calls)
+                for size in sizes:
+                    calls = {name: calls_for(last.get((size, name), ())) for name in ENGINES}
+                    found = {"program": programs.turn(size, calls["program"])}
+                    found["api"] = await api_turn(fleet, size, calls["api"])
                     for name, turn in peers.items():
-                        found[name] = turn(size, calls)
+                        found[name] = turn(size, calls[name])
                     for name, times in found.items():
+                        last[size, name] = times
                         if number:
                             middle = report.median(times)
                             assert middle is not None
                             turns[size].setdefault(name, []).append(middle * 1e6)
+                # Between rounds everybody's processes wait: who works now does not belong to this.
+                bystanders.cores()
+                await trio.sleep(LOOK_S)
                 if number:
                     seen.append(bystanders.cores())
                     say(f"  {ranks} ranks, round {number} of {rounds}: {seen[-1]}")
-                else:
-                    bystanders.cores()
     out["bystanders"] = seen
     out["sizes"] = {
         str(size): {
@@ -261,7 +273,7 @@ async def measure(ranks: int, rounds: int, python: str, out: dict[str, Any]) -> 
             "best_us": {name: min(times) for name, times in turns[size].items()},
             "turns_us": turns[size],
         }
-        for size in SIZES
+        for size in sizes
     }
 
 
@@ -293,7 +305,7 @@ async def main() -> None:
     }
     for ranks in map(int, options.ranks.split(",")):
         result: dict[str, Any] = {}
-        await measure(ranks, options.rounds, options.peer_python, result)
+        await measure(ranks, options.rounds, SIZES, options.peer_python, result)
         record["results"].append(result)
         record["ended"] = report.now_utc()
         report.save_json(options.json, record)

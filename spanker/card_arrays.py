@@ -28,6 +28,8 @@ _NAMES: dict[str, Element] = {
     "int32": Element.I32,
     "i32": Element.I32,
 }
+# Where the name need not be made first, which takes longer than all other checks of an array.
+_DTYPES = {element.dtype: element for element in Element if element is not Element.BF16}
 KNOWN = "float32, float16, bfloat16 or int32"
 
 
@@ -41,7 +43,10 @@ def element_of(dtype: npt.DTypeLike, said: str | npt.DTypeLike | None = None) ->
         if name not in _NAMES:
             raise CollectiveError(f"dtype {name!r}: expected {KNOWN}")
         return _NAMES[name]
-    name = np.dtype(dtype).name
+    found = np.dtype(dtype)
+    if found in _DTYPES:
+        return _DTYPES[found]
+    name = found.name
     if name not in _NAMES:
         hint = "; say dtype='bfloat16' if that is what it holds" if name == "uint16" else ""
         raise CollectiveError(f"an array of {name}: expected {KNOWN}{hint}")
@@ -165,8 +170,7 @@ class CardArrays:
             return
         self._closed = True
         if self._resident is not None:
-            with trio.CancelScope(shield=True):
-                await self._collectives.forget(self._resident)
+            await self._collectives.forget(self._resident)
         await trio.lowlevel.checkpoint()
 
     async def __aenter__(self) -> CardArrays:

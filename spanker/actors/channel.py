@@ -9,7 +9,6 @@ that each kind must pass.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from abc import abstractmethod
 from collections import deque
@@ -84,6 +83,7 @@ class Channel(trio.abc.AsyncResource):
 
 
 _Letter = tuple[int, Message]
+_GONE = (trio.ClosedResourceError, trio.BrokenResourceError, trio.EndOfChannel)
 
 
 class MemoryChannel(Channel):
@@ -111,30 +111,30 @@ class MemoryChannel(Channel):
 
     async def send(self, message: Message, request_id: int) -> None:
         check_frame(encode(message, request_id), self._limits)
-        with self._named_errors():
+        try:
             await self._sending.send((request_id, message))
+        except _GONE as error:
+            raise self._gone(error) from None
 
     def try_send(self, message: Message, request_id: int) -> bool:
         check_frame(encode(message, request_id), self._limits)
-        with self._named_errors():
-            try:
-                self._sending.send_nowait((request_id, message))
-            except trio.WouldBlock:
-                return False
+        try:
+            self._sending.send_nowait((request_id, message))
+        except trio.WouldBlock:
+            return False
+        except _GONE as error:
+            raise self._gone(error) from None
         return True
 
     async def receive(self) -> tuple[int, Message]:
-        with self._named_errors():
-            return await self._receiving.receive()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
         try:
-            yield
-        except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
-        except (trio.BrokenResourceError, trio.EndOfChannel):
-            raise _closed(self.name, "by the peer") from None
+            return await self._receiving.receive()
+        except _GONE as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: Exception) -> ChannelClosedError:
+        here = isinstance(error, trio.ClosedResourceError)
+        return _closed(self.name, "on this side" if here else "by the peer")
 
     async def aclose(self) -> None:
         self._sending.close()

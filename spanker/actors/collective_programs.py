@@ -46,8 +46,9 @@ from spanker.sched.shares import Share, split
 
 # Of DATA: with TMP and what the rings have in flight it fits into a second-level cache.
 TILE_BYTES = 256 << 10
-# More tiles make programs long, not collectives faster.
-TILES_MAX = 256
+# More tiles make programs long, not collectives faster; and making one takes 15 us a command.
+TILES_MAX = 128
+COMMANDS_MAX = 10_000
 
 _REDUCTIONS = {
     ReduceOp.SUM: Reduction.SUM,
@@ -111,9 +112,10 @@ class Work:
 
 @attrs.frozen
 class CardWork:
-    """What one card runs: its program, and the bytes of `tmp` and `copy` where it has them."""
+    """What one card runs: its program, the bytes of each buffer that it names, by name."""
 
     program: Program
+    array_bytes: dict[str, int]
     own_bytes: dict[str, int]
 
 
@@ -122,7 +124,9 @@ def plans(work: Work, cards: int) -> Iterator[tuple[int, CollectivePlan]]:
     element_bytes = work.element.nbytes
     tiles = 1
     if work.kind is Kind.ALL_REDUCE:
-        tiles = min(max(1, work.elements * element_bytes // TILE_BYTES), TILES_MAX)
+        # Of all cards together a tile has some 5 * cards^2 commands.
+        most = min(TILES_MAX, COMMANDS_MAX // (5 * cards**2))
+        tiles = max(1, min(work.elements * element_bytes // TILE_BYTES, most))
     made: dict[int, CollectivePlan] = {}
     for tile in split(work.elements, tiles):
         if tile.size not in made:
@@ -171,13 +175,17 @@ class _Builder:
                         commands.append(self._local(plan, local))
         if self.copied and self.apart:
             commands.append(self._copy(Ref("out"), self._at("copy", self.share.start), self.share))
-        size, own = self.work.element.nbytes, {}
+        size = self.work.element.nbytes
         tmp = max((plan.tmp_elements for _, plan in self.plans), default=0)
-        if tmp:
-            own["tmp"] = tmp * size
-        if self.copied:
-            own["copy"] = self.work.elements * size
-        return CardWork(Program(tuple(commands), 1, 1, 1), own)
+        own = {"tmp": tmp * size, "copy": self.work.elements * size}
+        named = {ref.buffer for command in commands for _, ref in command.refs}
+        arrays = {
+            name: self.work.array_elements(name, self.card, self.cards) * size
+            for name in self.work.arrays
+            if name in named
+        }
+        own = {name: nbytes for name, nbytes in own.items() if name in named}
+        return CardWork(Program(tuple(commands), 1, 1, 1), arrays, own)
 
     def _before(self) -> Iterator[Command]:
         whole = Share(0, self.work.elements)

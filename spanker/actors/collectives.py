@@ -15,7 +15,6 @@ something else.  Who may call what with which arrays is said in spanker/collecti
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -48,14 +47,18 @@ from spanker.kernels.program import encode_step
 if TYPE_CHECKING:
     from spanker.actors.coordinator import Coordinator
 
+STEP = encode_step([])
+
 # Prepared works that stay, and the bytes of each card's memory that they may hold together.
 PREPARED_MAX = 32
 PREPARED_BYTES_MAX = 64 << 20
 # What one message carries at most of an array: frames do not overtake each other.
 PIECE_BYTES = 8 << 20
 READ_BACK_BYTES_MAX = DEFAULT_LIMITS.raw_bytes_max // 2
-
-STEP = encode_step([])
+# A message that lends more is refused like any other; beyond that arrays are staged.
+LENT_BYTES_MAX = DEFAULT_LIMITS.raw_bytes_max - len(STEP)
+# How long giving memory back may take where nobody can be told that it failed.
+RELEASE_S = 2.0
 
 
 @attrs.frozen
@@ -77,13 +80,13 @@ class _Key:
     resident: tuple[Resident | None, ...]
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class _Card:
-    """What a prepared work holds on one card."""
+    """What a prepared work holds on one card: buffers by name, and those that are its own."""
 
-    program: int | None
-    handles: Mapping[str, int]
-    own: tuple[int, ...]
+    program: int | None = None
+    handles: dict[str, int] = attrs.Factory(dict)
+    own: list[int] = attrs.Factory(list)
 
 
 @attrs.define(eq=False)
@@ -112,6 +115,7 @@ class Collectives:
         self._coordinator = coordinator
         self._clients = coordinator.clients
         self._prepared: OrderedDict[_Key, _Prepared] = OrderedDict()
+        self._doomed: list[Resident] = []
         self.lends = all(client.shares_memory for client in self._clients) and all(
             info.max_windows > 1 for info in coordinator.cards
         )
@@ -135,7 +139,7 @@ class Collectives:
         outputs hold is undefined; nobody writes to them any more, unless a card hangs.
         """
         where = tuple(resident) or (None,) * len(work.arrays)
-        lent = self.lends and not any(where)
+        lent = self.lends and not any(where) and _lendable(work, self.cards)
         prepared = await self._get(_Key(work, lent, where))
         prepared.users += 1
         try:
@@ -260,92 +264,86 @@ class Collectives:
         return prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
-        works = build_cached(key.work, self.cards)
-        need = max(sum(work.own_bytes.values()) for work in works)
-        need += max(sum(self._staged_sizes(key, card).values()) for card in range(self.cards))
+        works = build(key.work, self.cards)
+        resident = {
+            name: buffers
+            for name, buffers in zip(key.work.arrays, key.resident, strict=True)
+            if buffers is not None
+        }
+        need = max(
+            sum(work.own_bytes.values())
+            + (0 if key.lent else sum(b for n, b in work.array_bytes.items() if n not in resident))
+            for work in works
+        )
         await self._make_room(PREPARED_MAX - 1, PREPARED_BYTES_MAX - need)
         try:
-            prepared = await self._load(key, works)
+            prepared = await self._load(key, resident, works)
         except CardMemoryError:
             # Not before it is needed: what others have prepared may be wanted again.
             await self._make_room(0, 0)
-            prepared = await self._load(key, works)
+            prepared = await self._load(key, resident, works)
         prepared.card_bytes = need
         self._prepared[key] = prepared
         return prepared
 
-    def _staged_sizes(self, key: _Key, card: int) -> dict[str, int]:
-        """The bytes of each array that needs a buffer, or a window, of its own on a card."""
-        work, cards = key.work, self.cards
-        commands = build_cached(work, cards)[card].program.commands
-        named = {ref.buffer for command in commands for _, ref in command.refs}
-        return {
-            name: nbytes
-            for name, resident in zip(work.arrays, key.resident, strict=True)
-            if resident is None
-            and (nbytes := work.array_elements(name, card, cards) * work.element.nbytes)
-            and name in named
-        }
-
-    async def _load(self, key: _Key, works: Sequence[CardWork]) -> _Prepared:
+    async def _load(
+        self, key: _Key, resident: Mapping[str, Resident], works: Sequence[CardWork]
+    ) -> _Prepared:
         prepared = _Prepared()
         try:
-            for number, work in enumerate(works):
-                client, handles = self._clients[number], dict[str, int]()
-                card = _Card(None, handles, ())
-                prepared.cards.append(card)
-                if not work.program.commands:
-                    continue
-                own: list[int] = []
-
-                async def take(
-                    request: AllocBuffers | OpenWindows,
-                    names: Sequence[str],
-                    client: CardClient = client,
-                    handles: dict[str, int] = handles,
-                    own: list[int] = own,
-                ) -> None:
-                    if names:
-                        reply = await self._coordinator.owning(client, request)
-                        own += reply.handles
-                        handles.update(zip(names, reply.handles, strict=True))
-
-                buffers, windows = dict(work.own_bytes), dict[str, int]()
-                (windows if key.lent else buffers).update(self._staged_sizes(key, number))
-                try:
-                    await take(AllocBuffers(tuple(buffers.values())), tuple(buffers))
-                    await take(OpenWindows(tuple(windows.values())), tuple(windows))
-                    for name, resident in zip(key.work.arrays, key.resident, strict=True):
-                        if resident is not None and resident.nbytes:
-                            handles[name] = resident.handles[number]
-                    loaded = await self._coordinator.owning(
-                        client, LoadProgram(buffers=(work.program.encode(handles),))
-                    )
-                    card = _Card(loaded.program, handles, tuple(own))
-                except BaseException:
-                    card = _Card(None, handles, tuple(own))
-                    raise
-                finally:
-                    prepared.cards[-1] = card
+            for client, work in zip(self._clients, works, strict=True):
+                prepared.cards.append(_Card())
+                if work.program.commands:
+                    await self._load_card(client, prepared.cards[-1], key, resident, work)
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._release(prepared)
+            await self._release(prepared)
             raise
         return prepared
 
+    async def _load_card(
+        self,
+        client: CardClient,
+        card: _Card,
+        key: _Key,
+        resident: Mapping[str, Resident],
+        work: CardWork,
+    ) -> None:
+        arrays = {name: b for name, b in work.array_bytes.items() if name not in resident}
+        buffers = work.own_bytes if key.lent else work.own_bytes | arrays
+        for names, request in (
+            (tuple(buffers), AllocBuffers(tuple(buffers.values()))),
+            (tuple(arrays) if key.lent else (), OpenWindows(tuple(arrays.values()))),
+        ):
+            if names:
+                reply = await self._coordinator.owning(client, request)
+                card.own += reply.handles
+                card.handles.update(zip(names, reply.handles, strict=True))
+        for name, array in resident.items():
+            card.handles[name] = array.handles[client.number]
+        program = work.program.encode(card.handles)
+        loaded = await self._coordinator.owning(client, LoadProgram(buffers=(program,)))
+        card.program = loaded.program
+
     async def trim(self) -> None:
         """Give back all memory that is not in use, so that others may have it."""
-        if self._prepared:
+        if self._prepared or self._doomed:
             async with self._coordinator.changing_memory():
                 await self._make_room(0, 0)
 
     async def forget(self, resident: Resident) -> None:
-        """Unload what was prepared for these buffers, and free them."""
-        async with self._coordinator.changing_memory():
+        """Free these buffers, and unload what was prepared for them: now, or later where somebody
+        keeps the cards to himself for long."""
+        self._doomed.append(resident)
+        with trio.move_on_after(RELEASE_S, shield=True):
+            async with self._coordinator.changing_memory():
+                await self._free_doomed()
+
+    async def _free_doomed(self) -> None:
+        while self._doomed:
+            resident = self._doomed.pop()
             for key in [key for key in self._prepared if resident in key.resident]:
                 await self._release(self._prepared.pop(key))
-            for client, handle in zip(self._clients, resident.handles, strict=True):
-                await _ask(client, FreeBuffer(handle))
+            await self._free(resident.handles)
 
     async def allocate(self, nbytes: int) -> Resident:
         """A buffer of so many bytes on every card."""
@@ -356,11 +354,15 @@ class Collectives:
                     reply = await self._coordinator.owning(client, AllocBuffers((nbytes,)))
                     handles += reply.handles
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    for client, handle in zip(self._clients, handles, strict=False):
-                        await _ask(client, FreeBuffer(handle))
+                await self._free(handles)
                 raise
         return Resident(tuple(handles), nbytes)
+
+    async def _free(self, handles: Sequence[int]) -> None:
+        """One buffer a card, from the first card on."""
+        with trio.move_on_after(RELEASE_S, shield=True):
+            for client, handle in zip(self._clients, handles, strict=False):
+                await _ask(client, FreeBuffer(handle))
 
     async def write(self, resident: Resident, card: int, data: memoryview) -> None:
         """Fill the buffer of a card."""
@@ -378,6 +380,7 @@ class Collectives:
 
     async def _make_room(self, count: int, nbytes: int) -> None:
         """Release what was not used for longest until so many works and bytes are left."""
+        await self._free_doomed()
         held = sum(prepared.card_bytes for prepared in self._prepared.values())
         for key, prepared in list(self._prepared.items()):
             if len(self._prepared) <= count and held <= nbytes:
@@ -387,7 +390,8 @@ class Collectives:
                 await self._release(self._prepared.pop(key))
 
     async def _release(self, prepared: _Prepared) -> None:
-        """Shielded by who must; a card that is lost has nothing to free."""
+        """Whatever is being cancelled: nobody else knows of it.  A card that is lost has nothing to
+        free."""
 
         async def release(client: CardClient, card: _Card) -> None:
             if card.program is not None:
@@ -395,9 +399,16 @@ class Collectives:
             for handle in card.own:
                 await _ask(client, FreeBuffer(handle))
 
-        async with trio.open_nursery() as nursery:
-            for client, card in zip(self._clients, prepared.cards, strict=False):
-                nursery.start_soon(release, client, card)
+        with trio.move_on_after(RELEASE_S, shield=True):
+            async with trio.open_nursery() as nursery:
+                for client, card in zip(self._clients, prepared.cards, strict=False):
+                    nursery.start_soon(release, client, card)
+
+
+def _lendable(work: Work, cards: int) -> bool:
+    """Whether one message can lend all of a card's arrays."""
+    elements = sum(work.array_elements(name, 0, cards) for name in work.arrays)
+    return elements * work.element.nbytes <= LENT_BYTES_MAX
 
 
 def _lending(card: _Card, program: int, arrays: Mapping[str, memoryview]) -> RunLent:
@@ -419,12 +430,6 @@ def _reading_back(
     if sum(nbytes for _, _, nbytes in reads) > READ_BACK_BYTES_MAX:
         reads = []
     return RunStep(program, tuple(reads), buffers=(STEP,))
-
-
-@functools.lru_cache(maxsize=64)
-def build_cached(work: Work, cards: int) -> tuple[CardWork, ...]:
-    """As `build`; a fleet of the same size may want it again."""
-    return tuple(build(work, cards))
 
 
 async def _ask(client: CardClient, request: Request[Ok]) -> None:

@@ -64,13 +64,11 @@ def test_only_arrays_and_scratch_that_are_there_are_named() -> None:
     for cards, elements in itertools.product((1, 2, 5), (1, 7, 1000)):
         for work in works(elements):
             for card, made in enumerate(build(work, cards)):
-                sizes = dict(made.own_bytes)
-                for name in work.arrays:
-                    count = work.array_elements(name, card, cards)
-                    sizes[name] = count * work.element.nbytes
-                for command in made.program.commands:
-                    for _, ref in command.refs:
-                        assert ref.offset < sizes[ref.buffer] or not sizes[ref.buffer]
+                sizes = made.own_bytes | made.array_bytes
+                named = {ref.buffer for c in made.program.commands for _, ref in c.refs}
+                assert named == sizes.keys() and all(sizes.values())
+                for name, nbytes in made.array_bytes.items():
+                    assert nbytes == work.array_elements(name, card, cards) * work.element.nbytes
 
 
 def test_a_large_all_reduce_is_cut_into_tiles_that_cover_it() -> None:
@@ -82,6 +80,7 @@ def test_a_large_all_reduce_is_cut_into_tiles_that_cover_it() -> None:
             at += plan.elements
         assert at == elements
         assert len(list(plans(work, 2))) <= TILES_MAX
+    assert len(list(plans(Work(Kind.ALL_REDUCE, Element.F32, 1 << 26, ReduceOp.SUM), 16))) < 10
     tmp = build(Work(Kind.ALL_REDUCE, Element.F32, 10_000_000, ReduceOp.SUM), 2)[0].own_bytes["tmp"]
     assert tmp <= TILE_BYTES
 

@@ -17,6 +17,7 @@ from waiting import until
 
 import spanker
 from spanker import aio
+from spanker.actors import collectives
 from spanker.errors import (
     CardHungError,
     CardLostError,
@@ -455,6 +456,52 @@ async def test_a_card_without_room_says_so_and_keeps_nothing() -> None:
             await spanker.reduce_scatter(fleet, [np.ones(900_000, np.float32) for _ in range(2)])
         assert all(c.ddr_used_bytes == 0 for c in (await fleet.stats()).cards)
         assert same((await spanker.reduce_scatter(fleet, small))[0], np.full(500, 2, np.float32))
+
+
+async def test_arrays_beyond_what_a_message_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are staged, in pieces; both sides of the limits."""
+    monkeypatch.setattr(collectives, "LENT_BYTES_MAX", 40_000)
+    monkeypatch.setattr(collectives, "READ_BACK_BYTES_MAX", 60_000)
+    monkeypatch.setattr(collectives, "PIECE_BYTES", 7_000)
+    async with spanker.open_fleet(2) as fleet:
+        for size in (10_000, 10_001, 15_000, 15_001, 30_000):
+            given = [position_data(card, size) for card in range(2)]
+            mine = [x.copy() for x in given]
+            await spanker.all_reduce(fleet, mine)
+            assert all(same(x, fold(given, "sum")) for x in mine), size
+
+
+@pytest.mark.parametrize("when", [0, 0.0005, 0.002, 0.005])
+async def test_cancelled_while_it_is_prepared_nothing_is_kept(when: float) -> None:
+    async with spanker.open_fleet("soft:3:64MiB", channel="unix") as fleet:
+        for size in range(20_000, 20_010):
+            with trio.move_on_after(when):
+                await spanker.reduce_scatter(
+                    fleet, [np.ones(size, np.float32) for _ in range(3)], "max"
+                )
+        await fleet._collectives.trim()
+        assert all(card.ddr_used_bytes == 0 for card in (await fleet.stats()).cards)
+
+
+async def test_arrays_closed_while_others_have_the_cards_go_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with spanker.open_fleet(2, channel="unix") as fleet:
+        arrays = await fleet.arrays(1000)
+        monkeypatch.setattr(collectives, "RELEASE_S", 0.05)
+
+        async def close(task_status: trio.TaskStatus[None]) -> None:
+            with trio.move_on_after(0.01) as scope:
+                task_status.started()
+                await arrays.aclose()
+            assert scope.cancelled_caught
+
+        async with trio.open_nursery() as nursery, fleet._coordinator.changing_memory():
+            await nursery.start(close)
+            await trio.sleep(0.1)
+        assert any(card.ddr_used_bytes for card in (await fleet.stats()).cards)
+        await fleet._collectives.trim()
+        assert all(card.ddr_used_bytes == 0 for card in (await fleet.stats()).cards)
 
 
 @pytest.mark.parametrize("options", [{}, {"channel": "unix"}], ids=str)
