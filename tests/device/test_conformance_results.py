@@ -7,12 +7,11 @@ Every body of a card must pass it; conformance_rigs.py says how a body joins.
 from __future__ import annotations
 
 import struct
-import time
 
 import attrs
 import numpy as np
 import pytest
-from conformance_rigs import adder, collect, finish, make_program, sender, step, waiter
+from conformance_rigs import adder, clock_of, collect, finish, make_program, sender, step, waiter
 
 from spanker.device.base import READS_MAX, CardDevice, TraceEvent, unpack_events
 from spanker.errors import (
@@ -264,14 +263,15 @@ def test_a_trace_tells_every_command_of_every_step(pair: tuple[CardDevice, CardD
     receive, _ = waiter(a, 1)
     send, _ = sender(b, 0)
     counting, _, _ = adder(a, tokens=4)
-    before = time.monotonic_ns()
+    clock = clock_of(a)
+    before = clock.now_ns()
     fences = [a.submit(counting, step(tokens=3)), a.submit(receive, step())]
     fences.append(a.submit(counting, step(tokens=0)))
-    time.sleep(0.02)
+    clock.sleep(0.02)
     sent = b.submit(send, step())
     finish(b)
     finish(a, 3)
-    after = time.monotonic_ns()
+    after = clock.now_ns()
     (events, lost), (others, _) = events_of(a), events_of(b)
     assert lost == 0
     assert [(e.fence, e.command, e.op) for e in events] == [

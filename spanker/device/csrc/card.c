@@ -724,29 +724,49 @@ static void flush(struct spk_card *c, int status, uint32_t before_epoch)
         complete(c, status);
 }
 
-int spk_card_step(struct spk_card *c)
+/* What comes before work: death, aborts, taking up the next step.  Whether there is work; what the
+ * step of the engine was, if not. */
+static bool has_work(struct spk_card *c, int *result)
 {
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
+    *result = SPK_STEP_IDLE;
     if (plant == SPK_PLANT_DIE) {
         flush(c, SPK_E_LOST, UINT32_MAX);
-        return SPK_STEP_IDLE;
+        return false;
     }
     if (abort_epoch != c->epoch) {
         flush(c, SPK_E_ABORTED, abort_epoch);
         c->epoch = abort_epoch;
         atomic_store(&c->epoch_seen, abort_epoch);
         link_new_epoch(c);
-        return SPK_STEP_RAN;
+        *result = SPK_STEP_RAN;
+        return false;
     }
     if (!c->run.active && !start_next(c))
-        return SPK_STEP_IDLE;
-    if (plant == SPK_PLANT_HANG)
-        return SPK_STEP_IDLE; /* holds work, does nothing, and is not polled for it */
+        return false;
+    /* A hung card holds work, does nothing, and is not polled for it. */
+    return plant != SPK_PLANT_HANG;
+}
+
+int spk_card_skip(struct spk_card *c)
+{
+    int result;
+    if (!has_work(c, &result))
+        return result;
+    complete(c, SPK_OK);
+    return SPK_STEP_RAN;
+}
+
+int spk_card_step(struct spk_card *c)
+{
+    int result;
+    if (!has_work(c, &result))
+        return result;
 
     uint64_t begin = now_ns(), end = begin;
     uint64_t slices = 0;
-    int result = SPK_STEP_RAN;
+    result = SPK_STEP_RAN;
     if (!c->run.command_begin_ns)
         c->run.command_begin_ns = begin;
     for (;;) {

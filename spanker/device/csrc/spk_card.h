@@ -182,6 +182,8 @@ void spk_card_plant(struct spk_card *card, int fault);
 /* For those who drive a card without a pool: from one thread, between spk_fp_enter and
  * spk_fp_leave. */
 int spk_card_step(struct spk_card *card);
+/* The same for a card that keeps no bytes: the oldest step completes without having been run. */
+int spk_card_skip(struct spk_card *card);
 
 /* Two rings between cards numbered number_a and number_b; before the pool starts. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of a program take: the table of docs/api/timing-model.md, command by command.
+
+A program is read once, into numbers per row and per position; a step then costs one pass of numpy
+over them.  Nothing here knows of other cards or of what happens when.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from spanker.device.base import Buffer
+from spanker.device.virtual.units import PS_PER_S
+from spanker.errors import CardCommandError
+from spanker.kernels.formats import Format, packed_bytes, row_bytes
+from spanker.kernels.program import (
+    COMMAND,
+    LOGIT_CHUNK,
+    PROGRAM_HEADER,
+    Q8_BLOCK_BYTES,
+    STEP_HEADER,
+    Op,
+)
+from spanker.native import lib
+from spanker.sched.bandwidth import CardSpeed, Profile
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+# Neighbouring tokens of a sequence that read its keys and values together.
+ATTENTION_TOKENS = 8
+
+_REF = np.dtype([("buffer", "<u4"), ("stride", "<u4"), ("offset", "<u8")])
+_COMMAND = np.dtype(
+    [
+        ("op", "<u2"),
+        ("format", "<u2"),
+        ("flags", "<u4"),
+        ("refs", _REF, (4,)),
+        ("args", "<u4", (14,)),
+    ]
+)
+assert _COMMAND.itemsize == COMMAND.size
+
+_TRANSFERS = (Op.LINK_SEND, Op.LINK_RECV)
+_PER_OUTPUT = (Op.SELECT,)
+
+
+# --- the table ---------------------------------------------------------------------------
+
+
+class _Rate:
+    """Which rate of the profile a command's work runs at."""
+
+    ELEMENTS, INT8, FLOAT = range(3)
+
+
+@attrs.frozen
+class _Cost:
+    """Bytes read and written, and work, of one command.
+
+    `fixed_read` once, where there is a row at all; `read`, `written` and `work` for each row;
+    `position_read` for each position that a group of tokens sees; `pair_work` for each pair of a
+    token and a position that it sees.
+    """
+
+    read: int = 0
+    written: int = 0
+    work: int = 0
+    fixed_read: int = 0
+    position_read: int = 0
+    pair_work: int = 0
+    rate: int = _Rate.ELEMENTS
+
+
+def _q8(k: int) -> int:
+    return k // 32 * Q8_BLOCK_BYTES
+
+
+def _matmul(fmt: int, rows: int, k: int) -> _Cost:
+    kind = Format(fmt)
+    return _Cost(
+        read=4 * k if kind.is_float else _q8(k),
+        written=4 * rows,
+        work=-(-rows // 16) * 16 * k,
+        fixed_read=packed_bytes(kind, rows, k),
+        rate=_Rate.FLOAT if kind.is_float else _Rate.INT8,
+    )
+
+
+def _attention(args: Sequence[int]) -> _Cost:
+    kv_heads, dim, heads = args[0], args[1], args[4]
+    return _Cost(
+        read=4 * heads * dim,
+        written=4 * heads * dim,
+        position_read=4 * kv_heads * dim,
+        pair_work=2 * dim * heads,
+        rate=_Rate.FLOAT,
+    )
+
+
+# By operation, of a format and the command's arguments.
+_COSTS: dict[int, Callable[[int, Sequence[int]], _Cost]] = {
+    Op.EMBED: lambda fmt, a: _Cost(row_bytes(Format(fmt), a[0]), 4 * a[0], a[0]),
+    Op.RMSNORM: lambda fmt, a: _Cost(4 * a[0], 4 * a[0], a[0], fixed_read=4 * a[0]),
+    Op.QUANTIZE: lambda fmt, a: _Cost(4 * a[0], _q8(a[0]), a[0]),
+    Op.MATMUL: lambda fmt, a: _matmul(fmt, a[0], a[1]),
+    Op.ROPE: lambda fmt, a: _Cost(4 * a[0] * a[1], 4 * a[0] * a[1], a[0] * a[1]),
+    Op.KV_APPEND: lambda fmt, a: _Cost(8 * a[0] * a[1], 4 * a[0] * a[1], 2 * a[0] * a[1]),
+    Op.ATTENTION: lambda fmt, a: _attention(a),
+    Op.SWIGLU: lambda fmt, a: _Cost(8 * a[0], 4 * a[0], a[0]),
+    Op.ADD: lambda fmt, a: _Cost(8 * a[0], 4 * a[0], a[0]),
+    Op.SELECT: lambda fmt, a: _Cost(4 * a[0], 4 * a[0], a[0]),
+    Op.LOGIT_STATS: lambda fmt, a: _Cost(4 * a[0], 8 * -(-a[0] // LOGIT_CHUNK), a[0]),
+    Op.TOP_K: lambda fmt, a: _Cost(4 * a[0], 8 * a[1], a[0]),
+    Op.BEST: lambda fmt, a: _Cost(8, 8, 1),
+    Op.CHOOSE: lambda fmt, a: _Cost(8 * a[0], 4, a[0]),
+    Op.EXCHANGE: lambda fmt, a: _Cost(),
+    Op.LINK_SEND: lambda fmt, a: _Cost(),
+    Op.LINK_RECV: lambda fmt, a: _Cost(),
+}
+
+
+def _cost(op: int, fmt: int, args: Sequence[int]) -> _Cost:
+    if op not in _COSTS:
+        raise CardCommandError(f"the timing model does not say what operation {op} takes")
+    return _COSTS[op](fmt, args)
+
+
+# --- a step ------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class StepSize:
+    """What a step's parameters say about its length: `group_positions` is the sum over groups of
+    the positions that their last tokens see, `pairs` the sum over tokens of those they see."""
+
+    tokens: int
+    outputs: int
+    group_positions: int
+    pairs: int
+
+
+def step_size(parameters: Buffer) -> StepSize:
+    """The size of a step from the bytes of `encode_step`, which the card has accepted."""
+    _, _, tokens, outputs, _, _ = STEP_HEADER.unpack_from(parameters)
+    words = np.frombuffer(parameters, "<u4", 3 * tokens, STEP_HEADER.size)
+    seen = words[tokens : 2 * tokens].astype(np.int64) + 1
+    if tokens == 1:
+        return StepSize(1, outputs, int(seen[0]), int(seen[0]))
+    sequence = words[2 * tokens :]
+    last: list[int] = []
+    begin = 0
+    while begin < tokens:
+        end = begin + 1
+        while end < tokens and end - begin < ATTENTION_TOKENS and sequence[end] == sequence[begin]:
+            end += 1
+        last.append(end - 1)
+        begin = end
+    return StepSize(tokens, outputs, int(seen[last].sum()), int(seen.sum()))
+
+
+# --- a program ---------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Transfers:
+    """The sends and receives of one exchange of a step, in order: (peer, bytes), none of 0."""
+
+    sends: tuple[tuple[int, int], ...]
+    receives: tuple[tuple[int, int], ...]
+
+
+@attrs.frozen
+class _Transfer:
+    send: bool
+    peer: int
+    row_bytes: int
+    outputs: bool
+
+
+@attrs.frozen
+class Rows:
+    """Where a command writes rows of results: buffer, offset of the first, bytes between them."""
+
+    buffer: int
+    offset: int
+    stride: int
+    op: Op
+    args: tuple[int, ...]
+
+
+@attrs.define(eq=False)
+class ProgramCosts:
+    """A program as the timing model sees it.
+
+    It is cut at its exchanges.  Run i is the commands `starts[i]` to `ends[i]`, this one not
+    included; the last command of every run but the last is an EXCHANGE, and `ends[i]` to
+    `starts[i + 1]` are its transfers.
+    """
+
+    ops: npt.NDArray[np.uint16]
+    formats: npt.NDArray[np.uint16]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    results: tuple[Rows, ...]
+    _transfers: tuple[tuple[_Transfer, ...], ...]
+    _by_output: npt.NDArray[np.bool_]
+    _takes_command_time: npt.NDArray[np.bool_]
+    _table: F64  # (fields of _Cost, commands)
+    _sized: dict[tuple[int, int], tuple[Transfers, ...]] = attrs.field(factory=dict)
+
+    @classmethod
+    def read(cls, program: Buffer) -> ProgramCosts:
+        """Of the bytes of a program that a card has accepted."""
+        commands = np.frombuffer(program, _COMMAND, offset=PROGRAM_HEADER.size)
+        ops, args = commands["op"].tolist(), commands["args"].tolist()
+        formats = commands["format"].tolist()
+        flags = commands["flags"].tolist()
+        costs = [
+            # Most commands of a model are like some other one.
+            _cached_cost(op, fmt, tuple(arguments))
+            for op, fmt, arguments in zip(ops, formats, args, strict=True)
+        ]
+        starts, ends, transfers = [0], [], []
+        for number, op in enumerate(ops):
+            if op == Op.EXCHANGE:
+                ends.append(number + 1)
+                starts.append(number + 1 + args[number][0])
+                transfers.append(
+                    tuple(
+                        _Transfer(ops[t] == Op.LINK_SEND, args[t][0], args[t][1], bool(flags[t]))
+                        for t in range(ends[-1], starts[-1])
+                    )
+                )
+        ends.append(len(ops))
+        results = []
+        for number, op in enumerate(ops):
+            if op in (Op.LOGIT_STATS, Op.TOP_K):
+                ref = commands["refs"][number][3]
+                results.append(
+                    Rows(
+                        int(ref["buffer"]),
+                        int(ref["offset"]),
+                        int(ref["stride"]),
+                        Op(op),
+                        tuple(args[number]),
+                    )
+                )
+        outputs = int(lib.SPK_FLAG_OUTPUTS)
+        return cls(
+            ops=commands["op"].copy(),
+            formats=commands["format"].copy(),
+            starts=tuple(starts),
+            ends=tuple(ends),
+            results=tuple(results),
+            transfers=tuple(transfers),
+            by_output=(commands["flags"] & outputs).astype(bool)
+            | np.isin(commands["op"], _PER_OUTPUT),
+            takes_command_time=~np.isin(commands["op"], _TRANSFERS),
+            table=np.array(costs, np.float64).reshape(len(ops), len(_FIELDS)).T.copy(),
+        )
+
+    def transfers(self, tokens: int, outputs: int) -> tuple[Transfers, ...]:
+        """What each exchange moves in a step of so many tokens and outputs."""
+        key = tokens, outputs
+        if key not in self._sized:
+            self._sized[key] = tuple(_sized(e, tokens, outputs) for e in self._transfers)
+        return self._sized[key]
+
+    def step(self, size: StepSize, profile: Profile, card: int) -> StepCosts:
+        """What a step of this size takes on a card."""
+        fixed, read, written, work, position_read, pair_work, rate = self._table
+        rows = np.where(self._by_output, float(size.outputs), float(size.tokens))
+        some = rows > 0
+        bytes_read = fixed * some + read * rows + position_read * size.group_positions
+        bytes_written = written * rows
+        speed = profile.card(card)
+        rates = _rates(profile, speed)[rate.astype(np.intp)]
+        command_ps = np.where(self._takes_command_time, profile.command_s * PS_PER_S, 0.0)
+        memory = profile.local_ddr_bytes_per_s * speed.memory / PS_PER_S
+        return StepCosts(
+            starts=self.starts,
+            ends=self.ends,
+            read=bytes_read,
+            written=bytes_written,
+            command_ps=command_ps,
+            memory_ps=(bytes_read + bytes_written) / memory,
+            work_ps=(work * rows + pair_work * size.pairs) / rates,
+        )
+
+
+_FIELDS = ("fixed_read", "read", "written", "work", "position_read", "pair_work", "rate")
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_cost(op: int, fmt: int, args: tuple[int, ...]) -> tuple[float, ...]:
+    cost = _cost(op, fmt, args)
+    return tuple(float(getattr(cost, name)) for name in _FIELDS)
+
+
+def _sized(exchange: Sequence[_Transfer], tokens: int, outputs: int) -> Transfers:
+    def moved(send: bool) -> tuple[tuple[int, int], ...]:
+        sizes = (
+            (t.peer, t.row_bytes * (outputs if t.outputs else tokens))
+            for t in exchange
+            if t.send is send
+        )
+        return tuple((peer, nbytes) for peer, nbytes in sizes if nbytes)
+
+    return Transfers(moved(True), moved(False))
+
+
+def _rates(profile: Profile, speed: CardSpeed) -> F64:
+    """Work per picosecond, by `_Rate`."""
+    rates = (profile.elements_per_s, profile.int8_madds_per_s, profile.float_madds_per_s)
+    return np.array([rate * speed.compute / PS_PER_S for rate in rates])
+
+
+# --- how long it takes -------------------------------------------------------------------
+
+
+@attrs.frozen
+class Level:
+    """How far cards are in each other's way: `stretch` >= 1 is how many times longer commands and
+    arithmetic take, `memory` <= 1 the part of a card's memory rate that it gets."""
+
+    stretch: float = 1.0
+    memory: float = 1.0
+
+
+ALONE = Level()
+
+
+@attrs.frozen(eq=False)
+class Durations:
+    """Picoseconds: `before[i]` of all commands before command i, `runs[i]` of run i."""
+
+    before: I64
+    runs: list[int]
+
+
+@attrs.define(eq=False)
+class StepCosts:
+    """The commands of one step of one card: bytes, and the parts of their times."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    _read: F64
+    _written: F64
+    _command_ps: F64
+    _memory_ps: F64
+    _work_ps: F64
+    _levels: dict[Level, Durations] = attrs.field(factory=dict)
+
+    def durations(self, level: Level = ALONE) -> Durations:
+        """How long the commands take."""
+        found = self._levels.get(level)
+        if found is None:
+            parts = level.stretch * self._command_ps + np.maximum(
+                self._memory_ps / level.memory, level.stretch * self._work_ps
+            )
+            before = np.concatenate(([0], np.cumsum(np.rint(parts).astype(np.int64))))
+            found = self._levels[level] = Durations(before, self._differences(before))
+        return found
+
+    def read_bytes(self) -> list[int]:
+        """Bytes that each run of commands reads."""
+        return self._sums(self._read)
+
+    def written_bytes(self) -> list[int]:
+        """Bytes that each run of commands writes."""
+        return self._sums(self._written)
+
+    def _sums(self, values: F64) -> list[int]:
+        return self._differences(np.concatenate(([0.0], np.cumsum(values))).astype(np.int64))
+
+    def _differences(self, before: I64) -> list[int]:
+        """From sums over all commands before each one, the sum over each run."""
+        runs: list[int] = (before[list(self.ends)] - before[list(self.starts)]).tolist()
+        return runs
