@@ -31,7 +31,8 @@ from spanker.actors.message import CardInfo
 from spanker.actors.session import SessionStats
 from spanker.actors.steps import F32
 from spanker.actors.trace import Trace
-from spanker.device.soft import SoftCard, SoftCardSpec
+from spanker.device.soft import SoftCard
+from spanker.device.spec import CardSpec
 from spanker.errors import ConfigError, RequestError
 from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
 from spanker.ggml.tokenizer import Tokenizer
@@ -563,7 +564,7 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def open_fleet(
-    cards: str | int | Sequence[SoftCardSpec] = "soft:1",
+    cards: str | int | Sequence[CardSpec] = "soft:1",
     *,
     profile: str | Profile = "native",
     channel: str = "memory",

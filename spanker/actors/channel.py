@@ -122,9 +122,9 @@ class MemoryChannel(Channel):
         try:
             yield
         except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
+            raise closed_error(self.name, "on this side") from None
         except (trio.BrokenResourceError, trio.EndOfChannel):
-            raise _closed(self.name, "by the peer") from None
+            raise closed_error(self.name, "by the peer") from None
 
     async def aclose(self) -> None:
         self._sending.close()
@@ -174,15 +174,15 @@ class StreamChannel(Channel):
         pieces = encode_frame(encode(message, request_id), self._limits)
         async with self._send_lock:
             if self._closed:
-                raise _closed(self.name, "on this side")
+                raise closed_error(self.name, "on this side")
             try:
                 for piece in _join_small(pieces):
                     await self._stream.send_all(piece)
             except trio.ClosedResourceError:
-                raise _closed(self.name, "on this side") from None
+                raise closed_error(self.name, "on this side") from None
             except trio.BrokenResourceError:
                 # What the peer sent before it went away can still be received.
-                raise _closed(self.name, "by the peer") from None
+                raise closed_error(self.name, "by the peer") from None
             except BaseException:
                 await self._abandon()
                 raise
@@ -193,7 +193,7 @@ class StreamChannel(Channel):
         try:
             while not self._arrived:
                 if self._closed:
-                    raise _closed(self.name, "on this side")
+                    raise closed_error(self.name, "on this side")
                 # Raises the violation that came behind the frames handed out so far.
                 self._decoder.feed(b"")
                 await self._read_more()
@@ -207,12 +207,12 @@ class StreamChannel(Channel):
         try:
             data = await self._stream.receive_some(nbytes)
         except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
+            raise closed_error(self.name, "on this side") from None
         except trio.BrokenResourceError:
-            raise _closed(self.name, "by the peer") from None
+            raise closed_error(self.name, "by the peer") from None
         if not data:
             self._decoder.eof()
-            raise _closed(self.name, "by the peer")
+            raise closed_error(self.name, "by the peer")
         self._arrived.extend(self._decoder.feed(data))
 
     async def aclose(self) -> None:
@@ -255,5 +255,6 @@ def _join_small(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         yield b"".join(joined)
 
 
-def _closed(name: str, where: str) -> ChannelClosedError:
+def closed_error(name: str, where: str) -> ChannelClosedError:
+    """What is raised on a channel that was closed "on this side" or "by the peer"."""
     return ChannelClosedError(f"{name}: closed {where}; open a new channel to go on")

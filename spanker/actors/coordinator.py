@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
@@ -43,8 +44,10 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
+from spanker.actors.paced import PacedLink
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
 from spanker.actors.trace import Trace
+from spanker.actors.virtual_time import alongside
 from spanker.device.base import CardDevice
 from spanker.errors import (
     CardError,
@@ -78,10 +81,19 @@ class Coordinator:
     """The cards of one fleet.  Made by `open_coordinator`."""
 
     def __init__(
-        self, clients: Sequence[CardClient], profile: Profile, *, hang_timeout_s: float
+        self,
+        clients: Sequence[CardClient],
+        profile: Profile,
+        *,
+        hang_timeout_s: float,
+        modelled: bool = False,
+        hollow: bool = False,
     ) -> None:
         self.clients = tuple(clients)
         self.profile = profile
+        # As of the cards; a fleet is of one kind.
+        self.modelled = modelled
+        self.hollow = hollow
         self.topology = Topology.with_mock(len(clients))
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
@@ -118,12 +130,14 @@ class Coordinator:
     async def load(
         self,
         model: llama.LlamaModel,
-        gguf: GGUFFile,
+        gguf: GGUFFile | None,
         plan: Plan,
         limits: Limits,
         progress: Progress | None = None,
     ) -> LoadedModel:
         """Put each card's share of the model on it.  `progress(done, total)` counts bytes sent.
+
+        Of a model without a file all weights are zero.
 
         On any failure, cancellation included, what was allocated is freed again.
         """
@@ -133,7 +147,7 @@ class Coordinator:
     async def _load(
         self,
         model: llama.LlamaModel,
-        gguf: GGUFFile,
+        gguf: GGUFFile | None,
         plan: Plan,
         limits: Limits,
         progress: Progress | None,
@@ -158,7 +172,10 @@ class Coordinator:
                     sizes = tuple(spec.nbytes for spec in specs)
                     reply = await self._owning(client, AllocBuffers(sizes))
                     handles.update(zip((s.name for s in specs), reply.handles, strict=True))
-            await loading.upload(client, todo[card], handles, sent)
+            if self.modelled:
+                await loading.upload_at_once(client, todo[card], handles, sent, hollow=self.hollow)
+            else:
+                await loading.upload(client, todo[card], handles, sent)
             program = llama.build_program(model, plan, card, limits).encode(handles)
             async with self._step_lock:
                 loaded_program = await self._owning(client, LoadProgram(buffers=(program,)))
@@ -270,6 +287,16 @@ class Coordinator:
         async with self._step_lock:
             yield
 
+    def now_ns(self) -> int:
+        """The time by which this fleet's cards tell what they did."""
+        return round(trio.current_time() * 1e9) if self.modelled else time.monotonic_ns()
+
+    async def host_work(self) -> None:
+        """What the host takes before it can submit a step that depends on its choice: modelled
+        where the cards are, real otherwise."""
+        if self.modelled and self.profile.host_step_s:
+            await trio.sleep(self.profile.host_step_s)
+
     def count_step(self) -> int:
         """The number of a new step, from 1."""
         self._steps += 1
@@ -333,12 +360,13 @@ async def open_coordinator(
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
     `channel` is how messages travel: `memory` or `unix`.  A profile with a throttled host link
-    sends them over that link instead.  The actors own the devices and close them.
+    sends them over that link instead.  The actors own the devices, all modelled or none, and close
+    them.
     """
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
-    make_pair = _channel_maker(profile, channel)
-    async with trio.open_nursery() as nursery:
+    modelled = any(device.modelled for device in devices)
+    async with _channels(profile, channel, modelled) as make_pair, trio.open_nursery() as nursery:
         clients: list[CardClient] = []
         scopes: list[trio.CancelScope] = []
         for device in devices:
@@ -348,7 +376,13 @@ async def open_coordinator(
             # them to stop; it does so below, within STOP_S.
             scopes.append(trio.CancelScope(shield=True))
             nursery.start_soon(_serve, CardActor(card_end, device), clients[-1], scopes[-1])
-        coordinator = Coordinator(clients, profile, hang_timeout_s=hang_timeout_s)
+        coordinator = Coordinator(
+            clients,
+            profile,
+            hang_timeout_s=hang_timeout_s,
+            modelled=modelled,
+            hollow=all(device.hollow for device in devices),
+        )
         try:
             await coordinator.discover()
             yield coordinator
@@ -361,20 +395,32 @@ async def open_coordinator(
                 scope.cancel()
 
 
-def _channel_maker(profile: Profile, channel: str) -> Callable[[str], tuple[Channel, Channel]]:
+ChannelPair = tuple[Channel, Channel]
+
+
+@contextlib.asynccontextmanager
+async def _channels(
+    profile: Profile, channel: str, modelled: bool
+) -> AsyncIterator[Callable[[str], ChannelPair]]:
+    """What makes both ends of a card's channel, by its name, within the block."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")
-    if profile.host_link_bytes_per_s is None:
-        if channel == "unix":
-            return lambda name: unix_channel_pair(name=name)
-        return lambda name: memory_channel_pair(name=name)
-    link = HostLink(profile.host_link_bytes_per_s, profile.host_link_latency_s)
+    rate, latency_s = profile.host_link_bytes_per_s, profile.host_link_latency_s
+    if rate is None:
+        make = unix_channel_pair if channel == "unix" else memory_channel_pair
+        yield lambda name: make(name=name)
+    elif modelled:
+        paced = PacedLink(rate, latency_s)
+        async with alongside(paced.run):
+            yield lambda name: paced.channel_pair(name=name)
+    else:
+        link = HostLink(rate, latency_s)
 
-    def paced(name: str) -> tuple[Channel, Channel]:
-        host, card = link.stream_pair()
-        return StreamChannel(host, name=name), StreamChannel(card, name=name)
+        def stream_pair(name: str) -> ChannelPair:
+            host, card = link.stream_pair()
+            return StreamChannel(host, name=name), StreamChannel(card, name=name)
 
-    return paced
+        yield stream_pair
 
 
 async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:

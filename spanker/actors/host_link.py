@@ -38,6 +38,11 @@ _MERGE_S = 10e-6
 _RECEIVE_BYTES = 64 << 10
 
 
+def quantum_bytes(bandwidth_bytes_per_s: float) -> int:
+    """What one stream sends at a turn."""
+    return min(max(int(bandwidth_bytes_per_s * _QUANTUM_S), 1), _QUANTUM_BYTES_MAX)
+
+
 class HostLink:
     """The host's link to its cards.
 
@@ -92,8 +97,7 @@ class _Direction:
     """One direction of the link: whose turn it is, and until when it is taken."""
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        quantum = int(bandwidth_bytes_per_s * _QUANTUM_S)
-        self._quantum_bytes = min(max(quantum, 1), _QUANTUM_BYTES_MAX)
+        self._quantum_bytes = quantum_bytes(bandwidth_bytes_per_s)
         self._turn = trio.Lock()  # first come, first served
         self.bytes_total = 0
         self._bandwidth_bytes_per_s = bandwidth_bytes_per_s

@@ -2,7 +2,8 @@
 """Bringing a model's bytes to one card.
 
 Pieces are joined into messages, and a thread fills the next message while the last one is on its
-way.  What is brought where is said by ggml/architectures.
+way; for modelled cards, which cannot wait for threads, that is done here and now.  What is brought
+where is said by ggml/architectures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from spanker.actors.message import WriteBuffers
 from spanker.ggml.architectures import llama
 
 ItemT = TypeVar("ItemT")
+Batch = list[tuple[str, llama.Piece]]
 
 # Buffers or pieces that one message is about.
 BATCH_MAX = 64
@@ -31,9 +33,9 @@ def batched(items: Sequence[ItemT], most: int) -> Iterator[Sequence[ItemT]]:
         yield items[begin : begin + most]
 
 
-def _batches(uploads: Sequence[llama.Upload]) -> Iterator[list[tuple[str, llama.Piece]]]:
+def _batches(uploads: Sequence[llama.Upload]) -> Iterator[Batch]:
     """Pieces in order, as many at a time as make one message of about UPLOAD_BYTES."""
-    batch: list[tuple[str, llama.Piece]] = []
+    batch: Batch = []
     nbytes = 0
     for upload in uploads:
         for piece in upload.pieces:
@@ -56,12 +58,6 @@ async def upload(
     where it matters, while the other one is on its way."""
     ready, filled = trio.open_memory_channel[WriteBuffers](0)
 
-    def fill(batch: list[tuple[str, llama.Piece]], staging: npt.NDArray[np.uint8]) -> None:
-        at = 0
-        for _, piece in batch:
-            piece.fill(staging[at : at + piece.nbytes])
-            at += piece.nbytes
-
     async def fill_all() -> None:
         staging = [np.empty(0, np.uint8)] * 2
         async with ready:
@@ -69,9 +65,8 @@ async def upload(
                 nbytes = sum(piece.nbytes for _, piece in batch)
                 if staging[0].size < nbytes:
                     staging[0] = np.empty(max(nbytes, llama.UPLOAD_BYTES), np.uint8)
-                await _in_thread(packer, fill, batch, staging[0])
-                writes = tuple((handles[name], p.offset, p.nbytes) for name, p in batch)
-                await ready.send(WriteBuffers(writes, buffers=(staging[0][:nbytes].data,)))
+                await _in_thread(packer, _fill, batch, staging[0])
+                await ready.send(_request(batch, handles, staging[0][:nbytes].data))
                 staging.reverse()
 
     async def send_all() -> None:
@@ -84,6 +79,37 @@ async def upload(
         # Closed only then: closed by a failing `send_all` it would fail `fill_all` too.
         with filled:
             await run_all([fill_all, send_all])
+
+
+async def upload_at_once(
+    client: CardClient,
+    uploads: Sequence[llama.Upload],
+    handles: Mapping[str, int],
+    sent: Callable[[int], None],
+    *,
+    hollow: bool,
+) -> None:
+    """The same without a thread; for a hollow card with nothing in it."""
+    for batch in _batches(uploads):
+        nbytes = sum(piece.nbytes for _, piece in batch)
+        # Zeros that nobody looks at are not even written.
+        data = np.zeros(nbytes, np.uint8)
+        if not hollow:
+            _fill(batch, data)
+        await client.request(_request(batch, handles, data.data))
+        sent(nbytes)
+
+
+def _fill(batch: Batch, out: npt.NDArray[np.uint8]) -> None:
+    at = 0
+    for _, piece in batch:
+        piece.fill(out[at : at + piece.nbytes])
+        at += piece.nbytes
+
+
+def _request(batch: Batch, handles: Mapping[str, int], data: memoryview) -> WriteBuffers:
+    writes = tuple((handles[name], p.offset, p.nbytes) for name, p in batch)
+    return WriteBuffers(writes, buffers=(data,))
 
 
 async def _in_thread(pool: ThreadPoolExecutor, work: Callable[..., None], *args: object) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fleet did, moment by moment, as a trace that chrome://tracing and ui.perfetto.dev show.
 
-Here events are gathered and put into words: no I/O, and no clock but that of the host's own spans.
+Here events are gathered and put into words: no I/O, and the clock is the coordinator's.
 tracer.py fetches the events from the cards and writes the file.  The format is Chrome's Trace Event
 Format, a JSON object: one process for the fleet, one thread for the host and one for each card.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -185,10 +184,18 @@ class _Card:
 
 
 class Trace:
-    """Events of a fleet from `begin_ns` (CLOCK_MONOTONIC) on, and their text."""
+    """Events of a fleet from now on, and their text.  `now_ns` is the time by which its cards tell
+    theirs, `clock` the name of that."""
 
-    def __init__(self, cards: Sequence[CardInfo], begin_ns: int) -> None:
-        self._begin_ns = begin_ns
+    def __init__(
+        self,
+        cards: Sequence[CardInfo],
+        now_ns: Callable[[], int],
+        clock: str = "CLOCK_MONOTONIC",
+    ) -> None:
+        self._now_ns = now_ns
+        self._clock = clock
+        self._begin_ns = now_ns()
         self._cards = [_Card(info) for info in cards]
         self._spans: list[_Span] = []
         self._steps: dict[int, _Step] = {}
@@ -222,11 +229,11 @@ class Trace:
     @contextlib.contextmanager
     def span(self, what: str, step: int) -> Iterator[None]:
         """The host does something for a step; no two spans at the same time."""
-        begin_ns = time.monotonic_ns()
+        begin_ns = self._now_ns()
         try:
             yield
         finally:
-            self._spans.append(_Span(what, step, begin_ns, time.monotonic_ns()))
+            self._spans.append(_Span(what, step, begin_ns, self._now_ns()))
 
     def answered(self, card: int, step: int, reply: Message | SpankerError) -> None:
         """A card has answered a step, in order: now it is known which fence is whose."""
@@ -349,7 +356,7 @@ class Trace:
         """Counts, and the time that each card spent with each operation."""
         return {
             "version": f"spanker {__version__}",
-            "clock": "CLOCK_MONOTONIC",
+            "clock": self._clock,
             "begin_ns": self._begin_ns,
             "steps": self.steps,
             "commands": self.commands,
