@@ -39,6 +39,7 @@ from spanker.actors.virtual_time import alongside, drive, now_ps
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
+from spanker.device.virtual.engine import Usage as FleetUsage
 from spanker.errors import (
     ConfigError,
     ContextLengthError,
@@ -117,6 +118,16 @@ class FleetStats:
 
     cards: tuple[CardStats, ...]
     sessions: tuple[SessionStats, ...]
+
+
+@attrs.frozen
+class Usage:
+    """How a virtual fleet has spent its time so far, and bytes over the host link (0 where it is
+    not modelled)."""
+
+    fleet: FleetUsage
+    bytes_to_cards: int
+    bytes_to_host: int
 
 
 class Generation:
@@ -543,6 +554,21 @@ class Fleet:
         await tracer.start()
         self._nursery.start_soon(tracer.run)
         return tracer
+
+    def usage(self) -> Usage:
+        """What the cards of a virtual fleet, their links and the host link have been used by now.
+
+        The difference of two is what happened in between.  Raises ConfigError where cards are not
+        virtual, as nobody keeps such accounts of them.
+        """
+        if isinstance(self._rig, SoftRig):
+            raise ConfigError("only virtual cards account for their time: open e.g. virtual:3")
+        link = self._coordinator.host_link
+        return Usage(
+            self._rig.usage(),
+            link.bytes_to_cards if link else 0,
+            link.bytes_to_host if link else 0,
+        )
 
     async def stats(self) -> FleetStats:
         """Read every card's counters."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
+import attrs
 import numpy as np
 import trio
 
@@ -94,6 +95,8 @@ class Coordinator:
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
         self.hollow = hollow
+        # The model of the host link, where there is one.
+        self.host_link: HostLink | PacedLink | None = None
         self.topology = Topology.with_mock(len(clients))
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
@@ -366,11 +369,11 @@ async def open_coordinator(
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
     modelled = any(device.modelled for device in devices)
-    async with _channels(profile, channel, modelled) as make_pair, trio.open_nursery() as nursery:
+    async with _channels(profile, channel, modelled) as channels, trio.open_nursery() as nursery:
         clients: list[CardClient] = []
         scopes: list[trio.CancelScope] = []
         for device in devices:
-            host_end, card_end = make_pair(f"channel of card {device.number}")
+            host_end, card_end = channels.pair(f"channel of card {device.number}")
             clients.append(CardClient(device.number, host_end))
             # Cancellation from outside must not reach the cards before their coordinator has asked
             # them to stop; it does so below, within STOP_S.
@@ -383,6 +386,7 @@ async def open_coordinator(
             modelled=modelled,
             hollow=all(device.hollow for device in devices),
         )
+        coordinator.host_link = channels.link
         try:
             await coordinator.discover()
             yield coordinator
@@ -395,32 +399,37 @@ async def open_coordinator(
                 scope.cancel()
 
 
-ChannelPair = tuple[Channel, Channel]
+@attrs.frozen
+class _Channels:
+    """What makes both ends of a card's channel, by its name, and the host link they share."""
+
+    pair: Callable[[str], tuple[Channel, Channel]]
+    link: HostLink | PacedLink | None = None
 
 
 @contextlib.asynccontextmanager
 async def _channels(
     profile: Profile, channel: str, modelled: bool
-) -> AsyncIterator[Callable[[str], ChannelPair]]:
-    """What makes both ends of a card's channel, by its name, within the block."""
+) -> AsyncIterator[_Channels]:
+    """How messages travel within the block."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")
     rate, latency_s = profile.host_link_bytes_per_s, profile.host_link_latency_s
     if rate is None:
         make = unix_channel_pair if channel == "unix" else memory_channel_pair
-        yield lambda name: make(name=name)
+        yield _Channels(lambda name: make(name=name))
     elif modelled:
         paced = PacedLink(rate, latency_s)
         async with alongside(paced.run):
-            yield lambda name: paced.channel_pair(name=name)
+            yield _Channels(lambda name: paced.channel_pair(name=name), paced)
     else:
         link = HostLink(rate, latency_s)
 
-        def stream_pair(name: str) -> ChannelPair:
+        def stream_pair(name: str) -> tuple[Channel, Channel]:
             host, card = link.stream_pair()
             return StreamChannel(host, name=name), StreamChannel(card, name=name)
 
-        yield stream_pair
+        yield _Channels(stream_pair, link)
 
 
 async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:

@@ -89,14 +89,15 @@ async def upload_at_once(
     *,
     hollow: bool,
 ) -> None:
-    """The same without a thread; for a hollow card with nothing in it."""
+    """The same without a thread; for a hollow card with zeros that nobody looks at."""
+    staging = np.empty(0, np.uint8)
     for batch in _batches(uploads):
         nbytes = sum(piece.nbytes for _, piece in batch)
-        # Zeros that nobody looks at are not even written.
-        data = np.zeros(nbytes, np.uint8)
+        if staging.size < nbytes:
+            staging = np.zeros(max(nbytes, llama.UPLOAD_BYTES), np.uint8)
         if not hollow:
-            _fill(batch, data)
-        await client.request(_request(batch, handles, data.data))
+            _fill(batch, staging[:nbytes])
+        await client.request(_request(batch, handles, staging[:nbytes].data))
         sent(nbytes)
 
 

@@ -44,6 +44,7 @@ class Turns(Generic[T]):
         self._order: deque[Stream[T]] = deque()  # the first one has the turn
         self._turn = quantum  # what is left of it
         self._arriving: deque[tuple[float, T]] = deque()
+        self._next: float | None = None  # when the next one arrives, as far as that is known
 
     def put(self, now: float, stream: Stream[T], nbytes: int, message: T) -> None:
         """Send a message behind those of its stream; one of no bytes only takes the latency."""
@@ -51,6 +52,7 @@ class Turns(Generic[T]):
         if not nbytes and not stream.messages:
             self._arriving.append((now + self._latency_s, message))
             return
+        self._next = None
         self.bytes_total += nbytes
         stream.messages.append((nbytes, message))
         stream.backlog += nbytes
@@ -74,7 +76,10 @@ class Turns(Generic[T]):
             return self._arriving[0][0]
         if not self._order:
             return math.inf
-        return self._since + (self._position + self._next_end()) / self._rate + self._latency_s
+        if self._next is None:
+            position = self._position + self._next_end()
+            self._next = self._since + position / self._rate + self._latency_s
+        return self._next
 
     # --- turns --------------------------------------------------------------------------
 
@@ -107,10 +112,11 @@ class Turns(Generic[T]):
 
     def _whole_rounds(self, room: int) -> int:
         """Rounds in which every stream has a whole turn and no message ends."""
-        if self._turn < self._quantum:
+        rounds = room // (self._quantum * len(self._order))
+        if not rounds or self._turn < self._quantum:
             return 0
         least = min(stream.left for stream in self._order)
-        return min((least - 1) // self._quantum, room // (self._quantum * len(self._order)))
+        return min((least - 1) // self._quantum, rounds)
 
     def _end_turn(self, stream: Stream[T]) -> None:
         """After the stream with the turn has sent something."""
@@ -123,6 +129,7 @@ class Turns(Generic[T]):
     def _end_message(self, stream: Stream[T]) -> None:
         """The first message of the stream with the turn has left, and those of no bytes behind."""
         due = self._left_at() + self._latency_s
+        self._next = None
         while stream.messages and not stream.left:
             self._arriving.append((due, stream.messages.popleft()[1]))
             stream.left = stream.messages[0][0] if stream.messages else 0

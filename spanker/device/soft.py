@@ -222,13 +222,16 @@ class SoftCard(CardDevice):
         self._check(lib.spk_card_abort(self.handle, epoch), f"entering epoch {epoch}")
 
     def counters(self) -> DeviceCounters:
-        c = ffi.new("struct spk_counters *")
-        lib.spk_card_counters(self.handle, c)
         tx, rx = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         links: list[tuple[int, int]] = []
         for peer in range(len(self._rig.cards)):
             lib.spk_card_link_bytes(self.handle, peer, tx, rx)
             links.append((int(tx[0]), int(rx[0])))
+        return self._counters(links)
+
+    def _counters(self, links: Sequence[tuple[int, int]]) -> DeviceCounters:
+        c = ffi.new("struct spk_counters *")
+        lib.spk_card_counters(self.handle, c)
         return DeviceCounters(
             commands=c.commands,
             steps=c.steps,

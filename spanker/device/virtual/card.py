@@ -190,11 +190,11 @@ class VirtualCard(SoftCard):
     # --- what is told -------------------------------------------------------------------
 
     def counters(self) -> DeviceCounters:
-        native, engine = super().counters(), self.rig.synced()
+        engine = self.rig.synced()
         state = engine.state(self.number)
         links = [engine.link_bytes(self.number, c.number) for c in self.rig.cards]
         return attrs.evolve(
-            native,
+            self._counters(links),
             commands=state.commands,
             steps=state.steps,
             ddr_read_bytes=state.read_bytes,
@@ -203,8 +203,6 @@ class VirtualCard(SoftCard):
             progress=state.progress,
             queued=state.queued,
             waiting_for=state.waiting_for,
-            link_tx_bytes=tuple(sent for sent, _ in links),
-            link_rx_bytes=tuple(received for _, received in links),
         )
 
     def trace(self, events: int) -> None:
