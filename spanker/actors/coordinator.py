@@ -408,9 +408,7 @@ class _Channels:
 
 
 @contextlib.asynccontextmanager
-async def _channels(
-    profile: Profile, channel: str, modelled: bool
-) -> AsyncIterator[_Channels]:
+async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIterator[_Channels]:
     """How messages travel within the block."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")

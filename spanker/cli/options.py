@@ -16,7 +16,7 @@ import click
 DEFAULT_MODEL = "smollm2"
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_PROMPT_CHUNK = 512
-PROFILES = ("native", "rev-a")
+PROFILES = ("native", "rev-a", "rev-b")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ profile = click.option(
     "--profile",
     type=click.Choice(PROFILES),
     default="native",
-    help="The speeds to plan by; rev-a also slows the host link to that board's.",
+    help="The speeds to plan by; a board's also slow the host link to its own.",
 )
 ctx = click.option(
     "--ctx",

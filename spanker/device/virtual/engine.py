@@ -159,7 +159,7 @@ class _Card:
         self.durations: Durations
         self.at = 0
         self.rest = 0
-        self.ends: list[int] = []
+        self.edges: list[int] = []  # when the run began, and when its commands have ended
         # Of the exchange under way.
         self.exchange_begun = 0
         self.sending: dict[Flow, None] = {}
@@ -303,7 +303,7 @@ class Engine:
             self._end_step(c)
         elif self._contended:
             c.at = c.costs.starts[c.run]
-            c.ends.clear()
+            c.edges.clear()
             self._running[c] = self._begun[c] = None
             self._running_changed = True
         else:
@@ -319,16 +319,13 @@ class Engine:
         exchange = c.run + 1 < len(c.costs.starts)
         c.commands += stop - first - exchange
         if c.recorder is not None:
-            if not self._contended:
-                begun -= int(c.durations.before[first])
-                ends = begun + c.durations.before[first + 1 : stop + 1]
+            if self._contended:
+                edges = np.array(c.edges, np.int64)
             else:
-                begun = c.ends[0]
-                ends = np.array(c.ends[1:], np.int64)
-            starts = np.concatenate(([begun], ends[:-1]))
-            c.exchange_begun = int(starts[-1])
+                edges = begun + c.durations.before[first : stop + 1] - c.durations.before[first]
             count = stop - first - exchange
-            c.recorder.run(c.queue[0], first, starts[:count], ends[:count])
+            c.exchange_begun = int(edges[count])
+            c.recorder.run(c.queue[0], first, edges[:count], edges[1 : count + 1])
         if exchange:
             self._exchange(c)
         else:
@@ -429,7 +426,7 @@ class Engine:
         for c in self._begun:
             c.durations = c.costs.durations(level)
             c.rest = _duration(c.durations, c.at)
-            c.ends.append(self.now)
+            c.edges.append(self.now)
             self._plan_end(c)
         self._begun.clear()
 
@@ -470,7 +467,7 @@ class Engine:
         stop = c.costs.ends[c.run]
         while c.at < stop and spent >= c.rest:
             spent -= c.rest
-            c.ends.append(self.now - spent)
+            c.edges.append(self.now - spent)
             c.at += 1
             c.rest = _duration(c.durations, c.at) if c.at < stop else 0
         c.rest -= spent
