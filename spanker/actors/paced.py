@@ -13,7 +13,7 @@ import trio
 
 from spanker.actors.channel import Channel, closed_error
 from spanker.actors.frame import DEFAULT_LIMITS, FrameLimits, check_frame, frame_bytes
-from spanker.actors.host_link import quantum_bytes
+from spanker.actors.host_link import AHEAD_S, quantum_bytes
 from spanker.actors.message import Message, ReadTrace, StartTrace, TraceData, encode
 from spanker.actors.turns import Stream, Turns
 
@@ -29,9 +29,9 @@ class PacedLink:
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float) -> None:
         self.bandwidth_bytes_per_s = bandwidth_bytes_per_s
-        quantum = quantum_bytes(bandwidth_bytes_per_s)
-        self._to_cards = Turns[_Letter](bandwidth_bytes_per_s, latency_s, quantum)
-        self._to_host = Turns[_Letter](bandwidth_bytes_per_s, latency_s, quantum)
+        speeds = bandwidth_bytes_per_s, latency_s, quantum_bytes(bandwidth_bytes_per_s), AHEAD_S
+        self._to_cards = Turns[_Letter](*speeds)
+        self._to_host = Turns[_Letter](*speeds)
         self._asleep: trio.CancelScope | None = None
 
     @property
@@ -123,18 +123,20 @@ class PacedChannel(Channel):
         self._sending = sending
         self._receiving = receiving
         self._limits = limits
+        self._send_turn = trio.Lock()
         self.name = name
 
     async def send(self, message: Message, request_id: int) -> None:
         nbytes = self._nbytes(message, request_id)
-        await trio.lowlevel.checkpoint()
-        while not self._can_send():
-            await self._sending.sender_wake.park()
-        self._sending.send(request_id, message, nbytes)
+        async with self._send_turn:
+            while not self._can_send():
+                await self._sending.sender_wake.park()
+            self._sending.send(request_id, message, nbytes)
 
     def try_send(self, message: Message, request_id: int) -> bool:
         nbytes = self._nbytes(message, request_id)
-        if not self._can_send():
+        # It overtakes nobody who waits.
+        if not self._can_send() or self._send_turn.locked():
             return False
         self._sending.send(request_id, message, nbytes)
         return True

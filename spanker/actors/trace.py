@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -184,18 +185,19 @@ class _Card:
 
 
 class Trace:
-    """Events of a fleet from now on, and their text.  `now_ns` is the time by which its cards tell
-    theirs, `clock` the name of that."""
+    """Events of a fleet from `begin_ns` on, and their text.  `now_ns` is the time by which its cards
+    tell theirs, `clock` the name of that."""
 
     def __init__(
         self,
         cards: Sequence[CardInfo],
-        now_ns: Callable[[], int],
+        begin_ns: int,
+        now_ns: Callable[[], int] = time.monotonic_ns,
         clock: str = "CLOCK_MONOTONIC",
     ) -> None:
+        self._begin_ns = begin_ns
         self._now_ns = now_ns
         self._clock = clock
-        self._begin_ns = now_ns()
         self._cards = [_Card(info) for info in cards]
         self._spans: list[_Span] = []
         self._steps: dict[int, _Step] = {}

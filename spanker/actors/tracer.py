@@ -36,7 +36,7 @@ class Tracer:
     def __init__(self, coordinator: Coordinator, path: str | os.PathLike[str]) -> None:
         modelled = coordinator.modelled
         clock = "virtual" if modelled else "CLOCK_MONOTONIC"
-        self.trace = Trace(coordinator.cards, coordinator.now_ns, clock)
+        self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
         self._events_max = MODELLED_EVENTS_MAX if modelled else CARD_EVENTS_MAX
         self._fetch_s = math.inf if modelled else FETCH_S
         self._coordinator = coordinator

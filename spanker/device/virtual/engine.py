@@ -475,7 +475,8 @@ class Engine:
     def _count_waiting(self, c: _Card, last: int) -> None:
         spent = self.now - c.since
         c.since = self.now
-        c.waiting_ps[last] = c.waiting_ps.get(last, 0) + spent
+        if spent:
+            c.waiting_ps[last] = c.waiting_ps.get(last, 0) + spent
 
     def state(self, card: int) -> CardState:
         """Where a card stands now."""
