@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from spanker.ggml.sampling import SamplingParams
     from spanker.sched.plan import Plan
     from spanker.sched.topology import Topology
+    from spanker.simulation import Scenario, Simulation, simulate
 
 _MODULES = {
     "CardInfo": "actors.message",
@@ -42,12 +43,15 @@ _MODULES = {
     "Model": "fleet",
     "Plan": "sched.plan",
     "SamplingParams": "ggml.sampling",
+    "Scenario": "simulation",
     "SessionStats": "actors.session",
+    "Simulation": "simulation",
     "SoftCardSpec": "device.soft",
     "Token": "fleet",
     "Topology": "sched.topology",
     "matmul_q4_k": "device.q4_k",
     "open_fleet": "fleet",
+    "simulate": "simulation",
 }
 
 __all__ = [
@@ -59,7 +63,9 @@ __all__ = [
     "Model",
     "Plan",
     "SamplingParams",
+    "Scenario",
     "SessionStats",
+    "Simulation",
     "SoftCardSpec",
     "SpankerError",
     "Token",
@@ -68,6 +74,7 @@ __all__ = [
     "aio",
     "matmul_q4_k",
     "open_fleet",
+    "simulate",
     "testing",
 ]
 

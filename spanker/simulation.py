@@ -16,14 +16,17 @@ from collections.abc import Callable, Sequence
 import attrs
 import trio
 
-from spanker.actors.virtual_time import run_virtual
+from spanker.actors.virtual_time import now_ps, run_virtual
 from spanker.device.soft import DEFAULT_DDR_BYTES
 from spanker.device.virtual.card import VirtualCardSpec
-from spanker.device.virtual.units import PS_PER_S
+from spanker.device.virtual.units import PS_PER_S, to_s
 from spanker.errors import ConfigError
 from spanker.fleet import (
+    DEFAULT_CONTEXT,
     DEFAULT_PROMPT_CHUNK,
+    PAGE_POSITIONS,
     Fleet,
+    Generation,
     Model,
     Usage,
     describe_share,
@@ -46,7 +49,7 @@ class Scenario:
     `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side.  `ctx` is the
-    positions per sequence (default: what they need).  With `arithmetic` the cards compute what soft
+    positions per sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the cards compute what soft
     cards would; that takes as long as it takes, and changes no time in the result.  `seed` decides
     in what order the host does what it could do at the same time.
     """
@@ -73,11 +76,6 @@ class Scenario:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.batch <= BATCH_MAX:
             raise ConfigError(f"a batch has 1 to {BATCH_MAX} sequences, got {self.batch}")
-
-    @property
-    def context(self) -> int:
-        """Positions per sequence."""
-        return self.ctx or self.prompt_tokens + self.tokens
 
 
 @attrs.frozen
@@ -128,6 +126,7 @@ class Simulation:
 
     scenario: Scenario
     model: str
+    context: int
     plan: Plan
     load_s: float
     first_token_s: float
@@ -166,9 +165,9 @@ async def run(
     async with open_fleet(
         [spec] * scenario.cards, profile=scenario.profile, hang_timeout_s=HANG_TIMEOUT_S
     ) as fleet:
-        begin = trio.current_time()
+        begin = now_ps()
         model = await _load(fleet, scenario, functools.partial(report, "loading"))
-        load_s = trio.current_time() - begin
+        load_ps = now_ps() - begin
         generating = _Generating(fleet, model, scenario, functools.partial(report, "generating"))
         if trace is None:
             await generating.run()
@@ -181,10 +180,11 @@ async def run(
         return Simulation(
             scenario=scenario,
             model=model.name,
+            context=model.context,
             plan=model.plan,
-            load_s=load_s,
-            first_token_s=generating.first_s,
-            decode_s=generating.last_s - generating.first_s,
+            load_s=to_s(load_ps),
+            first_token_s=to_s(generating.first_ps),
+            decode_s=to_s(generating.last_ps - generating.first_ps),
             decode_tokens=generating.decode_tokens,
             steps=model.stats.steps,
             token_ids=tuple(tuple(ids) for ids in generating.ids),
@@ -195,11 +195,15 @@ async def run(
 
 
 async def _load(fleet: Fleet, scenario: Scenario, report: Callable[[int, int], None]) -> Model:
+    length = scenario.prompt_tokens + scenario.tokens
+    context = scenario.ctx or max(length, DEFAULT_CONTEXT)
     options = {
         "plan": scenario.plan,
-        "ctx": scenario.context,
+        # Otherwise the fleet's default, which a model may not have.
+        "ctx": context if scenario.ctx or length > DEFAULT_CONTEXT else None,
         "prompt_chunk": scenario.prompt_chunk,
-        "kv_tokens": scenario.context * scenario.batch,
+        # Whole pages for each sequence.
+        "kv_tokens": max(context, scenario.batch * -(-length // PAGE_POSITIONS) * PAGE_POSITIONS),
         "progress": report,
     }
     if scenario.shape is not None:
@@ -219,7 +223,7 @@ class _Generating:
         report: Callable[[int, int], None],
     ) -> None:
         self.ids: list[list[int]] = [[] for _ in range(scenario.batch)]
-        self.first_s = self.last_s = 0.0
+        self.first_ps = self.last_ps = 0
         self.decode_tokens = 0
         self.decoding: Usage | None = None
         self.done: Usage | None = None
@@ -227,36 +231,42 @@ class _Generating:
         self._model = model
         self._scenario = scenario
         self._report = report
-        self._begin = 0.0
+        self._begin_ps = 0
 
     async def run(self) -> None:
         """Generate; raises what a generation raises."""
-        self._begin = trio.current_time()
-        total = self._scenario.batch * self._scenario.tokens
-        self._report(0, total)
-        async with trio.open_nursery() as nursery:
-            for number in range(self._scenario.batch):
-                nursery.start_soon(self._generate, number, total)
-
-    async def _generate(self, number: int, total: int) -> None:
         scenario, vocabulary = self._scenario, self._model.vocabulary
-        prompt = [(number + i) % vocabulary for i in range(scenario.prompt_tokens)]
-        async with self._model.generate(
-            prompt, max_tokens=scenario.tokens, ignore_eos=True
-        ) as generation:
-            async for token in generation:
-                if token.id is not None:
-                    self.ids[number].append(token.id)
-                    self._token(total)
+        self._begin_ps = now_ps()
+        self._report(0, scenario.batch * scenario.tokens)
+        # All are there before the first step is made.
+        generations = [
+            self._model.generate(
+                [(number + i) % vocabulary for i in range(scenario.prompt_tokens)],
+                max_tokens=scenario.tokens,
+                ignore_eos=True,
+            )
+            for number in range(scenario.batch)
+        ]
+        async with trio.open_nursery() as nursery:
+            for number, generation in enumerate(generations):
+                nursery.start_soon(self._take, number, generation)
 
-    def _token(self, total: int) -> None:
-        done, now_s = sum(map(len, self.ids)), trio.current_time() - self._begin
+    async def _take(self, number: int, generation: Generation) -> None:
+        async for token in generation:
+            if token.id is not None:
+                self.ids[number].append(token.id)
+                self._count()
+
+    def _count(self) -> None:
+        """One token more has come."""
+        done, spent_ps = sum(map(len, self.ids)), now_ps() - self._begin_ps
+        total = self._scenario.batch * self._scenario.tokens
         if self.decoding is not None:
             self.decode_tokens += 1
         elif all(self.ids):
-            self.first_s, self.decoding = now_s, self._fleet.usage()
+            self.first_ps, self.decoding = spent_ps, self._fleet.usage()
         if done == total:
-            self.last_s, self.done = now_s, self._fleet.usage()
+            self.last_ps, self.done = spent_ps, self._fleet.usage()
         self._report(done, total)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_a_shape_runs_on_soft_cards_too() -> None:
 def test_what_does_not_fit_is_refused_as_on_real_cards() -> None:
     async def main() -> None:
         async with spanker.open_fleet("hollow:2:64MiB") as fleet:
-            with pytest.raises(CardMemoryError, match="needs .* bytes on card 0"):
+            with pytest.raises(CardMemoryError, match=r"needs .* bytes on card 0"):
                 await fleet.load_shape("tinyllama")
 
     run_virtual(main)
@@ -195,7 +196,7 @@ async def token_times(model: Model, **options: object) -> list[float]:
 
 
 def gaps(times: list[float]) -> list[float]:
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def test_what_the_host_must_choose_waits_for_the_host() -> None:

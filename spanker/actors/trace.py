@@ -185,8 +185,8 @@ class _Card:
 
 
 class Trace:
-    """Events of a fleet from `begin_ns` on, and their text.  `now_ns` is the time by which its cards
-    tell theirs, `clock` the name of that."""
+    """Events of a fleet from `begin_ns` on, and their text.  `now_ns` is the time by which its
+    cards tell theirs, `clock` the name of that."""
 
     def __init__(
         self,

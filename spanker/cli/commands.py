@@ -218,7 +218,7 @@ def bench(
     "--ctx",
     "--context",
     type=click.IntRange(min=1),
-    show_default="what they need",
+    show_default="4096, or what they need",
     help="Positions per sequence.",
 )
 @options.prompt_chunk

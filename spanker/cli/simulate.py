@@ -78,7 +78,7 @@ def _json(result: Simulation) -> dict[str, object]:
         "prompt_tokens": what.prompt_tokens,
         "tokens_generated": what.tokens,
         "batch": what.batch,
-        "ctx": what.context,
+        "ctx": result.context,
         "seed": what.seed,
         "arithmetic": what.arithmetic,
         "load_s": result.load_s,

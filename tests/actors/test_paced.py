@@ -6,6 +6,7 @@ That it is a channel like the others is in test_channel.py.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -94,7 +95,7 @@ async def test_a_step_for_many_cards_arrives_to_the_nanosecond(
     sends = [(1.0, card, 190) for card in range(16)]
     real, paced = await both(sends, 16)
     assert sorted(paced) == pytest.approx(sorted(real), abs=1e-9)
-    gaps = [b - a for a, b in zip(sorted(paced), sorted(paced)[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(sorted(paced))]
     assert gaps == pytest.approx([234 / GBE] * 15, abs=1e-9)
 
 

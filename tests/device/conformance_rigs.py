@@ -2,8 +2,8 @@
 """What the conformance suite of CardDevice runs on, and small programs for it.
 
 A body joins with one line in BODIES: how to make `count` linked cards with `ddr_bytes` each, as an
-object with `.cards` and `.close()`.  Tests ask `clock_of` a card for the time and let it pass there:
-that of virtual cards passes only then.
+object with `.cards` and `.close()`.  Tests ask `clock_of` a card for the time and let it pass
+there: that of virtual cards passes only then.
 """
 
 from __future__ import annotations
