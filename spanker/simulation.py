@@ -49,9 +49,9 @@ class Scenario:
     `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side.  `ctx` is the
-    positions per sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the cards compute what soft
-    cards would; that takes as long as it takes, and changes no time in the result.  `seed` decides
-    in what order the host does what it could do at the same time.
+    positions per sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the
+    cards compute what soft cards would; that takes as long as it takes, and changes no time in the
+    result.  `seed` decides in what order the host does what it could do at the same time.
     """
 
     model: str | None = None
