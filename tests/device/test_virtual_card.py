@@ -114,6 +114,40 @@ def test_a_fault_is_told_and_whoever_depends_on_it_waits_for_the_abort() -> None
             finish(b)
 
 
+def test_what_is_submitted_behind_a_fault_that_nobody_knows_of_yet_is_aborted_with_it() -> None:
+    """The native card has run ahead into the fault, and would do what comes behind."""
+    with VirtualRig([FULL] * 2, REV_A) as rig:
+        a, b = rig.cards
+        x, y = a.alloc(64 * 1024), a.alloc(256)
+        a.write(y, 0, np.full(32, np.nan, np.float32).tobytes())
+        send = op.exchange([op.Transfer(True, 1, Ref("x"), 64)])
+        long = [op.add(Ref("x"), Ref("x"), n=16 * 1024)] * 10
+        bad = op.quantize(Ref("y"), Ref("y", 0, 128), k=32)
+        programs = [
+            a.load_program(make_program(*commands, tokens=1).encode({"x": x, "y": y}))
+            for commands in ((*send, *long), (*send, *long, bad), long)
+        ]
+        receive, _ = waiter(b, 0)
+        fences = [a.submit(program, step()) for program in programs[:2]]
+        for _ in fences:
+            b.submit(receive, step())
+        finish(b)
+        # The first step is done by then, the second has sent and not yet failed.
+        finish(b)
+        (first,) = collect(a, 1)
+        assert (first.fence, first.error) == (fences[0], None)
+        fences.append(a.submit(programs[2], step()))
+        fault, behind = collect(a, 2)
+        assert [fault.fence, behind.fence] == fences[1:]
+        assert isinstance(fault.error, CardFaultError)
+        assert isinstance(behind.error, CardAbortedError)
+        # Neither does it disturb what comes later.
+        a.submit(programs[2], step())
+        finish(a)
+        a.abort(2)
+        assert a.completions() == []
+
+
 def test_the_same_rig_does_the_same_whatever_computes() -> None:
     """Hollow cards take the time of those that compute, to the picosecond."""
 

@@ -20,7 +20,7 @@ from types import TracebackType
 
 import attrs
 
-from spanker.device.base import Buffer, Completion, DeviceCounters, DeviceInfo, Read
+from spanker.device.base import Buffer, Completion, DeviceCounters, Read
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCard, SoftCardSpec, link_all
 from spanker.device.virtual.costs import ProgramCosts, step_size
 from spanker.device.virtual.engine import Engine, Outcome, Usage, Work
@@ -60,12 +60,9 @@ class VirtualCard(SoftCard):
         self._reads_of: dict[int, tuple[Read, ...]] = {}
         # What the native card has completed, perhaps before its time has come.
         self._native: dict[int, Completion] = {}
+        self._failed = 0  # the last fence that was given up
         self._done: deque[Completion] = deque()
         self._recorder: Recorder | None = None
-
-    @property
-    def info(self) -> DeviceInfo:
-        return self._info
 
     @property
     def completion_fd(self) -> int | None:
@@ -111,11 +108,11 @@ class VirtualCard(SoftCard):
         del self._programs[program]
 
     def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+        engine = self.rig.synced()
         fence = super().submit(program, parameters, reads)
         if self.hollow:
             self._reads_of[fence] = tuple(reads)
-        work = Work(fence, self._programs[program], step_size(parameters))
-        self.rig.synced().submit(self.number, work)
+        engine.submit(self.number, Work(fence, self._programs[program], step_size(parameters)))
         self.rig.changed()
         return fence
 
@@ -127,9 +124,10 @@ class VirtualCard(SoftCard):
         return done
 
     def abort(self, epoch: int) -> None:
+        engine = self.rig.synced()
         super().abort(epoch)
         self.step_native()
-        self._drop(self.rig.synced().abort(self.number, epoch), lib.SPK_E_ABORTED)
+        self._fail(engine.abort(self.number, epoch), lib.SPK_E_ABORTED)
         self.rig.changed()
 
     def end_step(self, work: Work) -> Outcome:
@@ -140,9 +138,7 @@ class VirtualCard(SoftCard):
         self._complete(attrs.evolve(native, busy_ns=work.busy_ps // PS_PER_NS))
         if native.error is None:
             return Outcome.DONE
-        # The native card has dropped what was queued behind.
-        for fence in sorted(self._native):
-            self._complete(self._native.pop(fence))
+        self._fail(self.rig.engine.behind(self.number), lib.SPK_E_ABORTED)
         return Outcome.FAULT
 
     def _finished(self, work: Work) -> Completion | None:
@@ -157,17 +153,20 @@ class VirtualCard(SoftCard):
             self.rig.step_until(self, fence)
         return self._native.pop(fence, None)
 
-    def _drop(self, dropped: Sequence[Work], status: int) -> None:
-        """Complete what was queued, in order, with an error: that of the native card, which may
-        have been ahead and have none."""
+    def _fail(self, dropped: Sequence[Work], status: int) -> None:
+        """Complete what is not to be done, in order, with an error: that of the native card or,
+        where that was ahead and succeeded, or is behind, the given one."""
         self._take_native()
         for work in dropped:
-            native = self._native.pop(work.fence)
+            native = self._native.pop(work.fence, None)
             self._reads_of.pop(work.fence, None)
-            error = native.error or status_error(
+            error = native.error if native else None
+            error = error or status_error(
                 status, f"card {self.number}, command 0", card=self.number
             )
             self._complete(Completion(work.fence, work.busy_ps // PS_PER_NS, error))
+        if dropped:
+            self._failed = dropped[-1].fence
 
     def _complete(self, completion: Completion) -> None:
         self._done.append(completion)
@@ -185,7 +184,9 @@ class VirtualCard(SoftCard):
 
     def _take_native(self) -> None:
         for completion in super().completions():
-            self._native[completion.fence] = completion
+            # What had been given up before the native card came to it is of no interest.
+            if completion.fence > self._failed:
+                self._native[completion.fence] = completion
 
     # --- what is told -------------------------------------------------------------------
 
@@ -207,6 +208,7 @@ class VirtualCard(SoftCard):
 
     def trace(self, events: int) -> None:
         self._u64(events, "number of events")
+        _ = self.handle
         most, engine = int(lib.SPK_TRACE_EVENTS_MAX), self.rig.synced()
         if events > most or engine.state(self.number).queued:
             raise CardCommandError(
@@ -226,13 +228,15 @@ class VirtualCard(SoftCard):
     # --- failures, the end ----------------------------------------------------------------
 
     def kill(self) -> None:
+        engine = self.rig.synced()
         super().kill()
         self.step_native()
-        self._drop(self.rig.synced().kill(self.number), lib.SPK_E_LOST)
+        self._fail(engine.kill(self.number), lib.SPK_E_LOST)
 
     def hang(self) -> None:
+        engine = self.rig.synced()
         super().hang()
-        self.rig.synced().hang(self.number)
+        engine.hang(self.number)
 
     def close(self) -> None:
         if not self.closed:

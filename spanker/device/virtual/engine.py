@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -253,6 +254,10 @@ class Engine:
             inbox.enter(epoch)
         return dropped
 
+    def behind(self, card: int) -> tuple[Work, ...]:
+        """What is queued behind the step at the head."""
+        return tuple(self._cards[card].queue)[1:]
+
     def hang(self, card: int) -> None:
         """The card does nothing any more, but can be aborted."""
         c = self._cards[card]
@@ -437,7 +442,8 @@ class Engine:
             stretch = max(1.0, len(self._running) / cores)
         if shared is not None and self._running:
             wanted = sum(c.memory for c in self._running) * PS_PER_S
-            memory = min(1.0, shared / wanted)
+            # What is infinitely fast cannot be thinned.
+            memory = min(1.0, shared / wanted) if wanted < math.inf else 1.0
         return Level(stretch, memory)
 
     def _change_level(self, c: _Card, level: Level) -> None:

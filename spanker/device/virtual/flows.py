@@ -146,7 +146,8 @@ class Network:
             self._begin(link.queue.popleft(), now)
 
     def _run(self, flow: Flow, rate: float, now: int) -> None:
-        flow.left -= flow.rate * (now - flow.since)
+        if now > flow.since:  # a link may be infinitely fast
+            flow.left -= flow.rate * (now - flow.since)
         flow.since, flow.rate = now, rate
         flow.due = now + max(int(flow.left / rate + 0.5), 0)
         flow.stamp += 1
