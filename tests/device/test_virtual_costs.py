@@ -159,21 +159,43 @@ def test_a_program_is_cut_at_its_exchanges() -> None:
         *op.exchange([Transfer(False, 1, X, 8)], outputs=True),
         op.best(X, Y, k=1),
     )
-    assert (costs.starts, costs.ends) == ((0, 6, 8), (3, 7, 9))
+    assert costs.numbers.tolist() == [0, 1, 2, 6, 8]
+    assert (costs.edges, costs.behind) == ((0, 3, 4, 5), (3, 1))
     first, second = costs.transfers(3, 2)
-    assert (first.sends, first.receives) == (((1, 300),), ((2, 21),))
-    assert (second.sends, second.receives) == ((), ((1, 16),))
-    assert costs.transfers(0, 0)[0].sends == ()
+    assert (first.send_peers.tolist(), first.send_bytes.tolist()) == ([1], [300])
+    assert (first.receive_peers.tolist(), first.receive_bytes.tolist()) == ([2], [21])
+    assert (second.send_peers.tolist(), second.receive_bytes.tolist()) == ([], [16])
+    assert costs.transfers(0, 0)[0].send_peers.tolist() == []
     step = costs.step(StepSize(1, 1, 1, 1), BYTES, 0)
     # Two commands and the exchange's own; the second exchange's; the last command.
     assert step.durations().runs == [3_000_000 + 36_000, 1_000_000, 1_000_000 + 16_000]
     assert step.durations().before.tolist()[-1] == sum(step.durations().runs)
+    assert first.distinct and second.distinct
     assert (step.read_bytes(), step.written_bytes()) == ([24, 0, 8], [12, 0, 8])
+
+
+def test_peers_that_occur_twice_are_known() -> None:
+    twice = [Transfer(True, 1, X, 100), Transfer(True, 1, X, 7), Transfer(False, 1, X, 9)]
+    transfers = read(*op.exchange(twice)).transfers(1, 0)[0]
+    assert transfers.send_peers.tolist() == [1, 1] and not transfers.distinct
+    twice[1] = Transfer(True, 1, X, 0)
+    assert read(*op.exchange(twice)).transfers(1, 0)[0].distinct
+
+
+def test_exchanges_that_are_alike_are_sized_once() -> None:
+    gather = op.exchange([Transfer(True, 1, X, 100), Transfer(False, 1, X, 100)])
+    costs = read(*(gather * 5), *op.exchange([Transfer(True, 1, X, 100)]))
+    sized = costs.transfers(2, 1)
+    assert len({id(t) for t in sized}) == 2 and costs.transfers(2, 1) is sized
+    # Steps of all sizes do not add up.
+    for tokens in range(1, 100):
+        costs.transfers(tokens, 1)
+    assert costs.transfers(2, 1) is not sized
 
 
 def test_an_empty_program_is_one_empty_run() -> None:
     costs = read()
-    assert (costs.starts, costs.ends) == ((0,), (0,))
+    assert costs.edges == (0, 0)
     assert costs.step(StepSize(1, 0, 1, 1), BYTES, 0).durations().runs == [0]
 
 

@@ -121,8 +121,6 @@ _COSTS: dict[int, Callable[[int, Sequence[int]], _Cost]] = {
     Op.BEST: lambda fmt, a: _Cost(8, 8, 1),
     Op.CHOOSE: lambda fmt, a: _Cost(8 * a[0], 4, a[0]),
     Op.EXCHANGE: lambda fmt, a: _Cost(),
-    Op.LINK_SEND: lambda fmt, a: _Cost(),
-    Op.LINK_RECV: lambda fmt, a: _Cost(),
 }
 
 
@@ -168,20 +166,39 @@ def step_size(parameters: Buffer) -> StepSize:
 # --- a program ---------------------------------------------------------------------------
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Transfers:
-    """The sends and receives of one exchange of a step, in order: (peer, bytes), none of 0."""
+    """The sends and receives of one exchange of a step, in order, without those of no bytes.
 
-    sends: tuple[tuple[int, int], ...]
-    receives: tuple[tuple[int, int], ...]
+    `distinct` says that no peer occurs twice among either.
+    """
+
+    send_peers: I64
+    send_bytes: I64
+    receive_peers: I64
+    receive_bytes: I64
+    distinct: bool
 
 
-@attrs.frozen
-class _Transfer:
-    send: bool
-    peer: int
-    row_bytes: int
-    outputs: bool
+@attrs.frozen(eq=False)
+class _Exchange:
+    """The transfers of an exchange as the program has them; bytes are those of a row."""
+
+    sends: npt.NDArray[np.bool_]
+    peers: I64
+    row_bytes: I64
+    outputs: npt.NDArray[np.bool_]
+
+    def sized(self, tokens: int, outputs: int) -> Transfers:
+        nbytes = self.row_bytes * np.where(self.outputs, outputs, tokens)
+        of = nbytes > 0
+        sends, receives = of & self.sends, of & ~self.sends
+        distinct = all(
+            len(np.unique(self.peers[side])) == np.count_nonzero(side) for side in (sends, receives)
+        )
+        return Transfers(
+            self.peers[sends], nbytes[sends], self.peers[receives], nbytes[receives], distinct
+        )
 
 
 @attrs.frozen
@@ -199,19 +216,19 @@ class Rows:
 class ProgramCosts:
     """A program as the timing model sees it.
 
-    It is cut at its exchanges.  Run i is the commands `starts[i]` to `ends[i]`, this one not
-    included; the last command of every run but the last is an EXCHANGE, and `ends[i]` to
-    `starts[i + 1]` are its transfers.
+    Only commands that take time count here, not transfers: `numbers` are theirs in the program.
+    They are cut at exchanges: run i is the commands `edges[i]` to `edges[i + 1]`, this one not
+    included, and the last of every run but the last is an EXCHANGE, with `behind[i]` transfers.
     """
 
-    ops: npt.NDArray[np.uint16]
+    ops: npt.NDArray[np.uint16]  # of the whole program
     formats: npt.NDArray[np.uint16]
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
+    numbers: I64
+    edges: tuple[int, ...]
+    behind: tuple[int, ...]
     results: tuple[Rows, ...]
-    _transfers: tuple[tuple[_Transfer, ...], ...]
+    _exchanges: tuple[_Exchange, ...]  # which may be one and the same
     _by_output: npt.NDArray[np.bool_]
-    _takes_command_time: npt.NDArray[np.bool_]
     _table: F64  # (fields of _Cost, commands)
     _sized: dict[tuple[int, int], tuple[Transfers, ...]] = attrs.field(factory=dict)
 
@@ -219,81 +236,73 @@ class ProgramCosts:
     def read(cls, program: Buffer) -> ProgramCosts:
         """Of the bytes of a program that a card has accepted."""
         commands = np.frombuffer(program, _COMMAND, offset=PROGRAM_HEADER.size)
-        ops, args = commands["op"].tolist(), commands["args"].tolist()
-        formats = commands["format"].tolist()
-        flags = commands["flags"].tolist()
+        numbers = np.flatnonzero(~np.isin(commands["op"], _TRANSFERS))
+        timed = commands[numbers]
+        ops, args = timed["op"].tolist(), timed["args"].tolist()
         costs = [
             # Most commands of a model are like some other one.
             _cached_cost(op, fmt, tuple(arguments))
-            for op, fmt, arguments in zip(ops, formats, args, strict=True)
+            for op, fmt, arguments in zip(ops, timed["format"].tolist(), args, strict=True)
         ]
-        starts, ends, transfers = [0], [], []
-        for number, op in enumerate(ops):
-            if op == Op.EXCHANGE:
-                ends.append(number + 1)
-                starts.append(number + 1 + args[number][0])
-                transfers.append(
-                    tuple(
-                        _Transfer(ops[t] == Op.LINK_SEND, args[t][0], args[t][1], bool(flags[t]))
-                        for t in range(ends[-1], starts[-1])
-                    )
-                )
-        ends.append(len(ops))
-        results = []
-        for number, op in enumerate(ops):
-            if op in (Op.LOGIT_STATS, Op.TOP_K):
-                ref = commands["refs"][number][3]
-                results.append(
-                    Rows(
-                        int(ref["buffer"]),
-                        int(ref["offset"]),
-                        int(ref["stride"]),
-                        Op(op),
-                        tuple(args[number]),
-                    )
-                )
-        outputs = int(lib.SPK_FLAG_OUTPUTS)
+        exchanges = np.flatnonzero(timed["op"] == Op.EXCHANGE)
+        behind = [args[i][0] for i in exchanges.tolist()]
+        # A model has hundreds of exchanges, of a handful of kinds.
+        kinds: dict[bytes, _Exchange] = {}
+        found = [
+            _exchange(commands[first + 1 : first + 1 + count], kinds)
+            for first, count in zip(numbers[exchanges].tolist(), behind, strict=True)
+        ]
+        results = tuple(
+            _rows(timed["refs"][i][3], Op(op), args[i])
+            for i, op in enumerate(ops)
+            if op in (Op.LOGIT_STATS, Op.TOP_K)
+        )
+        outputs = (timed["flags"] & int(lib.SPK_FLAG_OUTPUTS)).astype(bool)
         return cls(
             ops=commands["op"].copy(),
             formats=commands["format"].copy(),
-            starts=tuple(starts),
-            ends=tuple(ends),
-            results=tuple(results),
-            transfers=tuple(transfers),
-            by_output=(commands["flags"] & outputs).astype(bool)
-            | np.isin(commands["op"], _PER_OUTPUT),
-            takes_command_time=~np.isin(commands["op"], _TRANSFERS),
+            numbers=numbers,
+            edges=(0, *(exchanges + 1).tolist(), len(numbers)),
+            behind=tuple(behind),
+            results=results,
+            exchanges=tuple(found),
+            by_output=outputs | np.isin(timed["op"], _PER_OUTPUT),
             table=np.array(costs, np.float64).reshape(len(ops), len(_FIELDS)).T.copy(),
         )
 
     def transfers(self, tokens: int, outputs: int) -> tuple[Transfers, ...]:
         """What each exchange moves in a step of so many tokens and outputs."""
         key = tokens, outputs
-        if key not in self._sized:
-            self._sized[key] = tuple(_sized(e, tokens, outputs) for e in self._transfers)
-        return self._sized[key]
+        found = self._sized.get(key)
+        if found is None:
+            kinds = {id(e): e for e in self._exchanges}
+            sized = {kind: e.sized(tokens, outputs) for kind, e in kinds.items()}
+            if len(self._sized) == _SIZES_KEPT:
+                self._sized.pop(next(iter(self._sized)))
+            found = self._sized[key] = tuple(sized[id(e)] for e in self._exchanges)
+        return found
 
     def step(self, size: StepSize, profile: Profile, card: int) -> StepCosts:
         """What a step of this size takes on a card."""
         fixed, read, written, work, position_read, pair_work, rate = self._table
         rows = np.where(self._by_output, float(size.outputs), float(size.tokens))
-        some = rows > 0
-        bytes_read = fixed * some + read * rows + position_read * size.group_positions
+        bytes_read = fixed * (rows > 0) + read * rows + position_read * size.group_positions
         bytes_written = written * rows
         speed = profile.card(card)
-        rates = _rates(profile, speed)[rate.astype(np.intp)]
-        command_ps = np.where(self._takes_command_time, profile.command_s * PS_PER_S, 0.0)
         memory = profile.local_ddr_bytes_per_s * speed.memory / PS_PER_S
         return StepCosts(
-            starts=self.starts,
-            ends=self.ends,
+            edges=self.edges,
             read=bytes_read,
             written=bytes_written,
-            command_ps=command_ps,
+            command_ps=profile.command_s * PS_PER_S,
             memory_ps=(bytes_read + bytes_written) / memory,
-            work_ps=(work * rows + pair_work * size.pairs) / rates,
+            work_ps=(work * rows + pair_work * size.pairs)
+            / _rates(profile, speed)[rate.astype(np.intp)],
         )
 
+
+# Of a program: for how many sizes of steps its transfers are kept.
+_SIZES_KEPT = 16
 
 _FIELDS = ("fixed_read", "read", "written", "work", "position_read", "pair_work", "rate")
 
@@ -304,16 +313,16 @@ def _cached_cost(op: int, fmt: int, args: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(float(getattr(cost, name)) for name in _FIELDS)
 
 
-def _sized(exchange: Sequence[_Transfer], tokens: int, outputs: int) -> Transfers:
-    def moved(send: bool) -> tuple[tuple[int, int], ...]:
-        sizes = (
-            (t.peer, t.row_bytes * (outputs if t.outputs else tokens))
-            for t in exchange
-            if t.send is send
-        )
-        return tuple((peer, nbytes) for peer, nbytes in sizes if nbytes)
+def _rows(ref: npt.NDArray[np.void], op: Op, args: Sequence[int]) -> Rows:
+    return Rows(int(ref["buffer"]), int(ref["offset"]), int(ref["stride"]), op, tuple(args))
 
-    return Transfers(moved(True), moved(False))
+
+def _exchange(transfers: npt.NDArray[np.void], kinds: dict[bytes, _Exchange]) -> _Exchange:
+    sends = transfers["op"] == Op.LINK_SEND
+    peers, row_bytes = (transfers["args"][:, i].astype(np.int64) for i in range(2))
+    outputs = (transfers["flags"] & int(lib.SPK_FLAG_OUTPUTS)).astype(bool)
+    key = b"".join(a.tobytes() for a in (sends, peers, row_bytes, outputs))
+    return kinds.setdefault(key, _Exchange(sends, peers, row_bytes, outputs))
 
 
 def _rates(profile: Profile, speed: CardSpeed) -> F64:
@@ -349,11 +358,10 @@ class Durations:
 class StepCosts:
     """The commands of one step of one card: bytes, and the parts of their times."""
 
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
+    edges: tuple[int, ...]
     _read: F64
     _written: F64
-    _command_ps: F64
+    _command_ps: float
     _memory_ps: F64
     _work_ps: F64
     _levels: dict[Level, Durations] = attrs.field(factory=dict)
@@ -382,5 +390,5 @@ class StepCosts:
 
     def _differences(self, before: I64) -> list[int]:
         """From sums over all commands before each one, the sum over each run."""
-        runs: list[int] = (before[list(self.ends)] - before[list(self.starts)]).tolist()
+        runs: list[int] = np.diff(before[list(self.edges)]).tolist()
         return runs

@@ -22,7 +22,7 @@ import attrs
 import numpy as np
 
 from spanker.device.virtual.costs import ALONE, Durations, Level, ProgramCosts, StepCosts, StepSize
-from spanker.device.virtual.flows import Flow, Network
+from spanker.device.virtual.flows import NEVER, Arrivals, Network
 from spanker.device.virtual.recorder import Recorder
 from spanker.device.virtual.units import PS_PER_S, to_ps
 from spanker.sched.bandwidth import Profile
@@ -47,6 +47,7 @@ class _Phase(enum.Enum):
     IDLE = enum.auto()
     TAKING_UP = enum.auto()
     RUNNING = enum.auto()
+    AT_EXCHANGE = enum.auto()  # begun once all that happens at this time has happened
     EXCHANGING = enum.auto()
     STUCK = enum.auto()
 
@@ -103,39 +104,12 @@ class Usage:
     links: tuple[LinkUse, ...]
 
 
-class _Inbox:
-    """What has come to a card from one peer: bytes of its present epoch, and of later ones."""
+class _Flows:
+    """The subject of events of the network: what arrives, or flows that leave."""
 
-    __slots__ = ("arrived", "card", "dropped", "later", "source", "wanted")
-
-    def __init__(self, source: int, card: _Card) -> None:
-        self.source = source
-        self.card = card
-        self.arrived = 0
-        self.wanted = 0
-        self.dropped = 0
-        self.later: dict[int, int] = {}
-
-    @property
-    def received(self) -> int:
-        return self.dropped + min(self.arrived, self.wanted)
-
-    def enter(self, epoch: int) -> None:
-        self.dropped += self.arrived
-        for old in [e for e in self.later if e < epoch]:
-            self.dropped += self.later.pop(old)
-        self.arrived = self.later.pop(epoch, 0)
-        self.wanted = 0
-
-
-class _Arrival:
-    __slots__ = ("epoch", "inbox", "nbytes", "stamp")
-
-    def __init__(self, inbox: _Inbox, nbytes: int, epoch: int) -> None:
-        self.inbox = inbox
-        self.nbytes = nbytes
-        self.epoch = epoch
+    def __init__(self, arrivals: Arrivals | None = None) -> None:
         self.stamp = 0
+        self.arrivals = arrivals
 
 
 class _Card:
@@ -146,7 +120,6 @@ class _Card:
         self.memory = memory  # bytes a picosecond
         self.queue: deque[Work] = deque()
         self.phase = _Phase.IDLE
-        self.epoch = 1
         self.hung = False
         # Events of another stamp are no longer wanted.
         self.stamp = 0
@@ -161,16 +134,15 @@ class _Card:
         self.at = 0
         self.rest = 0
         self.edges: list[int] = []  # when the run began, and when its commands have ended
-        # Of the exchange under way.
-        self.exchange_begun = 0
-        self.sending: dict[Flow, None] = {}
-        self.missing: dict[_Inbox, None] = {}
-        self.inboxes: dict[int, _Inbox] = {}
+        self.exchange_begun = 0  # for the recorder: with its command's own time
         # Totals.
         self.commands = self.steps = self.read = self.written = 0
         self.busy_ps = 0
         self.waiting_ps: dict[int, int] = {}
         self.recorder: Recorder | None = None
+
+
+_Subject = _Card | _Flows
 
 
 class Engine:
@@ -192,8 +164,10 @@ class Engine:
         self._step_ps = to_ps(profile.step_s)
         memory = profile.local_ddr_bytes_per_s / PS_PER_S
         self._cards = tuple(_Card(n, memory * profile.card(n).memory) for n in range(cards))
-        self._network = Network(profile, self._plan_leaving)
-        self._events: list[tuple[int, int, Callable[..., None], _Card | Flow | _Arrival, int]] = []
+        self._network = Network(profile, cards)
+        self._flows = _Flows()
+        self._at_exchange: list[_Card] = []
+        self._events: list[tuple[int, int, Callable[..., None], _Subject, int]] = []
         self._planned = 0
         # Cards are in each other's way only where the profile says so.
         self._contended = profile.cores is not None or profile.shared_bytes_per_s is not None
@@ -227,12 +201,20 @@ class Engine:
                     happen(subject)
         self.now = max(self.now, until)
 
-    def _plan(self, at: int, happen: Callable[..., None], subject: _Card | Flow | _Arrival) -> None:
+    def _plan(self, at: int, happen: Callable[..., None], subject: _Subject) -> None:
         self._planned += 1
         heapq.heappush(self._events, (at, self._planned, happen, subject, subject.stamp))
 
     def _settle(self) -> None:
-        self._network.settle(self.now)
+        """After all that has happened at one time: exchanges begin, flows get their rates, and
+        cards that contend their pace."""
+        if self._at_exchange:
+            self._begin_exchanges()
+        leaving = self._network.settle(self.now)
+        if leaving is not None:
+            self._flows.stamp += 1
+            if leaving != NEVER:
+                self._plan(leaving, self._leave, self._flows)
         if self._running_changed:
             self._settle_level()
 
@@ -247,11 +229,8 @@ class Engine:
 
     def abort(self, card: int, epoch: int) -> tuple[Work, ...]:
         """Drop everything queued, and what of it is under way; enter `epoch`."""
-        c = self._cards[card]
-        dropped = self._drop(c)
-        c.epoch = epoch
-        for inbox in c.inboxes.values():
-            inbox.enter(epoch)
+        dropped = self._drop(self._cards[card])
+        self._network.enter(card, epoch)
         return dropped
 
     def behind(self, card: int) -> tuple[Work, ...]:
@@ -271,10 +250,7 @@ class Engine:
 
     def _drop(self, c: _Card) -> tuple[Work, ...]:
         self._halt(c)
-        for flow in list(c.sending):
-            self._network.cancel(flow.link, self.now)
-        c.sending.clear()
-        c.missing.clear()
+        self._network.cancel(c.number, self.now)
         dropped = tuple(c.queue)
         c.queue.clear()
         return dropped
@@ -285,7 +261,7 @@ class Engine:
             self._count_busy(c)
             self._stop_running(c)
         elif c.phase is _Phase.EXCHANGING:
-            self._count_waiting(c, _last(c))
+            self._count_waiting(c, self._network.waits_for(c.number))
         c.phase = _Phase.IDLE
 
     # --- a step -------------------------------------------------------------------------
@@ -304,10 +280,10 @@ class Engine:
 
     def _begin_run(self, c: _Card) -> None:
         c.phase, c.since = _Phase.RUNNING, self.now
-        if c.costs.starts[c.run] == c.costs.ends[c.run]:
+        if c.costs.edges[c.run] == c.costs.edges[c.run + 1]:
             self._end_step(c)
         elif self._contended:
-            c.at = c.costs.starts[c.run]
+            c.at = c.costs.edges[c.run]
             c.edges.clear()
             self._running[c] = self._begun[c] = None
             self._running_changed = True
@@ -318,21 +294,24 @@ class Engine:
         begun = c.since
         self._count_busy(c)
         self._stop_running(c)
-        first, stop = c.costs.starts[c.run], c.costs.ends[c.run]
+        first, stop = c.costs.edges[c.run], c.costs.edges[c.run + 1]
         c.read += c.read_bytes[c.run]
         c.written += c.written_bytes[c.run]
-        exchange = c.run + 1 < len(c.costs.starts)
-        c.commands += stop - first - exchange
+        exchange = c.run + 2 < len(c.costs.edges)
+        count = stop - first - exchange
+        c.commands += count
         if c.recorder is not None:
             if self._contended:
                 edges = np.array(c.edges, np.int64)
             else:
                 edges = begun + c.durations.before[first : stop + 1] - c.durations.before[first]
-            count = stop - first - exchange
             c.exchange_begun = int(edges[count])
-            c.recorder.run(c.queue[0], first, edges[:count], edges[1 : count + 1])
+            work = c.queue[0]
+            commands = work.program.numbers[first : first + count]
+            c.recorder.run(work, commands, edges[:count], edges[1 : count + 1])
         if exchange:
-            self._exchange(c)
+            c.phase, c.since = _Phase.AT_EXCHANGE, self.now
+            self._at_exchange.append(c)
         else:
             self._end_step(c)
 
@@ -352,61 +331,43 @@ class Engine:
 
     # --- an exchange ----------------------------------------------------------------------
 
-    def _exchange(self, c: _Card) -> None:
-        c.phase, c.since = _Phase.EXCHANGING, self.now
-        work = c.queue[0]
-        moved = work.program.transfers(work.size.tokens, work.size.outputs)[c.run]
-        for peer, nbytes in moved.sends:
-            link = self._network.link(c.number, peer)
-            c.sending[self._network.send(link, nbytes, c, c.epoch, self.now)] = None
-        for peer, nbytes in moved.receives:
-            inbox = self._inbox(peer, c)
-            inbox.wanted += nbytes
-            if inbox.arrived < inbox.wanted:
-                c.missing[inbox] = None
-        if not c.sending and not c.missing:
-            self._exchanged(c, c.number)
+    def _begin_exchanges(self) -> None:
+        cards = [c for c in self._at_exchange if c.phase is _Phase.AT_EXCHANGE]
+        self._at_exchange.clear()
+        exchanges = []
+        for c in cards:
+            c.phase, work = _Phase.EXCHANGING, c.queue[0]
+            transfers = work.program.transfers(work.size.tokens, work.size.outputs)
+            exchanges.append((c.number, transfers[c.run]))
+        self._network.begin(exchanges, self.now)
+        for c in cards:
+            self._check_exchange(c, c.number)
 
-    def _inbox(self, source: int, c: _Card) -> _Inbox:
-        found = c.inboxes.get(source)
-        if found is None:
-            found = c.inboxes[source] = _Inbox(source, c)
-        return found
+    def _leave(self, flows: _Flows) -> None:
+        cards, arrivals = self._network.leave(self.now)
+        for at, arriving in arrivals:
+            self._plan(at, self._arrive, _Flows(arriving))
+        for card in cards:
+            self._check_exchange(self._cards[card], card)
 
-    def _plan_leaving(self, flow: Flow) -> None:
-        self._plan(flow.due, self._leave, flow)
+    def _arrive(self, flows: _Flows) -> None:
+        assert flows.arrivals is not None
+        cards, last = self._network.arrive(flows.arrivals)
+        for card in cards:
+            self._check_exchange(self._cards[card], int(last[card]))
 
-    def _leave(self, flow: Flow) -> None:
-        self._network.leave(flow, self.now)
-        link = flow.link
-        arrival = _Arrival(
-            self._inbox(link.source, self._cards[link.target]), flow.nbytes, flow.epoch
-        )
-        self._plan(self.now + link.latency_ps, self._arrive, arrival)
-        sender = self._cards[link.source]
-        del sender.sending[flow]
-        if sender.phase is _Phase.EXCHANGING and not sender.sending and not sender.missing:
-            self._exchanged(sender, sender.number)
-
-    def _arrive(self, arrival: _Arrival) -> None:
-        inbox, c = arrival.inbox, arrival.inbox.card
-        if arrival.epoch < c.epoch:
-            inbox.dropped += arrival.nbytes
-        elif arrival.epoch > c.epoch:
-            inbox.later[arrival.epoch] = inbox.later.get(arrival.epoch, 0) + arrival.nbytes
-        else:
-            inbox.arrived += arrival.nbytes
-            if inbox in c.missing and inbox.arrived >= inbox.wanted:
-                del c.missing[inbox]
-                if c.phase is _Phase.EXCHANGING and not c.missing and not c.sending:
-                    self._exchanged(c, inbox.source)
+    def _check_exchange(self, c: _Card, last: int) -> None:
+        if c.phase is _Phase.EXCHANGING and self._network.is_over(c.number):
+            self._exchanged(c, last)
 
     def _exchanged(self, c: _Card, last: int) -> None:
         self._count_waiting(c, last)
-        exchange, stop = c.costs.ends[c.run] - 1, c.costs.starts[c.run + 1]
-        c.commands += stop - exchange
+        work = c.queue[0]
+        behind = work.program.behind[c.run]
+        c.commands += 1 + behind
         if c.recorder is not None:
-            c.recorder.exchange(c.queue[0], exchange, stop, c.exchange_begun, self.now)
+            command = int(work.program.numbers[c.costs.edges[c.run + 1] - 1])
+            c.recorder.exchange(work, command, behind, c.exchange_begun, self.now)
         c.run += 1
         self._begin_run(c)
 
@@ -455,7 +416,7 @@ class Engine:
         self._plan_end(c)
 
     def _plan_end(self, c: _Card) -> None:
-        before, stop = c.durations.before, c.costs.ends[c.run]
+        before, stop = c.durations.before, c.costs.edges[c.run + 1]
         behind = int(before[stop] - before[c.at + 1])
         c.stamp += 1
         self._plan(self.now + c.rest + behind, self._end_run, c)
@@ -470,7 +431,7 @@ class Engine:
         c.queue[0].busy_ps += spent
         if not self._contended or c in self._begun:
             return
-        stop = c.costs.ends[c.run]
+        stop = c.costs.edges[c.run + 1]
         while c.at < stop and spent >= c.rest:
             spent -= c.rest
             c.edges.append(self.now - spent)
@@ -490,7 +451,7 @@ class Engine:
         busy_ps = c.busy_ps + (self.now - c.since if c.phase is _Phase.RUNNING else 0)
         waiting_for = None
         if c.phase is _Phase.EXCHANGING:
-            waiting_for = _last(c)
+            waiting_for = self._network.waits_for(card)
         return CardState(
             commands=c.commands,
             steps=c.steps,
@@ -504,8 +465,7 @@ class Engine:
 
     def link_bytes(self, card: int, peer: int) -> tuple[int, int]:
         """Bytes that a card has sent to a peer, and taken from it."""
-        inbox = self._cards[card].inboxes.get(peer)
-        return self._network.sent(card, peer), inbox.received if inbox else 0
+        return self._network.link_bytes(card, peer)
 
     def usage(self) -> Usage:
         """What has been used how much so far."""
@@ -513,30 +473,15 @@ class Engine:
         for c in self._cards:
             waiting = dict(c.waiting_ps)
             if c.phase is _Phase.EXCHANGING:
-                last = _last(c)
+                last = self._network.waits_for(c.number)
                 waiting[last] = waiting.get(last, 0) + self.now - c.since
             cards.append(CardUse(self.state(c.number).busy_ps, waiting))
-        links = [
-            LinkUse(
-                link.source,
-                link.target,
-                link.busy_ps + (self.now - link.begun if link.flow else 0),
-                link.sent,
-            )
-            for link in self._network.links
-        ]
+        links = [LinkUse(*use) for use in self._network.use(self.now)]
         return Usage(self.now, tuple(cards), tuple(links))
 
     def record(self, card: int, recorder: Recorder | None) -> None:
         """Tell a recorder of every command that the card executes from now on."""
         self._cards[card].recorder = recorder
-
-
-def _last(c: _Card) -> int:
-    """Whom a card in an exchange waits for: who sends what is missing, or who takes its own."""
-    if c.missing:
-        return next(iter(c.missing)).source
-    return next(iter(c.sending)).link.target
 
 
 def _duration(durations: Durations, command: int) -> int:

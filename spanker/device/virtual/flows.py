@@ -1,221 +1,293 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes on their way between cards: links, ports, and the rates that flows get.
+"""Bytes on their way between cards: links, ports, the rates that flows get, and what has arrived.
 
 A flow is one send over one directed link.  Flows of a link go one after the other; flows of
 different links share the ports of their cards by max-min fairness: all rates grow together, and
 one stops growing when its link or one of its two ports is used up.  Nothing here knows programs.
 
-Rates change only when a flow begins or ends, and then only among flows that share ports with it,
-directly or through others.
+A gather of 64 cards is four thousand flows that begin, leave and arrive together, so everything is
+an array over links: link source -> target of n cards has the number source * n + target.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from spanker.device.virtual.costs import Transfers
 from spanker.device.virtual.units import PS_PER_S, to_ps
 from spanker.sched.bandwidth import Profile
+
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
 
 # Rates this close are one rate: what differs only by the order of rounding must not make two
 # events of one.
 _CLOSE = 1 + 1e-12
+# The time of what does not happen.
+NEVER = int(np.iinfo(np.int64).max)
 
 
-class Flow:
-    """One send under way: `left` bytes had not left at `since`, at `rate` bytes a picosecond."""
+@attrs.frozen(eq=False)
+class Arrivals:
+    """What arrives at one time: bytes over links, and the epochs they were sent in."""
 
-    __slots__ = ("due", "epoch", "left", "link", "nbytes", "owner", "rate", "since", "stamp")
-
-    def __init__(self, link: Link, nbytes: int, owner: object, epoch: int) -> None:
-        self.link = link
-        self.nbytes = nbytes
-        self.owner = owner
-        self.epoch = epoch
-        self.left = float(nbytes)
-        self.rate = 0.0
-        self.since = 0
-        self.due = 0
-        self.stamp = 0
-
-
-class Link:
-    """A directed link: the flow on it, those behind it, and what it has carried."""
-
-    __slots__ = (
-        "begun",
-        "busy_ps",
-        "flow",
-        "latency_ps",
-        "queue",
-        "rate",
-        "sent",
-        "source",
-        "target",
-    )
-
-    def __init__(self, source: int, target: int, rate: float, latency_ps: int) -> None:
-        self.source = source
-        self.target = target
-        self.rate = rate
-        self.latency_ps = latency_ps
-        self.flow: Flow | None = None
-        self.queue: deque[Flow] = deque()
-        self.begun = 0
-        self.busy_ps = 0
-        self.sent = 0
+    links: I64
+    nbytes: I64
+    epochs: I64
 
 
 class Network:
-    """All links of a fleet.  `schedule(flow)` is called whenever a flow's `due` has changed;
-    whoever gets there calls `leave`."""
+    """All links between `cards` cards, and for each card what its exchange still lacks.
 
-    def __init__(self, profile: Profile, schedule: Callable[[Flow], None]) -> None:
-        self._profile = profile
-        self._schedule = schedule
-        self._links: dict[tuple[int, int], Link] = {}
+    `settle` gives the time at which flows leave next; whoever gets there calls `leave`, which gives
+    what arrives when; whoever gets there calls `arrive`.
+    """
+
+    def __init__(self, profile: Profile, cards: int) -> None:
+        n = self._n = cards
+        pairs = [(source, target) for source in range(n) for target in range(n)]
+        speeds = [profile.link(*ends) for ends in pairs]
+        self._link_rate = np.array([s.bytes_per_s / PS_PER_S for s in speeds])
+        self._latency_ps = np.array([to_ps(s.latency_s) for s in speeds], np.int64)
         port = profile.port_bytes_per_s
         self._port_rate = None if port is None else port / PS_PER_S
-        # Flows by port: (card, False) sends, (card, True) receives.
-        self._ports: dict[tuple[int, bool], dict[Flow, None]] = {}
-        self._changed: dict[tuple[int, bool], None] = {}
 
-    def link(self, source: int, target: int) -> Link:
-        """The link from one card to another; it appears when it is first asked for."""
-        ends = source, target
-        found = self._links.get(ends)
-        if found is None:
-            speed = self._profile.link(source, target)
-            found = self._links[ends] = Link(
-                source, target, speed.bytes_per_s / PS_PER_S, to_ps(speed.latency_s)
-            )
-        return found
+        def zeros() -> I64:
+            return np.zeros(n * n, np.int64)
 
-    @property
-    def links(self) -> tuple[Link, ...]:
-        """Every link that was asked for, in order of its ends."""
-        return tuple(self._links[ends] for ends in sorted(self._links))
+        # The flow on each link: `left` bytes had not left at `since`.
+        self._active = np.zeros(n * n, np.bool_)
+        self._nbytes, self._epoch, self._begun, self._since = (zeros() for _ in range(4))
+        self._due = np.full(n * n, NEVER)
+        self._left, self._rate = np.zeros(n * n), np.zeros(n * n)
+        # What waits behind it: (bytes, epoch).
+        self._queues: dict[int, deque[tuple[int, int]]] = {}
+        self._changed = False
+        # What has come to the target in its present epoch, and what its exchanges have asked for.
+        self._arrived, self._wanted = zeros(), zeros()
+        self._later: dict[tuple[int, int], int] = {}  # by link and epoch
+        self._epochs = np.ones(n, np.int64)  # of cards
+        # Totals.
+        self._busy_ps, self._sent, self._dropped = zeros(), zeros(), zeros()
+        # Of the exchange that a card is in.
+        self._sending = [0] * n
+        self._lacking = [False] * n
 
-    def sent(self, source: int, target: int) -> int:
-        """Bytes that have left over a link so far."""
-        link = self._links.get((source, target))
-        return link.sent if link else 0
+    # --- exchanges ----------------------------------------------------------------------
 
-    # --- flows begin and end ------------------------------------------------------------
-
-    def send(self, link: Link, nbytes: int, owner: object, epoch: int, now: int) -> Flow:
-        """Send so many bytes, at least one, behind what is on the link."""
-        flow = Flow(link, nbytes, owner, epoch)
-        if link.flow is None:
-            self._begin(flow, now)
+    def begin(self, exchanges: Sequence[tuple[int, Transfers]], now: int) -> None:
+        """Cards get to their exchanges: all their sends begin, behind what is on their links."""
+        n = self._n
+        links = [card * n + transfers.send_peers for card, transfers in exchanges]
+        distinct = all(transfers.distinct for _, transfers in exchanges)
+        self._send(
+            np.concatenate(links),
+            np.concatenate([transfers.send_bytes for _, transfers in exchanges]),
+            distinct,
+            now,
+        )
+        for card, transfers in exchanges:
+            self._sending[card] += len(transfers.send_peers)
+        wanted = np.concatenate([t.receive_peers * n + card for card, t in exchanges])
+        nbytes = np.concatenate([t.receive_bytes for _, t in exchanges])
+        if distinct:
+            self._wanted[wanted] += nbytes
         else:
-            link.queue.append(flow)
-        return flow
+            np.add.at(self._wanted, wanted, nbytes)
+        lacking = wanted[self._arrived[wanted] < self._wanted[wanted]] % n
+        for card in set(lacking.tolist()):
+            self._lacking[card] = True
 
-    def leave(self, flow: Flow, now: int) -> None:
-        """All bytes of a flow have left; the next one of its link begins."""
-        flow.link.sent += flow.nbytes
-        self._end(flow, now)
+    def is_over(self, card: int) -> bool:
+        """Whether a card's exchange is over: all has left, and all has arrived."""
+        return not self._sending[card] and not self._lacking[card]
 
-    def cancel(self, link: Link, now: int) -> None:
-        """Nothing more of what is on a link leaves."""
-        link.queue.clear()
-        if link.flow is not None:
-            link.flow.stamp += 1
-            self._end(link.flow, now)
+    def waits_for(self, card: int) -> int:
+        """Whom a card in an exchange waits for: who sends what is missing, or who takes its own."""
+        n = self._n
+        if self._lacking[card]:
+            lacks = self._arrived[card::n] < self._wanted[card::n]
+            return int(np.flatnonzero(lacks)[0])
+        return int(np.flatnonzero(self._active[card * n : (card + 1) * n])[0])
 
-    def _begin(self, flow: Flow, now: int) -> None:
-        link = flow.link
-        link.flow, link.begun, flow.since = flow, now, now
-        if self._port_rate is None:
-            self._run(flow, link.rate, now)
-            return
-        for port in ((link.source, False), (link.target, True)):
-            self._ports.setdefault(port, {})[flow] = None
-            self._changed[port] = None
+    def _send(self, links: I64, nbytes: I64, distinct: bool, now: int) -> None:
+        epochs = self._epochs[links // self._n]
+        free = ~self._active[links]
+        if not distinct:
+            first = np.zeros(len(links), np.bool_)
+            first[np.unique(links, return_index=True)[1]] = True
+            free &= first
+        if not free.all():
+            for i in np.flatnonzero(~free).tolist():
+                queue = self._queues.setdefault(int(links[i]), deque())
+                queue.append((int(nbytes[i]), int(epochs[i])))
+            links, nbytes, epochs = links[free], nbytes[free], epochs[free]
+        self._start(links, nbytes, epochs, now)
 
-    def _end(self, flow: Flow, now: int) -> None:
-        link = flow.link
-        link.flow = None
-        link.busy_ps += now - link.begun
-        if self._port_rate is not None:
-            for port in ((link.source, False), (link.target, True)):
-                del self._ports[port][flow]
-                self._changed[port] = None
-        if link.queue:
-            self._begin(link.queue.popleft(), now)
+    def _start(self, links: I64, nbytes: I64, epochs: I64, now: int) -> None:
+        self._active[links] = True
+        self._nbytes[links] = self._left[links] = nbytes
+        self._epoch[links] = epochs
+        self._begun[links] = self._since[links] = now
+        self._rate[links] = 0.0
+        self._changed = True
 
-    def _run(self, flow: Flow, rate: float, now: int) -> None:
-        if now > flow.since:  # a link may be infinitely fast
-            flow.left -= flow.rate * (now - flow.since)
-        flow.since, flow.rate = now, rate
-        flow.due = now + max(int(flow.left / rate + 0.5), 0)
-        flow.stamp += 1
-        self._schedule(flow)
+    # --- flows leave and arrive -------------------------------------------------------------
 
-    # --- rates --------------------------------------------------------------------------
+    def leave(self, now: int) -> tuple[list[int], list[tuple[int, Arrivals]]]:
+        """Flows have left: the cards that they came from, and what arrives when."""
+        links = np.flatnonzero(self._due <= now)
+        nbytes, epochs = self._nbytes[links], self._epoch[links]
+        self._sent[links] += nbytes
+        self._stop(links, now)
+        cards, counts = np.unique(links // self._n, return_counts=True)
+        for card, count in zip(cards.tolist(), counts.tolist(), strict=True):
+            self._sending[card] -= count
+        latencies = self._latency_ps[links]
+        arrivals = []
+        for latency in np.unique(latencies).tolist():
+            of = latencies == latency
+            arrivals.append((now + latency, Arrivals(links[of], nbytes[of], epochs[of])))
+        if self._queues:
+            self._start_queued(links, now)
+        return cards.tolist(), arrivals
 
-    def settle(self, now: int) -> None:
-        """Give every flow its rate, after all that happens at one time has happened."""
-        while self._changed:
-            flows = self._neighbours(next(iter(self._changed)))
-            if flows:
-                for flow, rate in self._fair(flows):
-                    if rate != flow.rate:
-                        self._run(flow, rate, now)
-
-    def _neighbours(self, port: tuple[int, bool]) -> dict[Flow, None]:
-        """The flows that share ports with this one's, directly or through others."""
-        found: dict[Flow, None] = {}
-        ports = {port: None}
-        to_see = [port]
-        while to_see:
-            port = to_see.pop()
-            self._changed.pop(port, None)
-            for flow in self._ports[port]:
-                if flow in found:
-                    continue
-                found[flow] = None
-                link = flow.link
-                for other in ((link.source, False), (link.target, True)):
-                    if other not in ports:
-                        ports[other] = None
-                        to_see.append(other)
-        return found
-
-    def _fair(self, flows: dict[Flow, None]) -> list[tuple[Flow, float]]:
-        """Max-min fair rates of flows that share ports only with each other."""
-        assert self._port_rate is not None
-        # Of each port: what is left of its rate, and how many flows have none yet.
-        room: dict[tuple[int, bool], list[float]] = {}
-        waiting: list[tuple[Flow, list[float], list[float]]] = []
-        for flow in flows:
-            ends = []
-            for port in ((flow.link.source, False), (flow.link.target, True)):
-                state = room.get(port)
-                if state is None:
-                    state = room[port] = [self._port_rate, 0]
-                state[1] += 1
-                ends.append(state)
-            waiting.append((flow, ends[0], ends[1]))
-        rates: list[tuple[Flow, float]] = []
-        while waiting:
-            least = min(left / count for left, count in room.values() if count)
-            least = min(least, min(flow.link.rate for flow, _, _ in waiting))
-            limit = least * _CLOSE
-            # First who stops, then what that leaves: flows must not see each other stop.
-            used_up = {
-                id(state) for state in room.values() if state[1] and state[0] / state[1] <= limit
-            }
-            left_over = []
-            for entry in waiting:
-                flow, out, into = entry
-                if flow.link.rate <= limit or id(out) in used_up or id(into) in used_up:
-                    rates.append((flow, least))
-                    for state in (out, into):
-                        state[0] -= least
-                        state[1] -= 1
+    def arrive(self, arrivals: Arrivals) -> tuple[list[int], I64]:
+        """Bytes have arrived: at which cards, and by card from whom the last of them came."""
+        n, links = self._n, arrivals.links
+        sources, targets = links // n, links % n
+        now_in = self._epochs[targets]
+        present = arrivals.epochs == now_in
+        # An exchange never sends two flows of one link at the same time.
+        self._arrived[links[present]] += arrivals.nbytes[present]
+        if not present.all():
+            for i in np.flatnonzero(~present).tolist():
+                link, nbytes = int(links[i]), int(arrivals.nbytes[i])
+                if arrivals.epochs[i] < now_in[i]:
+                    self._dropped[link] += nbytes
                 else:
-                    left_over.append(entry)
-            waiting = left_over
-        return rates
+                    key = link, int(arrivals.epochs[i])
+                    self._later[key] = self._later.get(key, 0) + nbytes
+        last = np.full(n, -1)
+        last[targets] = sources
+        cards = np.flatnonzero(last >= 0)
+        lacks = self._arrived.reshape(n, n)[:, cards] < self._wanted.reshape(n, n)[:, cards]
+        for i, card in enumerate(cards.tolist()):
+            self._lacking[card] = bool(lacks[:, i].any())
+        return cards.tolist(), last
+
+    def _stop(self, links: I64, now: int) -> None:
+        self._busy_ps[links] += now - self._begun[links]
+        self._active[links] = False
+        self._due[links] = NEVER
+        self._changed = True
+
+    def _start_queued(self, links: I64, now: int) -> None:
+        for link in links.tolist():
+            queue = self._queues.get(link)
+            if queue:
+                nbytes, epoch = queue.popleft()
+                of = np.array([link])
+                self._start(of, np.array([nbytes]), np.array([epoch]), now)
+                if not queue:
+                    del self._queues[link]
+
+    # --- epochs ---------------------------------------------------------------------------
+
+    def cancel(self, card: int, now: int) -> None:
+        """Nothing more of what a card sends leaves, and it waits for nothing."""
+        n = self._n
+        row = np.arange(card * n, (card + 1) * n)
+        for link in row.tolist():
+            self._queues.pop(link, None)
+        self._stop(row[self._active[row]], now)
+        self._sending[card] = 0
+        self._lacking[card] = False
+
+    def enter(self, card: int, epoch: int) -> None:
+        """A card enters a later epoch: what came before is dropped."""
+        n = self._n
+        self._epochs[card] = epoch
+        self._dropped[card::n] += self._arrived[card::n]
+        self._arrived[card::n] = 0
+        self._wanted[card::n] = 0
+        for link, sent_in in list(self._later):
+            if link % n == card and sent_in <= epoch:
+                nbytes = self._later.pop((link, sent_in))
+                into = self._arrived if sent_in == epoch else self._dropped
+                into[link] += nbytes
+
+    # --- rates ----------------------------------------------------------------------------
+
+    def settle(self, now: int) -> int | None:
+        """Give every flow its rate, after all that happens at one time has happened; when the next
+        ones leave, or None where that is as it was."""
+        if not self._changed:
+            return None
+        self._changed = False
+        links = np.flatnonzero(self._active)
+        if not len(links):
+            return NEVER
+        rates = self._fair(links)
+        other = rates != self._rate[links]
+        if not other.all():
+            changed, rates = links[other], rates[other]
+        else:
+            changed = links
+        spent = now - self._since[changed]
+        # A link may be infinitely fast, for no time.
+        moved = np.zeros(len(changed))
+        np.multiply(self._rate[changed], spent, out=moved, where=spent > 0)
+        left = self._left[changed] - moved
+        self._left[changed] = left
+        self._since[changed] = now
+        self._rate[changed] = rates
+        self._due[changed] = now + np.maximum(np.rint(left / rates), 0).astype(np.int64)
+        return int(self._due[links].min())
+
+    def _fair(self, links: I64) -> F64:
+        """Max-min fair rates of all flows that there are."""
+        n, caps = self._n, self._link_rate[links]
+        if self._port_rate is None:
+            return caps
+        # A port of each card sends, a port receives.
+        ends = (links // n, links % n)
+        room = [np.full(n, self._port_rate) for _ in ends]
+        rates = np.zeros(len(links))
+        waiting = np.ones(len(links), np.bool_)
+        while True:
+            limits = caps.copy()
+            for end, left in zip(ends, room, strict=True):
+                counts = np.bincount(end[waiting], minlength=n)
+                np.minimum(limits, (left / np.maximum(counts, 1))[end], out=limits)
+            limits[~waiting] = np.inf
+            least = limits.min()
+            stops = waiting & (limits <= least * _CLOSE)
+            rates[stops] = least
+            waiting &= ~stops
+            if not waiting.any():
+                return rates
+            for end, left in zip(ends, room, strict=True):
+                left -= least * np.bincount(end[stops], minlength=n)
+
+    # --- what is told ---------------------------------------------------------------------
+
+    def link_bytes(self, card: int, peer: int) -> tuple[int, int]:
+        """Bytes that a card has sent to a peer, and taken from it."""
+        out, into = card * self._n + peer, peer * self._n + card
+        taken = min(self._arrived[into], self._wanted[into])
+        return int(self._sent[out]), int(self._dropped[into] + taken)
+
+    def use(self, now: int) -> list[tuple[int, int, int, int]]:
+        """Of each link that ever carried something: its ends, how long, and how many bytes left."""
+        busy = self._busy_ps + np.where(self._active, now - self._begun, 0)
+        links = np.flatnonzero((busy > 0) | (self._sent > 0)).tolist()
+        return [
+            (link // self._n, link % self._n, int(busy[link]), int(self._sent[link]))
+            for link in links
+        ]

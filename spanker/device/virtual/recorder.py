@@ -14,6 +14,8 @@ from spanker.device.virtual.units import PS_PER_NS
 if TYPE_CHECKING:
     from spanker.device.virtual.engine import Work
 
+I64 = npt.NDArray[np.int64]
+
 _EVENT = np.dtype(
     [
         ("begin_ns", "<u8"),
@@ -35,12 +37,9 @@ class Recorder:
         self._capacity = capacity
         self._data = bytearray()
 
-    def run(
-        self, work: Work, first: int, begin_ps: npt.NDArray[np.int64], end_ps: npt.NDArray[np.int64]
-    ) -> None:
-        """Commands from number `first` on, each with its time."""
-        events = np.empty(len(begin_ps), _EVENT)
-        commands = np.arange(first, first + len(events))
+    def run(self, work: Work, commands: I64, begin_ps: I64, end_ps: I64) -> None:
+        """Commands of a step, by their numbers in its program, each with its time."""
+        events = np.empty(len(commands), _EVENT)
         events["begin_ns"] = begin_ps // PS_PER_NS
         events["end_ns"] = end_ps // PS_PER_NS
         events["fence"] = work.fence
@@ -49,11 +48,12 @@ class Recorder:
         events["format"] = work.program.formats[commands]
         self._keep(events.tobytes())
 
-    def exchange(self, work: Work, exchange: int, stop: int, begin_ps: int, end_ps: int) -> None:
-        """An exchange and its transfers, up to command `stop`, which end with it."""
-        begin = np.full(stop - exchange, end_ps, np.int64)
+    def exchange(self, work: Work, command: int, behind: int, begin_ps: int, end_ps: int) -> None:
+        """An exchange and the transfers behind it, which end with it."""
+        begin = np.full(1 + behind, end_ps)
         begin[0] = begin_ps
-        self.run(work, exchange, begin, np.full(stop - exchange, end_ps, np.int64))
+        commands = np.arange(command, command + 1 + behind)
+        self.run(work, commands, begin, np.full(1 + behind, end_ps))
 
     def _keep(self, data: bytes) -> None:
         room = (self._capacity - len(self._data) // TRACE_EVENT.size) * TRACE_EVENT.size
