@@ -11,7 +11,18 @@ import struct
 import attrs
 import numpy as np
 import pytest
-from conformance_rigs import adder, clock_of, collect, finish, make_program, sender, step, waiter
+from conformance_rigs import (
+    WAIT_S,
+    adder,
+    clock_of,
+    collect,
+    finish,
+    make_program,
+    readable,
+    sender,
+    step,
+    waiter,
+)
 
 from spanker.device.base import READS_MAX, CardDevice, TraceEvent, unpack_events
 from spanker.errors import (
@@ -137,6 +148,21 @@ def test_a_step_that_fails_brings_nothing_back(pair: tuple[CardDevice, CardDevic
         card.kill()
         (lost,) = collect(card, 1)
         assert isinstance(lost.error, CardLostError) and lost.data == ()
+
+
+def test_what_is_submitted_once_a_fault_is_known_runs(card: CardDevice) -> None:
+    x, out = card.alloc(128), card.alloc(34)
+    made = make_program(op.quantize(Ref("x"), Ref("q"), k=32), tokens=1, outputs=0)
+    bad = card.load_program(made.encode({"x": x, "q": out}))
+    good, _, _ = adder(card)
+    card.write(x, 0, np.full(32, np.nan, np.float32).tobytes())
+    for _ in range(500):
+        card.submit(bad, step())
+        while not (done := card.completions()):
+            readable(card, WAIT_S)
+        assert isinstance(done[0].error, CardFaultError)
+        card.submit(good, step())
+        finish(card)
 
 
 # --- chosen tokens ----------------------------------------------------------------------

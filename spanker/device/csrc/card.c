@@ -554,6 +554,7 @@ static void complete(struct spk_card *c, int status)
     c->queue_head = (c->queue_head + 1) % SPK_QUEUE_MAX;
     c->queue_count--;
     run->active = false;
+    c->known_from = c->next_fence;
     atomic_store(&c->waiting_for, -1);
     if (status == SPK_OK)
         atomic_fetch_add(&c->steps, 1);
@@ -703,6 +704,21 @@ static bool stale(struct spk_card *c, uint32_t epoch)
     return any;
 }
 
+/* Completes what was submitted before the step that has just completed was known to have failed,
+ * in the belief that it succeeds; whoever submits after that knows. */
+static void flush_behind(struct spk_card *c)
+{
+    uint64_t known_from = c->known_from;
+    for (;;) {
+        pthread_mutex_lock(&c->mutex);
+        bool any = c->queue_count > 0 && c->queue[c->queue_head].fence < known_from;
+        pthread_mutex_unlock(&c->mutex);
+        if (!any)
+            return;
+        complete(c, SPK_E_ABORTED);
+    }
+}
+
 static bool start_next(struct spk_card *c)
 {
     pthread_mutex_lock(&c->mutex);
@@ -782,8 +798,7 @@ int spk_card_step(struct spk_card *c)
         int status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
             complete(c, status);
-            /* What is queued behind was submitted in the belief that this step succeeds. */
-            flush(c, SPK_E_ABORTED, c->epoch + 1);
+            flush_behind(c);
             return SPK_STEP_RAN;
         }
         if (waiting) {
