@@ -89,7 +89,8 @@ def _label(commands: Sequence[Command], number: int) -> Label | None:
     if command.op in _TRANSFERS:
         return None
     if command.op == Op.EXCHANGE:
-        return _exchange_label(commands[number + 1 : number + 1 + command.args[0]])
+        transfers = commands[number + 1 : number + 1 + command.args[0]]
+        return _exchange_label(command.part, transfers)
     op, refs = command.op.name.lower(), dict(command.refs)
     args: dict[str, object] = {"op": op}
     if command.part:
@@ -111,7 +112,7 @@ def _label(commands: Sequence[Command], number: int) -> Label | None:
     return Label(name, op, args)
 
 
-def _exchange_label(transfers: Sequence[Command]) -> Label:
+def _exchange_label(part: str, transfers: Sequence[Command]) -> Label:
     sides: dict[Op, list[Command]] = {Op.LINK_SEND: [], Op.LINK_RECV: []}
     for transfer in transfers:
         sides[transfer.op].append(transfer)
@@ -125,7 +126,7 @@ def _exchange_label(transfers: Sequence[Command]) -> Label:
 
     sources, targets = peers(Op.LINK_RECV), peers(Op.LINK_SEND)
     what = f"wait for {_cards(sources)}" if sources else f"send to {_cards(targets)}"
-    where = dict.fromkeys(f"{t.part} {t.refs[0][1].buffer}".strip() for t in transfers)
+    where = dict.fromkeys(f"{part} {t.refs[0][1].buffer}".strip() for t in transfers)
     args: dict[str, object] = {"op": "exchange", "from": sources, "to": targets}
     return Label(
         f"{what} {', '.join(where)}",

@@ -502,6 +502,8 @@ class _Builder:
         self.y = _Row("y", shape.hidden)
         self.act = _Row("act", shape.ffn)
         self.actq = _Row("actq", shape.ffn, True)
+        # Every layer gathers the same rows.
+        self.gathers: dict[tuple[str, tuple[Share, ...]], tuple[Command, ...]] = {}
 
     def commands(self) -> Iterator[Command]:
         if self.previous is None:
@@ -511,7 +513,10 @@ class _Builder:
         for index in range(self.stage.layers.start, self.stage.layers.stop):
             layer = self.shape.layers[index]
             for part in (self._attention(index, layer), self._ffn(index, layer)):
-                yield from (command.of_part(f"blk.{index}") for command in part)
+                for command in part:
+                    # Transfers belong where their exchange does; on many cards they are many.
+                    is_transfer = command.op in (op.Op.LINK_SEND, op.Op.LINK_RECV)
+                    yield command if is_transfer else command.of_part(f"blk.{index}")
         if self.next is None:
             yield from self._output()
         else:
@@ -537,7 +542,11 @@ class _Builder:
 
     def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
         shares = tuple(share_of(s) for s in self.stage.shares)
-        return self._transfers(direct.all_gather_of(self.card, self.stage.cards, shares), row)
+        key = row.name, shares
+        if key not in self.gathers:
+            moves = direct.all_gather_of(self.card, self.stage.cards, shares)
+            self.gathers[key] = self._transfers(moves, row)
+        return self.gathers[key]
 
     def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
         moves = direct.handover(source.cards, target.cards, self.shape.hidden)
