@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from spanker.ggml.sampling import SamplingParams
     from spanker.sched.plan import Plan
     from spanker.sched.topology import Topology
+    from spanker.simulation import Scenario, Simulation, simulate
 
 _MODULES = {
     "CardArrays": "card_arrays",
@@ -52,7 +53,9 @@ _MODULES = {
     "Model": "fleet",
     "Plan": "sched.plan",
     "SamplingParams": "ggml.sampling",
+    "Scenario": "simulation",
     "SessionStats": "actors.session",
+    "Simulation": "simulation",
     "SoftCardSpec": "device.soft",
     "Token": "fleet",
     "Topology": "sched.topology",
@@ -64,6 +67,7 @@ _MODULES = {
     "matmul_q4_k": "device.q4_k",
     "open_fleet": "fleet",
     "reduce_scatter": "collectives",
+    "simulate": "simulation",
 }
 
 __all__ = [
@@ -76,7 +80,9 @@ __all__ = [
     "Model",
     "Plan",
     "SamplingParams",
+    "Scenario",
     "SessionStats",
+    "Simulation",
     "SoftCardSpec",
     "SpankerError",
     "Token",
@@ -91,6 +97,7 @@ __all__ = [
     "matmul_q4_k",
     "open_fleet",
     "reduce_scatter",
+    "simulate",
     "testing",
 ]
 

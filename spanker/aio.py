@@ -42,7 +42,8 @@ from spanker.aio_collectives import (
     broadcast,
     reduce_scatter,
 )
-from spanker.device.soft import SoftCard, SoftCardSpec
+from spanker.device.soft import SoftCard
+from spanker.device.spec import CardSpec
 from spanker.errors import ConfigError, RequestError
 from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
 from spanker.ggml.tokenizer import Tokenizer
@@ -580,7 +581,7 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def open_fleet(
-    cards: str | int | Sequence[SoftCardSpec] = "soft:1",
+    cards: str | int | Sequence[CardSpec] = "soft:1",
     *,
     profile: str | Profile = "native",
     throttle: bool = False,

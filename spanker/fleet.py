@@ -38,10 +38,19 @@ from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
 from spanker.actors.trace import Trace
 from spanker.actors.tracer import Tracer
+from spanker.actors.virtual_time import alongside, drive, now_ps
 from spanker.card_arrays import CardArrays
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
-from spanker.device.spec import parse_fleet
-from spanker.errors import ConfigError, ContextLengthError, PlanError, UnsupportedModelError
+from spanker.device.spec import CardSpec, parse_fleet
+from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
+from spanker.device.virtual.engine import Usage as FleetUsage
+from spanker.errors import (
+    ConfigError,
+    ContextLengthError,
+    PlanError,
+    RequestError,
+    UnsupportedModelError,
+)
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.chat import ChatTemplate
@@ -52,8 +61,9 @@ from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
 from spanker.sched.layout import fit_kv_pages
-from spanker.sched.plan import Limits, Plan
+from spanker.sched.plan import Limits, ModelShape, Plan
 from spanker.sched.planner import Decision, decide, make_plan
+from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
 
 if sys.version_info < (3, 11):
@@ -114,6 +124,16 @@ class FleetStats:
     sessions: tuple[SessionStats, ...]
 
 
+@attrs.frozen
+class Usage:
+    """How a virtual fleet has spent its time so far, and bytes over the host link (0 where it is
+    not modelled)."""
+
+    fleet: FleetUsage
+    bytes_to_cards: int
+    bytes_to_host: int
+
+
 class Generation:
     """Tokens of one sequence, as they come: an async iterator.
 
@@ -125,12 +145,13 @@ class Generation:
         self,
         session: Session,
         sequence: sessions.Sequence,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         stops: StopMatcher,
     ) -> None:
         self._session = session
         self._sequence = sequence
-        self._decoder = StreamDecoder(tokenizer)
+        # Without a tokenizer tokens have no text.
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._stops = stops
         self._over = False
         self.prompt_ids: tuple[int, ...] = tuple(sequence.tokens)
@@ -158,14 +179,15 @@ class Generation:
         return token
 
     def _token(self, item: Sampled) -> Token:
-        text, stopped = self._stops.push(self._decoder.push(item.id))
+        piece = "" if self._decoder is None else self._decoder.push(item.id)
+        text, stopped = self._stops.push(piece)
         self.token_ids.append(item.id)
         if stopped:
             self._finish("stop")
         return Token(item.id, text, item.logprob, item.position, item.logits)
 
     def _last(self) -> Token | None:
-        text, stopped = self._stops.push(self._decoder.finish())
+        text, stopped = self._stops.push("" if self._decoder is None else self._decoder.finish())
         if not stopped:
             text += self._stops.finish()
         self._finish("stop" if stopped else self._sequence.finish)
@@ -211,8 +233,8 @@ class Model:
     def __init__(
         self,
         path: str,
-        gguf: GGUFFile,
-        tokenizer: Tokenizer,
+        metadata: Mapping[str, object],
+        tokenizer: Tokenizer | None,
         loaded: LoadedModel,
         session: Session,
         decisions: tuple[Decision, ...],
@@ -221,7 +243,7 @@ class Model:
         self.decisions = decisions
         self._loaded = loaded
         self._session = session
-        self._metadata = gguf.metadata
+        self._metadata = metadata
         self._tokenizer = tokenizer
         self._template: ChatTemplate | None = None
 
@@ -251,6 +273,11 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """RequestError where the model is only a shape."""
+        if self._tokenizer is None:
+            raise RequestError(
+                f"{self.name} is a shape without a vocabulary of words: give token ids, not text"
+            )
         return self._tokenizer
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
@@ -258,24 +285,23 @@ class Model:
 
         Use special=False for text from strangers.
         """
-        return self._tokenizer.encode(text, special=special)
+        return self.tokenizer.encode(text, special=special)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of token ids; control tokens add nothing."""
-        return self._tokenizer.decode(ids)
+        return self.tokenizer.decode(ids)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's own template, ready for the answer.
 
         A model that wants a BOS gets it once, whether its template writes one or not.
         """
+        tokenizer = self.tokenizer
         if self._template is None:
-            self._template = ChatTemplate.from_metadata(self._metadata, self._tokenizer)
-        ids = self._tokenizer.encode(self._template.render(messages), add_bos=False)
-        bos = self._tokenizer.bos_id
-        return (
-            [bos, *ids] if self._tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
-        )
+            self._template = ChatTemplate.from_metadata(self._metadata, tokenizer)
+        ids = tokenizer.encode(self._template.render(messages), add_bos=False)
+        bos = tokenizer.bos_id
+        return [bos, *ids] if tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
     def generate(
         self,
@@ -306,10 +332,14 @@ class Model:
             ids,
             max_tokens,
             SamplingParams(temperature, top_k, top_p, min_p, seed),
-            stop_ids=frozenset() if ignore_eos else self._tokenizer.stop_ids,
+            stop_ids=frozenset() if ignore_eos else self._stop_ids,
             want_logits=logits,
         )
         return Generation(self._session, sequence, self._tokenizer, matcher)
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        return frozenset() if self._tokenizer is None else self._tokenizer.stop_ids
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: object) -> Generation:
         """`generate` the assistant's next message; options as for `generate`."""
@@ -342,7 +372,11 @@ class Fleet:
     """An open fleet.  Made by `open_fleet`."""
 
     def __init__(
-        self, coordinator: Coordinator, rig: SoftRig, profile: Profile, nursery: trio.Nursery
+        self,
+        coordinator: Coordinator,
+        rig: SoftRig | VirtualRig,
+        profile: Profile,
+        nursery: trio.Nursery,
     ) -> None:
         self.profile = profile
         self._coordinator = coordinator
@@ -411,20 +445,61 @@ class Fleet:
                     f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
                     f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
                 )
-            made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
-            decisions = decide(parsed.shape, len(self.cards), self.profile)
-            # One at a time: other models may be on the cards already, or on their way.
-            async with self._load_lock:
-                # What collectives hold for next time, the model may need.
-                await self._collectives.trim()
-                counters = await self._coordinator.counters()
-                free = [c.ddr_total_bytes - c.ddr_used_bytes for c in counters]
-                limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
-                loaded = await self._coordinator.load(parsed, gguf, made, limits, progress)
-            session = Session(self._coordinator, loaded)
-            out = Model(path, gguf, tokenizer, loaded, session, decisions)
+            loaded = await self._put(parsed, gguf, plan, ctx, prompt_chunk, kv_tokens, progress)
         finally:
             gguf.close()
+        return self._start(path, gguf.metadata, tokenizer, loaded)
+
+    async def load_shape(
+        self,
+        shape: str | ModelShape,
+        *,
+        plan: str = "auto",
+        ctx: int | None = None,
+        prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
+        kv_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Model:
+        """Load a model that is only a shape, by its name in `sched.shapes` or as a value: all its
+        weights are zero, its prompts token ids, and its every answer token 0.  The rest as `load`;
+        raises ConfigError for an unknown name.
+        """
+        name = shape if isinstance(shape, str) else "shape"
+        parsed = llama.outline(named_shape(shape) if isinstance(shape, str) else shape)
+        loaded = await self._put(parsed, None, plan, ctx, prompt_chunk, kv_tokens, progress)
+        return self._start("", {"general.name": name}, None, loaded)
+
+    async def _put(
+        self,
+        parsed: llama.LlamaModel,
+        gguf: GGUFFile | None,
+        plan: str,
+        ctx: int | None,
+        prompt_chunk: int,
+        kv_tokens: int | None,
+        progress: Progress | None,
+    ) -> LoadedModel:
+        """Put a model on the cards."""
+        made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
+        # One at a time: other models may be on the cards already, or on their way.
+        async with self._load_lock:
+            # What collectives hold for next time, the model may need.
+            await self._collectives.trim()
+            counters = await self._coordinator.counters()
+            free = [c.ddr_total_bytes - c.ddr_used_bytes for c in counters]
+            limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
+            return await self._coordinator.load(parsed, gguf, made, limits, progress)
+
+    def _start(
+        self,
+        path: str,
+        metadata: Mapping[str, object],
+        tokenizer: Tokenizer | None,
+        loaded: LoadedModel,
+    ) -> Model:
+        decisions = decide(loaded.model.shape, len(self.cards), self.profile)
+        session = Session(self._coordinator, loaded)
+        out = Model(path, metadata, tokenizer, loaded, session, decisions)
         self._nursery.start_soon(session.run)
         self._models.append(out)
         return out
@@ -526,6 +601,21 @@ class Fleet:
                 self._coordinator, name=name, seconds=seconds, progress=progress
             )
 
+    def usage(self) -> Usage:
+        """What the cards of a virtual fleet, their links and the host link have been used by now.
+
+        The difference of two is what happened in between.  Raises ConfigError where cards are not
+        virtual, as nobody keeps such accounts of them.
+        """
+        if isinstance(self._rig, SoftRig):
+            raise ConfigError("only virtual cards account for their time: open e.g. virtual:3")
+        link = self._coordinator.host_link
+        return Usage(
+            self._rig.usage(),
+            link.bytes_to_cards if link else 0,
+            link.bytes_to_host if link else 0,
+        )
+
     async def stats(self) -> FleetStats:
         """Read every card's counters."""
         counters = await self._coordinator.counters()
@@ -572,7 +662,7 @@ def describe_share(plan: Plan, card: int) -> str:
 
 @contextlib.asynccontextmanager
 async def open_fleet(
-    cards: str | int | Sequence[SoftCardSpec] = "soft:1",
+    cards: str | int | Sequence[CardSpec] = "soft:1",
     *,
     profile: str | Profile = "native",
     throttle: bool = False,
@@ -589,14 +679,18 @@ async def open_fleet(
     tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
     card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
     taken for hung.  Raises ConfigError and CardError.
+
+    The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
+    says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
+    no longer than it takes to compute.  Those of `hollow:3` skip the arithmetic: their answers are
+    those of a model of zeros.
     """
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
     first: list[Exception] = []
-    with _one_error(first), SoftRig(specs, workers, chosen if throttle else None) as rig:
+    with _one_error(first), _rig(specs, chosen, workers, throttle) as rig:
         async with (
+            _passing_time(rig),
             open_coordinator(
                 rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s
             ) as coordinator,
@@ -610,6 +704,34 @@ async def open_fleet(
                 raise
             finally:
                 nursery.cancel_scope.cancel()
+
+
+def _rig(
+    specs: Sequence[CardSpec], profile: Profile, workers: int | None, throttle: bool
+) -> SoftRig | VirtualRig:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    virtual = [spec for spec in specs if isinstance(spec, VirtualCardSpec)]
+    soft = [spec for spec in specs if isinstance(spec, SoftCardSpec)]
+    if virtual and soft:
+        raise ConfigError("soft and virtual cards do not go together: choose one kind")
+    if not virtual:
+        return SoftRig(soft, workers, profile if throttle else None)
+    if workers is not None:
+        raise ConfigError("virtual cards have no workers: leave them out")
+    if throttle:
+        raise ConfigError("virtual cards keep the profile's speeds anyway: leave throttle out")
+    return VirtualRig(virtual, profile, now_ps)
+
+
+@contextlib.asynccontextmanager
+async def _passing_time(rig: SoftRig | VirtualRig) -> AsyncIterator[None]:
+    """The time of virtual cards passes within the block."""
+    if isinstance(rig, SoftRig):
+        yield
+        return
+    async with alongside(lambda: drive(rig)):
+        yield
 
 
 @contextlib.contextmanager

@@ -78,3 +78,11 @@ def test_one_int4_product() -> None:
 def test_the_users_own_test() -> None:
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_app.py")
     assert "3 passed" in out
+
+
+def test_virtual_fleet() -> None:
+    out = run("virtual_fleet.py")
+    assert out == run("virtual_fleet.py")
+    assert re.search(r"^loaded after \d\.\d\d ms\ntoken \d+ after \d\.\d\d ms\n", out)
+    assert "card 1 hangs" in out and "at 1 h" in out
+    assert re.search(r"^an 8B model on 8 boards: [23]\.\d\d tokens/s$", out, re.MULTILINE)

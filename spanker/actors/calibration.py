@@ -308,7 +308,7 @@ def _model(vocabulary: int) -> llama.LlamaModel:
         embedding=none,
         output=none,
     )
-    return llama.LlamaModel(shape, 1e-5, 1e4, {}, {}, False)
+    return llama.LlamaModel(shape, 1e-5, 1e4, {}, False)
 
 
 def _limits(candidates: int) -> Limits:

@@ -148,7 +148,9 @@ class CardActor:
             # While the next one is waited for nothing is kept of the last: its memory is not ours.
             request = None
             request_id, request = await self._channel.receive()
-            if isinstance(request, WriteBuffers) and not _is_quick(request):
+            # A modelled card's time does not wait for threads.
+            in_thread = not self._device.modelled
+            if in_thread and isinstance(request, WriteBuffers) and not _is_quick(request):
                 await self._free_writers.acquire()
                 nursery.start_soon(self._write, request, request_id)
                 continue

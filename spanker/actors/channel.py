@@ -134,7 +134,7 @@ class MemoryChannel(Channel):
 
     def _gone(self, error: Exception) -> ChannelClosedError:
         here = isinstance(error, trio.ClosedResourceError)
-        return _closed(self.name, "on this side" if here else "by the peer")
+        return closed_error(self.name, "on this side" if here else "by the peer")
 
     async def aclose(self) -> None:
         self._sending.close()
@@ -189,15 +189,15 @@ class StreamChannel(Channel):
             pieces = encode_frame(frame, self._limits)
         async with self._send_lock:
             if self._closed:
-                raise _closed(self.name, "on this side")
+                raise closed_error(self.name, "on this side")
             try:
                 for piece in _join_small(pieces):
                     await self._stream.send_all(piece)
             except trio.ClosedResourceError:
-                raise _closed(self.name, "on this side") from None
+                raise closed_error(self.name, "on this side") from None
             except trio.BrokenResourceError:
                 # What the peer sent before it went away can still be received.
-                raise _closed(self.name, "by the peer") from None
+                raise closed_error(self.name, "by the peer") from None
             except BaseException:
                 await self._abandon()
                 raise
@@ -205,7 +205,7 @@ class StreamChannel(Channel):
     async def _make(self, frame: Frame) -> list[Buffer]:
         """Encode a frame with deferred buffers, while another one may be under way."""
         if self._closed:
-            raise _closed(self.name, "on this side")
+            raise closed_error(self.name, "on this side")
         pieces: list[Buffer] = []
         await self._maker.run(lambda: pieces.extend(encode_frame(frame, self._limits)))
         return pieces
@@ -216,7 +216,7 @@ class StreamChannel(Channel):
         try:
             while not self._arrived:
                 if self._closed:
-                    raise _closed(self.name, "on this side")
+                    raise closed_error(self.name, "on this side")
                 # Raises the violation that came behind the frames handed out so far.
                 self._decoder.feed(b"")
                 await self._read_more()
@@ -230,12 +230,12 @@ class StreamChannel(Channel):
         try:
             data = await self._stream.receive_some(nbytes)
         except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
+            raise closed_error(self.name, "on this side") from None
         except trio.BrokenResourceError:
-            raise _closed(self.name, "by the peer") from None
+            raise closed_error(self.name, "by the peer") from None
         if not data:
             self._decoder.eof()
-            raise _closed(self.name, "by the peer")
+            raise closed_error(self.name, "by the peer")
         self._arrived.extend(self._decoder.feed(data))
 
     async def aclose(self) -> None:
@@ -279,5 +279,6 @@ def _join_small(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         yield b"".join(joined)
 
 
-def _closed(name: str, where: str) -> ChannelClosedError:
+def closed_error(name: str, where: str) -> ChannelClosedError:
+    """What is raised on a channel that was closed "on this side" or "by the peer"."""
     return ChannelClosedError(f"{name}: closed {where}; open a new channel to go on")

@@ -11,9 +11,11 @@ import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import attrs
 import numpy as np
 import trio
 
@@ -44,8 +46,10 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
+from spanker.actors.paced import PacedLink
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
 from spanker.actors.trace import Trace
+from spanker.actors.virtual_time import alongside
 from spanker.device.base import CardDevice
 from spanker.errors import (
     CardError,
@@ -82,10 +86,21 @@ class Coordinator:
     """The cards of one fleet.  Made by `open_coordinator`."""
 
     def __init__(
-        self, clients: Sequence[CardClient], profile: Profile, *, hang_timeout_s: float
+        self,
+        clients: Sequence[CardClient],
+        profile: Profile,
+        *,
+        hang_timeout_s: float,
+        modelled: bool = False,
+        hollow: bool = False,
     ) -> None:
         self.clients = tuple(clients)
         self.profile = profile
+        # As of the cards; a fleet is of one kind.
+        self.modelled = modelled
+        self.hollow = hollow
+        # The model of the host link, where there is one.
+        self.host_link: HostLink | PacedLink | None = None
         self.topology = Topology.with_mock(len(clients))
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
@@ -122,12 +137,14 @@ class Coordinator:
     async def load(
         self,
         model: llama.LlamaModel,
-        gguf: GGUFFile,
+        gguf: GGUFFile | None,
         plan: Plan,
         limits: Limits,
         progress: Progress | None = None,
     ) -> LoadedModel:
         """Put each card's share of the model on it.  `progress(done, total)` counts bytes sent.
+
+        Of a model without a file all weights are zero.
 
         On any failure, cancellation included, what was allocated is freed again.
         """
@@ -137,7 +154,7 @@ class Coordinator:
     async def _load(
         self,
         model: llama.LlamaModel,
-        gguf: GGUFFile,
+        gguf: GGUFFile | None,
         plan: Plan,
         limits: Limits,
         progress: Progress | None,
@@ -146,7 +163,7 @@ class Coordinator:
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
         # All cards together as many as there are cores to make the bytes.
-        at_once = -(-len(os.sched_getaffinity(0)) // len(plan.cards))
+        at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(plan.cards))
         loaded = LoadedModel(model, plan, limits, {c: {} for c in plan.cards}, {})
 
         def sent(nbytes: int) -> None:
@@ -310,6 +327,16 @@ class Coordinator:
         async with self._step_lock:
             yield
 
+    def now_ns(self) -> int:
+        """The time by which this fleet's cards tell what they did."""
+        return round(trio.current_time() * 1e9) if self.modelled else time.monotonic_ns()
+
+    async def host_work(self) -> None:
+        """What the host takes before it can submit a step that depends on its choice: modelled
+        where the cards are, real otherwise."""
+        if self.modelled and self.profile.host_step_s:
+            await trio.sleep(self.profile.host_step_s)
+
     def count_step(self) -> int:
         """The number of a new step, from 1."""
         self._steps += 1
@@ -374,22 +401,30 @@ async def open_coordinator(
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
     `channel` is how messages travel: `memory` or `unix`.  A profile with a throttled host link
-    sends them over that link instead.  The actors own the devices and close them.
+    sends them over that link instead.  The actors own the devices, all modelled or none, and close
+    them.
     """
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
-    make_pair = _channel_maker(profile, channel)
-    async with trio.open_nursery() as nursery:
+    modelled = any(device.modelled for device in devices)
+    async with _channels(profile, channel, modelled) as channels, trio.open_nursery() as nursery:
         clients: list[CardClient] = []
         scopes: list[trio.CancelScope] = []
         for device in devices:
-            host_end, card_end = make_pair(f"channel of card {device.number}")
+            host_end, card_end = channels.pair(f"channel of card {device.number}")
             clients.append(CardClient(device.number, host_end))
             # Cancellation from outside must not reach the cards before their coordinator has asked
             # them to stop; it does so below, within STOP_S.
             scopes.append(trio.CancelScope(shield=True))
             nursery.start_soon(_serve, CardActor(card_end, device), clients[-1], scopes[-1])
-        coordinator = Coordinator(clients, profile, hang_timeout_s=hang_timeout_s)
+        coordinator = Coordinator(
+            clients,
+            profile,
+            hang_timeout_s=hang_timeout_s,
+            modelled=modelled,
+            hollow=all(device.hollow for device in devices),
+        )
+        coordinator.host_link = channels.link
         try:
             await coordinator.discover()
             yield coordinator
@@ -402,20 +437,35 @@ async def open_coordinator(
                 scope.cancel()
 
 
-def _channel_maker(profile: Profile, channel: str) -> Callable[[str], tuple[Channel, Channel]]:
+@attrs.frozen
+class _Channels:
+    """What makes both ends of a card's channel, by its name, and the host link they share."""
+
+    pair: Callable[[str], tuple[Channel, Channel]]
+    link: HostLink | PacedLink | None = None
+
+
+@contextlib.asynccontextmanager
+async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIterator[_Channels]:
+    """How messages travel within the block."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")
-    if profile.host_link_bytes_per_s is None:
-        if channel == "unix":
-            return lambda name: unix_channel_pair(name=name)
-        return lambda name: memory_channel_pair(name=name)
-    link = HostLink(profile.host_link_bytes_per_s, profile.host_link_latency_s)
+    rate, latency_s = profile.host_link_bytes_per_s, profile.host_link_latency_s
+    if rate is None:
+        make = unix_channel_pair if channel == "unix" else memory_channel_pair
+        yield _Channels(lambda name: make(name=name))
+    elif modelled:
+        paced = PacedLink(rate, latency_s)
+        async with alongside(paced.run):
+            yield _Channels(lambda name: paced.channel_pair(name=name), paced)
+    else:
+        link = HostLink(rate, latency_s)
 
-    def paced(name: str) -> tuple[Channel, Channel]:
-        host, card = link.stream_pair()
-        return StreamChannel(host, name=name), StreamChannel(card, name=name)
+        def stream_pair(name: str) -> tuple[Channel, Channel]:
+            host, card = link.stream_pair()
+            return StreamChannel(host, name=name), StreamChannel(card, name=name)
 
-    return paced
+        yield _Channels(stream_pair, link)
 
 
 async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:

@@ -177,6 +177,12 @@ def check_frame(frame: Frame, limits: FrameLimits = DEFAULT_LIMITS) -> None:
             )
 
 
+def frame_bytes(frame: Frame) -> int:
+    """How many bytes `encode_frame` gives."""
+    table_bytes = len(frame.buffers) * _TABLE_ENTRY_BYTES
+    return HEADER_BYTES + len(frame.body) + table_bytes + sum(map(len, frame.buffers))
+
+
 def encode_frame(frame: Frame, limits: FrameLimits = DEFAULT_LIMITS) -> list[Buffer]:
     """The bytes of `frame` as a gather list: header, body and table joined, then each raw buffer.
 

@@ -31,11 +31,16 @@ _QUANTUM_S = 500e-6
 _QUANTUM_BYTES_MAX = 1 << 20
 # A sender books the link this far ahead before it sleeps.  Linux timers wake up to a millisecond
 # late through epoll; the booked work keeps the link busy meanwhile.
-_AHEAD_S = 2e-3
+AHEAD_S = 2e-3
 # Writes that follow each other this closely share one delivery, which bounds the memory that
 # streams of tiny writes take.  It delays their first byte by no more than this, their last by 0.
 _MERGE_S = 10e-6
 _RECEIVE_BYTES = 64 << 10
+
+
+def quantum_bytes(bandwidth_bytes_per_s: float) -> int:
+    """What one stream sends at a turn."""
+    return min(max(int(bandwidth_bytes_per_s * _QUANTUM_S), 1), _QUANTUM_BYTES_MAX)
 
 
 class HostLink:
@@ -80,7 +85,7 @@ class HostLink:
         """
         # The window holds what is unread; what is still on its way must fit besides, or the link
         # could not be kept busy.
-        in_flight = math.ceil(self.bandwidth_bytes_per_s * (self.latency_s + _AHEAD_S))
+        in_flight = math.ceil(self.bandwidth_bytes_per_s * (self.latency_s + AHEAD_S))
         down = _Pipe(self._to_cards, self.window_bytes + in_flight)
         up = _Pipe(self._to_host, self.window_bytes + in_flight)
         host_end = trio.StapledStream(_SendEnd(down), _ReceiveEnd(up))
@@ -92,8 +97,7 @@ class _Direction:
     """One direction of the link: whose turn it is, and until when it is taken."""
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float) -> None:
-        quantum = int(bandwidth_bytes_per_s * _QUANTUM_S)
-        self._quantum_bytes = min(max(quantum, 1), _QUANTUM_BYTES_MAX)
+        self._quantum_bytes = quantum_bytes(bandwidth_bytes_per_s)
         self._turn = trio.Lock()  # first come, first served
         self.bytes_total = 0
         self._bandwidth_bytes_per_s = bandwidth_bytes_per_s
@@ -111,7 +115,7 @@ class _Direction:
         A turn is as many bytes for every stream, whatever its write sizes: unused, they keep.
         """
         async with self._turn:
-            bookable_at = self.free_at() - _AHEAD_S
+            bookable_at = self.free_at() - AHEAD_S
             if bookable_at > trio.current_time():
                 await trio.sleep_until(bookable_at)
             return self._quantum_bytes

@@ -25,6 +25,7 @@ from spanker.errors import LocalProtocolError, SpankerError
 from spanker.ggml.architectures import llama
 
 ItemT = TypeVar("ItemT")
+Batch = list[tuple[str, llama.Piece]]
 
 # Buffers or pieces that one message is about.
 BATCH_MAX = 64
@@ -36,9 +37,9 @@ def batched(items: Sequence[ItemT], most: int) -> Iterator[Sequence[ItemT]]:
         yield items[begin : begin + most]
 
 
-def _batches(uploads: Sequence[llama.Upload]) -> Iterator[list[tuple[str, llama.Piece]]]:
+def _batches(uploads: Sequence[llama.Upload]) -> Iterator[Batch]:
     """Pieces in order, as many at a time as make one message of about UPLOAD_BYTES."""
-    batch: list[tuple[str, llama.Piece]] = []
+    batch: Batch = []
     nbytes = 0
     for upload in uploads:
         for piece in upload.pieces:

@@ -335,6 +335,8 @@ class Session:
                     result = await pipe.result()
                     with coordinator.span("collect", result.number):
                         await self._collect(result)
+                    if not self._flights and self._plan_batch():
+                        await coordinator.host_work()
 
     def _plan_batch(self) -> list[tuple[Sequence, SequenceStep]]:
         """What the next step does; nothing where it would have to wait for the one under way."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 _U32, _F32 = struct.Struct("<I"), struct.Struct("<f")
 
-# How often a step in flight is looked at.
+# How often a step in flight is looked at, at most.
 WATCH_S = 1.0
 
 
@@ -208,8 +208,9 @@ class StepPipe:
 
     async def _settled(self, flight: Flight) -> None:
         watch = ProgressWatch(self._coordinator, self._loaded.plan.cards, self._hang_timeout_s)
+        look_s = min(max(WATCH_S, self._hang_timeout_s / 10), self._hang_timeout_s / 4)
         while not flight.settled.is_set():
-            with trio.move_on_after(min(WATCH_S, self._hang_timeout_s / 4)):
+            with trio.move_on_after(look_s):
                 await flight.settled.wait()
             if not flight.settled.is_set():
                 await watch.look()

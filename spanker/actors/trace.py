@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fleet did, moment by moment, as a trace that chrome://tracing and ui.perfetto.dev show.
 
-Here events are gathered and put into words: no I/O, and no clock but that of the host's own spans.
+Here events are gathered and put into words: no I/O, and the clock is the coordinator's.
 tracer.py fetches the events from the cards and writes the file.  The format is Chrome's Trace Event
 Format, a JSON object: one process for the fleet, one thread for the host and one for each card.
 """
@@ -13,7 +13,7 @@ import functools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -89,7 +89,8 @@ def _label(commands: Sequence[Command], number: int) -> Label | None:
     if command.op in _TRANSFERS:
         return None
     if command.op == Op.EXCHANGE:
-        return _exchange_label(commands[number + 1 : number + 1 + command.args[0]])
+        transfers = commands[number + 1 : number + 1 + command.args[0]]
+        return _exchange_label(command.part, transfers)
     op, refs = command.op.name.lower(), dict(command.refs)
     args: dict[str, object] = {"op": op}
     if command.part:
@@ -111,7 +112,7 @@ def _label(commands: Sequence[Command], number: int) -> Label | None:
     return Label(name, op, args)
 
 
-def _exchange_label(transfers: Sequence[Command]) -> Label:
+def _exchange_label(part: str, transfers: Sequence[Command]) -> Label:
     sides: dict[Op, list[Command]] = {Op.LINK_SEND: [], Op.LINK_RECV: []}
     for transfer in transfers:
         sides[transfer.op].append(transfer)
@@ -125,7 +126,7 @@ def _exchange_label(transfers: Sequence[Command]) -> Label:
 
     sources, targets = peers(Op.LINK_RECV), peers(Op.LINK_SEND)
     what = f"wait for {_cards(sources)}" if sources else f"send to {_cards(targets)}"
-    where = dict.fromkeys(f"{t.part} {t.refs[0][1].buffer}".strip() for t in transfers)
+    where = dict.fromkeys(f"{part} {t.refs[0][1].buffer}".strip() for t in transfers)
     args: dict[str, object] = {"op": "exchange", "from": sources, "to": targets}
     return Label(
         f"{what} {', '.join(where)}",
@@ -185,10 +186,19 @@ class _Card:
 
 
 class Trace:
-    """Events of a fleet from `begin_ns` (CLOCK_MONOTONIC) on, and their text."""
+    """Events of a fleet from `begin_ns` on, and their text.  `now_ns` is the time by which its
+    cards tell theirs, `clock` the name of that."""
 
-    def __init__(self, cards: Sequence[CardInfo], begin_ns: int) -> None:
+    def __init__(
+        self,
+        cards: Sequence[CardInfo],
+        begin_ns: int,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        clock: str = "CLOCK_MONOTONIC",
+    ) -> None:
         self._begin_ns = begin_ns
+        self._now_ns = now_ns
+        self._clock = clock
         self._cards = [_Card(info) for info in cards]
         self._spans: list[_Span] = []
         self._steps: dict[int, _Step] = {}
@@ -222,11 +232,11 @@ class Trace:
     @contextlib.contextmanager
     def span(self, what: str, step: int) -> Iterator[None]:
         """The host does something for a step; no two spans at the same time."""
-        begin_ns = time.monotonic_ns()
+        begin_ns = self._now_ns()
         try:
             yield
         finally:
-            self._spans.append(_Span(what, step, begin_ns, time.monotonic_ns()))
+            self._spans.append(_Span(what, step, begin_ns, self._now_ns()))
 
     def answered(self, card: int, step: int, reply: Message | SpankerError) -> None:
         """A card has answered a step, in order: now it is known which fence is whose."""
@@ -349,7 +359,7 @@ class Trace:
         """Counts, and the time that each card spent with each operation."""
         return {
             "version": f"spanker {__version__}",
-            "clock": "CLOCK_MONOTONIC",
+            "clock": self._clock,
             "begin_ns": self._begin_ns,
             "steps": self.steps,
             "commands": self.commands,

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -22,6 +22,8 @@ from spanker.errors import CardError, ConfigError, SpankerError
 # second and card, where a fleet makes tens of thousands.
 CARD_EVENTS_MAX = 1 << 17
 FETCH_S = 0.1
+# Modelled cards have room for as much as there may be, and looking on takes them no time.
+MODELLED_EVENTS_MAX = 1 << 24
 FETCH_EVENTS_MAX = 1 << 15
 
 
@@ -32,7 +34,11 @@ class Tracer:
     """
 
     def __init__(self, coordinator: Coordinator, path: str | os.PathLike[str]) -> None:
-        self.trace = Trace(coordinator.cards, time.monotonic_ns())
+        modelled = coordinator.modelled
+        clock = "virtual" if modelled else "CLOCK_MONOTONIC"
+        self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
+        self._events_max = MODELLED_EVENTS_MAX if modelled else CARD_EVENTS_MAX
+        self._fetch_s = math.inf if modelled else FETCH_S
         self._coordinator = coordinator
         self._path = os.fspath(path)
         self._over = trio.Event()
@@ -54,7 +60,7 @@ class Tracer:
     async def run(self) -> None:
         """Fetch events again and again, until stopped or cancelled."""
         while True:
-            with trio.move_on_after(FETCH_S):
+            with trio.move_on_after(self._fetch_s):
                 await self._over.wait()
             if self._over.is_set():
                 return
@@ -87,7 +93,7 @@ class Tracer:
         self._coordinator.trace = self.trace
         try:
             for client in self._coordinator.clients:
-                await client.request(StartTrace(CARD_EVENTS_MAX))
+                await client.request(StartTrace(self._events_max))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._switch_off()
@@ -114,7 +120,7 @@ class Tracer:
 
     async def _fetch_from(self, client: CardClient) -> None:
         # A card makes events while they are fetched: not for ever.
-        for _ in range(CARD_EVENTS_MAX // FETCH_EVENTS_MAX + 1):
+        for _ in range(self._events_max // FETCH_EVENTS_MAX + 1):
             reply = await client.request(ReadTrace(FETCH_EVENTS_MAX))
             data = bytes(reply.buffers[0])
             self.trace.add(client.number, data, reply.lost)

@@ -193,6 +193,89 @@ def bench(
     work.bench(where, prompt_tokens or prompt, gen_tokens, repeat, trace=trace, as_json=as_json)
 
 
+@group.command(short_help="Foretell how fast a fleet would be.")
+@click.argument("model", required=False)
+@click.option("--shape", metavar="NAME", help="Simulate a model of this shape, without a file.")
+@click.option(
+    "--cards",
+    default="1",
+    metavar="N[:BYTES]",
+    help="How many cards, and how much memory each has.",
+)
+@click.option(
+    "--profile",
+    type=click.Choice(options.PROFILES),
+    default="rev-a",
+    help="The speeds of cards, links and host.",
+)
+@options.plan
+@click.option("--tokens", type=click.IntRange(min=1), default=32, help="Tokens to generate.")
+@click.option("--prompt", type=click.IntRange(min=1), default=128, help="Tokens of the prompt.")
+@click.option(
+    "--batch", type=click.IntRange(1, 64), default=1, help="Sequences generated side by side."
+)
+@click.option(
+    "--ctx",
+    "--context",
+    type=click.IntRange(min=1),
+    show_default="4096, or what they need",
+    help="Positions per sequence.",
+)
+@options.prompt_chunk
+@click.option(
+    "--arithmetic", is_flag=True, help="Compute what the cards would, too: the same tokens as run."
+)
+@click.option(
+    "--seed", type=int, default=0, help="Order of what the host could do at the same time."
+)
+@options.trace
+@options.as_json
+def simulate(
+    model: str | None,
+    shape: str | None,
+    cards: str,
+    profile: str,
+    plan: str,
+    tokens: int,
+    prompt: int,
+    batch: int,
+    ctx: int | None,
+    prompt_chunk: int,
+    arithmetic: bool,
+    seed: int,
+    trace: str | None,
+    as_json: bool,
+) -> None:
+    """Run MODEL, or a --shape such as llama-70b, on cards that do not exist.
+
+    The real coordinator and card actors run in virtual time on modelled cards: seconds are those
+    of the profile, and nothing of this machine is in them. The same arguments print the same
+    result and write the same trace, byte for byte.
+    """
+    if (model is None) == (shape is None):
+        raise click.UsageError("give either a MODEL or a --shape")
+    from spanker.cli import simulate as work
+
+    work.simulate(
+        work.scenario(
+            model=model,
+            shape=shape,
+            cards=cards,
+            profile=profile,
+            plan=plan,
+            tokens=tokens,
+            prompt_tokens=prompt,
+            batch=batch,
+            ctx=ctx,
+            prompt_chunk=prompt_chunk,
+            arithmetic=arithmetic,
+            seed=seed,
+        ),
+        trace=trace,
+        as_json=as_json,
+    )
+
+
 @group.command(short_help="Show versions, this machine, and what a model would do.")
 @click.option("--model", metavar="NAME|FILE", help="Describe this model and its plan.")
 @options.cards

@@ -29,12 +29,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORCED_AFTER = 3
 
 
-def run_async(job: Callable[[Interrupts], Awaitable[T]]) -> T:
-    """`trio.run` a job.  Raises `Interrupted` if a signal came, once the job has been cancelled."""
+def run_async(
+    job: Callable[[Interrupts], Awaitable[T]], runner: Callable[..., object] = trio.run
+) -> T:
+    """`trio.run` a job, or run it by another `runner` that takes an async function and what to call
+    it with.  Raises `Interrupted` if a signal came, once the job has been cancelled."""
     interrupts = Interrupts()
     try:
         with _handling(interrupts.arrived):
-            result = trio.run(interrupts.run, job)
+            result = runner(interrupts.run, job)
     except SpankerError:
         # What fails while it is being cancelled is of no interest.
         if interrupts.number is None:

@@ -104,9 +104,15 @@ class CardDevice(abc.ABC):
 
     Every method may raise CardLostError once the card is gone.  After `close` nothing but `close`
     may be called.
+
+    `modelled`: what the card takes for its work is modelled, so nothing that concerns it may wait
+    for a thread, whose time is real.  `hollow`: it keeps no bytes; what is written to it need not
+    even be made.
     """
 
     number: int
+    modelled: bool = False
+    hollow: bool = False
 
     @property
     @abc.abstractmethod

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -64,10 +64,25 @@ class SoftCardSpec:
     ddr_bytes: int = DEFAULT_DDR_BYTES
 
 
-class SoftCard(CardDevice):
-    """One card of a `SoftRig`, which owns its memory and threads."""
+class Rig(Protocol):
+    """What owns the native cards of a fleet, and whatever makes them work."""
 
-    def __init__(self, rig: SoftRig, number: int, spec: SoftCardSpec) -> None:
+    @property
+    def cards(self) -> Sequence[SoftCard]: ...
+
+    @property
+    def throttled(self) -> bool:
+        """Whether they keep a profile's speeds in real time."""
+
+    def close(self) -> None: ...
+
+
+class SoftCard(CardDevice):
+    """One card of a rig, which owns its memory and steps it."""
+
+    kind = "soft"
+
+    def __init__(self, rig: Rig, number: int, spec: SoftCardSpec) -> None:
         isa = spec.isa or default_isa()
         align = int(lib.SPK_DDR_ALIGN)
         if not align <= spec.ddr_bytes <= DDR_BYTES_MAX:
@@ -83,7 +98,7 @@ class SoftCard(CardDevice):
         self._card: Any = lib.spk_card_create(ddr_bytes, isa_number(isa), status)
         check(status[0], f"opening card {number}", card=number)
         self._info = DeviceInfo(
-            name=f"soft{number}",
+            name=f"{self.kind}{number}",
             serial=number,
             isa=isa,
             semantics_version=lib.SPK_SEMANTICS_VERSION,
@@ -100,9 +115,14 @@ class SoftCard(CardDevice):
     @property
     def handle(self) -> Any:
         """The native card; CardLostError after close."""
-        if self._card is None or self._closed:
+        if self.closed:
             raise CardLostError(f"card {self.number} is closed", card=self.number)
         return self._card
+
+    @property
+    def closed(self) -> bool:
+        """Whether the card was closed, by itself or with its rig."""
+        return self._card is None or self._closed
 
     @property
     def info(self) -> DeviceInfo:
@@ -256,13 +276,16 @@ class SoftCard(CardDevice):
         self._check(lib.spk_card_abort(self.handle, epoch), f"entering epoch {epoch}")
 
     def counters(self) -> DeviceCounters:
-        c = ffi.new("struct spk_counters *")
-        lib.spk_card_counters(self.handle, c)
         tx, rx = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         links: list[tuple[int, int]] = []
         for peer in range(len(self._rig.cards)):
             lib.spk_card_link_bytes(self.handle, peer, tx, rx)
             links.append((int(tx[0]), int(rx[0])))
+        return self._counters(links)
+
+    def _counters(self, links: Sequence[tuple[int, int]]) -> DeviceCounters:
+        c = ffi.new("struct spk_counters *")
+        lib.spk_card_counters(self.handle, c)
         return DeviceCounters(
             commands=c.commands,
             steps=c.steps,
@@ -309,13 +332,14 @@ class SoftCard(CardDevice):
 
     def close(self) -> None:
         """The card does nothing any more; with the last card of a rig its threads end too."""
-        if self._card is not None and not self._closed:
+        if not self.closed:
             self._closed = True
             lib.spk_card_plant(self._card, lib.SPK_PLANT_DIE)
-            if all(card._closed for card in self._rig.cards):
+            if all(card.closed for card in self._rig.cards):
                 self._rig.close()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """For the rig, once nobody steps the card any more: give its memory back.  Idempotent."""
         card, self._card, self._closed = self._card, None, True
         if card is not None:
             lib.spk_card_destroy(card)
@@ -350,6 +374,17 @@ def _ring_bytes(cards: int) -> int:
     return nbytes // 4096 * 4096
 
 
+def link_all(cards: Sequence[SoftCard]) -> None:
+    """Link every card with every other, before anyone steps them."""
+    ring_bytes = _ring_bytes(len(cards))
+    for a in cards:
+        for b in cards[a.number + 1 :]:
+            check(
+                lib.spk_link_connect(a.handle, a.number, b.handle, b.number, ring_bytes),
+                f"linking cards {a.number} and {b.number}",
+            )
+
+
 class SoftRig:
     """The cards of one fleet, fully linked, and the threads that step them.
 
@@ -371,13 +406,7 @@ class SoftRig:
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
-            ring_bytes = _ring_bytes(len(specs))
-            for a in self.cards:
-                for b in self.cards[a.number + 1 :]:
-                    check(
-                        lib.spk_link_connect(a.handle, a.number, b.handle, b.number, ring_bytes),
-                        f"linking cards {a.number} and {b.number}",
-                    )
+            link_all(self.cards)
             if throttle is not None:
                 self._throttle = Throttle([c.handle for c in self.cards], throttle)
             status = ffi.new("int *")
@@ -399,7 +428,7 @@ class SoftRig:
         if throttle is not None:
             throttle.close()
         for card in self.cards:
-            card._release()
+            card.release()
 
     def __enter__(self) -> SoftRig:
         return self

@@ -294,20 +294,29 @@ class Program:
                 self.positions_max,
             )
         ]
+        # Of a model's many transfers most are the very same command.
+        packed: dict[int, bytes] = {}
         for number, command in enumerate(self.commands):
-            refs = [0] * 12
-            for slot, ref in command.refs:
-                if ref.buffer not in handles:
-                    raise CardCommandError(
-                        f"command {number} ({command.op.name.lower()}) names buffer "
-                        f"{ref.buffer!r}, which was not allocated"
-                    )
-                refs[3 * slot : 3 * slot + 3] = handles[ref.buffer], ref.stride, ref.offset
-            args = command.args + (0,) * (14 - len(command.args))
-            flags = int(lib.SPK_FLAG_OUTPUTS) if command.outputs else 0
-            flags |= int(lib.SPK_FLAG_BULK) if command.bulk else 0
-            parts.append(COMMAND.pack(command.op, command.format, flags, *refs, *args))
+            data = packed.get(id(command))
+            if data is None:
+                data = packed[id(command)] = _pack(command, number, handles)
+            parts.append(data)
         return b"".join(parts)
+
+
+def _pack(command: Command, number: int, handles: Mapping[str, int]) -> bytes:
+    refs = [0] * 12
+    for slot, ref in command.refs:
+        if ref.buffer not in handles:
+            raise CardCommandError(
+                f"command {number} ({command.op.name.lower()}) names buffer {ref.buffer!r}, "
+                f"which was not allocated"
+            )
+        refs[3 * slot : 3 * slot + 3] = handles[ref.buffer], ref.stride, ref.offset
+    args = command.args + (0,) * (14 - len(command.args))
+    flags = int(lib.SPK_FLAG_OUTPUTS) if command.outputs else 0
+    flags |= int(lib.SPK_FLAG_BULK) if command.bulk else 0
+    return COMMAND.pack(command.op, command.format, flags, *refs, *args)
 
 
 # --- steps ------------------------------------------------------------------------

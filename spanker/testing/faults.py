@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures on demand.  Only soft cards can fail so far."""
+"""Failures on demand, of soft and virtual cards."""
 
 from __future__ import annotations
 

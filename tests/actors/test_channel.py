@@ -24,6 +24,7 @@ from spanker.actors.channel import (
 from spanker.actors.frame import Deferred, Frame, FrameLimits, RawBuffer, encode_frame
 from spanker.actors.host_link import HostLink
 from spanker.actors.message import Abort, BufferData, Describe, Ok, WriteBuffers, encode
+from spanker.actors.paced import PacedLink
 from spanker.errors import (
     ChannelClosedError,
     LocalProtocolError,
@@ -39,6 +40,9 @@ def host_link_channel_pair(*, limits: FrameLimits) -> tuple[Channel, Channel]:
     return StreamChannel(a, limits=limits), StreamChannel(b, limits=limits)
 
 
+# The task that lets messages over a paced link arrive is the fixture's.
+PACED = "paced"
+
 PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
     "memory": memory_channel_pair,
     "unix": unix_channel_pair,
@@ -46,12 +50,17 @@ PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
 }
 
 
-@pytest.fixture(params=PAIRS)
+@pytest.fixture(params=[*PAIRS, PACED])
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Channel, Channel]]:
-    a, b = PAIRS[request.param](limits=LIMITS)
-    with trio.fail_after(20):
-        async with a, b:
-            yield a, b
+    link = PacedLink(2e9, 100e-6)
+    make = link.channel_pair if request.param == PACED else PAIRS[request.param]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        a, b = make(limits=LIMITS)
+        with trio.fail_after(20):
+            async with a, b:
+                yield a, b
+        nursery.cancel_scope.cancel()
 
 
 Pair = tuple[Channel, Channel]

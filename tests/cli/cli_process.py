@@ -41,9 +41,11 @@ def spanker(
     )
 
 
-def good(*args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def good(
+    *args: str, stdin: bytes = b"", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
     """Run to the end, which must be a success without complaints."""
-    done = spanker(*args, stdin=stdin)
+    done = spanker(*args, stdin=stdin, env=env)
     assert done.returncode == 0, done.stderr.decode()
     assert b"Traceback" not in done.stderr and b"Warning" not in done.stderr
     return done

@@ -2,7 +2,8 @@
 """What the conformance suite of CardDevice runs on, and small programs for it.
 
 A body joins with one line in BODIES: how to make `count` linked cards with `ddr_bytes` each, as an
-object with `.cards` and `.close()`.
+object with `.cards` and `.close()`.  Tests ask `clock_of` a card for the time and let it pass
+there: that of virtual cards passes only then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import pytest
 from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
 from spanker.device.soft import SoftCardSpec, SoftRig
+from spanker.device.virtual.card import VirtualCard, VirtualCardSpec, VirtualRig
+from spanker.device.virtual.units import PS_PER_NS, to_ps
 from spanker.kernels import program as op
 from spanker.kernels.program import (
     Command,
@@ -64,28 +67,84 @@ def throttled_rig(count: int, ddr_bytes: int) -> SoftRig:
     return SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count, throttle=REV_A)
 
 
+def virtual_rig(count: int, ddr_bytes: int) -> VirtualRig:
+    return VirtualRig([VirtualCardSpec(ddr_bytes=ddr_bytes)] * count, REV_A)
+
+
 BODIES: dict[str, Callable[[int, int], Rig]] = {
     "soft": soft_rig,
     "recorded": RecordedRig,
     "throttled": throttled_rig,
+    "virtual": virtual_rig,
 }
 
 
-def readable(device: CardDevice, timeout_s: float) -> bool:
+# --- time -------------------------------------------------------------------------------
+
+
+def polls_readable(device: CardDevice, timeout_s: float) -> bool:
     assert device.completion_fd is not None
     poll = select.poll()
     poll.register(device.completion_fd, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
 
 
+class RealTime:
+    """The time of cards that work by themselves."""
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def readable(self, device: CardDevice, timeout_s: float) -> bool:
+        return polls_readable(device, timeout_s)
+
+
+class ModelledTime:
+    """The time of virtual cards: it passes when somebody lets it."""
+
+    def __init__(self, rig: VirtualRig) -> None:
+        self._rig = rig
+
+    def now_ns(self) -> int:
+        return self._rig.now // PS_PER_NS
+
+    def sleep(self, seconds: float) -> None:
+        self._rig.advance(self._rig.now + to_ps(seconds))
+
+    def readable(self, device: CardDevice, timeout_s: float) -> bool:
+        end = self._rig.now + to_ps(timeout_s)
+        while not polls_readable(device, 0):
+            event = self._rig.next_event()
+            if event is None or event > end:
+                self._rig.advance(end)
+                return polls_readable(device, 0)
+            self._rig.advance(event)
+        return True
+
+
+def clock_of(device: CardDevice) -> RealTime | ModelledTime:
+    return ModelledTime(device.rig) if isinstance(device, VirtualCard) else RealTime()
+
+
+def readable(device: CardDevice, timeout_s: float) -> bool:
+    return clock_of(device).readable(device, timeout_s)
+
+
+# --- steps ------------------------------------------------------------------------------
+
+
 def collect(device: CardDevice, count: int, timeout_s: float = WAIT_S) -> list[Completion]:
     """Exactly `count` completions, waiting for them as an actor would."""
     done: list[Completion] = []
-    end = time.monotonic() + timeout_s
+    clock = clock_of(device)
+    end = clock.now_ns() / 1e9 + timeout_s
     while len(done) < count:
         done += device.completions()
         if len(done) < count and device.completion_fd is not None:
-            left = end - time.monotonic()
+            left = end - clock.now_ns() / 1e9
             assert left > 0, f"{len(done)} of {count} completions after {timeout_s} s"
             readable(device, left)
     assert len(done) == count

@@ -7,12 +7,22 @@ Every body of a card must pass it; conformance_rigs.py says how a body joins.
 from __future__ import annotations
 
 import struct
-import time
 
 import attrs
 import numpy as np
 import pytest
-from conformance_rigs import adder, collect, finish, make_program, sender, step, waiter
+from conformance_rigs import (
+    WAIT_S,
+    adder,
+    clock_of,
+    collect,
+    finish,
+    make_program,
+    readable,
+    sender,
+    step,
+    waiter,
+)
 
 from spanker.device.base import READS_MAX, CardDevice, TraceEvent, unpack_events
 from spanker.errors import (
@@ -140,6 +150,21 @@ def test_a_step_that_fails_brings_nothing_back(pair: tuple[CardDevice, CardDevic
         assert isinstance(lost.error, CardLostError) and lost.data == ()
 
 
+def test_what_is_submitted_once_a_fault_is_known_runs(card: CardDevice) -> None:
+    x, out = card.alloc(128), card.alloc(34)
+    made = make_program(op.quantize(Ref("x"), Ref("q"), k=32), tokens=1, outputs=0)
+    bad = card.load_program(made.encode({"x": x, "q": out}))
+    good, _, _ = adder(card)
+    card.write(x, 0, np.full(32, np.nan, np.float32).tobytes())
+    for _ in range(500):
+        card.submit(bad, step())
+        while not (done := card.completions()):
+            readable(card, WAIT_S)
+        assert isinstance(done[0].error, CardFaultError)
+        card.submit(good, step())
+        finish(card)
+
+
 # --- chosen tokens ----------------------------------------------------------------------
 
 
@@ -264,14 +289,15 @@ def test_a_trace_tells_every_command_of_every_step(pair: tuple[CardDevice, CardD
     receive, _ = waiter(a, 1)
     send, _ = sender(b, 0)
     counting, _, _ = adder(a, tokens=4)
-    before = time.monotonic_ns()
+    clock = clock_of(a)
+    before = clock.now_ns()
     fences = [a.submit(counting, step(tokens=3)), a.submit(receive, step())]
     fences.append(a.submit(counting, step(tokens=0)))
-    time.sleep(0.02)
+    clock.sleep(0.02)
     sent = b.submit(send, step())
     finish(b)
     finish(a, 3)
-    after = time.monotonic_ns()
+    after = clock.now_ns()
     (events, lost), (others, _) = events_of(a), events_of(b)
     assert lost == 0
     assert [(e.fence, e.command, e.op) for e in events] == [

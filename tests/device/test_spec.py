@@ -7,6 +7,7 @@ import pytest
 
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_bytes, parse_fleet
+from spanker.device.virtual.card import VirtualCardSpec
 from spanker.errors import ConfigError
 from spanker.native import isas
 
@@ -27,6 +28,9 @@ SCALAR = SoftCardSpec("scalar", DEFAULT_DDR_BYTES)
         ("2:1M", (SoftCardSpec(None, 1 << 20),) * 2),
         ("soft:0,soft:1", (ONE,)),
         (CARDS_MAX, (ONE,) * CARDS_MAX),
+        ("virtual:2", (VirtualCardSpec(),) * 2),
+        ("virtual:1@scalar:1M", (VirtualCardSpec("scalar", 1 << 20),)),
+        ("hollow:1,hollow:1", (VirtualCardSpec(hollow=True),) * 2),
     ],
 )
 def test_specifications_name_cards_in_order(spec: str | int, cards: tuple[SoftCardSpec]) -> None:
@@ -52,7 +56,10 @@ def test_every_instruction_set_of_this_machine_can_be_named() -> None:
         ("1,,2", "no cards ''"),
         ("soft:1 @scalar", "no cards"),
         ("soft:1.5", "no cards"),
-        ("virtual:2", "no kind of card 'virtual'"),
+        ("imaginary:2", "no kind of card 'imaginary'"),
+        ("soft:1,virtual:1", "soft and virtual cards do not go together"),
+        ("virtual:1,hollow:1", "virtual and hollow cards do not go together"),
+        ("hollow:65", "65 cards are too many: a hollow fleet has 1 to 64"),
         ("300", f"300 cards are too many: a soft fleet has 1 to {CARDS_MAX}"),
         (f"{CARDS_MAX},1", f"{CARDS_MAX + 1} cards are too many"),
         ("999999999", "too many"),

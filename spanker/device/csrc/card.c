@@ -646,6 +646,7 @@ static void complete(struct spk_card *c, int status)
     c->queue_head = (c->queue_head + 1) % SPK_QUEUE_MAX;
     c->queue_count--;
     run->active = false;
+    c->known_from = c->next_fence;
     atomic_store(&c->waiting_for, -1);
     if (status == SPK_OK)
         atomic_fetch_add(&c->steps, 1);
@@ -795,6 +796,21 @@ static bool stale(struct spk_card *c, uint32_t epoch)
     return any;
 }
 
+/* Completes what was submitted before the step that has just completed was known to have failed,
+ * in the belief that it succeeds; whoever submits after that knows. */
+static void flush_behind(struct spk_card *c)
+{
+    uint64_t known_from = c->known_from;
+    for (;;) {
+        pthread_mutex_lock(&c->mutex);
+        bool any = c->queue_count > 0 && c->queue[c->queue_head].fence < known_from;
+        pthread_mutex_unlock(&c->mutex);
+        if (!any)
+            return;
+        complete(c, SPK_E_ABORTED);
+    }
+}
+
 static bool start_next(struct spk_card *c)
 {
     pthread_mutex_lock(&c->mutex);
@@ -831,29 +847,49 @@ static void flush(struct spk_card *c, int status, uint32_t before_epoch)
         complete(c, status);
 }
 
-int spk_card_step(struct spk_card *c)
+/* What comes before work: death, aborts, taking up the next step.  Whether there is work; what the
+ * step of the engine was, if not. */
+static bool has_work(struct spk_card *c, int *result)
 {
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
+    *result = SPK_STEP_IDLE;
     if (plant == SPK_PLANT_DIE) {
         flush(c, SPK_E_LOST, UINT32_MAX);
-        return SPK_STEP_IDLE;
+        return false;
     }
     if (abort_epoch != c->epoch) {
         flush(c, SPK_E_ABORTED, abort_epoch);
         c->epoch = abort_epoch;
         atomic_store(&c->epoch_seen, abort_epoch);
         link_new_epoch(c);
-        return SPK_STEP_RAN;
+        *result = SPK_STEP_RAN;
+        return false;
     }
     if (!c->run.active && !start_next(c))
-        return SPK_STEP_IDLE;
-    if (plant == SPK_PLANT_HANG)
-        return SPK_STEP_IDLE; /* holds work, does nothing, and is not polled for it */
+        return false;
+    /* A hung card holds work, does nothing, and is not polled for it. */
+    return plant != SPK_PLANT_HANG;
+}
+
+int spk_card_skip(struct spk_card *c)
+{
+    int result;
+    if (!has_work(c, &result))
+        return result;
+    complete(c, SPK_OK);
+    return SPK_STEP_RAN;
+}
+
+int spk_card_step(struct spk_card *c)
+{
+    int result;
+    if (!has_work(c, &result))
+        return result;
 
     uint64_t begin = now_ns(), end = begin;
     uint64_t slices = 0;
-    int result = SPK_STEP_RAN;
+    result = SPK_STEP_RAN;
     if (!c->run.command_begin_ns)
         c->run.command_begin_ns = begin;
     for (;;) {
@@ -877,8 +913,7 @@ int spk_card_step(struct spk_card *c)
             status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
             complete(c, status);
-            /* What is queued behind was submitted in the belief that this step succeeds. */
-            flush(c, SPK_E_ABORTED, c->epoch + 1);
+            flush_behind(c);
             return SPK_STEP_RAN;
         }
         if (waiting) {

@@ -107,6 +107,7 @@ struct spk_card {
     uint32_t completion_head, completion_count;
     uint8_t *taken_result; /* of the completion that was collected last */
     uint64_t next_fence;
+    uint64_t known_from; /* fences from here on were given out once the last step had completed */
 
     /* Touched only by whoever steps the card. */
     struct execution run;

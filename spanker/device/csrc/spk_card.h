@@ -246,6 +246,8 @@ void spk_card_plant(struct spk_card *card, int fault);
 int spk_card_step(struct spk_card *card);
 /* After SPK_STEP_PACED: when (CLOCK_MONOTONIC) there may be more to do, if nothing else happens. */
 uint64_t spk_card_wake_ns(struct spk_card *card);
+/* The same for a card that keeps no bytes: the oldest step completes without having been run. */
+int spk_card_skip(struct spk_card *card);
 
 /* Two rings between cards numbered number_a and number_b; before the pool starts. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,

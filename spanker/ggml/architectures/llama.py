@@ -91,22 +91,23 @@ _INERT = ("general.", "tokenizer.", "quantize.", "split.", "mradermacher.", "pre
 
 @attrs.frozen
 class Weight:
-    """A weight matrix in the file."""
+    """A weight matrix, under the name of its shape."""
 
-    info: TensorInfo
     format: Format
     shape: WeightShape
 
 
 @attrs.frozen
 class LlamaModel:
-    """A llama model in a GGUF: its shape for planning, and where its tensors are."""
+    """A llama model: its shape for planning, and what else its programs depend on.
+
+    Its tensors are in the GGUF that it was read from, or nowhere: see `outline`.
+    """
 
     shape: ModelShape
     rms_eps: float
     rope_base: float
     weights: Mapping[str, Weight]
-    norms: Mapping[str, TensorInfo]
     tied: bool
 
     @property
@@ -215,7 +216,6 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
         )
 
     weights: dict[str, Weight] = {}
-    norms: dict[str, TensorInfo] = {}
     seen: set[str] = set()
 
     def tensor(name: str, *shape: int) -> TensorInfo:
@@ -234,7 +234,6 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
         fmt = _format(info)
         if fmt is None or not fmt.is_float:
             raise _bad(gguf, f"tensor {name!r} must be F32, F16 or BF16, got {info.type.name}")
-        norms[name] = info
 
     def weight(name: str, rows: int, k: int) -> WeightShape:
         info = tensor(name, rows, k)
@@ -254,7 +253,7 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
             columns_unit=fmt.block,
             unit_bytes=row_bytes(fmt, fmt.block),
         )
-        weights[name] = Weight(info, fmt, shape)
+        weights[name] = Weight(fmt, shape)
         return shape
 
     if "token_embd.weight" not in gguf.tensors:
@@ -311,8 +310,25 @@ def read_model(gguf: GGUFFile) -> LlamaModel:
         rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope_base=keys.number("rope.freq_base", 10000.0),
         weights=weights,
-        norms=norms,
         tied=tied,
+    )
+
+
+# Of a format without blocks the first: no shape tells bfloat16 from float16.
+_BY_BLOCK = {(f.block, row_bytes(f, f.block)): f for f in reversed(Format)}
+
+
+def outline(shape: ModelShape, *, rms_eps: float = 1e-5, rope_base: float = 10000.0) -> LlamaModel:
+    """A model of this shape without a file.  It plans, loads and runs like any other; all its
+    weights are zero, and so are its logits."""
+    matrices = [matrix for layer in shape.layers for matrix in layer.matrices]
+    matrices += [shape.embedding, shape.output]
+    return LlamaModel(
+        shape=shape,
+        rms_eps=rms_eps,
+        rope_base=rope_base,
+        weights={m.name: Weight(_BY_BLOCK[m.columns_unit, m.unit_bytes], m) for m in matrices},
+        tied=shape.embedding.name == shape.output.name,
     )
 
 
@@ -355,47 +371,59 @@ def _whole(buffer: str, data: npt.NDArray[np.generic]) -> Upload:
     return Upload(buffer, flat.size, tuple(map(piece, range(0, flat.size, UPLOAD_BYTES))))
 
 
-def _packed_rows(gguf: GGUFFile, weight: Weight, buffer: str, first: int, rows: int) -> Upload:
+def _zeros(out: npt.NDArray[np.uint8]) -> None:
+    out[:] = 0
+
+
+def _packed_rows(
+    gguf: GGUFFile | None, weight: Weight, buffer: str, first: int, rows: int
+) -> Upload:
     step = max(UPLOAD_BYTES // weight.shape.row_bytes // 16 * 16, 16)
-    data, name = gguf.tensor_data(weight.info.name), weight.info.name
+    name = weight.shape.name
+    data = None if gguf is None else gguf.tensor_data(name)
 
     def piece(begin: int) -> Piece:
         count = min(step, rows - begin)
 
         def fill(out: npt.NDArray[np.uint8]) -> None:
+            assert gguf is not None and data is not None
             at = first + begin
             pack(weight.format, data[at : at + count], weight.shape.k, out)
             gguf.forget(name, at, count)
 
-        return Piece(begin * weight.shape.row_bytes, weight.shape.packed_bytes(count), fill)
+        nbytes = weight.shape.packed_bytes(count)
+        return Piece(begin * weight.shape.row_bytes, nbytes, _zeros if gguf is None else fill)
 
     nbytes = weight.shape.packed_bytes(rows)
     return Upload(buffer, nbytes, tuple(map(piece, range(0, rows, step))))
 
 
-def _columns(gguf: GGUFFile, weight: Weight, buffer: str, columns: Share) -> Upload:
+def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share) -> Upload:
     unit, nbytes = weight.shape.columns_unit, weight.shape.unit_bytes
     begin, end = columns.start // unit * nbytes, columns.stop // unit * nbytes
     width, rows = end - begin, weight.shape.rows
     step = max(UPLOAD_BYTES // width, 1)
-    data, name = gguf.tensor_data(weight.info.name), weight.info.name
+    name = weight.shape.name
+    data = None if gguf is None else gguf.tensor_data(name)
 
     def piece(row: int) -> Piece:
         count = min(step, rows - row)
 
         def fill(out: npt.NDArray[np.uint8]) -> None:
+            assert gguf is not None and data is not None
             out.reshape(count, width)[:] = data[row : row + count, begin:end]
             gguf.forget(name, row, count)
 
-        return Piece(row * width, count * width, fill)
+        return Piece(row * width, count * width, _zeros if gguf is None else fill)
 
     return Upload(buffer, rows * width, tuple(map(piece, range(0, rows, step))))
 
 
 def uploads(
-    model: LlamaModel, gguf: GGUFFile, plan: Plan, card: int, limits: Limits
+    model: LlamaModel, gguf: GGUFFile | None, plan: Plan, card: int, limits: Limits
 ) -> tuple[Upload, ...]:
-    """What must be written into a card's buffers before its program can run."""
+    """What must be written into a card's buffers before its program can run; without a file all
+    weights are zero."""
     number, share = plan.place(card)
     stage = plan.stages[number]
     out: list[Upload] = [
@@ -403,8 +431,11 @@ def uploads(
     ]
 
     def norm(name: str) -> None:
-        kind = model.norms[name].type.name.lower()
-        out.append(_whole(name, dequantize_row(kind, gguf.tensor_data(name))))
+        weights = np.zeros(model.shape.hidden, np.float32)
+        if gguf is not None:
+            kind = gguf.tensors[name].type.name.lower()
+            weights = dequantize_row(kind, gguf.tensor_data(name))
+        out.append(_whole(name, weights))
 
     if not share.columns.empty and not embeds_from_output(model.shape, share):
         embedding = model.weights["token_embd.weight"]
@@ -471,6 +502,8 @@ class _Builder:
         self.y = _Row("y", shape.hidden)
         self.act = _Row("act", shape.ffn)
         self.actq = _Row("actq", shape.ffn, True)
+        # Every layer gathers the same rows.
+        self.gathers: dict[tuple[str, tuple[Share, ...]], tuple[Command, ...]] = {}
 
     def commands(self) -> Iterator[Command]:
         if self.previous is None:
@@ -480,7 +513,10 @@ class _Builder:
         for index in range(self.stage.layers.start, self.stage.layers.stop):
             layer = self.shape.layers[index]
             for part in (self._attention(index, layer), self._ffn(index, layer)):
-                yield from (command.of_part(f"blk.{index}") for command in part)
+                for command in part:
+                    # Transfers belong where their exchange does; on many cards they are many.
+                    is_transfer = command.op in (op.Op.LINK_SEND, op.Op.LINK_RECV)
+                    yield command if is_transfer else command.of_part(f"blk.{index}")
         if self.next is None:
             yield from self._output()
         else:
@@ -506,7 +542,11 @@ class _Builder:
 
     def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
         shares = tuple(share_of(s) for s in self.stage.shares)
-        return self._transfers(direct.all_gather_of(self.card, self.stage.cards, shares), row)
+        key = row.name, shares
+        if key not in self.gathers:
+            moves = direct.all_gather_of(self.card, self.stage.cards, shares)
+            self.gathers[key] = self._transfers(moves, row)
+        return self.gathers[key]
 
     def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
         moves = direct.handover(source.cards, target.cards, self.shape.hidden)

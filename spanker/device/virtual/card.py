@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `virtual` card: modelled time from the engine, memory and arithmetic from the native card.
+
+A `VirtualRig` makes the cards of one fleet.  Each is the native card of the soft body, without
+threads: it checks and holds programs, steps and buffers, and when the engine says that a step ends
+it is stepped, here and now, until that step is done.  A hollow card is never stepped: it answers as
+if all its weights were zero, and keeps no bytes.
+
+Time comes from `clock`, or, without one, from whoever calls `advance`.  Nothing here waits: the
+task that lets the time of a rig pass is `actors.virtual_time.drive`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import attrs
+
+from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, Fill, Lent, Read
+from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCard, SoftCardSpec, link_all
+from spanker.device.virtual.costs import ProgramCosts, step_size
+from spanker.device.virtual.engine import Engine, Outcome, Usage, Work
+from spanker.device.virtual.recorder import Recorder
+from spanker.device.virtual.units import PS_PER_NS
+from spanker.device.virtual.zeros import answer
+from spanker.errors import CardCommandError, ConfigError
+from spanker.native import lib, status_error
+from spanker.sched.bandwidth import Profile
+
+
+@attrs.frozen
+class VirtualCardSpec:
+    """How to make one virtual card.  `isa` as for soft cards; a `hollow` one does no arithmetic and
+    keeps no bytes."""
+
+    isa: str | None = None
+    ddr_bytes: int = DEFAULT_DDR_BYTES
+    hollow: bool = False
+
+
+class VirtualCard(SoftCard):
+    """One card of a `VirtualRig`."""
+
+    kind = "virtual"
+    modelled = True
+
+    def __init__(self, rig: VirtualRig, number: int, spec: VirtualCardSpec) -> None:
+        self._fd = -1
+        super().__init__(rig, number, SoftCardSpec(spec.isa, spec.ddr_bytes))
+        self.hollow = spec.hollow
+        # What a card says of itself takes time on the host link, wherever and however it computes.
+        self._info = attrs.evolve(self._info, isa="virtual", windows_max=0)
+        self.rig = rig
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._programs: dict[int, ProgramCosts] = {}
+        self._reads_of: dict[int, tuple[Read, ...]] = {}
+        # What the native card has completed, perhaps before its time has come.
+        self._native: dict[int, Completion] = {}
+        self._failed = 0  # the last fence that was given up
+        self._done: deque[Completion] = deque()
+        self._recorder: Recorder | None = None
+
+    @property
+    def completion_fd(self) -> int | None:
+        _ = self.handle
+        return self._fd
+
+    # --- memory -------------------------------------------------------------------------
+
+    def window(self, nbytes: int) -> int:
+        # What a hollow card would do to lent memory nobody has written.
+        return CardDevice.window(self, nbytes)
+
+    def write(self, handle: int, offset: int, data: Buffer) -> None:
+        if self.hollow:
+            self._check_range(handle, offset, len(data), "writing")
+        else:
+            super().write(handle, offset, data)
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        if self.hollow:
+            self._check_range(handle, offset, nbytes, "filling")
+        else:
+            super().fill(handle, offset, nbytes, make)
+
+    def read(self, handle: int, offset: int, nbytes: int) -> bytes:
+        if not self.hollow:
+            return super().read(handle, offset, nbytes)
+        self._check_range(handle, offset, nbytes, "reading")
+        return bytes(nbytes)
+
+    def _check_range(self, handle: int, offset: int, nbytes: int, doing: str) -> None:
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
+        self._u64(nbytes, "size")
+        self._check(
+            lib.spk_card_can_read(self.handle, handle, offset, nbytes),
+            f"{doing} {nbytes} bytes at {offset} of buffer {handle}",
+        )
+
+    # --- programs and steps ---------------------------------------------------------------
+
+    def load_program(self, program: Buffer) -> int:
+        handle = super().load_program(program)
+        try:
+            self._programs[handle] = ProgramCosts.read(program)
+        except BaseException:
+            super().unload_program(handle)
+            raise
+        return handle
+
+    def unload_program(self, program: int) -> None:
+        super().unload_program(program)
+        del self._programs[program]
+
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
+        engine = self.rig.synced()
+        fence = super().submit(program, parameters, reads, lent)
+        if self.hollow:
+            self._reads_of[fence] = tuple(reads)
+        engine.submit(self.number, Work(fence, self._programs[program], step_size(parameters)))
+        self.rig.changed()
+        return fence
+
+    def completions(self) -> Sequence[Completion]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+        done = list(self._done)
+        self._done.clear()
+        return done
+
+    def abort(self, epoch: int) -> None:
+        engine = self.rig.synced()
+        super().abort(epoch)
+        self.step_native()
+        self._fail(engine.abort(self.number, epoch), lib.SPK_E_ABORTED)
+        self.rig.changed()
+
+    def end_step(self, work: Work) -> Outcome:
+        """For the rig: the time of a step has come."""
+        native = self._finished(work)
+        if native is None:
+            return Outcome.STUCK
+        self._complete(attrs.evolve(native, busy_ns=work.busy_ps // PS_PER_NS))
+        if native.error is None:
+            return Outcome.DONE
+        self._fail(self.rig.engine.behind(self.number), lib.SPK_E_ABORTED)
+        return Outcome.FAULT
+
+    def _finished(self, work: Work) -> Completion | None:
+        fence = work.fence
+        if self.hollow:
+            lib.spk_card_skip(self.handle)
+            self._take_native()
+            reads = self._reads_of.pop(fence)
+            data = tuple(answer(work.program.results, read) for read in reads)
+            return attrs.evolve(self._native.pop(fence), data=data)
+        if fence not in self._native:
+            self.rig.step_until(self, fence)
+        return self._native.pop(fence, None)
+
+    def _fail(self, dropped: Sequence[Work], status: int) -> None:
+        """Complete what is not to be done, in order, with an error: that of the native card or,
+        where that was ahead and succeeded, or is behind, the given one."""
+        self._take_native()
+        for work in dropped:
+            native = self._native.pop(work.fence, None)
+            self._reads_of.pop(work.fence, None)
+            error = native.error if native else None
+            error = error or status_error(
+                status, f"card {self.number}, command 0", card=self.number
+            )
+            self._complete(Completion(work.fence, work.busy_ps // PS_PER_NS, error))
+        if dropped:
+            self._failed = dropped[-1].fence
+
+    def _complete(self, completion: Completion) -> None:
+        self._done.append(completion)
+        os.eventfd_write(self._fd, 1)
+
+    def step_native(self) -> bool:
+        """For the rig: a slice of work, if there is any that waits for nobody."""
+        moved: bool = lib.spk_card_step(self.handle) == lib.SPK_STEP_RAN
+        return moved
+
+    def has_native(self, fence: int) -> bool:
+        """For the rig: whether the native card has completed a step."""
+        self._take_native()
+        return fence in self._native
+
+    def _take_native(self) -> None:
+        for completion in super().completions():
+            # What had been given up before the native card came to it is of no interest.
+            if completion.fence > self._failed:
+                self._native[completion.fence] = completion
+
+    # --- what is told -------------------------------------------------------------------
+
+    def counters(self) -> DeviceCounters:
+        engine = self.rig.synced()
+        state = engine.state(self.number)
+        links = [engine.link_bytes(self.number, c.number) for c in self.rig.cards]
+        return attrs.evolve(
+            self._counters(links),
+            commands=state.commands,
+            steps=state.steps,
+            ddr_read_bytes=state.read_bytes,
+            ddr_written_bytes=state.written_bytes,
+            busy_ns=state.busy_ps // PS_PER_NS,
+            progress=state.progress,
+            queued=state.queued,
+            waiting_for=state.waiting_for,
+        )
+
+    def trace(self, events: int) -> None:
+        self._u64(events, "number of events")
+        _ = self.handle
+        most, engine = int(lib.SPK_TRACE_EVENTS_MAX), self.rig.synced()
+        if events > most or engine.state(self.number).queued:
+            raise CardCommandError(
+                f"card {self.number}: tracing {events} commands: expected at most {most:,}, and "
+                f"no step queued",
+                card=self.number,
+            )
+        self._recorder = Recorder(events) if events else None
+        engine.record(self.number, self._recorder)
+
+    def trace_events(self, most: int) -> tuple[bytes, int]:
+        self._u64(most, "number of events")
+        if self._recorder is None:
+            return b"", 0
+        return self._recorder.take(most), self._recorder.lost
+
+    # --- failures, the end ----------------------------------------------------------------
+
+    def kill(self) -> None:
+        engine = self.rig.synced()
+        super().kill()
+        self.step_native()
+        self._fail(engine.kill(self.number), lib.SPK_E_LOST)
+
+    def hang(self) -> None:
+        engine = self.rig.synced()
+        super().hang()
+        engine.hang(self.number)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.rig.engine.kill(self.number)
+        super().close()
+
+    def release(self) -> None:
+        super().release()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class VirtualRig:
+    """The cards of one fleet, fully linked, and the engine that says when they are done.
+
+    `clock` gives the time in picoseconds; without one it passes by `advance` alone, from 0.
+    `on_change`, if set, is called whenever the next event may have become another one.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[VirtualCardSpec],
+        profile: Profile,
+        clock: Callable[[], int] | None = None,
+    ) -> None:
+        if not 1 <= len(specs) <= CARDS_MAX:
+            raise ConfigError(f"a virtual fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
+        self.on_change: Callable[[], None] | None = None
+        self.cards: list[VirtualCard] = []
+        self._clock = clock
+        self.engine = Engine(profile, len(specs), self._end_step, 0 if clock is None else clock())
+        try:
+            for number, spec in enumerate(specs):
+                self.cards.append(VirtualCard(self, number, spec))
+            link_all(self.cards)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- time ---------------------------------------------------------------------------
+
+    @property
+    def throttled(self) -> bool:
+        return False
+
+    @property
+    def now(self) -> int:
+        """The time up to which everything has happened."""
+        return self.engine.now
+
+    def next_event(self) -> int | None:
+        """When something happens next, if nothing is submitted meanwhile."""
+        return self.engine.next_event()
+
+    def advance(self, until: int) -> None:
+        """Let everything happen up to and including `until`."""
+        self.engine.advance(until)
+
+    def synced(self) -> Engine:
+        """The engine, as far as the clock is."""
+        if self._clock is not None:
+            self.engine.advance(self._clock())
+        return self.engine
+
+    def changed(self) -> None:
+        """Something was submitted or dropped."""
+        if self.on_change is not None:
+            self.on_change()
+
+    def usage(self) -> Usage:
+        """What cards and links have been used by now."""
+        return self.synced().usage()
+
+    # --- arithmetic -----------------------------------------------------------------------
+
+    def _end_step(self, card: int, work: Work) -> Outcome:
+        return self.cards[card].end_step(work)
+
+    def step_until(self, card: VirtualCard, fence: int) -> None:
+        """Step cards until one of them has completed a step, or none can do anything more."""
+        saved = lib.spk_fp_enter()
+        try:
+            while not card.has_native(fence):
+                if card.step_native():
+                    continue
+                # It waits for others.
+                others = (c for c in self.cards if c is not card and not c.closed)
+                if not any(other.step_native() for other in others):
+                    return
+        finally:
+            lib.spk_fp_leave(saved)
+
+    # --- the end ------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release the cards.  Idempotent."""
+        for card in self.cards:
+            card.release()
+
+    def __enter__(self) -> VirtualRig:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
