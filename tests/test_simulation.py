@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import attrs
@@ -155,12 +156,26 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_large_model_on_many_cards_is_a_matter_of_seconds() -> None:
-    """Llama-70B's shape on 64 cards, here with a few layers' worth of time."""
     result = simulate(
-        Scenario(shape="llama-70b", cards=64, plan="tp8xpp8", prompt_tokens=16, tokens=3)
+        Scenario(shape="llama-13b", cards=64, plan="tp8xpp8", prompt_tokens=4, tokens=3)
     )
     assert isinstance(result, Simulation)
-    # 39 GB over the host link; a token reads an eighth of a stage's weights on every stage.
-    assert result.load_s == pytest.approx(389, rel=0.01)
-    assert result.decode_s / 2 == pytest.approx(weight_bytes("llama-70b") / 8 / 2e9, rel=0.05)
+    # A token reads an eighth of a stage's weights on every stage.
+    assert result.decode_s / 2 == pytest.approx(weight_bytes("llama-13b") / 8 / 2e9, rel=0.1)
     assert spanker.simulate is simulate
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("plan", ["tp8xpp8", "tp64"])
+def test_ten_runs_of_llama_70b_on_64_cards_are_the_same(plan: str, tmp_path: Path) -> None:
+    scenario = Scenario(shape="llama-70b", cards=64, plan=plan, tokens=16)
+    trace = tmp_path / "trace.json"
+    results, traces = [], set()
+    for _ in range(10 if plan == "tp8xpp8" else 2):
+        # With tp64 a step has two million transfers, more than a trace should hold.
+        traced = str(trace) if plan == "tp8xpp8" else None
+        results.append(simulate(scenario, trace=traced))
+        traces.add(hashlib.sha256(trace.read_bytes() if traced else b"").digest())
+    assert all(result == results[0] for result in results) and len(traces) == 1
+    # 39 GB over the host link; with tp64 every card has a KV head of eight.
+    assert results[0].load_s == pytest.approx(389 if plan == "tp8xpp8" else 449, rel=0.01)

@@ -332,9 +332,9 @@ class Coordinator:
         return round(trio.current_time() * 1e9) if self.modelled else time.monotonic_ns()
 
     async def host_work(self) -> None:
-        """What the host takes before it can submit a step that depends on its choice: modelled
-        where the cards are, real otherwise."""
-        if self.modelled and self.profile.host_step_s:
+        """For modelled cards: what the host takes before it can submit a step that depends on its
+        choice."""
+        if self.profile.host_step_s:
             await trio.sleep(self.profile.host_step_s)
 
     def count_step(self) -> int:

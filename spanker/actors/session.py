@@ -335,7 +335,7 @@ class Session:
                     result = await pipe.result()
                     with coordinator.span("collect", result.number):
                         await self._collect(result)
-                    if not self._flights and self._plan_batch():
+                    if coordinator.modelled and not self._flights and self._plan_batch():
                         await coordinator.host_work()
 
     def _plan_batch(self) -> list[tuple[Sequence, SequenceStep]]:

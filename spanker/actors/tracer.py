@@ -14,7 +14,7 @@ import trio
 from spanker.actors.client import CardClient
 from spanker.actors.coordinator import STOP_S, Coordinator
 from spanker.actors.message import ReadTrace, StartTrace
-from spanker.actors.trace import Trace
+from spanker.actors.trace import EVENTS_MAX, Trace
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, ConfigError, SpankerError
 
@@ -22,8 +22,6 @@ from spanker.errors import CardError, ConfigError, SpankerError
 # second and card, where a fleet makes tens of thousands.
 CARD_EVENTS_MAX = 1 << 17
 FETCH_S = 0.1
-# Modelled cards have room for as much as there may be, and looking on takes them no time.
-MODELLED_EVENTS_MAX = 1 << 24
 FETCH_EVENTS_MAX = 1 << 15
 
 
@@ -37,8 +35,10 @@ class Tracer:
         modelled = coordinator.modelled
         clock = "virtual" if modelled else "CLOCK_MONOTONIC"
         self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
-        self._events_max = MODELLED_EVENTS_MAX if modelled else CARD_EVENTS_MAX
-        self._fetch_s = math.inf if modelled else FETCH_S
+        self._events_max, self._fetch_s = CARD_EVENTS_MAX, FETCH_S
+        if modelled:
+            # Cards with room for all that is kept are asked once, in the end.
+            self._events_max, self._fetch_s = EVENTS_MAX // len(coordinator.cards), math.inf
         self._coordinator = coordinator
         self._path = os.fspath(path)
         self._over = trio.Event()
