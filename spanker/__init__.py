@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from spanker import aio, testing
     from spanker.actors.message import CardInfo
     from spanker.actors.session import SessionStats
+    from spanker.card_arrays import CardArrays
+    from spanker.collectives import (
+        all_gather,
+        all_reduce,
+        all_to_all,
+        barrier,
+        broadcast,
+        reduce_scatter,
+    )
     from spanker.device.q4_k import matmul_q4_k
     from spanker.device.soft import SoftCardSpec
     from spanker.fleet import (
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
     from spanker.sched.topology import Topology
 
 _MODULES = {
+    "CardArrays": "card_arrays",
     "CardInfo": "actors.message",
     "CardStats": "fleet",
     "Fleet": "fleet",
@@ -46,11 +56,18 @@ _MODULES = {
     "SoftCardSpec": "device.soft",
     "Token": "fleet",
     "Topology": "sched.topology",
+    "all_gather": "collectives",
+    "all_reduce": "collectives",
+    "all_to_all": "collectives",
+    "barrier": "collectives",
+    "broadcast": "collectives",
     "matmul_q4_k": "device.q4_k",
     "open_fleet": "fleet",
+    "reduce_scatter": "collectives",
 }
 
 __all__ = [
+    "CardArrays",
     "CardInfo",
     "CardStats",
     "Fleet",
@@ -66,8 +83,14 @@ __all__ = [
     "Topology",
     "__version__",
     "aio",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
     "matmul_q4_k",
     "open_fleet",
+    "reduce_scatter",
     "testing",
 ]
 

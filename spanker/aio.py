@@ -23,6 +23,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from spanker import fleet as trio_api
@@ -31,6 +33,15 @@ from spanker.actors.message import CardInfo
 from spanker.actors.session import SessionStats
 from spanker.actors.steps import F32
 from spanker.actors.trace import Trace
+from spanker.aio_collectives import (
+    CardArrays,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    barrier,
+    broadcast,
+    reduce_scatter,
+)
 from spanker.device.soft import SoftCard, SoftCardSpec
 from spanker.errors import ConfigError, RequestError
 from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
@@ -541,6 +552,12 @@ class Fleet:
         )
         return Model(self._portal, loaded)
 
+    async def arrays(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
+    ) -> CardArrays:
+        """An array of zeros on each card, as `spanker.Fleet.arrays`."""
+        return CardArrays(self, await self._portal.call(self._fleet.arrays, shape, dtype))
+
     @contextlib.asynccontextmanager
     async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
         """Record every command of every card within the block into a file, as `spanker.Fleet.trace`
@@ -601,4 +618,16 @@ async def open_fleet(
         raise portal.failure
 
 
-__all__ = ["Fleet", "Generation", "Model", "open_fleet"]
+__all__ = [
+    "CardArrays",
+    "Fleet",
+    "Generation",
+    "Model",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "open_fleet",
+    "reduce_scatter",
+]

@@ -85,6 +85,34 @@ class OutputTooSmallError(MatmulError):
         self.need = need
 
 
+# --- collectives ---------------------------------------------------------------
+
+
+class CollectiveError(SpankerError):
+    """The arrays of a collective are not what it takes."""
+
+
+class TopologyMismatchError(CollectiveError):
+    """Not one array for each card: `expected` cards, `actual` arrays."""
+
+    def __init__(self, message: str, *, expected: int = 0, actual: int = 0) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class ShapeMismatchError(CollectiveError):
+    """The array of card `sail` is not like that of card 0, or not of the length it must have."""
+
+    def __init__(
+        self, message: str, *, sail: int = 0, expected: object = None, actual: object = None
+    ) -> None:
+        super().__init__(message)
+        self.sail = sail
+        self.expected = expected
+        self.actual = actual
+
+
 # --- plans -------------------------------------------------------------------
 
 

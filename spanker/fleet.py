@@ -26,16 +26,19 @@ from types import TracebackType
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from spanker.actors import calibration
 from spanker.actors import session as sessions
+from spanker.actors.collectives import Collectives
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
 from spanker.actors.trace import Trace
 from spanker.actors.tracer import Tracer
+from spanker.card_arrays import CardArrays
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_fleet
 from spanker.errors import ConfigError, ContextLengthError, PlanError, UnsupportedModelError
@@ -347,6 +350,7 @@ class Fleet:
         self._nursery = nursery
         self._models: list[Model] = []
         self._load_lock = trio.Lock()
+        self._collectives = Collectives(coordinator)
 
     @property
     def topology(self) -> Topology:
@@ -411,6 +415,8 @@ class Fleet:
             decisions = decide(parsed.shape, len(self.cards), self.profile)
             # One at a time: other models may be on the cards already, or on their way.
             async with self._load_lock:
+                # What collectives hold for next time, the model may need.
+                await self._collectives.trim()
                 counters = await self._coordinator.counters()
                 free = [c.ddr_total_bytes - c.ddr_used_bytes for c in counters]
                 limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
@@ -465,6 +471,17 @@ class Fleet:
                 f"{pages * PAGE_POSITIONS:,}; lower kv_tokens or use more cards"
             )
         return attrs.evolve(limits, kv_pages=pages)
+
+    async def arrays(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
+    ) -> CardArrays:
+        """An array of zeros on each card, for collectives that are called again and again.
+
+        Where card and host share memory they are numpy arrays that both work on, and nothing is
+        copied; elsewhere they stay on the cards, and are read and written.  `async with` or
+        `aclose` gives them back.  Raises CollectiveError, CardMemoryError.
+        """
+        return await CardArrays.allocate(self._collectives, shape, dtype)
 
     @contextlib.asynccontextmanager
     async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:

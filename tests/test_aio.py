@@ -388,7 +388,7 @@ def test_a_loop_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
     fleet = loop.run_until_complete(manager.__aenter__())
     model = loop.run_until_complete(fleet.load(tiny_model))
     model.generate(PROMPT, max_tokens=200, ignore_eos=True)
-    assert threading.active_count() == 2
+    assert threading.active_count() >= 2
     loop.close()
     deadline = time.monotonic() + 5
     while threading.active_count() > 1 and time.monotonic() < deadline:
@@ -410,7 +410,7 @@ def test_a_coroutine_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
     coroutine = main()
     task = loop.create_task(coroutine)
     loop.run_until_complete(asyncio.wait_for(entered.wait(), 10))
-    assert threading.active_count() == 2
+    assert threading.active_count() >= 2
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     coroutine.close()

@@ -55,6 +55,13 @@ def test_several_prompts_share_steps() -> None:
     assert 24 <= steps <= 30
 
 
+def test_all_reduce() -> None:
+    out = run("all_reduce.py")
+    assert "the same bits on every card: True" in out
+    assert "[25000, 25000, 25000, 25000]" in out
+    assert "after three sums of 0, 1, 2, 3: [96 96 96 96 96 96 96 96]" in out
+
+
 @pytest.mark.usefixtures("smollm2_path")
 def test_chat_remembers_the_turns() -> None:
     out = run("chat.py")

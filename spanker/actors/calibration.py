@@ -154,9 +154,10 @@ def _cost(command: Command, step: SequenceStep) -> tuple[float, float, str]:
     t, n = len(step.outputs) if command.outputs else len(step.tokens), command.args[0]
     second = command.args[1] if len(command.args) > 1 else 0
     if command.op == Op.MATMUL:
-        floats = command.format.is_float
+        fmt = Format(command.format)
+        floats = fmt.is_float
         x = 4 * second if floats else row_bytes(Format.Q8_0, second)
-        nbytes = packed_bytes(command.format, n, second) + t * x + t * n * 4
+        nbytes = packed_bytes(fmt, n, second) + t * x + t * n * 4
         return nbytes, -(-n // 16) * 16 * second * t, "float" if floats else "int8"
     if command.op == Op.ATTENTION:
         heads = command.args[4]

@@ -8,20 +8,19 @@ device is closed.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import trio
 
 from spanker.actors.channel import Channel
-from spanker.actors.frame import DEFAULT_LIMITS
+from spanker.actors.frame import DEFAULT_LIMITS, Deferred, flat_buffer
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
-    AllocBuffer,
     AllocBuffers,
-    BufferAllocated,
     BufferData,
     BuffersAllocated,
     CardInfo,
@@ -31,21 +30,23 @@ from spanker.actors.message import (
     LoadProgram,
     Message,
     Ok,
+    OpenWindows,
     ProgramLoaded,
     ReadBuffer,
     ReadCounters,
     ReadTrace,
+    RunLent,
     RunStep,
     StartTrace,
     StepDone,
     Stop,
     TraceData,
     UnloadProgram,
-    WriteBuffer,
     WriteBuffers,
     failed,
 )
-from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Read
+from spanker.actors.threads import WorkThreads
+from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Lent, Read
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -56,6 +57,11 @@ from spanker.errors import (
 
 QUEUE_MAX = 4
 
+# Writes that run side by side, in threads.
+WRITES_MAX = 4
+# Less than this is written faster (a tenth of a millisecond) than handed to a thread.
+LARGE_WRITE_BYTES = 256 << 10
+
 
 class KernelQueue:
     """A bounded, in-order queue of submissions to one card."""
@@ -64,13 +70,21 @@ class KernelQueue:
         self._device = device
         self._slots = trio.Semaphore(capacity)
 
-    async def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    async def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         """Submit behind what is queued; waits for a free slot.  Returns the fence."""
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._slots.acquire()
         try:
+            if lent:
+                return self._device.submit(program, parameters, reads, lent)
             return self._device.submit(program, parameters, reads)
         except BaseException:
             self._slots.release()
@@ -106,31 +120,43 @@ class CardActor:
         self._queue = KernelQueue(device)
         self._pending: deque[_Pending] = deque()
         self._submitted = trio.Event()
+        self._writers = WorkThreads("spanker-writer", WRITES_MAX)
+        self._free_writers = trio.Semaphore(WRITES_MAX)
+        self._waiting_for_writes = trio.lowlevel.ParkingLot()
 
     async def serve(self) -> None:
         """Serve until Stop or the end of the channel."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect)
             try:
-                await self._serve()
+                await self._serve(nursery)
             except ChannelClosedError:
                 pass
             nursery.cancel_scope.cancel()
 
     async def aclose(self) -> None:
-        """Close the device and the channel."""
+        """Close the device and the channel, once no write uses the card's memory any more."""
+        with trio.CancelScope(shield=True):
+            await self._all_written()
+        self._writers.close()
         self._device.close()
         await trio.aclose_forcefully(self._channel)
 
-    async def _serve(self) -> None:
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        request: Message | None
         while True:
+            # While the next one is waited for nothing is kept of the last: its memory is not ours.
+            request = None
             request_id, request = await self._channel.receive()
+            if isinstance(request, WriteBuffers) and not _is_quick(request):
+                await self._free_writers.acquire()
+                nursery.start_soon(self._write, request, request_id)
+                continue
+            # Whatever comes behind a write finds it done.
+            await self._all_written()
             try:
-                if isinstance(request, RunStep):
-                    _check_reply_bytes(request, sum(request.reply_sizes()))
-                    fence = await self._queue.submit(
-                        request.program, request.buffers[0], request.reads
-                    )
+                if isinstance(request, RunStep | RunLent):
+                    fence = await self._submit(request)
                     self._pending.append(_Pending(request_id, fence))
                     self._submitted.set()
                     continue
@@ -141,22 +167,33 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
+    async def _submit(self, request: RunStep | RunLent) -> int:
+        parameters = request.buffers[0]
+        if isinstance(request, RunStep):
+            _check_reply_bytes(request, sum(request.reply_sizes()))
+            return await self._queue.submit(request.program, parameters, request.reads)
+        lent = request.buffers[1:]
+        if len(lent) != len(request.windows) or any(memoryview(m).readonly for m in lent):
+            raise CardCommandError(
+                f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
+                f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"
+            )
+        windows = tuple(zip(request.windows, lent, strict=True))
+        return await self._queue.submit(request.program, parameters, lent=windows)
+
     def _answer(self, request: Message) -> Message:
         device = self._device
-        if isinstance(request, WriteBuffer):
-            device.write(request.handle, request.offset, request.buffers[0])
-            return Ok()
         if isinstance(request, WriteBuffers):
             self._write_all(request)
             return Ok()
         if isinstance(request, AllocBuffers):
-            return BuffersAllocated(self._alloc_all(request.sizes))
+            return BuffersAllocated(self._all(request.sizes, device.alloc))
+        if isinstance(request, OpenWindows):
+            return BuffersAllocated(self._all(request.sizes, device.window))
         if isinstance(request, ReadBuffer):
             _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
             return BufferData(buffers=(data,))
-        if isinstance(request, AllocBuffer):
-            return BufferAllocated(device.alloc(request.nbytes), request.nbytes)
         if isinstance(request, FreeBuffer):
             device.free(request.handle)
             return Ok()
@@ -183,27 +220,54 @@ class CardActor:
             return Ok()
         raise LocalProtocolError(f"{type(request).__name__} is not a request to a card")
 
-    def _alloc_all(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    def _all(self, sizes: tuple[int, ...], make: Callable[[int], int]) -> tuple[int, ...]:
+        """A buffer of each of these sizes, or none."""
         handles: list[int] = []
         try:
             for nbytes in sizes:
-                handles.append(self._device.alloc(nbytes))
+                handles.append(make(nbytes))
         except BaseException:
             for handle in handles:
                 self._device.free(handle)
             raise
         return tuple(handles)
 
+    async def _all_written(self) -> None:
+        """Wait until no write runs in a thread."""
+        while self._free_writers.value < WRITES_MAX:
+            await self._waiting_for_writes.park()
+
+    async def _write(self, request: WriteBuffers, request_id: int) -> None:
+        """Do one write in a thread and answer it; the caller has taken a writer for it."""
+        reply: Message = Ok()
+        try:
+            await self._writers.run(lambda: self._write_all(request))
+        except SpankerError as error:
+            reply = failed(error, self._device.number)
+        finally:
+            self._free_writers.release()
+            self._waiting_for_writes.unpark_all()
+        with contextlib.suppress(ChannelClosedError):
+            await self._send(reply, request_id)
+
     def _write_all(self, request: WriteBuffers) -> None:
-        data, at = memoryview(request.buffers[0]).cast("B"), 0
-        need = sum(nbytes for _, _, nbytes in request.writes)
-        if need != data.nbytes:
+        buffers = [flat_buffer(buffer) for buffer in request.buffers]
+        if len(buffers) != len(request.writes):
             raise CardCommandError(
-                f"WriteBuffers has pieces of {need:,} bytes together, but brings {data.nbytes:,}"
+                f"WriteBuffers: expected a raw buffer for each of {len(request.writes)} writes, "
+                f"got {len(buffers)}"
             )
-        for handle, offset, nbytes in request.writes:
-            self._device.write(handle, offset, data[at : at + nbytes])
-            at += nbytes
+        for i, ((_, _, nbytes), buffer) in enumerate(zip(request.writes, buffers, strict=True)):
+            if nbytes != len(buffer):
+                raise CardCommandError(
+                    f"WriteBuffers, write {i}: expected a buffer of {nbytes:,} bytes, "
+                    f"got {len(buffer):,}"
+                )
+        for (handle, offset, nbytes), buffer in zip(request.writes, buffers, strict=True):
+            if isinstance(buffer, Deferred):
+                self._device.fill(handle, offset, nbytes, buffer.make_in)
+            else:
+                self._device.write(handle, offset, buffer)
 
     def _describe(self) -> CardInfo:
         info = self._device.info
@@ -215,12 +279,14 @@ class CardActor:
             isa=info.isa,
             ddr_bytes=info.ddr_bytes,
             max_programs=info.programs_max,
+            max_windows=info.windows_max,
         )
 
     async def _collect(self) -> None:
         """Answer steps as the card completes them."""
         while True:
-            if not self._pending:
+            # An fd can be waited for before there is anything: one task the less to wake a step.
+            if not self._pending and self._device.completion_fd is None:
                 self._submitted = trio.Event()
                 await self._submitted.wait()
             for completion in await self._queue.completed():
@@ -250,6 +316,13 @@ class CardActor:
         except LocalProtocolError as error:
             # Nothing was sent: the answer exceeds what the channel carries.
             await self._channel.send(failed(error, self._device.number), request_id)
+
+
+def _is_quick(request: WriteBuffers) -> bool:
+    """Whether a write takes no longer than other requests: few bytes, and all of them at hand."""
+    if any(isinstance(buffer, Deferred) for buffer in request.buffers):
+        return False
+    return sum(nbytes for _, _, nbytes in request.writes) < LARGE_WRITE_BYTES
 
 
 def _check_reply_bytes(request: Message, nbytes: int) -> None:

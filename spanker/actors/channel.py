@@ -9,17 +9,18 @@ that each kind must pass.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import trio
 
 from spanker.actors.frame import (
     DEFAULT_LIMITS,
     Buffer,
+    Deferred,
     Frame,
     FrameDecoder,
     FrameLimits,
@@ -27,6 +28,7 @@ from spanker.actors.frame import (
     encode_frame,
 )
 from spanker.actors.message import Message, decode, encode
+from spanker.actors.threads import WorkThreads
 from spanker.errors import ChannelClosedError, RemoteProtocolError
 
 # A message of several small pieces is one write; a larger piece is worth a write of its own,
@@ -43,12 +45,17 @@ class Channel(trio.abc.AsyncResource):
     Any number of tasks may send; one task at a time receives.
     """
 
+    shares_memory: ClassVar[bool] = False
+    """Whether raw buffers arrive as the very memory that was sent."""
+
     @abstractmethod
     async def send(self, message: Message, request_id: int) -> None:
         """Send one message; a checkpoint, and blocks while the peer is behind.
 
         Raises LocalProtocolError, with nothing sent, for a message that is out of range or exceeds
-        the limits, and ChannelClosedError when either side has closed.
+        the limits, and ChannelClosedError when either side has closed.  Deferred buffers are made
+        by the peer where it reads the sender's memory, otherwise here, in a thread: then
+        LocalProtocolError, with nothing sent, tells of an error in making them, too.
         """
 
     def try_send(self, message: Message, request_id: int) -> bool:
@@ -76,6 +83,7 @@ class Channel(trio.abc.AsyncResource):
 
 
 _Letter = tuple[int, Message]
+_GONE = (trio.ClosedResourceError, trio.BrokenResourceError, trio.EndOfChannel)
 
 
 class MemoryChannel(Channel):
@@ -85,6 +93,8 @@ class MemoryChannel(Channel):
     Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
     A cancelled `send` has sent nothing.
     """
+
+    shares_memory = True
 
     def __init__(
         self,
@@ -101,30 +111,30 @@ class MemoryChannel(Channel):
 
     async def send(self, message: Message, request_id: int) -> None:
         check_frame(encode(message, request_id), self._limits)
-        with self._named_errors():
+        try:
             await self._sending.send((request_id, message))
+        except _GONE as error:
+            raise self._gone(error) from None
 
     def try_send(self, message: Message, request_id: int) -> bool:
         check_frame(encode(message, request_id), self._limits)
-        with self._named_errors():
-            try:
-                self._sending.send_nowait((request_id, message))
-            except trio.WouldBlock:
-                return False
+        try:
+            self._sending.send_nowait((request_id, message))
+        except trio.WouldBlock:
+            return False
+        except _GONE as error:
+            raise self._gone(error) from None
         return True
 
     async def receive(self) -> tuple[int, Message]:
-        with self._named_errors():
-            return await self._receiving.receive()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
         try:
-            yield
-        except trio.ClosedResourceError:
-            raise _closed(self.name, "on this side") from None
-        except (trio.BrokenResourceError, trio.EndOfChannel):
-            raise _closed(self.name, "by the peer") from None
+            return await self._receiving.receive()
+        except _GONE as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: Exception) -> ChannelClosedError:
+        here = isinstance(error, trio.ClosedResourceError)
+        return _closed(self.name, "on this side" if here else "by the peer")
 
     async def aclose(self) -> None:
         self._sending.close()
@@ -150,9 +160,9 @@ def memory_channel_pair(
 class StreamChannel(Channel):
     """Encoded frames over a trio stream, which it owns and closes.
 
-    Bounded by what the stream buffers.  A `send` cancelled while it waits its turn has sent
-    nothing.  One cancelled while it writes may have left half a frame: it closes the channel, so
-    that no later frame can be taken for the rest of this one.
+    Bounded by what the stream buffers.  A `send` cancelled while it waits its turn, or for its
+    deferred buffers, has sent nothing.  One cancelled while it writes may have left half a frame:
+    it closes the channel, so that no later frame can be taken for the rest of this one.
     """
 
     def __init__(
@@ -168,10 +178,15 @@ class StreamChannel(Channel):
         self._arrived: deque[Frame] = deque()
         self._send_lock = trio.Lock()
         self._closed = False
+        self._maker = WorkThreads("spanker-maker", 1)
         self.name = name
 
     async def send(self, message: Message, request_id: int) -> None:
-        pieces = encode_frame(encode(message, request_id), self._limits)
+        frame = encode(message, request_id)
+        if any(isinstance(buffer, Deferred) for buffer in frame.buffers):
+            pieces = await self._make(frame)
+        else:
+            pieces = encode_frame(frame, self._limits)
         async with self._send_lock:
             if self._closed:
                 raise _closed(self.name, "on this side")
@@ -186,6 +201,14 @@ class StreamChannel(Channel):
             except BaseException:
                 await self._abandon()
                 raise
+
+    async def _make(self, frame: Frame) -> list[Buffer]:
+        """Encode a frame with deferred buffers, while another one may be under way."""
+        if self._closed:
+            raise _closed(self.name, "on this side")
+        pieces: list[Buffer] = []
+        await self._maker.run(lambda: pieces.extend(encode_frame(frame, self._limits)))
+        return pieces
 
     async def receive(self) -> tuple[int, Message]:
         if self._arrived:
@@ -226,6 +249,7 @@ class StreamChannel(Channel):
 
     def _forget(self) -> None:
         self._closed = True
+        self._maker.close()
         self._arrived.clear()
 
 

@@ -48,6 +48,11 @@ class CardClient:
         """Why the card can no longer be reached, or None."""
         return self._failure
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the card gets raw buffers as the very memory that they are."""
+        return self._channel.shares_memory
+
     async def run(self) -> None:
         """Write requests and receive replies until the channel ends; then everything waiting
         fails."""
@@ -72,6 +77,7 @@ class CardClient:
                     self.fail(error)
                 finally:
                     self._unwritten -= 1
+                    del request  # which refers to memory of whoever made it
 
     async def _read(self) -> None:
         try:
@@ -87,6 +93,7 @@ class CardClient:
                     callback(request.check_reply(reply))
                 except SpankerError as error:
                     callback(error.with_traceback(None))
+                del request, reply, callback  # which refer to memory of whoever asked
         except SpankerError as error:
             self.fail(error)
             await self._channel.aclose()

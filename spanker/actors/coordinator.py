@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import trio
@@ -61,6 +62,9 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import Limits, Plan
 from spanker.sched.topology import Topology
+
+if TYPE_CHECKING:
+    from spanker.actors.collectives import CollectiveRun
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -141,6 +145,8 @@ class Coordinator:
         todo = {c: llama.uploads(model, gguf, plan, c, limits) for c in plan.cards}
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
+        # All cards together as many as there are cores to make the bytes.
+        at_once = -(-len(os.sched_getaffinity(0)) // len(plan.cards))
         loaded = LoadedModel(model, plan, limits, {c: {} for c in plan.cards}, {})
 
         def sent(nbytes: int) -> None:
@@ -156,12 +162,12 @@ class Coordinator:
                 # A card moves its tables only while no step of another model runs.
                 async with self._step_lock:
                     sizes = tuple(spec.nbytes for spec in specs)
-                    reply = await self._owning(client, AllocBuffers(sizes))
+                    reply = await self.owning(client, AllocBuffers(sizes))
                     handles.update(zip((s.name for s in specs), reply.handles, strict=True))
-            await loading.upload(client, todo[card], handles, sent)
+            await loading.upload(client, todo[card], handles, at_once, sent)
             program = llama.build_program(model, plan, card, limits).encode(handles)
             async with self._step_lock:
-                loaded_program = await self._owning(client, LoadProgram(buffers=(program,)))
+                loaded_program = await self.owning(client, LoadProgram(buffers=(program,)))
                 loaded.programs[card] = loaded_program.program
 
         sent(0)
@@ -175,7 +181,7 @@ class Coordinator:
             raise
         return loaded
 
-    async def _owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
+    async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
         between it would leave on the card what nobody knows of.  A card answers it at once, once
         it has come over a host link that all cards may be using."""
@@ -199,13 +205,13 @@ class Coordinator:
     async def allocate(self, card: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
         async with self._step_lock:
-            return (await self._owning(self.clients[card], AllocBuffers(tuple(sizes)))).handles
+            return (await self.owning(self.clients[card], AllocBuffers(tuple(sizes)))).handles
 
     async def load_program(self, card: int, program: bytes) -> int:
         """A program on a card, between two steps; whoever asks unloads it."""
         async with self._step_lock:
             request = LoadProgram(buffers=(program,))
-            return (await self._owning(self.clients[card], request)).program
+            return (await self.owning(self.clients[card], request)).program
 
     async def _memory_used(self, plan: Plan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
@@ -260,7 +266,7 @@ class Coordinator:
             finally:
                 if pipe.in_flight:
                     with trio.CancelScope(shield=True), self.span("abort", pipe.oldest):
-                        await self._abort(pipe)
+                        await self.abort(pipe)
 
     async def step(
         self, loaded: LoadedModel, sequences: Sequence[SequenceStep], *, logits: bool = False
@@ -274,6 +280,29 @@ class Coordinator:
     def wanted(self) -> bool:
         """Whether someone else waits for the cards: another model's steps, or one being loaded."""
         return self._step_lock.statistics().tasks_waiting > 0
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """How long cards may make no progress before one is taken for hung."""
+        return self._hang_timeout_s
+
+    @contextlib.asynccontextmanager
+    async def changing_memory(self) -> AsyncIterator[None]:
+        """Within the block nobody else allocates or frees on the cards, and no step is queued."""
+        async with self._load_lock, self._step_lock:
+            yield
+
+    async def take_cards(self) -> None:
+        """Wait until no step of anybody is queued; then only the caller may queue some, until it
+        gives the cards back.  No checkpoint where they are free."""
+        try:
+            self._step_lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._step_lock.acquire()
+
+    def give_cards_back(self) -> None:
+        """The end of what `take_cards` began; the caller's steps are done."""
+        self._step_lock.release()
 
     @contextlib.asynccontextmanager
     async def between_steps(self) -> AsyncIterator[None]:
@@ -302,12 +331,13 @@ class Coordinator:
             parts.append(np.frombuffer(reply.buffers[0], np.float32))
         return np.concatenate(parts)
 
-    async def _abort(self, pipe: StepPipe) -> None:
-        """Enter a new epoch on every card and let what was posted come back; bounded in time."""
+    async def abort(self, posted: StepPipe | CollectiveRun) -> None:
+        """Enter a new epoch on every card and let what was posted come back; bounded in time.
+        For who holds the cards between its own steps."""
         self._epoch += 1
         with trio.move_on_after(STOP_S):
             await self._tell_all(Abort(self._epoch))
-            await pipe.all_back()
+            await posted.all_back()
 
     async def counters(self) -> tuple[Counters, ...]:
         """The counters of every card."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 
 from spanker.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 
@@ -26,6 +29,42 @@ HEADER_BYTES = _HEADER_FIELDS.size + _HEADER_CRC.size
 _TABLE_ENTRY_BYTES = 8
 
 Buffer = bytes | bytearray | memoryview
+
+
+@attrs.frozen
+class Deferred:
+    """A raw buffer whose bytes are made where they are needed: within one process by the card, in
+    its own memory, otherwise in front of the stream.
+
+    `fill` writes all of a contiguous uint8 array of `nbytes` bytes, at most once, in any thread,
+    and does not keep it.
+    """
+
+    nbytes: int
+    fill: Callable[[npt.NDArray[np.uint8]], None]
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def make_in(self, out: npt.NDArray[np.uint8]) -> None:
+        """Make the bytes in `out`.  Any error of `fill` becomes LocalProtocolError: it is the
+        sender's own, whoever calls this."""
+        try:
+            self.fill(out)
+        except Exception as error:
+            raise LocalProtocolError(
+                f"a raw buffer of {self.nbytes:,} bytes could not be made: "
+                f"{type(error).__name__}: {error}; what its request writes may be there in part"
+            ) from error
+
+    def make(self) -> memoryview:
+        """The bytes themselves, in memory of their own; raises as `make_in`."""
+        data = np.empty(self.nbytes, np.uint8)
+        self.make_in(data)
+        return data.data
+
+
+RawBuffer = Buffer | Deferred
 
 
 @attrs.frozen
@@ -51,7 +90,7 @@ class FrameLimits:
 DEFAULT_LIMITS = FrameLimits()
 
 
-def repr_sizes(buffers: tuple[Buffer, ...]) -> str:
+def repr_sizes(buffers: tuple[RawBuffer, ...]) -> str:
     """Sizes instead of contents, for a repr that may be logged."""
     return "(" + ", ".join(f"<{len(buffer)} bytes>" for buffer in buffers) + ")"
 
@@ -60,12 +99,13 @@ def repr_sizes(buffers: tuple[Buffer, ...]) -> str:
 class Frame:
     """One frame: a message kind, its encoded body, and raw buffers that travel beside it.
 
-    A decoded frame's buffers are read-only views of memory that belongs to the frame.
+    A decoded frame's buffers are read-only views of memory that belongs to the frame; only a frame
+    to be encoded may hold deferred ones.
     """
 
     kind: int
     body: bytes
-    buffers: tuple[Buffer, ...] = attrs.field(default=(), repr=repr_sizes)
+    buffers: tuple[RawBuffer, ...] = attrs.field(default=(), repr=repr_sizes)
 
 
 # --- checksums -----------------------------------------------------------------
@@ -98,12 +138,12 @@ def crc32c(data: Buffer, crc: int = 0) -> int:
 # --- encoding ------------------------------------------------------------------
 
 
-def flat_buffer(buffer: Buffer) -> Buffer:
+def flat_buffer(buffer: RawBuffer) -> RawBuffer:
     """`buffer` as something whose `len` is its bytes, without a copy.
 
     Raises LocalProtocolError for what is not a contiguous buffer.
     """
-    if isinstance(buffer, (bytes, bytearray)):
+    if isinstance(buffer, (bytes, bytearray, Deferred)):
         return buffer
     if not isinstance(buffer, memoryview):
         raise LocalProtocolError(
@@ -140,12 +180,13 @@ def check_frame(frame: Frame, limits: FrameLimits = DEFAULT_LIMITS) -> None:
 def encode_frame(frame: Frame, limits: FrameLimits = DEFAULT_LIMITS) -> list[Buffer]:
     """The bytes of `frame` as a gather list: header, body and table joined, then each raw buffer.
 
-    Raw buffers are the caller's own objects, not copies.  Raises LocalProtocolError when the frame
-    exceeds `limits` or a buffer is not flat.
+    Raw buffers are the caller's own objects, not copies; deferred ones are made, which raises as
+    `Deferred.make_in` and may take milliseconds.  Raises LocalProtocolError, before that, when the
+    frame exceeds `limits` or a buffer is not flat.
     """
-    buffers = [flat_buffer(buffer) for buffer in frame.buffers]
-    frame = Frame(frame.kind, frame.body, tuple(buffers))
-    check_frame(frame, limits)
+    flat = tuple(flat_buffer(buffer) for buffer in frame.buffers)
+    check_frame(Frame(frame.kind, frame.body, flat), limits)
+    buffers = [buffer.make() if isinstance(buffer, Deferred) else buffer for buffer in flat]
     lengths = [len(buffer) for buffer in buffers]
     block = frame.body + struct.pack(f"<{len(lengths)}Q", *lengths)
     header = _HEADER_FIELDS.pack(

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing a model's bytes to one card.
 
-Pieces are joined into messages, and a thread fills the next message while the last one is on its
-way.  What is brought where is said by ggml/architectures.
+Pieces are joined into messages, a few of which are under way at a time.  What is brought where is
+said by ggml/architectures.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +18,10 @@ import numpy.typing as npt
 import trio
 
 from spanker.actors.client import CardClient
+from spanker.actors.frame import Deferred
 from spanker.actors.message import WriteBuffers
+from spanker.device.base import Fill
+from spanker.errors import LocalProtocolError, SpankerError
 from spanker.ggml.architectures import llama
 
 ItemT = TypeVar("ItemT")
@@ -46,56 +51,100 @@ def _batches(uploads: Sequence[llama.Upload]) -> Iterator[list[tuple[str, llama.
         yield batch
 
 
+class _Fills:
+    """The fills of one upload that have yet to be done, and the first error of any.
+
+    The threads that do them, a card's or those in front of a stream, know nothing of the upload,
+    and a message may reach them after it has ended, or lie about for longer than its file is open:
+    messages carry only a number.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._left: dict[int, Fill] = {}
+        self._running = 0
+        self._ended = False
+        self._all_done = trio.Event()
+        self._trio = trio.lowlevel.current_trio_token()
+
+    def deferred(self, piece: llama.Piece) -> Deferred:
+        """What a message carries for a piece."""
+        number = next(self._numbers)
+        self._left[number] = piece.fill
+        return Deferred(piece.nbytes, functools.partial(self._fill, number))
+
+    def _fill(self, number: int, out: npt.NDArray[np.uint8]) -> None:
+        with self._lock:
+            fill = self._left.pop(number, None)
+            if fill is None or self.error is not None:
+                raise LocalProtocolError("the upload has ended, this piece is not wanted any more")
+            self._running += 1
+        try:
+            fill(out)
+        except BaseException as error:
+            self._done(error)
+            raise
+        self._done(None)
+
+    def _done(self, error: BaseException | None) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = error
+            self._running -= 1
+            if self._ended and not self._running:
+                self._trio.run_sync_soon(self._all_done.set)
+
+    async def end(self) -> None:
+        """Let none begin any more, and wait for those that run."""
+        with self._lock:
+            self._ended = True
+            self._left.clear()
+            running = self._running
+        if running:
+            # Shielded, as they use what the caller would close and free.
+            with trio.CancelScope(shield=True):
+                await self._all_done.wait()
+        # The traceback refers to frames that refer to this: a cycle.
+        self.error = None
+
+
 async def upload(
     client: CardClient,
     uploads: Sequence[llama.Upload],
     handles: Mapping[str, int],
+    at_once: int,
     sent: Callable[[int], None],
 ) -> None:
-    """Write all pieces.  One staging buffer is filled in a thread, without the interpreter's lock
-    where it matters, while the other one is on its way."""
-    ready, filled = trio.open_memory_channel[WriteBuffers](0)
+    """Write all pieces, up to `at_once` messages at a time.
 
-    def fill(batch: list[tuple[str, llama.Piece]], staging: npt.NDArray[np.uint8]) -> None:
-        at = 0
-        for _, piece in batch:
-            piece.fill(staging[at : at + piece.nbytes])
-            at += piece.nbytes
+    The bytes are made where they are needed: by threads of the card in its own memory where it is
+    in this process, else in front of the stream.  An error of a piece's `fill` is raised itself.
+    However this ends, cancellation included, no piece is being filled then, or will be.
+    """
+    batches = _batches(uploads)
+    fills = _Fills()
 
-    async def fill_all() -> None:
-        staging = [np.empty(0, np.uint8)] * 2
-        async with ready:
-            for batch in _batches(uploads):
-                nbytes = sum(piece.nbytes for _, piece in batch)
-                if staging[0].size < nbytes:
-                    staging[0] = np.empty(max(nbytes, llama.UPLOAD_BYTES), np.uint8)
-                await _in_thread(packer, fill, batch, staging[0])
-                writes = tuple((handles[name], p.offset, p.nbytes) for name, p in batch)
-                await ready.send(WriteBuffers(writes, buffers=(staging[0][:nbytes].data,)))
-                staging.reverse()
+    async def send() -> None:
+        for batch in batches:
+            request = WriteBuffers(
+                tuple((handles[name], piece.offset, piece.nbytes) for name, piece in batch),
+                buffers=tuple(fills.deferred(piece) for _, piece in batch),
+            )
+            try:
+                await client.request(request)
+            except SpankerError:
+                if fills.error is None:
+                    raise
+            if fills.error is not None:
+                raise fills.error
+            sent(sum(piece.nbytes for _, piece in batch))
 
-    async def send_all() -> None:
-        async for request in filled:
-            await client.request(request)
-            sent(len(request.buffers[0]))
-
-    # trio's own threads would stay for a while; this one ends with the load.
-    with ThreadPoolExecutor(1, thread_name_prefix="spanker-packer") as packer:
-        # Closed only then: closed by a failing `send_all` it would fail `fill_all` too.
-        with filled:
-            await run_all([fill_all, send_all])
-
-
-async def _in_thread(pool: ThreadPoolExecutor, work: Callable[..., None], *args: object) -> None:
-    """Run something of a few milliseconds in a thread of the pool."""
-    done, token = trio.Event(), trio.lowlevel.current_trio_token()
-    future = pool.submit(work, *args)
-    future.add_done_callback(lambda _: token.run_sync_soon(done.set))
-    # Shielded, as the thread is writing into what the caller would free.
-    with trio.CancelScope(shield=True):
-        await done.wait()
-    await trio.lowlevel.checkpoint_if_cancelled()
-    future.result()
+    try:
+        await run_all([send] * at_once)
+    finally:
+        await fills.end()
 
 
 async def run_all(jobs: Sequence[Callable[[], object]]) -> None:

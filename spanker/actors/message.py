@@ -26,11 +26,18 @@ import attrs
 import msgpack
 
 from spanker import errors
-from spanker.actors.frame import DEFAULT_LIMITS, Buffer, Frame, flat_buffer, repr_sizes
+from spanker.actors.frame import (
+    DEFAULT_LIMITS,
+    Buffer,
+    Frame,
+    RawBuffer,
+    flat_buffer,
+    repr_sizes,
+)
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -139,7 +146,7 @@ class Message:
     """Base of all messages.  `buffers` are the raw buffers that travel with it, by reference.
 
     A buffer must not be altered before the reply to its request has come: on a memory channel the
-    receiver reads that very memory.
+    receiver reads that very memory, and only then calls what makes a deferred one.
     """
 
     buffers: tuple[Buffer, ...] = attrs.field(default=(), kw_only=True, repr=repr_sizes)
@@ -252,13 +259,7 @@ class CardInfo(Message):
     isa: Name
     ddr_bytes: U64
     max_programs: U32
-
-
-@_wire(0x82)
-@attrs.frozen
-class BufferAllocated(Message):
-    handle: U64
-    nbytes: U64
+    max_windows: U32 = 0
 
 
 @_wire(0x83, buffers=1)
@@ -342,25 +343,10 @@ class Describe(Request[CardInfo]):
     """Who are you?  The first request on a channel."""
 
 
-@_wire(0x02)
-@attrs.frozen
-class AllocBuffer(Request[BufferAllocated]):
-    nbytes: U64
-
-
 @_wire(0x03)
 @attrs.frozen
 class FreeBuffer(Request[Ok]):
     handle: U64
-
-
-@_wire(0x04, buffers=1)
-@attrs.frozen
-class WriteBuffer(Request[Ok]):
-    """Write the raw buffer into a card buffer at `offset`."""
-
-    handle: U64
-    offset: U64
 
 
 @_wire(0x0C)
@@ -371,13 +357,14 @@ class AllocBuffers(Request[BuffersAllocated]):
     sizes: Sizes
 
 
-@_wire(0x0D, buffers=1)
+@_wire(0x0D, buffers=(0, READS_MAX))
 @attrs.frozen
 class WriteBuffers(Request[Ok]):
-    """Write the raw buffer's bytes, one piece after the other: `writes` are (handle, offset,
-    nbytes), and their sizes add up to those of the raw buffer."""
+    """Write raw buffers into card buffers: `writes` are (handle, offset, nbytes), one for each raw
+    buffer, of just that size."""
 
     writes: Reads
+    buffers: tuple[RawBuffer, ...] = attrs.field(default=(), kw_only=True, repr=repr_sizes)  # type: ignore[assignment]
 
 
 @_wire(0x05)
@@ -460,6 +447,30 @@ class ReadTrace(Request[TraceData]):
         return reply
 
 
+@_wire(0x10)
+@attrs.frozen
+class OpenWindows(Request[BuffersAllocated]):
+    """Open a window of each of these sizes, all of them or none; FreeBuffer closes one.
+
+    A window is a buffer whose memory is lent with every run of a program that names it.
+    """
+
+    sizes: Sizes
+
+
+@_wire(0x11, buffers=(1, READS_MAX))
+@attrs.frozen
+class RunLent(Request[StepDone]):
+    """Run a program with the parameter block in the first raw buffer, on the memory of the others.
+
+    Raw buffer i + 1 is what window `windows[i]` shows meanwhile: the card works on it itself, so
+    this is for channels that hand over memory, and nobody else may touch it before the reply.
+    """
+
+    program: U64
+    windows: Sizes
+
+
 @_wire(0x0B)
 @attrs.frozen
 class Stop(Request[Ok]):
@@ -530,7 +541,8 @@ def decode(frame: Frame) -> tuple[int, Message]:
     problem = _problem(codec, request_id, values, len(frame.buffers))
     if problem:
         raise RemoteProtocolError(f"incoming {problem}")
-    return request_id, codec.message_class(*values, buffers=frame.buffers)
+    # What was decoded holds no deferred buffers.
+    return request_id, codec.message_class(*values, buffers=frame.buffers)  # type: ignore[arg-type]
 
 
 def _problem(codec: _Codec, request_id: object, values: Any, buffer_count: int) -> str | None:

@@ -148,7 +148,7 @@ class StepPipe:
         self._coordinator = coordinator
         self._loaded = loaded
         self._hang_timeout_s = hang_timeout_s
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
 
     @property
     def in_flight(self) -> int:
@@ -174,7 +174,7 @@ class StepPipe:
         loaded, parameters = self._loaded, encode_step(sequences)
         trace = self._coordinator.trace
         outputs = sum(len(s.outputs) for s in sequences)
-        flight = _Flight(number, outputs, len(loaded.plan.cards), trace)
+        flight = Flight(number, outputs, len(loaded.plan.cards), trace)
         self._flights.append(flight)
         if trace is not None:
             trace.step(number, loaded, sequences)
@@ -206,8 +206,8 @@ class StepPipe:
         self._flights.popleft()
         return _assemble(self._loaded, flight)
 
-    async def _settled(self, flight: _Flight) -> None:
-        watch = _ProgressWatch(self._coordinator, self._loaded.plan.cards, self._hang_timeout_s)
+    async def _settled(self, flight: Flight) -> None:
+        watch = ProgressWatch(self._coordinator, self._loaded.plan.cards, self._hang_timeout_s)
         while not flight.settled.is_set():
             with trio.move_on_after(min(WATCH_S, self._hang_timeout_s / 4)):
                 await flight.settled.wait()
@@ -220,7 +220,7 @@ class StepPipe:
             await flight.all_back.wait()
 
 
-class _Flight:
+class Flight:
     """One step under way: settled when all replies are there, or at the first error."""
 
     def __init__(self, number: int, outputs: int, cards: int, trace: Trace | None = None) -> None:
@@ -249,6 +249,14 @@ class _Flight:
 
         return arrived
 
+    def absent(self, card: int) -> None:
+        """A card that has nothing to do in it."""
+        self.replies[card] = StepDone(0, 0)
+        self._missing -= 1
+        if not self._missing:
+            self.settled.set()
+            self.all_back.set()
+
     def forget(self, count: int) -> None:
         """So many requests were never made."""
         self._missing -= count
@@ -263,7 +271,7 @@ class _Flight:
         return self.errors[0]
 
 
-class _ProgressWatch:
+class ProgressWatch:
     """Tells a slow step from a hung card: by progress, not by a fixed wait."""
 
     def __init__(self, coordinator: Coordinator, cards: Sequence[int], timeout_s: float) -> None:
@@ -321,7 +329,7 @@ def _reads(
     return ()
 
 
-def _assemble(loaded: LoadedModel, flight: _Flight) -> StepResult:
+def _assemble(loaded: LoadedModel, flight: Flight) -> StepResult:
     parts: list[_Part] = []
     if flight.outputs:
         for share in loaded.output_shares:

@@ -107,7 +107,7 @@ def _label(commands: Sequence[Command], number: int) -> Label | None:
         name = f"{name} {args['format']}"
     args |= {n: v for n, v in zip(_ARGS[command.op], command.args, strict=False) if n}
     if command.op == Op.MATMUL:
-        args["bytes"] = packed_bytes(command.format, *command.args[:2])
+        args["bytes"] = packed_bytes(Format(command.format), *command.args[:2])
     return Label(name, op, args)
 
 

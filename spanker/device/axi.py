@@ -19,7 +19,15 @@ from typing import Any
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, DeviceInfo
+from spanker.device.base import (
+    Buffer,
+    CardDevice,
+    Completion,
+    DeviceCounters,
+    DeviceInfo,
+    Fill,
+    Lent,
+)
 from spanker.device.base import Read as ReadRange
 from spanker.errors import CardCommandError, CardMemoryError
 from spanker.kernels.formats import Format
@@ -310,7 +318,13 @@ class AxiRecorder(CardDevice):
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         self._device.write(handle, offset, data)
-        nbytes = memoryview(data).nbytes
+        self._written(handle, offset, memoryview(data).nbytes)
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        self._device.fill(handle, offset, nbytes, make)
+        self._written(handle, offset, nbytes)
+
+    def _written(self, handle: int, offset: int, nbytes: int) -> None:
         if nbytes:
             region = self._regions[handle]
             self._entries.append(Write(region.name, region.address + offset, nbytes))
@@ -340,8 +354,14 @@ class AxiRecorder(CardDevice):
         self._device.unload_program(program)
         del self._programs[program]
 
-    def submit(self, program: int, parameters: Buffer, reads: Sequence[ReadRange] = ()) -> int:
-        fence = self._device.submit(program, parameters, reads)
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[ReadRange] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
+        fence = self._device.submit(program, parameters, reads, lent)
         self._entries.append(self._programs[program].step(parameters))
         self._reads.append(self._read_entries(reads))
         return fence
@@ -358,7 +378,8 @@ class AxiRecorder(CardDevice):
 
     @property
     def info(self) -> DeviceInfo:
-        return self._device.info
+        # Without windows: memory that is lent would cross the boundary unseen.
+        return attrs.evolve(self._device.info, windows_max=0)
 
     @property
     def completion_fd(self) -> int | None:

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import abc
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 
 from spanker.errors import CardCommandError
 
 Buffer = bytes | bytearray | memoryview
 Read = tuple[int, int, int]
+# Writes all of the contiguous array that it is given, once, in any thread, and does not keep it.
+Fill = Callable[[npt.NDArray[np.uint8]], None]
 READS_MAX = 8
+# A window's handle and memory for it.
+Lent = tuple[int, Buffer]
 
 
 # How a card tells of one executed command: the fields of TraceEvent in their order.
@@ -48,7 +54,8 @@ def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
 
 @attrs.frozen
 class DeviceInfo:
-    """What a card says of itself.  `name` is for people, `serial` is stable across boots."""
+    """What a card says of itself.  `name` is for people, `serial` is stable across boots;
+    `windows_max` windows onto the host's memory fit into a program, 0 where there are none."""
 
     name: str
     serial: int
@@ -56,6 +63,7 @@ class DeviceInfo:
     semantics_version: int
     ddr_bytes: int
     programs_max: int
+    windows_max: int = 0
 
 
 @attrs.frozen
@@ -114,13 +122,35 @@ class CardDevice(abc.ABC):
     def alloc(self, nbytes: int) -> int:
         """A new zeroed buffer's handle; CardMemoryError says how much is needed and free."""
 
+    def window(self, nbytes: int) -> int:
+        """The handle of a new window: a buffer without memory, lent some by each `submit` of a
+        program that names it.  CardCommandError by a body that has none."""
+        raise CardCommandError(f"card {self.number} has no windows", card=self.number)
+
     @abc.abstractmethod
     def free(self, handle: int) -> None:
         """Give a buffer back; CardCommandError while a program refers to it."""
 
     @abc.abstractmethod
     def write(self, handle: int, offset: int, data: Buffer) -> None:
-        """Copy bytes into a buffer; CardCommandError outside of its bounds."""
+        """Copy bytes into a buffer; CardCommandError outside of its bounds.
+
+        Other threads may call this and `fill` beside everything but `free` and `close`.
+        """
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        """Let `make` write bytes into a buffer; outside of its bounds CardCommandError, and `make`
+        is not called.
+
+        A body whose memory the host can reach lets it write there, and not into a copy.  When
+        `make` raises, so does this, and what the bytes are then is open.
+        """
+        # Writes of nothing at both ends are refused where what lies between them would be.
+        self.write(handle, offset, b"")
+        self.write(handle, offset + nbytes, b"")
+        data = np.empty(nbytes, np.uint8)
+        make(data)
+        self.write(handle, offset, data.data)
 
     @abc.abstractmethod
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
@@ -138,12 +168,20 @@ class CardDevice(abc.ABC):
         """Forget a program; CardCommandError while it is queued."""
 
     @abc.abstractmethod
-    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         """Queue one run behind those before it; returns its fence.
 
         `parameters` are the bytes of `encode_step`, checked before anything runs.  `reads`, at most
         READS_MAX of (buffer, offset, nbytes), are copied when the run completes, before the next
-        one starts, and come with its completion.
+        one starts, and come with its completion.  `lent` is memory for the program's windows, one
+        item each, contiguous, writable and of the window's size; the card holds it until the
+        completion has been taken, and nobody else may touch it meanwhile.
         CardCommandError when anything does not fit, or when the queue is full.
         """
 

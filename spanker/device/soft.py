@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import attrs
+import numpy as np
 
 from spanker.device.base import (
     TRACE_EVENT,
@@ -22,6 +23,8 @@ from spanker.device.base import (
     Completion,
     DeviceCounters,
     DeviceInfo,
+    Fill,
+    Lent,
     Read,
 )
 from spanker.device.throttle import Pace, Throttle, pace_of
@@ -40,11 +43,14 @@ DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
 DDR_BYTES_MAX = 1 << 46
 CARDS_MAX = 64
-# A ring holds a few messages of 64 KiB; those of a large fleet are kept small, since traffic
-# touches all of their memory: 64 cards have 4,032 of them.
+# A ring longer than a core's second-level cache is twice as fast as one that fits (see
+# docs/api/wire-protocol.md).  Traffic touches all of it, so that many links get shorter ones: 64
+# cards have 4,032 of them.
 LINK_RING_BYTES_MIN = 132 << 10
 LINK_RING_BYTES_MAX = 512 << 10
 LINK_RINGS_BYTES = 256 << 20
+FAST_RING_BYTES = 2 << 20
+FAST_RINGS_BYTES = 64 << 20
 _WHY_BYTES = 256
 _EVENTS_AT_ONCE = 4096
 assert ffi.sizeof("struct spk_trace_event") == TRACE_EVENT.size
@@ -83,11 +89,12 @@ class SoftCard(CardDevice):
             semantics_version=lib.SPK_SEMANTICS_VERSION,
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
+            windows_max=lib.SPK_WINDOWS_MAX,
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
-        # Sizes of what each queued step will bring back, oldest first.
-        self._reads: deque[tuple[int, ...]] = deque()
+        # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
+        self._reads: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
 
     @property
@@ -120,6 +127,12 @@ class SoftCard(CardDevice):
         self._check(status, f"allocating {nbytes} bytes")
         return int(out[0])
 
+    def window(self, nbytes: int) -> int:
+        self._u64(nbytes, "size")
+        out = ffi.new("uint32_t *")
+        self._check(lib.spk_card_window(self.handle, nbytes, out), f"a window of {nbytes} bytes")
+        return int(out[0])
+
     def free(self, handle: int) -> None:
         self._u32(handle, "buffer")
         self._check(lib.spk_card_free(self.handle, handle), f"freeing buffer {handle}")
@@ -130,6 +143,15 @@ class SoftCard(CardDevice):
         view = ffi.from_buffer("char[]", data)
         status = lib.spk_card_write(self.handle, handle, offset, view, len(view))
         self._check(status, f"writing {len(view)} bytes at {offset} of buffer {handle}")
+
+    def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
+        self._u64(nbytes, "size")
+        at = ffi.new("void **")
+        status = lib.spk_card_place(self.handle, handle, offset, nbytes, at)
+        self._check(status, f"filling {nbytes} bytes at {offset} of buffer {handle}")
+        make(np.frombuffer(ffi.buffer(at[0], nbytes), np.uint8))
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
         self._u32(handle, "buffer")
@@ -157,7 +179,13 @@ class SoftCard(CardDevice):
         status = lib.spk_card_unload_program(self.handle, program)
         self._check(status, f"unloading program {program}")
 
-    def submit(self, program: int, parameters: Buffer, reads: Sequence[Read] = ()) -> int:
+    def submit(
+        self,
+        program: int,
+        parameters: Buffer,
+        reads: Sequence[Read] = (),
+        lent: Sequence[Lent] = (),
+    ) -> int:
         self._u32(program, "program")
         wanted: Any = ffi.NULL
         if reads:
@@ -166,22 +194,41 @@ class SoftCard(CardDevice):
                 self._u64(offset, "offset")
                 self._u64(nbytes, "size")
             wanted = ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
+        # Held until the completion is taken: the card works on this very memory.
+        memory = tuple([ffi.from_buffer("char[]", m, require_writable=True) for _, m in lent])
+        shown: Any = ffi.NULL
+        if lent:
+            for handle, _ in lent:
+                self._u32(handle, "window")
+            shown = ffi.new(
+                "struct spk_lent[]",
+                [(h, 0, m, len(m)) for (h, _), m in zip(lent, memory, strict=True)],
+            )
         fence = self._fence
         view = ffi.from_buffer("char[]", parameters)
-        status = lib.spk_card_submit(
-            self.handle, program, view, len(view), wanted, len(reads), fence, self._why
+        status = lib.spk_card_submit_helping(
+            self.handle,
+            program,
+            view,
+            len(view),
+            wanted,
+            len(reads),
+            shown,
+            len(lent),
+            fence,
+            self._why,
         )
         if status != lib.SPK_OK:
             self._check(status, f"step of program {program} refused", self._reason())
         number = int(fence[0])
-        self._reads.append(tuple(nbytes for _, _, nbytes in reads))
+        self._reads.append((tuple(nbytes for _, _, nbytes in reads), memory))
         return number
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
         c = self._completion
         while lib.spk_card_completion(self.handle, c):
-            sizes = self._reads.popleft()
+            sizes, _ = self._reads.popleft()
             if c.status != lib.SPK_OK:
                 out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
                 continue
@@ -295,6 +342,14 @@ class SoftCard(CardDevice):
             check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
 
 
+def _ring_bytes(cards: int) -> int:
+    """Of each ring of a fleet of so many cards."""
+    rings = max(cards * (cards - 1), 1)
+    nbytes = min(LINK_RINGS_BYTES // rings, LINK_RING_BYTES_MAX)
+    nbytes = max(nbytes, min(FAST_RINGS_BYTES // rings, FAST_RING_BYTES), LINK_RING_BYTES_MIN)
+    return nbytes // 4096 * 4096
+
+
 class SoftRig:
     """The cards of one fleet, fully linked, and the threads that step them.
 
@@ -316,9 +371,7 @@ class SoftRig:
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
-            rings = max(len(specs) * (len(specs) - 1), 1)
-            ring_bytes = LINK_RINGS_BYTES // rings // 4096 * 4096
-            ring_bytes = min(max(ring_bytes, LINK_RING_BYTES_MIN), LINK_RING_BYTES_MAX)
+            ring_bytes = _ring_bytes(len(specs))
             for a in self.cards:
                 for b in self.cards[a.number + 1 :]:
                     check(

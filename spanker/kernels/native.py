@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from spanker.errors import CardCommandError
 from spanker.kernels import reference
+from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.formats import Format, pack, packed_bytes, row_bytes
 from spanker.kernels.reference import BLOCK, F32, LOGIT_CHUNK, Q8_BLOCK_BYTES, U8
 from spanker.native import check, ffi, isa_number, lib
@@ -60,6 +61,17 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     if not view.nbytes:
         return crc
     return int(lib.spk_crc32c(crc, ffi.from_buffer("uint8_t[]", view), view.nbytes))
+
+
+def copy_crc32c(to: bytearray, data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """The same of bytes that are copied to `to` on the way."""
+    view = memoryview(data)
+    if len(to) < view.nbytes:
+        raise CardCommandError(f"copying {view.nbytes} bytes into {len(to)}")
+    if not view.nbytes:
+        return crc
+    target, source = ffi.from_buffer("uint8_t[]", to), ffi.from_buffer("uint8_t[]", view)
+    return int(lib.spk_copy_crc32c(crc, target, source, view.nbytes))
 
 
 def exp_f32(x: npt.ArrayLike) -> F32:
@@ -529,3 +541,24 @@ class NativeKernels:
                 _pointer("float *", values),
             )
         return ids[:held], values[:held]
+
+    # --- bulk operations on elements ------------------------------------------------------
+
+    def reduce(self, element: Element, how: Reduction, into: Array, operand: Array) -> Array:
+        """Fold `operand` into `into`, both contiguous (n,) of the element's dtype."""
+        _vector("reduce into", into, element.dtype.type, into.size)
+        _vector("reduce operand", operand, element.dtype.type, into.size)
+        with _fp_environment():
+            self._k.reduce(
+                element, how, _pointer("void *", into), _pointer("void *", operand), into.size
+            )
+        return into
+
+    def divide(self, element: Element, into: Array, by: int) -> Array:
+        """Divide `into` (n,) by a count."""
+        _vector("divide", into, element.dtype.type, into.size)
+        if not 1 <= by <= 65536:
+            raise CardCommandError(f"divide: expected 1 to 65536, got {by}")
+        with _fp_environment():
+            self._k.divide(element, _pointer("void *", into), by, into.size)
+        return into

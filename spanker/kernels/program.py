@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from spanker.errors import CardCommandError
+from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.formats import Format
 from spanker.native import ffi, lib
 
@@ -57,6 +58,9 @@ class Op(enum.IntEnum):
     LINK_RECV = 15
     BEST = 16
     CHOOSE = 17
+    REDUCE = 18
+    COPY = 19
+    DIVIDE = 20
 
 
 @attrs.frozen
@@ -72,20 +76,23 @@ class Ref:
 class Command:
     """One operation.  `refs` by operand slot (0 to 3; 3 is the output), `args` as the op says.
 
+    `format` is that of weights, or the kind of element of a bulk operation.  `bulk` is said of a
+    transfer that is not about rows: it moves args[1] + args[2] * 2**32 bytes, once per step.
     `part` names the part of the model that it belongs to, for people; the card never sees it.
     """
 
     op: Op
     refs: tuple[tuple[int, Ref], ...] = ()
     args: tuple[int, ...] = ()
-    format: Format = Format.F32
+    format: Format | Element = Format.F32
     outputs: bool = False
     part: str = attrs.field(default="", eq=False)
+    bulk: bool = False
 
     def of_part(self, part: str) -> Command:
         """The same command under the name of a part; a model has hundreds, and `attrs.evolve` takes
         ten times as long."""
-        return Command(self.op, self.refs, self.args, self.format, self.outputs, part)
+        return Command(self.op, self.refs, self.args, self.format, self.outputs, part, self.bulk)
 
 
 def _f32_bits(x: float) -> int:
@@ -206,14 +213,41 @@ def choose(pairs: Ref, out: Ref, *, lists: int) -> Command:
     return Command(Op.CHOOSE, ((0, pairs), (3, out)), (lists,), outputs=True)
 
 
+# --- bulk operations: once per step, whatever its tokens and outputs --------------------
+
+
+def _halves(count: int) -> tuple[int, int]:
+    return count & 0xFFFFFFFF, count >> 32
+
+
+def reduce(element: Element, how: Reduction, into: Ref, operand: Ref, *, count: int) -> Command:
+    """into = into `how` operand, element by element; the two do not overlap."""
+    args = (*_halves(count), int(how))
+    return Command(Op.REDUCE, ((0, operand), (3, into)), args, element)
+
+
+def copy(element: Element, into: Ref, operand: Ref, *, count: int) -> Command:
+    """into = operand, `count` elements; the two do not overlap."""
+    return Command(Op.COPY, ((0, operand), (3, into)), _halves(count), element)
+
+
+def divide(element: Element, into: Ref, *, count: int, by: int) -> Command:
+    """into = into / by, element by element; 1 <= by <= 65536."""
+    return Command(Op.DIVIDE, ((3, into),), (*_halves(count), by), element)
+
+
+# --- links ------------------------------------------------------------------------------
+
+
 @attrs.frozen
 class Transfer:
-    """One side of moving rows over a link: `nbytes` of each row at `ref`."""
+    """One side of moving rows over a link: `nbytes` of each row at `ref`; `bulk`, once per step."""
 
     send: bool
     peer: int
     ref: Ref
     nbytes: int
+    bulk: bool = False
 
 
 def exchange(transfers: Sequence[Transfer], *, outputs: bool = False) -> tuple[Command, ...]:
@@ -226,8 +260,9 @@ def exchange(transfers: Sequence[Transfer], *, outputs: bool = False) -> tuple[C
             Command(
                 Op.LINK_SEND if t.send else Op.LINK_RECV,
                 ((0 if t.send else 3, t.ref),),
-                (t.peer, t.nbytes),
-                outputs=outputs,
+                (t.peer, *(_halves(t.nbytes) if t.bulk else (t.nbytes,))),
+                outputs=outputs and not t.bulk,
+                bulk=t.bulk,
             )
             for t in transfers
         ),
@@ -270,6 +305,7 @@ class Program:
                 refs[3 * slot : 3 * slot + 3] = handles[ref.buffer], ref.stride, ref.offset
             args = command.args + (0,) * (14 - len(command.args))
             flags = int(lib.SPK_FLAG_OUTPUTS) if command.outputs else 0
+            flags |= int(lib.SPK_FLAG_BULK) if command.bulk else 0
             parts.append(COMMAND.pack(command.op, command.format, flags, *refs, *args))
         return b"".join(parts)
 

@@ -11,17 +11,19 @@ Arrays are float32 unless a shape comment says otherwise; T is tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import CardFaultError
+from spanker.kernels.elements import Element, Reduction
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
+Elements = npt.NDArray[Any]
 
 BLOCK = 32
 Q8_BLOCK_BYTES = 34
@@ -349,3 +351,58 @@ def top_k(logits: F32, k: int) -> tuple[npt.NDArray[np.uint32], F32]:
     """The k largest by logit descending, then index ascending; fewer when there are fewer."""
     order = np.lexsort((np.arange(logits.shape[0]), -logits))[:k]
     return order.astype(np.uint32), logits[order]
+
+
+# --- bulk operations on elements --------------------------------------------------
+
+NAN = np.array(0x7FC00000, np.uint32).view(np.float32)
+
+
+def widen(element: Element, x: Elements) -> F32:
+    """Elements of 16 bits as the floats that they are; others as they are."""
+    if element is Element.F16:
+        return x.astype(np.float32)
+    if element is Element.BF16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x
+
+
+def narrow(element: Element, x: F32) -> Elements:
+    """Floats rounded to nearest even, with the one NaN there is."""
+    x = np.where(np.isnan(x), NAN, x).astype(np.float32)
+    if element is Element.F16:
+        return x.astype(np.float16)
+    if element is Element.BF16:
+        bits = x.view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return x
+
+
+def _order(x: F32) -> I32:
+    """Integers that are ordered as the floats are, -0 below +0."""
+    bits = x.view(np.int32)
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
+def reduce(element: Element, how: Reduction, into: Elements, operand: Elements) -> Elements:
+    """`into` folded with `operand`, element by element: a sum rounded once (integers wrap), the
+    larger, or the smaller; NaN where one of them is."""
+    a, b = widen(element, into), widen(element, operand)
+    if element is Element.I32:
+        if how is Reduction.SUM:
+            return (a.view(np.uint32) + b.view(np.uint32)).view(np.int32)
+        return np.maximum(a, b) if how is Reduction.MAX else np.minimum(a, b)
+    if how is Reduction.SUM:
+        return narrow(element, a + b)
+    larger = _order(a) > _order(b)
+    chosen = np.where(larger if how is Reduction.MAX else ~larger, a, b).astype(np.float32)
+    return narrow(element, np.where(np.isnan(a) | np.isnan(b), NAN, chosen))
+
+
+def divide(element: Element, x: Elements, by: int) -> Elements:
+    """x / by, rounded once; integers towards zero."""
+    if element is Element.I32:
+        wide = x.astype(np.int64)
+        quotient: I32 = (np.sign(wide) * (np.abs(wide) // by)).astype(np.int32)
+        return quotient
+    return narrow(element, widen(element, x) / _f(by))

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card actor: every request answered once, errors as replies, steps in order, an end."""
+"""The card actor: every request answered once, errors as replies, writes side by side, steps in
+order, an end."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 import pytest
 import trio
 import trio.lowlevel
@@ -15,15 +20,19 @@ import trio.testing
 from fake_device import FakeDevice
 from waiting import until
 
-from spanker.actors.card import QUEUE_MAX, CardActor, KernelQueue
+from spanker.actors.card import (
+    LARGE_WRITE_BYTES,
+    QUEUE_MAX,
+    WRITES_MAX,
+    CardActor,
+    KernelQueue,
+)
 from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pair
-from spanker.actors.frame import DEFAULT_LIMITS, FrameLimits
+from spanker.actors.frame import DEFAULT_LIMITS, Deferred, FrameLimits, RawBuffer
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
-    AllocBuffer,
     AllocBuffers,
-    BufferAllocated,
     BufferData,
     BuffersAllocated,
     CardInfo,
@@ -44,12 +53,18 @@ from spanker.actors.message import (
     Stop,
     TraceData,
     UnloadProgram,
-    WriteBuffer,
     WriteBuffers,
+    failed,
 )
 from spanker.device.base import TRACE_EVENT, CardDevice, TraceEvent, unpack_events
 from spanker.device.soft import SoftCardSpec, SoftRig
-from spanker.errors import CardError, CardFaultError, ChannelClosedError
+from spanker.errors import (
+    CardError,
+    CardFaultError,
+    ChannelClosedError,
+    ModelError,
+    SpankerError,
+)
 
 PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
     "memory": memory_channel_pair,
@@ -71,11 +86,29 @@ class Host:
         await self.channel.send(request, self.next_id)
         return self.next_id
 
+    async def post_all(self, requests: list[Message]) -> None:
+        for request in requests:
+            await self.post(request)
+
     async def ask(self, request: Message) -> Message:
         request_id = await self.post(request)
         answered, reply = await self.channel.receive()
         assert answered == request_id
         return reply
+
+    async def alloc(self, nbytes: int) -> int:
+        reply = await self.ask(AllocBuffers((nbytes,)))
+        assert isinstance(reply, BuffersAllocated)
+        return reply.handles[0]
+
+    async def read(self, handle: int, offset: int, nbytes: int) -> bytes:
+        reply = await self.ask(ReadBuffer(handle, offset, nbytes))
+        assert isinstance(reply, BufferData), reply
+        return bytes(reply.buffers[0])
+
+
+def write(handle: int, offset: int, data: RawBuffer) -> WriteBuffers:
+    return WriteBuffers(((handle, offset, len(data)),), buffers=(data,))
 
 
 @asynccontextmanager
@@ -106,6 +139,25 @@ async def serving(
         await card.receive()
 
 
+def ones(out: npt.NDArray[np.uint8]) -> None:
+    out[:] = 1
+
+
+def never(out: npt.NDArray[np.uint8]) -> None:
+    raise AssertionError("nothing is made for what is refused")
+
+
+def threads_of_actors() -> list[str]:
+    names = ("spanker-writer", "spanker-maker")
+    return [t.name for t in threading.enumerate() if t.name.startswith(names)]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    yield
+    assert threads_of_actors() == []
+
+
 @pytest.fixture(params=PAIRS)
 async def host(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
     async with serving(FakeDevice(3), request.param) as host:
@@ -125,8 +177,8 @@ async def test_the_actor_says_what_its_card_is(host: Host) -> None:
 
 
 async def test_every_request_has_its_reply(host: Host) -> None:
-    assert await host.ask(AllocBuffer(100)) == BufferAllocated(1, 100)
-    assert await host.ask(WriteBuffer(1, 10, buffers=(b"abc",))) == Ok()
+    assert await host.ask(AllocBuffers((100,))) == BuffersAllocated((1,))
+    assert await host.ask(write(1, 10, b"abc")) == Ok()
     reply = await host.ask(ReadBuffer(1, 9, 5))
     assert isinstance(reply, BufferData) and bytes(reply.buffers[0]) == b"\0abc\0"
     assert await host.ask(LoadProgram(buffers=(b"12345",))) == ProgramLoaded(5)
@@ -140,7 +192,7 @@ async def test_every_request_has_its_reply(host: Host) -> None:
     assert "abort 9" in host.device.calls
     assert await host.ask(AllocBuffers((3, 5))) == BuffersAllocated((2, 3))
     writes = ((3, 2, 2), (2, 0, 1))
-    assert await host.ask(WriteBuffers(writes, buffers=(b"xyz",))) == Ok()
+    assert await host.ask(WriteBuffers(writes, buffers=(b"xy", b"z"))) == Ok()
     assert {handle: bytes(data) for handle, data in host.device.buffers.items()} == {
         2: b"z\0\0",
         3: b"\0\0xy\0",
@@ -152,9 +204,10 @@ async def test_every_request_has_its_reply(host: Host) -> None:
     [
         (FreeBuffer(99), "CardCommandError"),
         (ReadBuffer(99, 0, 1), "CardCommandError"),
-        (AllocBuffer(1 << 30), "CardMemoryError"),
+        (AllocBuffers((1 << 30,)), "CardMemoryError"),
         (AllocBuffers((1, 1 << 30, 1)), "CardMemoryError"),
-        (WriteBuffers(((99, 0, 1),), buffers=(b"x",)), "CardCommandError"),
+        (write(99, 0, b"x"), "CardCommandError"),
+        (write(99, 0, bytes(LARGE_WRITE_BYTES)), "CardCommandError"),
         (RunStep(666, buffers=(b"",)), "CardCommandError"),
         (Ok(), "LocalProtocolError"),
         (StepDone(1, 2), "LocalProtocolError"),
@@ -172,7 +225,7 @@ async def test_errors_are_replies_and_the_actor_goes_on(
 
 @pytest.mark.parametrize("fails_at", [0, 1, 63])
 async def test_of_several_buffers_all_are_allocated_or_none(host: Host, fails_at: int) -> None:
-    assert await host.ask(AllocBuffer(100)) == BufferAllocated(1, 100)
+    assert await host.alloc(100) == 1
     sizes = [10] * 64
     sizes[fails_at] = 1 << 30
     reply = await host.ask(AllocBuffers(tuple(sizes)))
@@ -204,36 +257,42 @@ async def test_a_soft_card_keeps_no_memory_of_buffers_that_did_not_all_fit() -> 
 @pytest.mark.parametrize("wrapped", [bytes, bytearray, memoryview, "u16"])
 async def test_pieces_are_written_in_order_from_any_buffer(host: Host, wrapped: object) -> None:
     await host.ask(AllocBuffers((8, 8)))
-    data = bytes(range(1, 15)) + b"\xff\xfe"
-    raw = memoryview(data).cast("H") if wrapped == "u16" else wrapped(data)  # type: ignore[operator]
+    pieces = (b"abcdefgh", b"ijkl", b"", b"mn", b"op")
+
+    def wrap(piece: bytes) -> Any:
+        return memoryview(piece).cast("H") if wrapped == "u16" else wrapped(piece)  # type: ignore[operator]
+
     # The last piece lies over the first: what comes later stays.
     writes = ((1, 0, 8), (2, 4, 4), (2, 0, 0), (2, 0, 2), (1, 6, 2))
-    assert await host.ask(WriteBuffers(writes, buffers=(raw,))) == Ok()
-    assert bytes(host.device.buffers[1]) == data[:6] + data[14:]
-    assert bytes(host.device.buffers[2]) == data[12:14] + b"\0\0" + data[8:12]
+    buffers = tuple(wrap(piece) for piece in pieces)
+    assert await host.ask(WriteBuffers(writes, buffers=buffers)) == Ok()
+    assert bytes(host.device.buffers[1]) == b"abcdefop"
+    assert bytes(host.device.buffers[2]) == b"mn\0\0ijkl"
 
 
 @pytest.mark.parametrize(
-    ("writes", "nbytes"),
+    ("writes", "sizes", "words"),
     [
-        (((1, 0, 4),), 3),
-        (((1, 0, 4),), 5),
-        (((1, 0, 4), (1, 4, 4)), 4),
-        ((), 1),
-        (((1, 0, 2),), 0),
-        (((1, 0, (1 << 64) - 1), (1, 0, 5)), 4),
+        (((1, 0, 4),), (3,), "write 0: expected a buffer of 4 bytes, got 3"),
+        (((1, 0, 4),), (5,), "write 0: expected a buffer of 4 bytes, got 5"),
+        (((1, 0, 4),), (0,), "write 0: expected a buffer of 4 bytes, got 0"),
+        (((1, 0, 4), (1, 4, 4)), (4, 5), "write 1: expected a buffer of 4 bytes, got 5"),
+        (((1, 0, 4), (1, 4, 4)), (8,), "a raw buffer for each of 2 writes, got 1"),
+        ((), (0,), "a raw buffer for each of 0 writes, got 1"),
+        (((1, 0, 2),), (), "a raw buffer for each of 1 writes, got 0"),
+        (((1, 0, (1 << 64) - 1),), (4,), "a buffer of 18,446,744,073,709,551,615 bytes, got 4"),
     ],
 )
-async def test_pieces_that_do_not_add_up_to_what_comes_are_refused_unwritten(
-    host: Host, writes: tuple[tuple[int, int, int], ...], nbytes: int
+async def test_writes_unlike_their_buffers_are_refused_unwritten(
+    host: Host, writes: tuple[tuple[int, int, int], ...], sizes: tuple[int, ...], words: str
 ) -> None:
-    await host.ask(AllocBuffer(16))
-    reply = await host.ask(WriteBuffers(writes, buffers=(b"x" * nbytes,)))
-    assert isinstance(reply, Failed) and reply.error == "CardCommandError"
-    need = sum(n for _, _, n in writes)
-    assert f"pieces of {need:,} bytes together, but brings {nbytes}" in reply.message
+    await host.alloc(16)
+    for kind in (bytes, lambda nbytes: Deferred(nbytes, ones)):
+        reply = await host.ask(WriteBuffers(writes, buffers=tuple(map(kind, sizes))))
+        assert isinstance(reply, Failed) and reply.error == "CardCommandError"
+        assert words in reply.message
     assert "write" not in host.device.calls
-    assert await host.ask(WriteBuffers((), buffers=(b"",))) == Ok()
+    assert await host.ask(WriteBuffers(())) == Ok()
 
 
 async def test_a_soft_card_refuses_pieces_that_are_out_of_bounds() -> None:
@@ -250,11 +309,12 @@ async def test_a_soft_card_refuses_pieces_that_are_out_of_bounds() -> None:
                 (1 << 40, 0, 1),
             ):
                 writes = ((b, 0, 4), bad)
-                raw = b"w" * (4 + bad[2])
-                failed = await host.ask(WriteBuffers(writes, buffers=(raw,)))
-                assert isinstance(failed, Failed) and failed.error == "CardCommandError", bad
-            data = await host.ask(ReadBuffer(a, 0, 10))
-            assert isinstance(data, BufferData) and bytes(data.buffers[0]) == bytes(10)
+                for second in (b"w" * bad[2], Deferred(bad[2], never)):
+                    request = WriteBuffers(writes, buffers=(b"good", second))
+                    failed = await host.ask(request)
+                    assert isinstance(failed, Failed) and failed.error == "CardCommandError", bad
+            assert await host.read(a, 0, 10) == bytes(10)
+            assert await host.read(b, 0, 5) == b"good\0"
 
 
 async def test_a_reply_that_no_channel_carries_is_refused_before_it_is_read(host: Host) -> None:
@@ -273,7 +333,7 @@ async def test_a_reply_that_no_channel_carries_is_refused_before_it_is_read(host
 async def test_a_reply_beyond_the_channels_limit_is_an_error_of_that_request(kind: str) -> None:
     limits = FrameLimits(raw_bytes_max=1000)
     async with serving(FakeDevice(automatic=True), kind, limits) as host:
-        await host.ask(AllocBuffer(4000))
+        await host.alloc(4000)
         for request in (ReadBuffer(1, 0, 1001), RunStep(1, ((1, 0, 1001),), buffers=(b"",))):
             reply = await host.ask(request)
             assert isinstance(reply, Failed) and reply.error == "LocalProtocolError"
@@ -327,12 +387,162 @@ async def test_a_card_that_cannot_trace_says_so() -> None:
             assert reply == Failed("CardCommandError", "card 3 cannot trace its commands", 3)
 
 
+# --- large writes --------------------------------------------------------------------------
+
+
+class Gate:
+    """Bytes whose making waits for `go_on`."""
+
+    def __init__(self, data: bytes = b"made") -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        self.data = data
+        self.ended = False
+
+    def write(self, handle: int, offset: int = 0) -> WriteBuffers:
+        return write(handle, offset, Deferred(len(self.data), self._fill))
+
+    def _fill(self, out: npt.NDArray[np.uint8]) -> None:
+        self.started.set()
+        assert self.go_on.wait(5)
+        out[:] = np.frombuffer(self.data, np.uint8)
+        self.ended = True
+
+
+@asynccontextmanager
+async def soft_card(kind: str = "memory") -> AsyncIterator[Host]:
+    with SoftRig([SoftCardSpec(ddr_bytes=32 << 20)]) as rig:
+        async with serving(rig.cards[0], kind) as host:
+            yield host
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("nbytes", [LARGE_WRITE_BYTES - 1, LARGE_WRITE_BYTES, 5_000_001])
+async def test_writes_of_any_size_arrive(kind: str, nbytes: int) -> None:
+    data = random.Random(nbytes).randbytes(nbytes)
+
+    def fill(out: npt.NDArray[np.uint8]) -> None:
+        out[:] = np.frombuffer(data, np.uint8)[: out.size]
+
+    async with soft_card(kind) as host:
+        a, b = await host.alloc(nbytes + 1), await host.alloc(nbytes)
+        writes = ((a, 1, nbytes), (b, 0, nbytes), (b, 10, 100))
+        buffers = (data, Deferred(nbytes, fill), Deferred(100, fill))
+        assert await host.ask(WriteBuffers(writes, buffers=buffers)) == Ok()
+        assert await host.read(a, 0, nbytes + 1) == b"\0" + data
+        assert await host.read(b, 0, nbytes) == data[:10] + data[:100] + data[110:]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("first", ["read", "free"])
+async def test_what_comes_behind_large_writes_finds_them_done(kind: str, first: str) -> None:
+    """A read gets what they wrote, and memory that is freed belongs to no write any more."""
+    nbytes, rng = 1 << 20, random.Random(3)
+    async with soft_card(kind) as host:
+        handles = [await host.alloc(nbytes) for _ in range(6)]
+        for _ in range(10):
+            data = [rng.randbytes(nbytes) for _ in handles]
+            asked: list[tuple[Message, Message]] = []
+            asked += [(write(h, 0, d), Ok()) for h, d in zip(handles, data, strict=True)]
+            if first == "read":
+                asked.append((ReadBuffer(handles[-1], 0, nbytes), BufferData(buffers=(data[-1],))))
+            asked += [(FreeBuffer(h), Ok()) for h in handles]
+            asked.append((AllocBuffers((nbytes,) * 6), BuffersAllocated(tuple(handles))))
+            zeros = BufferData(buffers=(bytes(nbytes),))
+            asked += [(ReadBuffer(h, 0, nbytes), zeros) for h in handles]
+            got: dict[int, Message] = {}
+            async with trio.open_nursery() as nursery:
+                begin = host.next_id + 1
+                nursery.start_soon(host.post_all, [request for request, _ in asked])
+                while len(got) < len(asked):
+                    request_id, reply = await host.channel.receive()
+                    got[request_id - begin] = reply
+            for number, (request, reply) in enumerate(asked):
+                assert got[number] == reply, type(request)
+
+
+async def test_a_step_behind_a_write_waits_for_it() -> None:
+    gate = Gate()
+    async with serving(FakeDevice(automatic=True)) as host:
+        handle = await host.alloc(4)
+        written = await host.post(gate.write(handle))
+        step = await host.post(RunStep(1, ((handle, 0, 4),), buffers=(b"p",)))
+        await until(gate.started.is_set)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert "submit" not in host.device.calls
+        gate.go_on.set()
+        assert await host.channel.receive() == (written, Ok())
+        answered, reply = await host.channel.receive()
+        assert answered == step and isinstance(reply, StepDone)
+        assert bytes(reply.buffers[0]) == b"made"
+
+
+async def test_writes_run_side_by_side_and_no_more_than_so_many() -> None:
+    async with soft_card() as host:
+        handle = await host.alloc(4 * (WRITES_MAX + 2))
+        gates = [Gate(bytes([i] * 4)) for i in range(WRITES_MAX + 2)]
+        ids = [await host.post(gate.write(handle, 4 * i)) for i, gate in enumerate(gates)]
+        await until(lambda: sum(gate.started.is_set() for gate in gates) == WRITES_MAX)
+        await trio.sleep(0.01)
+        assert [gate.started.is_set() for gate in gates] == [True] * WRITES_MAX + [False] * 2
+        assert len(threads_of_actors()) == WRITES_MAX
+        # Each is answered when it is done, whatever the others do.
+        for number in (2, 0, *range(4, WRITES_MAX + 2), 1, 3):
+            await until(gates[number].started.is_set)
+            gates[number].go_on.set()
+            assert await host.channel.receive() == (ids[number], Ok())
+        data = b"".join(gate.data for gate in gates)
+        assert await host.read(handle, 0, len(data)) == data
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("error", [OSError(5, "disk"), ModelError("bad"), MemoryError()], ids=repr)
+async def test_a_buffer_that_cannot_be_made_fails_its_write_alone(
+    kind: str, error: Exception
+) -> None:
+    def fail(out: npt.NDArray[np.uint8]) -> None:
+        raise error
+
+    async with soft_card(kind) as host:
+        handle = await host.alloc(100)
+        request = WriteBuffers(
+            ((handle, 0, 10), (handle, 10, 10), (handle, 20, 10)),
+            buffers=(Deferred(10, ones), Deferred(10, fail), Deferred(10, never)),
+        )
+        try:
+            reply = await host.ask(request)
+        except SpankerError as raised:
+            # In front of a stream, where nothing has been sent.
+            reply = failed(raised, 0)
+        assert isinstance(reply, Failed) and reply.error == "LocalProtocolError"
+        assert f"of 10 bytes could not be made: {type(error).__name__}: " in reply.message
+        assert await host.ask(write(handle, 0, Deferred(100, ones))) == Ok()
+        assert await host.read(handle, 0, 100) == b"\1" * 100
+
+
+async def test_a_write_that_fails_in_its_thread_lets_the_next_ones_through() -> None:
+    async with soft_card() as host:
+        handle = await host.alloc(1)
+        for _ in range(3 * WRITES_MAX):
+            reply = await host.ask(write(handle, 0, bytes(LARGE_WRITE_BYTES)))
+            assert isinstance(reply, Failed) and reply.error == "CardCommandError"
+        assert await host.read(handle, 0, 1) == b"\0"
+
+
+async def test_a_write_to_a_dead_card_is_an_error_reply() -> None:
+    async with soft_card() as host:
+        handle = await host.alloc(LARGE_WRITE_BYTES)
+        host.device.kill()
+        for data in (bytes(1), bytes(LARGE_WRITE_BYTES), Deferred(1, never)):
+            reply = await host.ask(write(handle, 0, data))
+            assert isinstance(reply, Failed) and reply.error == "CardLostError"
+
+
 # --- steps ---------------------------------------------------------------------------------
 
 
 async def test_a_step_comes_back_with_what_was_to_be_read(host: Host) -> None:
-    await host.ask(AllocBuffer(16))
-    await host.ask(WriteBuffer(1, 0, buffers=(bytes(range(16)),)))
+    await host.alloc(16)
+    await host.ask(write(1, 0, bytes(range(16))))
     request_id = await host.post(RunStep(1, ((1, 2, 3), (1, 15, 1)), buffers=(b"p",)))
     # Other requests are answered while it runs.
     assert isinstance(await host.ask(Describe()), CardInfo)
@@ -417,6 +627,53 @@ async def test_the_end_of_the_channel_ends_the_actor(kind: str) -> None:
         await until(lambda: device.closed)
 
 
+@pytest.mark.parametrize("end", ["stop", "channel", "cancelled"])
+async def test_the_end_waits_for_a_write(end: str) -> None:
+    """Its thread writes into the device's memory."""
+    gates = [Gate(), Gate()]
+    device = FakeDevice()
+    async with trio.open_nursery() as nursery:
+        async with serving(device) as host:
+            handle = await host.alloc(8)
+            for number, gate in enumerate(gates):
+                await host.post(gate.write(handle, 4 * number))
+            await until(lambda: all(gate.started.is_set() for gate in gates))
+
+            async def open_gates() -> None:
+                await trio.sleep(0.03)
+                assert not device.closed
+                for gate in gates:
+                    gate.go_on.set()
+
+            nursery.start_soon(open_gates)
+            if end == "stop":
+                await host.post(Stop())
+            elif end == "channel":
+                await host.channel.aclose()
+        assert all(gate.ended for gate in gates)
+        assert device.closed == 1 and bytes(device.buffers[handle]) == b"mademade"
+
+
+async def test_close_waits_for_a_write_that_somebody_else_waits_for_too() -> None:
+    gate = Gate()
+    device = FakeDevice()
+    with trio.fail_after(10):
+        host_end, card = memory_channel_pair()
+        actor = CardActor(card, device)
+        async with host_end, trio.open_nursery() as nursery:
+            nursery.start_soon(actor.serve)
+            host = Host(host_end, device)
+            handle = await host.alloc(4)
+            await host.post(gate.write(handle))
+            await host.post(ReadBuffer(handle, 0, 4))
+            await until(gate.started.is_set)
+            nursery.start_soon(actor.aclose)
+            await trio.sleep(0.02)
+            assert not device.closed
+            gate.go_on.set()
+            await until(lambda: device.closed)
+
+
 async def test_a_crash_closes_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice()
 
@@ -426,7 +683,7 @@ async def test_a_crash_closes_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device, "alloc", boom)
     async with serving(device) as host:
         with pytest.raises(ChannelClosedError):
-            await host.ask(AllocBuffer(1))
+            await host.ask(AllocBuffers((1,)))
     assert "ZeroDivisionError('a bug')" in repr(host.crash)
 
 

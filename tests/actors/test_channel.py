@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import trio
 import trio.testing
+from waiting import until
 
 from spanker.actors.channel import (
     Channel,
@@ -16,10 +21,15 @@ from spanker.actors.channel import (
     memory_channel_pair,
     unix_channel_pair,
 )
-from spanker.actors.frame import Frame, FrameLimits, encode_frame
+from spanker.actors.frame import Deferred, Frame, FrameLimits, RawBuffer, encode_frame
 from spanker.actors.host_link import HostLink
-from spanker.actors.message import Abort, BufferData, Describe, Ok, WriteBuffer, encode
-from spanker.errors import ChannelClosedError, LocalProtocolError, RemoteProtocolError
+from spanker.actors.message import Abort, BufferData, Describe, Ok, WriteBuffers, encode
+from spanker.errors import (
+    ChannelClosedError,
+    LocalProtocolError,
+    ModelError,
+    RemoteProtocolError,
+)
 
 LIMITS = FrameLimits(raw_bytes_max=16 << 20)
 
@@ -47,14 +57,19 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Channel, C
 Pair = tuple[Channel, Channel]
 
 
-def data_message(number: int, nbytes: int) -> WriteBuffer:
+def write(data: RawBuffer, handle: int = 1, offset: int = 0) -> WriteBuffers:
+    """A message with one raw buffer."""
+    return WriteBuffers(((handle, offset, len(data)),), buffers=(data,))
+
+
+def data_message(number: int, nbytes: int) -> WriteBuffers:
     """A message whose every part tells which one it is."""
-    return WriteBuffer(number, nbytes, buffers=(number.to_bytes(2, "little") * (nbytes // 2),))
+    return write(number.to_bytes(2, "little") * (nbytes // 2), number, nbytes)
 
 
 def check_data_message(request_id: int, message: object) -> None:
-    assert isinstance(message, WriteBuffer)
-    assert message == data_message(request_id, message.offset)
+    assert isinstance(message, WriteBuffers)
+    assert message == data_message(request_id, message.writes[0][1])
 
 
 # --- every channel -----------------------------------------------------------------
@@ -108,14 +123,14 @@ async def test_big_buffers_arrive_whole(pair: Pair) -> None:
     view = memoryview(bytearray(big))
 
     async def send() -> None:
-        await a.send(WriteBuffer(1, 2, buffers=(big,)), 1)
-        await a.send(WriteBuffer(1, 3, buffers=(view[1:-1],)), 2)
+        await a.send(write(big, 2), 1)
+        await a.send(write(view[1:-1], 3), 2)
         await a.send(Ok(), 3)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        assert await b.receive() == (1, WriteBuffer(1, 2, buffers=(big,)))
-        assert await b.receive() == (2, WriteBuffer(1, 3, buffers=(big[1:-1],)))
+        assert await b.receive() == (1, write(big, 2))
+        assert await b.receive() == (2, write(big[1:-1], 3))
         assert await b.receive() == (3, Ok())
 
 
@@ -124,6 +139,80 @@ async def test_empty_buffers_arrive_as_empty_buffers(pair: Pair) -> None:
     for i in range(3):
         await a.send(BufferData(buffers=(b"",)), i)
         assert await b.receive() == (i, BufferData(buffers=(b"",)))
+
+
+def counted(data: bytes) -> tuple[Deferred, list[str]]:
+    """A deferred buffer of these bytes, and the threads in which they were made."""
+    made: list[str] = []
+
+    def fill(out: npt.NDArray[np.uint8]) -> None:
+        made.append(threading.current_thread().name)
+        out[:] = np.frombuffer(data, np.uint8)
+
+    return Deferred(len(data), fill), made
+
+
+def made(buffer: RawBuffer) -> bytes:
+    """The bytes of a buffer that has arrived: on a memory channel the receiver makes them."""
+    return bytes(buffer.make() if isinstance(buffer, Deferred) else buffer)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 100, 40_000, 1 << 20])
+async def test_deferred_buffers_arrive_as_their_bytes(pair: Pair, nbytes: int) -> None:
+    a, b = pair
+    data = random.Random(nbytes).randbytes(nbytes)
+    deferred, threads = counted(data)
+    buffers = (b"before", deferred, b"", counted(data[::-1])[0])
+    writes = tuple((1, 0, len(buffer)) for buffer in buffers)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.send, WriteBuffers(writes, buffers=buffers), 7)
+        request_id, message = await b.receive()
+    assert isinstance(message, WriteBuffers) and (request_id, message.writes) == (7, writes)
+    assert [made(buffer) for buffer in message.buffers] == [b"before", data, b"", data[::-1]]
+    assert len(threads) == 1
+
+
+async def test_deferred_buffers_beyond_the_limits_are_not_made(pair: Pair) -> None:
+    a, b = pair
+    deferred, threads = counted(bytes((16 << 20) + 1))
+    small, small_threads = counted(b"x")
+    for message, words in (
+        (write(deferred), "raw bytes"),
+        (WriteBuffers(((1, 0, -1),), buffers=(small,)), "field writes"),
+        (WriteBuffers(((1, 0, 1),) * 65, buffers=(small,) * 65), "field writes"),
+    ):
+        with pytest.raises(LocalProtocolError, match=words):
+            await a.send(message, 1)
+        with pytest.raises(LocalProtocolError, match=words):
+            if not a.try_send(message, 1):
+                await a.send(message, 1)
+    await a.send(Ok(), 2)
+    assert await b.receive() == (2, Ok())
+    assert threads == small_threads == []
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), ModelError("bad"), MemoryError()], ids=repr)
+async def test_a_buffer_that_cannot_be_made_fails_its_message_alone(
+    pair: Pair, error: Exception
+) -> None:
+    a, b = pair
+
+    def fail(out: npt.NDArray[np.uint8]) -> None:
+        raise error
+
+    words = f"raw buffer of 100 bytes could not be made: {type(error).__name__}: "
+    good, _ = counted(b"good")
+    message = WriteBuffers(((1, 0, 4), (1, 4, 100)), buffers=(good, Deferred(100, fail)))
+    for i in range(3):
+        with pytest.raises(LocalProtocolError, match=words) as caught:
+            await a.send(message, i)
+            # It was handed over as it is.
+            _, got = await b.receive()
+            assert got is message
+            made(got.buffers[0]), made(got.buffers[1])
+        assert caught.value.__cause__ is error
+        await a.send(Ok(), i)
+        assert await b.receive() == (i, Ok())
 
 
 async def test_messages_sent_before_a_close_still_arrive(pair: Pair) -> None:
@@ -275,7 +364,7 @@ async def test_a_message_beyond_the_limits_is_refused_and_harms_nothing(pair: Pa
     a, b = pair
     too_big = memoryview(bytes((16 << 20) + 1))
     with pytest.raises(LocalProtocolError, match="raw bytes"):
-        await a.send(WriteBuffer(1, 0, buffers=(too_big,)), 1)
+        await a.send(write(too_big), 1)
     with pytest.raises(LocalProtocolError, match="field epoch"):
         await a.send(Abort(-1), 1)
     await a.send(Ok(), 2)
@@ -346,7 +435,7 @@ async def test_try_send_refuses_what_send_refuses(pair: Pair) -> None:
     if not a.try_send(Ok(), 2):
         return  # this kind always leaves it to `send`
     for message, words in (
-        (WriteBuffer(1, 0, buffers=(memoryview(bytes((16 << 20) + 1)),)), "raw bytes"),
+        (write(memoryview(bytes((16 << 20) + 1))), "raw bytes"),
         (Abort(-1), "field epoch"),
     ):
         with pytest.raises(LocalProtocolError, match=words):
@@ -385,7 +474,7 @@ async def test_memory_channel_hands_over_the_very_buffers() -> None:
     data = bytearray(100)
     a, b = memory_channel_pair(1)
     async with a, b:
-        await a.send(WriteBuffer(1, 0, buffers=(data,)), 1)
+        await a.send(write(data), 1)
         _, message = await b.receive()
         assert message.buffers[0] is data
 
@@ -413,7 +502,7 @@ async def raw_peer() -> AsyncIterator[tuple[trio.abc.Stream, StreamChannel]]:
         yield raw, channel
 
 
-def wire(message: Ok | WriteBuffer, request_id: int) -> bytes:
+def wire(message: Ok | WriteBuffers, request_id: int) -> bytes:
     return b"".join(encode_frame(encode(message, request_id)))
 
 
@@ -480,6 +569,115 @@ async def test_a_send_cancelled_half_way_closes_the_channel(kind: str) -> None:
             await b.receive()
 
 
+class Held:
+    """A deferred buffer that is made when `go_on` is set."""
+
+    def __init__(self, data: bytes = b"held") -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        self.ended = False
+        self.data = data
+
+    def message(self) -> WriteBuffers:
+        return write(Deferred(len(self.data), self._fill))
+
+    def _fill(self, out: npt.NDArray[np.uint8]) -> None:
+        self.started.set()
+        self.go_on.wait(5)
+        out[:] = np.frombuffer(self.data, np.uint8)
+        self.ended = True
+
+
+def maker_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("spanker-maker")]
+
+
+@pytest.mark.parametrize("kind", ["unix", "host link"])
+async def test_while_a_buffer_is_made_others_use_the_channel(kind: str) -> None:
+    a, b = PAIRS[kind](limits=LIMITS)
+    held = Held()
+    async with a, b, trio.open_nursery() as nursery:
+        nursery.start_soon(a.send, held.message(), 1)
+        await until(held.started.is_set)
+        for i in range(5):
+            await a.send(Abort(i), 10 + i)
+            assert await b.receive() == (10 + i, Abort(i))
+            await b.send(Ok(), 10 + i)
+            assert await a.receive() == (10 + i, Ok())
+        held.go_on.set()
+        request_id, message = await b.receive()
+        assert request_id == 1 and bytes(message.buffers[0]) == b"held"
+    assert maker_threads() == []
+
+
+@pytest.mark.parametrize("kind", ["unix", "host link"])
+async def test_one_thread_makes_the_buffers_of_many_senders(kind: str) -> None:
+    a, b = PAIRS[kind](limits=LIMITS)
+    async with a, b, trio.open_nursery() as nursery:
+        for i in range(20):
+            data = bytes([i]) * (i * 5000)
+            nursery.start_soon(a.send, write(counted(data)[0]), i)
+            await trio.lowlevel.checkpoint()
+        arrived = []
+        for _ in range(20):
+            i, message = await b.receive()
+            assert bytes(message.buffers[0]) == bytes([i]) * (i * 5000)
+            arrived.append(i)
+        assert sorted(arrived) == list(range(20))
+        assert len(maker_threads()) == 1
+    assert maker_threads() == []
+
+
+@pytest.mark.parametrize("kind", ["unix", "host link"])
+async def test_a_send_cancelled_while_its_buffer_is_made_waits_and_has_sent_nothing(
+    kind: str,
+) -> None:
+    a, b = PAIRS[kind](limits=LIMITS)
+    held = Held()
+    scope = trio.CancelScope()
+    left = False
+
+    async def send() -> None:
+        nonlocal left
+        with scope:
+            await a.send(held.message(), 1)
+        left = True
+
+    async with a, b:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await until(held.started.is_set)
+            scope.cancel()
+            await trio.sleep(0.02)
+            assert not left
+            held.go_on.set()
+        assert scope.cancelled_caught and held.ended
+        await a.send(Ok(), 2)
+        assert await b.receive() == (2, Ok())
+
+
+@pytest.mark.parametrize("kind", ["unix", "host link"])
+async def test_close_does_not_wait_for_a_buffer_that_is_made(kind: str) -> None:
+    a, b = PAIRS[kind](limits=LIMITS)
+    held = Held()
+
+    async def expect_closed() -> None:
+        with pytest.raises(ChannelClosedError, match="on this side"):
+            await a.send(held.message(), 1)
+
+    async with b:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_closed)
+            await until(held.started.is_set)
+            await a.aclose()
+            with pytest.raises(ChannelClosedError, match="on this side"):
+                await a.send(write(counted(b"x")[0]), 2)
+            assert not held.ended
+            held.go_on.set()
+        assert held.ended and maker_threads() == []
+        with pytest.raises(ChannelClosedError, match="by the peer"):
+            await b.receive()
+
+
 class RecordingStream(trio.abc.SendStream):
     """Keeps what one send makes of its pieces."""
 
@@ -500,11 +698,11 @@ class RecordingStream(trio.abc.SendStream):
 async def test_small_messages_are_one_write_and_large_buffers_are_not_copied() -> None:
     recorder = RecordingStream()
     channel = StreamChannel(trio.StapledStream(recorder, trio.testing.MemoryReceiveStream()))
-    await channel.send(WriteBuffer(1, 0, buffers=(bytes(100),)), 1)
-    assert recorder.writes == [wire(WriteBuffer(1, 0, buffers=(bytes(100),)), 1)]
+    await channel.send(write(bytes(100)), 1)
+    assert recorder.writes == [wire(write(bytes(100)), 1)]
     recorder.writes.clear()
     big = bytearray(1 << 20)
-    await channel.send(WriteBuffer(1, 0, buffers=(big,)), 1)
+    await channel.send(write(big), 1)
     assert len(recorder.writes) == 2
     assert recorder.writes[1] is big
     await channel.aclose()

@@ -15,16 +15,16 @@ from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pa
 from spanker.actors.client import CardClient
 from spanker.actors.message import (
     Abort,
-    AllocBuffer,
-    BufferAllocated,
+    AllocBuffers,
     BufferData,
+    BuffersAllocated,
     Describe,
     Failed,
     FreeBuffer,
     Message,
     Ok,
     ReadBuffer,
-    WriteBuffer,
+    WriteBuffers,
 )
 from spanker.errors import (
     CardCommandError,
@@ -67,7 +67,7 @@ async def test_replies_find_their_requests_in_any_order(ends: Ends) -> None:
     got: dict[int, int] = {}
 
     async def ask(nbytes: int) -> None:
-        got[nbytes] = (await client.request(AllocBuffer(nbytes))).handle
+        (got[nbytes],) = (await client.request(AllocBuffers((nbytes,)))).handles
 
     async with trio.open_nursery() as nursery:
         for nbytes in range(1, 11):
@@ -75,8 +75,8 @@ async def test_replies_find_their_requests_in_any_order(ends: Ends) -> None:
         asked = [await card.receive() for _ in range(10)]
         assert len({request_id for request_id, _ in asked}) == 10
         for request_id, request in reversed(asked):
-            assert isinstance(request, AllocBuffer)
-            await card.send(BufferAllocated(100 + request.nbytes, request.nbytes), request_id)
+            assert isinstance(request, AllocBuffers)
+            await card.send(BuffersAllocated((100 + request.sizes[0],)), request_id)
     assert got == {n: 100 + n for n in range(1, 11)}
 
 
@@ -108,7 +108,7 @@ async def test_a_failure_is_raised_to_who_asked_and_to_no_other(ends: Ends) -> N
 
 @pytest.mark.parametrize(
     "reply",
-    [Ok(), BufferData(buffers=(b"1234",)), BufferAllocated(1, 8)],
+    [Ok(), BufferData(buffers=(b"1234",)), BuffersAllocated((1,))],
     ids=["another class", "too short", "another reply"],
 )
 async def test_a_wrong_answer_is_an_error_of_that_request(ends: Ends, reply: Message) -> None:
@@ -202,8 +202,8 @@ async def test_a_request_that_cannot_be_sent_fails_alone(ends: Ends) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(answer)
-        with pytest.raises(LocalProtocolError, match="field nbytes"):
-            await client.request(AllocBuffer(-1))
+        with pytest.raises(LocalProtocolError, match="field sizes"):
+            await client.request(AllocBuffers((-1,)))
         assert await client.request(Abort(2)) == Ok()
 
 
@@ -234,7 +234,7 @@ async def test_requests_are_sent_in_the_order_they_were_posted_in(ends: Ends) ->
 
     async def post(number: int, nbytes: int) -> None:
         posted.append(number)
-        request = WriteBuffer(number, 0, buffers=(bytes(nbytes),))
+        request = WriteBuffers(((number, 0, nbytes),), buffers=(bytes(nbytes),))
         await client.post(request, lambda reply, number=number: told.append(number))
 
     got = []
@@ -245,15 +245,15 @@ async def test_requests_are_sent_in_the_order_they_were_posted_in(ends: Ends) ->
             await trio.lowlevel.checkpoint()
         for number in range(40, 80):
             request_id, request = await card.receive()
-            assert isinstance(request, WriteBuffer)
-            got.append(request.handle)
+            assert isinstance(request, WriteBuffers)
+            got.append(request.writes[0][0])
             await card.send(Ok(), request_id)
             nursery.start_soon(post, number, 10)
             await trio.lowlevel.checkpoint()
         while len(got) < 80:
             request_id, request = await card.receive()
-            assert isinstance(request, WriteBuffer)
-            got.append(request.handle)
+            assert isinstance(request, WriteBuffers)
+            got.append(request.writes[0][0])
             await card.send(Ok(), request_id)
     assert got == posted
     await until(lambda: len(told) == 80)
@@ -310,7 +310,7 @@ async def test_a_request_cancelled_while_it_is_written_costs_nobody_the_card() -
     """A large frame fills the socket: who cancels then must not leave half of it behind."""
     async with connected("unix") as (client, card):
         with trio.move_on_after(0.02) as scope:
-            await client.request(WriteBuffer(1, 0, buffers=(bytes(8 << 20),)))
+            await client.request(WriteBuffers(((1, 0, 8 << 20),), buffers=(bytes(8 << 20),)))
         assert scope.cancelled_caught
         seen: list[str] = []
 
@@ -325,7 +325,7 @@ async def test_a_request_cancelled_while_it_is_written_costs_nobody_the_card() -
             assert await client.request(Abort(2)) == Ok()
             if len(seen) < 2:
                 nursery.cancel_scope.cancel()
-        assert seen in (["WriteBuffer", "Abort"], ["Abort"])
+        assert seen in (["WriteBuffers", "Abort"], ["Abort"])
         assert client.failure is None
 
 

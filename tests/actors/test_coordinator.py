@@ -453,7 +453,7 @@ async def _never(*args: object) -> None:
 
 
 def test_the_cause_of_a_failed_step_is_what_is_not_an_abort() -> None:
-    replies = steps._Flight(1, 0, 3)
+    replies = steps.Flight(1, 0, 3)
     errors: list[SpankerError] = [
         CardAbortedError("aborted", card=0),
         CardFaultError("a NaN", card=1),

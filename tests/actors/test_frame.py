@@ -9,12 +9,15 @@ import time
 import tracemalloc
 import zlib
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spanker.actors.frame import (
     HEADER_BYTES,
+    Deferred,
     Frame,
     FrameDecoder,
     FrameLimits,
@@ -90,6 +93,28 @@ def test_buffers_that_are_not_flat_memory_are_refused() -> None:
         encode_frame(Frame(1, b"", (memoryview(b"abcdef")[::2],)))
     with pytest.raises(LocalProtocolError, match="got list"):
         encode_frame(Frame(1, b"", ([1, 2],)))  # type: ignore[arg-type]
+
+
+def test_deferred_buffers_are_made_where_the_frame_is_encoded_and_not_before() -> None:
+    filled = 0
+
+    def fill(out: npt.NDArray[np.uint8]) -> None:
+        nonlocal filled
+        filled += 1
+        assert out.dtype == np.uint8 and out.flags.c_contiguous and out.shape == (300,)
+        out[:] = np.arange(300) % 251
+
+    deferred = Deferred(300, fill)
+    frame = Frame(1, b"body", (b"abc", deferred))
+    check_frame(frame)
+    assert repr(frame) == "Frame(kind=1, body=b'body', buffers=(<3 bytes>, <300 bytes>))"
+    for limits in (FrameLimits(raw_bytes_max=302), FrameLimits(buffers_max=1)):
+        with pytest.raises(LocalProtocolError):
+            encode_frame(frame, limits)
+    assert filled == 0
+    data = bytes(i % 251 for i in range(300))
+    assert wire(frame) == wire(Frame(1, b"body", (b"abc", data)))
+    assert filled == 1
 
 
 def test_repr_tells_sizes_and_not_contents() -> None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading weights: what goes into one message, what arrives on the cards, and loads that end early.
 
-Weights are filled into staging buffers by a thread while the other buffer is on its way.
+Weights are filled by threads that know nothing of the load: those of the cards, or of a channel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,23 +18,30 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import trio
+import trio.testing
 from reference_model import forward, with_formats
 from waiting import until
 
 from spanker.actors import loading
+from spanker.actors.channel import Channel, memory_channel_pair
 from spanker.actors.client import CardClient
 from spanker.actors.coordinator import Coordinator, open_coordinator
+from spanker.actors.frame import Deferred
 from spanker.actors.message import (
     AllocBuffers,
     FreeBuffer,
     LoadProgram,
     Message,
+    Ok,
     Request,
     WriteBuffers,
+    failed,
 )
 from spanker.actors.steps import LoadedModel
+from spanker.actors.threads import WorkThreads
+from spanker.device.base import Fill
 from spanker.device.soft import SoftCardSpec, SoftRig
-from spanker.errors import CardLostError, ModelError
+from spanker.errors import CardLostError, LocalProtocolError, ModelError
 from spanker.ggml.architectures import llama
 from spanker.ggml.architectures.llama import Piece, Upload, read_model
 from spanker.ggml.gguf import GGUFFile
@@ -111,9 +119,9 @@ Hook = Callable[[CardClient, Request[Message]], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def opened(cards: int) -> AsyncIterator[tuple[Coordinator, SoftRig]]:
+async def opened(cards: int, channel: str = "memory") -> AsyncIterator[tuple[Coordinator, SoftRig]]:
     with SoftRig([SoftCardSpec(ddr_bytes=16 << 20)] * cards) as rig:
-        async with open_coordinator(rig.cards, NATIVE) as coordinator:
+        async with open_coordinator(rig.cards, NATIVE, channel=channel) as coordinator:
             yield coordinator, rig
 
 
@@ -155,7 +163,7 @@ def watch_requests(monkeypatch: pytest.MonkeyPatch, before: Hook) -> None:
 
 class Fills:
     """Watches all fills of pieces: `before` is called in their threads with the number of the
-    fill.  No two fills of a card may overlap."""
+    fill."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda number: None
@@ -192,17 +200,26 @@ class Fills:
 # --- what arrives ------------------------------------------------------------------------------
 
 
+CHANNELS = pytest.mark.parametrize("channel", ["memory", "unix"])
+
+
+@CHANNELS
 @pytest.mark.parametrize("plan", ["tp1", "tp3", "pp2", "tp2xpp2"])
 @pytest.mark.parametrize(
     ("upload_bytes", "batch_max"), [(2 << 20, 64), (5000, 64), (20_000, 3), (1, 1)]
 )
 async def test_every_buffer_holds_its_upload(
-    path: Path, plan: str, upload_bytes: int, batch_max: int, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    plan: str,
+    upload_bytes: int,
+    batch_max: int,
+    channel: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(llama, "UPLOAD_BYTES", max(upload_bytes, 600))
     monkeypatch.setattr(loading, "BATCH_MAX", batch_max)
     cards = {"tp1": 1, "tp3": 3, "pp2": 2, "tp2xpp2": 4}[plan]
-    async with opened(cards) as (coordinator, rig):
+    async with opened(cards, channel) as (coordinator, rig):
         loaded = await load(coordinator, path, plan)
         with GGUFFile(path) as gguf:
             for card in loaded.plan.cards:
@@ -247,44 +264,199 @@ async def test_buffers_and_pieces_travel_together(
                 assert all(len(r.writes) <= 7 for r in writes)
 
 
-async def test_a_staging_buffer_is_left_alone_until_its_reply_has_come(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cores", "at_once"), [(1, 1), (2, 1), (3, 2), (8, 4)])
+async def test_all_cards_together_have_a_message_under_way_for_each_core(
+    path: Path, cores: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes of a message are the same when it is made and after a card has dawdled over it,
-    while two buffers serve for all messages of a card."""
     monkeypatch.setattr(llama, "UPLOAD_BYTES", 6000)
-    fills = Fills(monkeypatch)
-    buffers: dict[int, set[int]] = {0: set(), 1: set()}
-    ahead = 0
+    request = CardClient.request
+    under_way, most = [0, 0], [0, 0]
 
-    async def dawdle(client: CardClient, request: Request[Message]) -> None:
-        nonlocal ahead
-        if isinstance(request, WriteBuffers):
-            before, started = bytes(request.buffers[0]), fills.started
-            await trio.sleep(0.002)
-            assert bytes(request.buffers[0]) == before
-            ahead += fills.started > started
-            address = np.frombuffer(request.buffers[0], np.uint8).ctypes.data
-            buffers[client.number].add(address)
+    async def watched(client: CardClient, message: Request[Message]) -> Message:
+        number = client.number
+        if not isinstance(message, WriteBuffers):
+            return await request(client, message)
+        under_way[number] += 1
+        most[number] = max(most[number], under_way[number])
+        try:
+            await trio.sleep(0.001)
+            return await request(client, message)
+        finally:
+            under_way[number] -= 1
 
-    watch_requests(monkeypatch, dawdle)
     async with opened(2) as (coordinator, _):
+        monkeypatch.setattr(CardClient, "request", watched)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
         await check_step(coordinator, await load(coordinator, path), TINY)
-    # Pieces of a tile are larger than the limit, so that buffers grow a few times.
-    assert all(2 <= len(found) <= 6 for found in buffers.values())
-    assert ahead > 10
+    assert most == [at_once, at_once]
+
+
+# --- one upload, message by message --------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def played_card() -> AsyncIterator[tuple[CardClient, Channel]]:
+    """A client, and the end of a channel at which the test plays the card."""
+    host, card = memory_channel_pair()
+    client = CardClient(0, host)
+    with trio.fail_after(10):
+        async with card, host, trio.open_nursery() as nursery:
+            nursery.start_soon(client.run)
+            yield client, card
+            nursery.cancel_scope.cancel()
+
+
+class Bytes:
+    """An upload of so many pieces, each a message; `filled` lists the pieces that were filled, in
+    threads of whoever makes them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+        monkeypatch.setattr(llama, "UPLOAD_BYTES", 10)
+        self.filled: list[int] = []
+        self.uploads = [
+            Upload("x", 10 * pieces, tuple(Piece(10 * i, 10, self._fill(i)) for i in range(pieces)))
+        ]
+        self.sent = 0
+
+    def _fill(self, number: int) -> Fill:
+        def fill(out: U8) -> None:
+            self.filled.append(number)
+            self.before(number)
+            out[:] = number
+
+        return fill
+
+    def before(self, number: int) -> None:
+        """What a test may replace."""
+
+    def count(self, nbytes: int) -> None:
+        self.sent += nbytes
+
+    async def upload(self, client: CardClient, at_once: int) -> None:
+        await loading.upload(client, self.uploads, {"x": 7}, at_once, self.count)
+
+
+def made(request: Message) -> bytes:
+    (buffer,) = request.buffers
+    assert isinstance(buffer, Deferred)
+    return bytes(buffer.make())
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_the_next_message_goes_when_one_is_answered(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = Bytes(monkeypatch, 8)
+    async with played_card() as (client, card), trio.open_nursery() as nursery:
+        nursery.start_soon(pieces.upload, client, at_once)
+        waiting = [await card.receive() for _ in range(at_once)]
+        for number in range(8):
+            with trio.move_on_after(0.01) as scope:
+                await card.receive()
+            assert scope.cancelled_caught and pieces.sent == 10 * number
+            # In any order.
+            request_id, request = waiting.pop()
+            assert isinstance(request, WriteBuffers)
+            ((handle, offset, nbytes),) = request.writes
+            assert (handle, nbytes, made(request)) == (7, 10, bytes([offset // 10]) * 10)
+            await card.send(Ok(), request_id)
+            if number + at_once < 8:
+                waiting.append(await card.receive())
+    assert pieces.sent == 80 and sorted(pieces.filled) == list(range(8))
+
+
+async def test_what_is_still_under_way_when_an_upload_has_ended_is_not_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A card may come to a message when nobody waits for it, and the file is closed."""
+    pieces = Bytes(monkeypatch, 8)
+    async with played_card() as (client, card):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pieces.upload, client, 3)
+                waiting = [(await card.receive())[1] for _ in range(3)]
+                made(waiting[0])
+                scope.cancel()
+        assert scope.cancelled_caught
+        for request in waiting[1:]:
+            with pytest.raises(LocalProtocolError, match="upload has ended"):
+                made(request)
+    assert pieces.filled == [0] and pieces.sent == 0
+
+
+async def test_an_upload_ends_when_what_is_being_filled_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = Bytes(monkeypatch, 4)
+    threads = WorkThreads("spanker-test", 2)
+    go_on = [threading.Event() for _ in range(4)]
+    pieces.before = lambda number: go_on[number].wait(10)  # type: ignore[assignment,method-assign]
+    ended = False
+
+    async def upload(scope: trio.CancelScope) -> None:
+        nonlocal ended
+        with scope:
+            await pieces.upload(client, 2)
+        ended = True
+
+    async with played_card() as (client, card), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+        nursery.start_soon(upload, scope)
+        for _ in range(2):
+            _, request = await card.receive()
+            nursery.start_soon(threads.run, lambda request=request: made(request))
+        await until(lambda: len(pieces.filled) == 2)
+        scope.cancel()
+        for event in go_on[:2]:
+            await trio.sleep(0.02)
+            assert not ended
+            event.set()
+        await until(lambda: ended)
+    assert scope.cancelled_caught
+    threads.close()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), ModelError("went bad")], ids=repr)
+async def test_after_an_error_of_a_fill_nothing_more_is_filled_or_sent(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = Bytes(monkeypatch, 8)
+
+    def fail(number: int) -> None:
+        raise error
+
+    pieces.before = fail  # type: ignore[method-assign]
+    async with played_card() as (client, card), trio.open_nursery() as nursery:
+
+        async def upload() -> None:
+            with pytest.raises(type(error)) as caught:
+                await pieces.upload(client, 3)
+            assert caught.value is error
+
+        nursery.start_soon(upload)
+        waiting = [await card.receive() for _ in range(3)]
+        with pytest.raises(LocalProtocolError) as caught:
+            made(waiting[1][1])
+        with pytest.raises(LocalProtocolError, match="upload has ended"):
+            made(waiting[2][1])
+        # Another one is done all the same, before the failure is told: it counts no more.
+        await card.send(Ok(), waiting[0][0])
+        await card.send(failed(caught.value), waiting[1][0])
+        with trio.move_on_after(0.01) as scope:
+            await card.receive()
+        assert scope.cancelled_caught
+    assert pieces.filled == [1] and pieces.sent == 0
 
 
 # --- loads that end early -------------------------------------------------------------------------
 
 
+@CHANNELS
 @pytest.mark.parametrize("error", [OSError(5, "disk"), ModelError("went bad"), MemoryError()])
 @pytest.mark.parametrize("at", [0, 1, 17, "last"])
 async def test_a_fill_that_raises_fails_the_load_and_frees_everything(
-    path: Path, at: int | str, error: Exception, monkeypatch: pytest.MonkeyPatch
+    path: Path, at: int | str, error: Exception, channel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama, "UPLOAD_BYTES", 5000)
-    async with opened(3) as (coordinator, rig):
+    async with opened(3, channel) as (coordinator, rig):
         with monkeypatch.context() as patch:
             counted = Fills(patch)
             await coordinator.unload(await load(coordinator, path))
@@ -329,15 +501,16 @@ async def test_a_card_that_dies_while_it_is_loaded_is_named_alone(
         assert [n for i, n in enumerate(used_bytes(rig)) if i != card] == [0, 0]
 
 
+@CHANNELS
 async def test_a_load_cancelled_during_a_fill_waits_for_its_thread(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, channel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread reads the file and writes into memory: both must outlive it."""
     go_on = threading.Event()
     monkeypatch.setattr(llama, "UPLOAD_BYTES", 5000)
     fills = Fills(monkeypatch, lambda number: number < 20 or go_on.wait(10) or None)
     ended = False
-    async with opened(2) as (coordinator, rig):
+    async with opened(2, channel) as (coordinator, rig):
         scope = trio.CancelScope()
 
         async def cancelled() -> None:

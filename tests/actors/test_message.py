@@ -25,18 +25,15 @@ COUNTERS = m.Counters(1, 2, 3, 4, 5, 6, 7, 8, 9, None, (10, U64), ())
 
 MESSAGES = (
     m.Describe(),
-    m.CardInfo(1, U32, U64, "InnerJib7EA é", "soft:2@avx2", 16 << 30, 64),
-    m.AllocBuffer(0),
-    m.AllocBuffer(U64),
-    m.BufferAllocated(7, 4096),
+    m.CardInfo(1, U32, U64, "InnerJib7EA é", "soft:2@avx2", 16 << 30, 64, 4),
     m.AllocBuffers(()),
     m.AllocBuffers((0, 1, U64)),
     m.BuffersAllocated(()),
     m.BuffersAllocated((3, U64)),
     m.FreeBuffer(7),
-    m.WriteBuffer(7, 32, buffers=(b"weights",)),
-    m.WriteBuffers((), buffers=(b"",)),
-    m.WriteBuffers(((7, 32, 3), (8, U64, 4)), buffers=(b"weights",)),
+    m.WriteBuffers(()),
+    m.WriteBuffers(((7, 32, 7),), buffers=(b"weights",)),
+    m.WriteBuffers(((7, 32, 3), (8, U64, 0)), buffers=(b"abc", b"")),
     m.ReadBuffer(7, 0, 7),
     m.BufferData(buffers=(b"weights",)),
     m.LoadProgram(buffers=(b"",)),
@@ -44,6 +41,10 @@ MESSAGES = (
     m.UnloadProgram(3),
     m.RunStep(3, buffers=(b"",)),
     m.RunStep(3, ((7, 0, 16), (8, U64, 0)), buffers=(bytes(96),)),
+    m.OpenWindows(()),
+    m.OpenWindows((1, U64)),
+    m.RunLent(3, (), buffers=(b"",)),
+    m.RunLent(3, (7, U64), buffers=(bytes(96), b"a", b"")),
     m.StepDone(U64, 0),
     m.StepDone(1, 2, buffers=(b"a", b"")),
     m.ReadCounters(),
@@ -83,7 +84,7 @@ def test_a_message_survives_the_trip(message: m.Message) -> None:
 
 def test_raw_buffers_are_passed_by_reference() -> None:
     data = bytearray(1000)
-    _, got = m.decode(m.encode(m.WriteBuffer(1, 0, buffers=(data,)), 5))
+    _, got = m.decode(m.encode(m.WriteBuffers(((1, 0, 1000),), buffers=(data,)), 5))
     assert got.buffers[0] is data
 
 
@@ -109,11 +110,11 @@ def test_the_kinds_are_those_of_the_document() -> None:
 # --- what is refused ---------------------------------------------------------------
 
 OUT_OF_RANGE = (
-    (m.AllocBuffer(-1), "AllocBuffer, field nbytes: expected u64, got int -1"),
-    (m.AllocBuffer(U64 + 1), "nbytes: expected u64"),
-    (m.AllocBuffer(True), "nbytes: expected u64, got bool True"),
-    (m.AllocBuffer(1.0), "nbytes: expected u64, got float"),  # type: ignore[arg-type]
-    (m.AllocBuffer(None), "nbytes: expected u64, got NoneType"),  # type: ignore[arg-type]
+    (m.FreeBuffer(-1), "FreeBuffer, field handle: expected u64, got int -1"),
+    (m.FreeBuffer(U64 + 1), "handle: expected u64"),
+    (m.FreeBuffer(True), "handle: expected u64, got bool True"),
+    (m.FreeBuffer(1.0), "handle: expected u64, got float"),  # type: ignore[arg-type]
+    (m.FreeBuffer(None), "handle: expected u64, got NoneType"),  # type: ignore[arg-type]
     (m.CardInfo(U32 + 1, 1, 1, "", "", 1, 1), "protocol_version: expected u32"),
     (m.CardInfo(1, 1, 1, "x" * 257, "", 1, 1), "name: expected str"),
     (m.CardInfo(1, 1, 1, b"x", "", 1, 1), "name: expected str"),  # type: ignore[arg-type]
@@ -128,8 +129,7 @@ OUT_OF_RANGE = (
     (m.WriteBuffers(((1, 2),), buffers=(b"",)), "writes: expected array"),  # type: ignore[arg-type]
     (m.WriteBuffers(((1, 2, -3),), buffers=(b"",)), "writes: expected array"),
     (m.WriteBuffers(((1, 2, 3),) * 65, buffers=(b"",)), "writes: expected array"),
-    (m.WriteBuffers(()), "WriteBuffers: expected 1 raw buffers, got 0"),
-    (m.WriteBuffers((), buffers=(b"", b"")), "expected 1 raw buffers, got 2"),
+    (m.WriteBuffers((), buffers=(b"",) * 65), "WriteBuffers: expected 0 to 64 raw buffers, got 65"),
     (attrs.evolve(COUNTERS, waiting_for=1 << 16), "waiting_for: expected u16 or nil"),
     (attrs.evolve(COUNTERS, link_tx_bytes=(-1,)), "link_tx_bytes: expected array"),
     (attrs.evolve(COUNTERS, link_rx_bytes=(0,) * 65), "link_rx_bytes: expected array"),
@@ -138,8 +138,8 @@ OUT_OF_RANGE = (
     (m.TraceData(0), "TraceData: expected 1 raw buffers, got 0"),
     (m.Failed("E", "x", 1 << 16), "card: expected u16 or nil"),
     (m.Failed("E", "x" * 4097, None), "message: expected str"),
-    (m.WriteBuffer(1, 0), "WriteBuffer: expected 1 raw buffers, got 0"),
-    (m.WriteBuffer(1, 0, buffers=(b"", b"")), "expected 1 raw buffers, got 2"),
+    (m.LoadProgram(), "LoadProgram: expected 1 raw buffers, got 0"),
+    (m.LoadProgram(buffers=(b"", b"")), "expected 1 raw buffers, got 2"),
     (m.StepDone(1, 0, buffers=(b"",) * 65), "expected 0 to 64 raw buffers, got 65"),
     (m.Ok(buffers=(b"",)), "expected 0 raw buffers, got 1"),
 )
@@ -197,8 +197,9 @@ def test_a_class_outside_the_protocol_is_a_local_error() -> None:
         (Frame(0x80, msgpack.packb(1)), "expected an array of 1 fields, got int"),
         (frame_of(0x80), "expected an array of 1 fields, got 0 fields"),
         (frame_of(0x80, 1, 2), "expected an array of 1 fields, got 2 fields"),
-        (frame_of(0x02, 1), "expected an array of 2 fields, got 1 fields"),
-        (frame_of(0x02, 1, -1), "AllocBuffer, field nbytes: expected u64, got int -1"),
+        (frame_of(0x02, 1, 1), "unknown kind 0x0002"),
+        (frame_of(0x03, 1), "expected an array of 2 fields, got 1 fields"),
+        (frame_of(0x03, 1, -1), "FreeBuffer, field handle: expected u64, got int -1"),
         (frame_of(0x06, 1), "LoadProgram: expected 1 raw buffers, got 0"),
     ],
 )

@@ -17,7 +17,7 @@ from reference_model import forward
 from waiting import until
 
 from spanker.actors.coordinator import Coordinator, open_coordinator
-from spanker.actors.message import AllocBuffer
+from spanker.actors.message import AllocBuffers
 from spanker.actors.steps import LoadedModel, StepPipe
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
@@ -99,8 +99,9 @@ async def fakes(count: int, tiny: Path, *, hang_timeout_s: float = 5.0) -> Async
                     ("top", LIMITS.candidates * 8),
                     ("logits", rows * 4),
                 ):
-                    reply = await client.request(AllocBuffer(LIMITS.outputs_max * row_bytes))
-                    loaded.handles[share.card][name] = reply.handle
+                    sizes = (LIMITS.outputs_max * row_bytes,)
+                    (handle,) = (await client.request(AllocBuffers(sizes))).handles
+                    loaded.handles[share.card][name] = handle
             yield Fleet(coordinator, devices, loaded)
 
 

@@ -176,12 +176,14 @@ def test_reads_and_writes_are_listed_in_order_with_their_addresses(recorder: Axi
     recorder.write(a, 7, bytearray(3))
     recorder.read(b, 4000, 200)
     recorder.write(a, 0, memoryview(bytes(64)).cast("I"))
+    recorder.fill(b, 64, 4936, lambda out: out.fill(1))
     # 100 bytes take 128 of the map.
     assert recorder.entries == (
         Write("weights", 128, 5000),
         Write(f"buffer {a}", 7, 3),
         Read("weights", 128 + 4000, 200),
         Write(f"buffer {a}", 0, 64),
+        Write("weights", 128 + 64, 4936),
     )
     assert recorder.lines() == [str(entry) for entry in recorder.entries]
     assert recorder.lines()[1].startswith(f"write buffer {a}  0x000000000007  3 bytes  1 burst")
@@ -190,9 +192,13 @@ def test_reads_and_writes_are_listed_in_order_with_their_addresses(recorder: Axi
 def test_what_needs_no_bus_or_is_refused_is_not_listed(recorder: AxiRecorder) -> None:
     a = recorder.alloc(100)
     recorder.write(a, 100, b"")
+    recorder.fill(a, 100, 0, lambda out: None)
     assert recorder.read(a, 0, 0) == b""
+    with pytest.raises(ZeroDivisionError):
+        recorder.fill(a, 0, 100, lambda out: 1 / 0)
     for call in (
         lambda: recorder.write(a, 99, b"xx"),
+        lambda: recorder.fill(a, 99, 2, lambda out: None),
         lambda: recorder.read(a, 99, 2),
         lambda: recorder.write(a + 1, 0, b"x"),
         lambda: recorder.load_program(b"nonsense"),

@@ -6,9 +6,12 @@ Every body of a card must pass it; conformance_rigs.py says how a body joins.
 
 from __future__ import annotations
 
+import functools
 import random
 import struct
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import numpy as np
@@ -21,12 +24,13 @@ from conformance_rigs import (
     finish,
     floats,
     make_program,
+    position_data,
     sender,
     step,
     waiter,
 )
 
-from spanker.device.base import CardDevice
+from spanker.device.base import CardDevice, Fill
 from spanker.errors import (
     CardCommandError,
     CardFaultError,
@@ -199,6 +203,158 @@ def test_a_buffer_cannot_be_used_or_freed_twice(card: CardDevice) -> None:
     for call in (lambda: card.free(buffer), lambda: card.read(buffer, 0, 1)):
         with pytest.raises(CardCommandError):
             call()
+
+
+# --- memory that the host makes in place ------------------------------------------------
+
+FillOf = Callable[[int, int, int, Fill], None]
+
+
+@pytest.fixture(params=["own", "inherited"])
+def fill(card: CardDevice, request: pytest.FixtureRequest) -> FillOf:
+    """`card.fill`, and what a body has that leaves it to the contract."""
+    if request.param == "own":
+        return card.fill
+    return functools.partial(CardDevice.fill, card)
+
+
+def counting(out: np.ndarray) -> None:
+    """Bytes that depend on their position, with no short period."""
+    out[:] = position_data(7, 1, out.size)
+
+
+def never(out: np.ndarray) -> None:
+    raise AssertionError("nothing is made for what is refused")
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [(0, 1), (0, 100), (1, 98), (99, 1), (0, 200_000), (63, 200_000 - 63), (70_001, 65_537)],
+)
+def test_filled_bytes_arrive_and_no_others_change(
+    card: CardDevice, fill: FillOf, offset: int, nbytes: int
+) -> None:
+    size = 200_000
+    before, buffer, behind = card.alloc(64), card.alloc(size), card.alloc(64)
+    expected = bytearray(b"\xaa" * size)
+    card.write(buffer, 0, bytes(expected))
+    shapes: list[tuple[object, ...]] = []
+
+    def make(out: np.ndarray) -> None:
+        shapes.append((out.shape, out.dtype, out.flags.c_contiguous, out.flags.writeable))
+        counting(out)
+
+    fill(buffer, offset, nbytes, make)
+    assert shapes == [((nbytes,), np.uint8, True, True)]
+    expected[offset : offset + nbytes] = position_data(7, 1, nbytes).tobytes()
+    assert card.read(buffer, 0, size) == bytes(expected)
+    assert card.read(before, 0, 64) == card.read(behind, 0, 64) == bytes(64)
+
+
+@pytest.mark.parametrize("offset", [0, 50, 100])
+def test_a_fill_of_nothing_makes_nothing_of_it(card: CardDevice, fill: FillOf, offset: int) -> None:
+    buffer = card.alloc(100)
+    sizes: list[int] = []
+    fill(buffer, offset, 0, lambda out: sizes.append(out.size))
+    assert sizes == [0] and card.read(buffer, 0, 100) == bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [
+        (0, 101),
+        (100, 1),
+        (101, 0),
+        (50, 51),
+        (0, 1 << 40),
+        ((1 << 64) - 1, 1),
+        ((1 << 64) - 1, 2),
+        (1 << 64, 1),
+        (-1, 1),
+        (-1, 50),
+        (0, (1 << 64) - 1),
+        (1, (1 << 64) - 1),
+    ],
+)
+def test_what_is_out_of_bounds_is_not_made(
+    card: CardDevice, fill: FillOf, offset: int, nbytes: int
+) -> None:
+    buffer, neighbour = card.alloc(100), card.alloc(100)
+    with pytest.raises(CardCommandError):
+        fill(buffer, offset, nbytes, never)
+    assert card.read(buffer, 0, 100) == card.read(neighbour, 0, 100) == bytes(100)
+
+
+@pytest.mark.parametrize("handle", [1, 999, 1 << 32, -1])
+def test_nothing_is_made_for_an_unknown_buffer(card: CardDevice, fill: FillOf, handle: int) -> None:
+    freed = card.alloc(64)
+    card.free(freed)
+    for unknown in (handle, freed):
+        with pytest.raises(CardCommandError):
+            fill(unknown, 0, 1, never)
+
+
+def test_bytes_that_cannot_be_made_leave_the_card_as_usable_as_before(
+    card: CardDevice, fill: FillOf
+) -> None:
+    buffer, neighbour = card.alloc(100_000), card.alloc(100)
+    error = OSError(5, "disk")
+
+    def half(out: np.ndarray) -> None:
+        out[: out.size // 2] = 0x55
+        raise error
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="disk") as caught:
+            fill(buffer, 10, 90_000, half)
+        assert caught.value is error
+    data = card.read(buffer, 0, 100_000)
+    assert data[:10] == bytes(10) and data[90_010:] == bytes(9990)
+    assert card.read(neighbour, 0, 100) == bytes(100)
+    fill(buffer, 0, 100_000, counting)
+    assert card.read(buffer, 0, 100_000) == position_data(7, 1, 100_000).tobytes()
+    card.free(buffer)
+    assert card.read(card.alloc(100_000), 0, 100_000) == bytes(100_000)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_write_and_fill_side_by_side_while_steps_run(make_rig: MakeRig, seed: int) -> None:
+    """Large and small pieces of the same buffers, each byte by one of the threads."""
+    card = make_rig(1, 16 << 20).cards[0]
+    rng = random.Random(seed)
+    sizes = [rng.choice((1, 63, 70_000, 1 << 20, rng.randrange(1, 3 << 20))) for _ in range(6)]
+    handles = [card.alloc(n) for n in sizes]
+    program, x, _ = adder(card)
+    data = [position_data(i, 1, n) for i, n in enumerate(sizes)]
+    pieces = []
+    for number, nbytes in enumerate(sizes):
+        at = 0
+        while at < nbytes:
+            count = min(rng.choice((1000, 65_535, 65_536, rng.randrange(1, 1 << 20))), nbytes - at)
+            pieces.append((number, at, count))
+            at += count
+    rng.shuffle(pieces)
+
+    def put(share: int) -> None:
+        for number, at, count in pieces[share::3]:
+            piece = data[number][at : at + count]
+            if at % 2:
+                card.write(handles[number], at, piece.tobytes())
+            else:
+                card.fill(handles[number], at, count, lambda out, p=piece: np.copyto(out, p))
+
+    with ThreadPoolExecutor(3) as pool:
+        shares = [pool.submit(put, share) for share in range(3)]
+        steps = 0
+        while steps < 20 or not all(share.done() for share in shares):
+            card.submit(program, step(4))
+            finish(card)
+            steps += 1
+        for share in shares:
+            share.result()
+    for handle, expected in zip(handles, data, strict=True):
+        assert card.read(handle, 0, expected.size) == expected.tobytes()
+    assert np.all(floats(card, x, 64) == steps)
 
 
 # --- programs ---------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.throttle import Pace
 from spanker.errors import CardAbortedError, ConfigError
 from spanker.kernels import program as op
+from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.formats import Format, row_bytes
 from spanker.kernels.program import (
     Command,
@@ -120,6 +121,9 @@ def every_command() -> list[Command]:
         op.top_k(x, z, n=300, k=5, first_id=0),
         op.best(x, z, k=5),
         op.choose(x, z, lists=3),
+        op.reduce(Element.F32, Reduction.SUM, Ref("x"), Ref("y"), count=901),
+        op.copy(Element.F16, Ref("x"), Ref("y"), count=70001),
+        op.divide(Element.F32, Ref("x"), count=33, by=3),
     ]
 
 
@@ -330,8 +334,9 @@ def random_exchanges(
         for _ in range(transfers):
             a, b = rng.sample(range(cards), 2)
             nbytes = rng.choice((0, 1, 64, rng.randrange(1, 3000)))
-            each[a].append(Transfer(True, b, Ref("x", 4096), nbytes))
-            each[b].append(Transfer(False, a, Ref("y", 4096), nbytes))
+            bulk = rng.random() < 0.3
+            each[a].append(Transfer(True, b, Ref("x", 4096), nbytes, bulk))
+            each[b].append(Transfer(False, a, Ref("y", 4096), nbytes, bulk))
         made.append([tuple(t) for t in each])
     return made
 

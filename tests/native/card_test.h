@@ -9,6 +9,8 @@
 #ifndef CARD_TEST_H
 #define CARD_TEST_H
 
+#include <time.h>
+
 #include "card_internal.h"
 #include "native_test.h"
 
@@ -149,6 +151,30 @@ static inline int submit(struct spk_card *c, uint32_t program, const struct step
 {
     char why[256];
     return submit_bytes(c, program, s, step_bytes(s), fence, why);
+}
+
+/* --- cards that a pool steps ----------------------------------------------------------------- */
+
+static inline void sleep_ns(uint64_t ns)
+{
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    nanosleep(&t, NULL);
+}
+
+/* Waits for one completion of a card. */
+static inline struct spk_completion wait_for(struct spk_card *c)
+{
+    struct spk_completion done;
+    for (int i = 0; i < 200000; i++) {
+        if (spk_card_completion(c, &done))
+            return done;
+        sleep_ns(50000);
+    }
+    struct spk_counters counters;
+    spk_card_counters(c, &counters);
+    fprintf(stderr, "hangs at command %u, waiting for %d, epoch %u\n  case: %s\n",
+            counters.command, counters.waiting_for, counters.epoch, test_case);
+    exit(1);
 }
 
 /* --- a card with a program of every operation ----------------------------------------------- */

@@ -463,6 +463,42 @@ static inline void compare_nonfinite(const struct spk_kernels *k)
     }
 }
 
+/* Any bits at all, of which many are NaNs, infinities and subnormals. */
+static inline void compare_elements(const struct spk_kernels *k)
+{
+    static const int elements[] = {SPK_F32, SPK_F16, SPK_BF16, SPK_I32};
+    static const uint32_t divisors[] = {1, 2, 3, 7, 255, 65536};
+    static const size_t lengths[] = {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1000};
+    for (size_t e = 0; e < COUNT(elements); e++)
+        for (size_t l = 0; l < COUNT(lengths); l++) {
+            size_t bytes = lengths[l] * spk_element_bytes(elements[e]);
+            struct rng r = {.state = e * 1000 + lengths[l]};
+            uint8_t *x = exact(bytes), *y = exact(bytes), *got = exact(bytes), *expected = exact(bytes);
+            for (size_t i = 0; i < bytes; i++) {
+                x[i] = (uint8_t)rng_next(&r);
+                y[i] = rng_below(&r, 8) ? (uint8_t)rng_next(&r) : x[i];
+            }
+            for (int op = 0; op < SPK_REDUCE_COUNT; op++) {
+                CASE("%s reduce %d of %zu elements of kind %d", k->name, op, lengths[l], elements[e]);
+                if (bytes)
+                    memcpy(got, x, bytes), memcpy(expected, x, bytes);
+                k->reduce(elements[e], op, got, y, lengths[l]);
+                PLAIN->reduce(elements[e], op, expected, y, lengths[l]);
+                compare_bytes(got, expected, bytes);
+            }
+            for (size_t d = 0; d < COUNT(divisors); d++) {
+                CASE("%s divide %zu elements of kind %d by %u", k->name, lengths[l], elements[e],
+                     divisors[d]);
+                if (bytes)
+                    memcpy(got, x, bytes), memcpy(expected, x, bytes);
+                k->divide(elements[e], got, divisors[d], lengths[l]);
+                PLAIN->divide(elements[e], expected, divisors[d], lengths[l]);
+                compare_bytes(got, expected, bytes);
+            }
+            free(x), free(y), free(got), free(expected);
+        }
+}
+
 static inline void compare_kernels(const struct spk_kernels *k)
 {
     compare_matmuls(k);
@@ -474,6 +510,7 @@ static inline void compare_kernels(const struct spk_kernels *k)
     compare_logits(k);
     compare_attentions(k);
     compare_nonfinite(k);
+    compare_elements(k);
 }
 
 #endif

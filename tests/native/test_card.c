@@ -38,6 +38,8 @@ static void creation_refuses_nonsense(void)
     CHECK_EQUAL(status, SPK_E_ARG);
     CHECK(!spk_card_create((uint64_t)1 << 62, SPK_ISA_SCALAR, &status));
     CHECK_EQUAL(status, SPK_E_SYSTEM);
+    CHECK(!spk_card_create(UINT64_MAX - 63, SPK_ISA_SCALAR, &status));
+    CHECK_EQUAL(status, SPK_E_SYSTEM);
     spk_card_destroy(NULL);
 }
 
@@ -46,6 +48,7 @@ static void memory_is_bounded(void)
     int status;
     uint32_t a, b, other;
     uint8_t data[256] = {1, 2, 3};
+    void *at;
     struct spk_counters counters;
     struct spk_card *c = spk_card_create(1024, SPK_ISA_SCALAR, &status);
     CASE("memory");
@@ -64,6 +67,16 @@ static void memory_is_bounded(void)
     CHECK_EQUAL(spk_card_write(c, a, 100, data, 0), SPK_OK);
     CHECK_EQUAL(spk_card_write(c, a, 100, data, 1), SPK_E_BOUNDS);
     CHECK_EQUAL(spk_card_write(c, a, 101, data, 0), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_place(c, a, 1, 99, &at), SPK_OK);
+    memset(at, 77, 99);
+    CHECK_EQUAL(spk_card_read(c, a, 0, data, 100), SPK_OK);
+    CHECK(data[0] == 1 && data[1] == 77 && data[99] == 77);
+    CHECK_EQUAL(spk_card_place(c, a, 0, 101, &at), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_place(c, a, 100, 0, &at), SPK_OK);
+    CHECK_EQUAL(spk_card_place(c, a, 101, 0, &at), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_place(c, a, 1, UINT64_MAX, &at), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_place(c, 2, 0, 1, &at), SPK_E_HANDLE);
+    CHECK(!at);
     CHECK_EQUAL(spk_card_read(c, a, UINT64_MAX, data, 2), SPK_E_BOUNDS);
     CHECK_EQUAL(spk_card_read(c, a, 1, data, UINT64_MAX), SPK_E_BOUNDS);
     CHECK_EQUAL(spk_card_read(c, 2, 0, data, 1), SPK_E_HANDLE);
@@ -264,7 +277,7 @@ static void refuses_every_operand_out_of_bounds(void)
 static void refuses_arguments_that_make_no_sense(void)
 {
     REFUSES(SPK_E_ARG, p.commands[0].op = 0);
-    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_CHOOSE + 1);
+    REFUSES(SPK_E_ARG, p.commands[0].op = SPK_OP_DIVIDE + 1);
     REFUSES(SPK_E_ARG, p.commands[0].op = UINT16_MAX);
     REFUSES(SPK_E_ARG, p.commands[1].flags = 2);
     REFUSES(SPK_E_ARG, find(&p, SPK_OP_EMBED)->format = 10);

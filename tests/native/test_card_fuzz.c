@@ -28,6 +28,43 @@ static uint32_t nearby(struct rng *r, uint32_t value)
     }
 }
 
+enum { WINDOW_BYTES = 96 };
+
+/* The bench's program, then bulk operations and transfers, some on a window. */
+static struct builder fuzz_program(const struct bench *b, uint32_t window)
+{
+    struct builder p = bench_program(b);
+    const int elements[] = {SPK_F32, SPK_F16, SPK_BF16, SPK_I32};
+    struct spk_command *c;
+    c = append(&p, SPK_OP_EXCHANGE);
+    c->arg[0] = 2;
+    c = append(&p, SPK_OP_LINK_SEND);
+    c->flags = SPK_FLAG_BULK;
+    c->ref[0] = ref_at(window, 0, 0);
+    c->arg[0] = !b->number, c->arg[1] = WINDOW_BYTES;
+    c = append(&p, SPK_OP_LINK_RECV);
+    c->flags = SPK_FLAG_BULK;
+    c->ref[3] = bench_ref(b, RECEIVED, 0, 0);
+    c->arg[0] = !b->number, c->arg[1] = WINDOW_BYTES;
+    for (uint32_t i = 0; i < 4; i++) {
+        c = append(&p, SPK_OP_REDUCE);
+        c->format = (uint16_t)elements[i];
+        c->ref[0] = bench_ref(b, RECEIVED, 0, 4 * i);
+        c->ref[3] = ref_at(window, 0, 0);
+        c->arg[0] = 11, c->arg[2] = i % SPK_REDUCE_COUNT;
+        c = append(&p, SPK_OP_DIVIDE);
+        c->format = (uint16_t)elements[i];
+        c->ref[3] = ref_at(window, 0, 8);
+        c->arg[0] = 9, c->arg[2] = 3;
+    }
+    c = append(&p, SPK_OP_COPY);
+    c->format = SPK_F16;
+    c->ref[0] = ref_at(window, 0, 0);
+    c->ref[3] = bench_ref(b, HIDDEN, 0, 0);
+    c->arg[0] = WINDOW_BYTES / 2;
+    return p;
+}
+
 static void mutate_command(struct rng *r, struct builder *p)
 {
     uint32_t count = p->header.commands < COMMANDS_MAX ? p->header.commands : COMMANDS_MAX;
@@ -35,10 +72,10 @@ static void mutate_command(struct rng *r, struct builder *p)
     struct spk_ref *ref = &c->ref[rng_below(r, 4)];
     uint32_t *arg = &c->arg[rng_below(r, 8)];
     switch (rng_below(r, 12)) {
-    case 0: c->op = (uint16_t)rng_below(r, SPK_OP_CHOOSE + 2); break;
+    case 0: c->op = (uint16_t)rng_below(r, SPK_OP_DIVIDE + 2); break;
     case 1: c->format = (uint16_t)(rng_below(r, 2) ? rng_below(r, SPK_FORMAT_COUNT) : interesting(r)); break;
-    case 2: c->flags ^= rng_below(r, 4) ? SPK_FLAG_OUTPUTS : interesting(r); break;
-    case 3: ref->buffer = rng_below(r, 4) ? rng_below(r, 2 * BUFFERS) : interesting(r); break;
+    case 2: c->flags ^= rng_below(r, 4) ? 1 + rng_below(r, 2) : interesting(r); break;
+    case 3: ref->buffer = rng_below(r, 4) ? rng_below(r, 2 * BUFFERS + 2) : interesting(r); break;
     case 4: ref->stride = nearby(r, ref->stride); break;
     case 5: ref->offset = nearby(r, (uint32_t)ref->offset); break;
     case 6: ref->offset = (uint64_t)interesting(r) << rng_below(r, 33); break;
@@ -155,7 +192,7 @@ static void read_some_trace(struct rng *r, struct spk_card *c, uint64_t *last_ns
     CHECK(got <= most);
     for (uint64_t i = 0; i < got; i++) {
         CHECK(events[i].begin_ns >= *last_ns && events[i].end_ns >= events[i].begin_ns);
-        CHECK(events[i].op && events[i].op <= SPK_OP_CHOOSE);
+        CHECK(events[i].op && events[i].op <= SPK_OP_DIVIDE);
         *last_ns = events[i].end_ns;
     }
     free(events);
@@ -195,7 +232,14 @@ int main(int argc, char **argv)
         if (!spk_kernels_get(isa))
             continue;
         struct bench pair[2] = {bench_create(0, isa), bench_create(1, isa)};
-        struct builder valid = bench_program(&pair[0]), peer = bench_program(&pair[1]);
+        uint32_t window[2];
+        uint8_t *lent[2]; /* exactly as large as the window */
+        for (int i = 0; i < 2; i++) {
+            CHECK_EQUAL(spk_card_window(pair[i].card, WINDOW_BYTES, &window[i]), SPK_OK);
+            lent[i] = exact(WINDOW_BYTES);
+        }
+        struct builder valid = fuzz_program(&pair[0], window[0]);
+        struct builder peer = fuzz_program(&pair[1], window[1]);
         uint32_t handle, peer_handle, bad;
         uint64_t fence, last_ns = 0;
         char why[256];
@@ -217,13 +261,22 @@ int main(int argc, char **argv)
                 struct step s = random_step(&r);
                 size_t n = step_bytes(&s) <= sizeof s ? step_bytes(&s) : sizeof s;
                 struct reads reads = random_reads(&r, &pair[0]);
-                status = submit_reading(pair[0].card, handle, &s, n, reads.read, reads.count, &fence,
-                                        why);
+                struct spk_lent shown = {.window = window[0],
+                                         .memory = lent[0],
+                                         .nbytes = WINDOW_BYTES};
+                struct spk_lent peers = {.window = window[1],
+                                         .memory = lent[1],
+                                         .nbytes = WINDOW_BYTES};
+                /* A program may have lost its window to a mutation. */
+                size_t windows = pair[0].card->programs[handle]->window_count;
+                status = spk_card_submit_lending(pair[0].card, handle, &s, n, reads.read,
+                                                 reads.count, &shown, windows, &fence, why);
                 if (status != SPK_OK)
                     continue;
                 ran++;
                 brought += reads.count > 0;
-                submit_bytes(pair[1].card, peer_handle, &s, n, &fence, why);
+                spk_card_submit_lending(pair[1].card, peer_handle, &s, n, NULL, 0, &peers, 1,
+                                        &fence, why);
                 run_bounded(pair, &reads);
                 read_some_trace(&r, pair[0].card, &last_ns);
             }
@@ -232,6 +285,7 @@ int main(int argc, char **argv)
                 CHECK_EQUAL(pair[0].card->buffers[pair[0].buffer[i]].users, 0);
         }
         bench_destroy(&pair[0]), bench_destroy(&pair[1]);
+        free(lent[0]), free(lent[1]);
     }
     /* A fuzzer of which nothing gets through tests nothing. */
     CHECK(accepted > rounds / 10 && ran > rounds / 10 && brought > rounds / 20);

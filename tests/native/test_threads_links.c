@@ -2,7 +2,6 @@
 /* Four cards on two workers: exchanges over every link at once, queued, traced, aborted and torn down
  * at any moment.  Runs under ThreadSanitizer too. */
 #include <pthread.h>
-#include <time.h>
 
 #include "card_test.h"
 
@@ -22,12 +21,6 @@ struct fleet {
     uint32_t gathered[CARDS], increment[CARDS], program[CARDS];
     uint32_t chunk, rows, epoch;
 };
-
-static void sleep_ns(uint64_t ns)
-{
-    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-    nanosleep(&t, NULL);
-}
 
 /* Small integers, so that sums are exact: depends on the step, the row, the card, the column. */
 static float initial(uint32_t step, uint32_t row, uint32_t card, uint32_t column)
@@ -148,22 +141,6 @@ static void submit_step_reading(struct fleet *f, uint32_t tokens, bool reading)
 static void submit_step(struct fleet *f, uint32_t tokens)
 {
     submit_step_reading(f, tokens, false);
-}
-
-/* Waits for one completion of a card. */
-static struct spk_completion wait_for(struct spk_card *c)
-{
-    struct spk_completion done;
-    for (int i = 0; i < 200000; i++) {
-        if (spk_card_completion(c, &done))
-            return done;
-        sleep_ns(50000);
-    }
-    struct spk_counters counters;
-    spk_card_counters(c, &counters);
-    fprintf(stderr, "hangs at command %u, waiting for %d, epoch %u\n  case: %s\n",
-            counters.command, counters.waiting_for, counters.epoch, test_case);
-    exit(1);
 }
 
 static int wait_status(struct spk_card *c)

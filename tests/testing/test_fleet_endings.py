@@ -64,7 +64,7 @@ async def test_a_crash_of_a_card_actor_fails_a_load(
 ):
     with trio.fail_after(5):
         async with spanker.open_fleet("soft:3") as fleet:
-            monkeypatch.setattr(fleet.devices[2], "write", boom)
+            monkeypatch.setattr(fleet.devices[2], "fill", boom)
             with pytest.raises(CardLostError, match=r"card 2 is lost: .* RuntimeError: a bug"):
                 await fleet.load(tiny_model)
             assert [d.counters().ddr_used_bytes for d in fleet.devices[:2]] == [0, 0]
@@ -76,7 +76,7 @@ async def test_a_failed_load_leaves_no_file_open(tiny_model: Path, monkeypatch: 
     gc.disable()
     try:
         async with spanker.open_fleet("soft:2") as fleet:
-            monkeypatch.setattr(fleet.devices[1], "write", boom)
+            monkeypatch.setattr(fleet.devices[1], "fill", boom)
             before = os.listdir("/proc/self/fd")
             try:
                 await fleet.load(tiny_model)

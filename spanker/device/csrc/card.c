@@ -34,33 +34,6 @@ static bool is_dead(struct spk_card *c)
 
 /* --- life ------------------------------------------------------------------------------- */
 
-#define HUGE_PAGE ((size_t)2 << 20)
-#define LARGE_WRITE ((size_t)64 << 10)
-
-/* Reserved, not committed: a 16 GB card costs what is written to it. */
-static bool reserve_ddr(struct spk_card *c)
-{
-    uint8_t *p = mmap(NULL, c->ddr_bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED)
-        return false;
-    c->mapping = p;
-    c->ddr = (uint8_t *)(((uintptr_t)p + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-    return true;
-}
-
-/* Large pieces are weights, read from end to end in every step: a quarter faster from huge pages
- * (27 against 22 GB/s, measured).  Nothing else gets them: a KV pool of which a page is used would
- * cost two megabytes a layer. */
-static void prefer_huge_pages(const struct spk_card *c, const uint8_t *at, uint64_t nbytes)
-{
-    uint64_t begin = (uint64_t)(at - c->ddr) / HUGE_PAGE * HUGE_PAGE;
-    uint64_t end = ((uint64_t)(at - c->ddr) + nbytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    /* Whole ones: a page that lies in part beyond the advice never becomes huge. */
-    if (nbytes >= LARGE_WRITE)
-        madvise(c->ddr + begin, (end < c->ddr_bytes ? end : c->ddr_bytes) - begin, MADV_HUGEPAGE);
-}
-
 struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
 {
     const struct spk_kernels *kernels = spk_kernels_get(isa);
@@ -82,7 +55,7 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
     atomic_init(&c->abort_epoch, 1);
     c->event_fd = -1;
     pthread_mutex_init(&c->mutex, NULL);
-    if (!reserve_ddr(c))
+    if (!pages_reserve(c))
         goto fail;
     c->links = calloc(SPK_CARDS_MAX, sizeof *c->links);
     if (!c->links)
@@ -131,8 +104,7 @@ void spk_card_destroy(struct spk_card *c)
     free(c->scratch);
     if (c->event_fd >= 0)
         close(c->event_fd);
-    if (c->mapping)
-        munmap(c->mapping, c->ddr_bytes + HUGE_PAGE);
+    pages_release(c);
     pthread_mutex_destroy(&c->mutex);
     free(c);
 }
@@ -147,7 +119,7 @@ static bool find_gap(struct spk_card *c, uint64_t need, uint64_t *offset)
         uint64_t next = c->ddr_bytes, next_end = 0;
         for (uint32_t i = 0; i < c->buffer_count; i++) {
             const struct buffer *b = &c->buffers[i];
-            if (b->bytes && b->offset >= at && b->offset < next) {
+            if (b->bytes && !b->window && b->offset >= at && b->offset < next) {
                 next = b->offset;
                 next_end = b->offset + align_up(b->bytes);
             }
@@ -162,27 +134,16 @@ static bool find_gap(struct spk_card *c, uint64_t need, uint64_t *offset)
     }
 }
 
-static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
+static uint32_t free_slot(const struct spk_card *c)
 {
-    uint64_t offset, need = align_up(nbytes);
     uint32_t slot = 0;
-
     while (slot < c->buffer_count && c->buffers[slot].bytes)
         slot++;
-    /* Most cards only ever allocate: then everything before is packed and the gap is the end. */
-    if (slot == c->buffer_count && c->ddr_used + need <= c->ddr_bytes) {
-        uint64_t end = 0;
-        for (uint32_t i = 0; i < c->buffer_count; i++) {
-            uint64_t e = c->buffers[i].offset + align_up(c->buffers[i].bytes);
-            end = e > end ? e : end;
-        }
-        if (c->ddr_bytes - end >= need)
-            offset = end;
-        else if (!find_gap(c, need, &offset))
-            return SPK_E_NOMEM;
-    } else if (!find_gap(c, need, &offset)) {
-        return SPK_E_NOMEM;
-    }
+    return slot;
+}
+
+static int enter_buffer(struct spk_card *c, uint32_t slot, struct buffer b)
+{
     if (slot == c->buffer_count) {
         if (slot == SPK_BUFFERS_MAX)
             return SPK_E_NOMEM;
@@ -192,7 +153,33 @@ static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
         c->buffers = grown;
         c->buffer_count++;
     }
-    c->buffers[slot] = (struct buffer){.offset = offset, .bytes = nbytes};
+    c->buffers[slot] = b;
+    return SPK_OK;
+}
+
+static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
+{
+    uint64_t offset, need = align_up(nbytes);
+    uint32_t slot = free_slot(c);
+
+    /* Most cards only ever allocate: then everything before is packed and the gap is the end. */
+    if (slot == c->buffer_count && c->ddr_used + need <= c->ddr_bytes) {
+        uint64_t end = 0;
+        for (uint32_t i = 0; i < c->buffer_count; i++) {
+            const struct buffer *b = &c->buffers[i];
+            uint64_t e = b->window ? 0 : b->offset + align_up(b->bytes);
+            end = e > end ? e : end;
+        }
+        if (c->ddr_bytes - end >= need)
+            offset = end;
+        else if (!find_gap(c, need, &offset))
+            return SPK_E_NOMEM;
+    } else if (!find_gap(c, need, &offset)) {
+        return SPK_E_NOMEM;
+    }
+    int status = enter_buffer(c, slot, (struct buffer){.offset = offset, .bytes = nbytes});
+    if (status != SPK_OK)
+        return status;
     c->ddr_used += need;
     *handle = slot;
     return SPK_OK;
@@ -209,6 +196,21 @@ int spk_card_alloc(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
     pthread_mutex_lock(&c->mutex);
     /* The engine reads the table without the lock: it may only move while nothing runs. */
     int status = c->queue_count ? SPK_E_BUSY : alloc_locked(c, nbytes, handle);
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+int spk_card_window(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
+{
+    if (is_dead(c))
+        return SPK_E_LOST;
+    if (nbytes == 0 || nbytes >> 48)
+        return SPK_E_ARG;
+    pthread_mutex_lock(&c->mutex);
+    *handle = free_slot(c);
+    int status = c->queue_count
+                     ? SPK_E_BUSY
+                     : enter_buffer(c, *handle, (struct buffer){.bytes = nbytes, .window = true});
     pthread_mutex_unlock(&c->mutex);
     return status;
 }
@@ -248,8 +250,11 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
     } else if (b->users) {
         status = SPK_E_BUSY;
     } else {
-        uint64_t bytes = align_up(b->bytes);
-        clear(c->ddr + b->offset, bytes);
+        uint64_t bytes = b->window ? 0 : align_up(b->bytes);
+        if (bytes) {
+            clear(c->ddr + b->offset, bytes);
+            pages_freed(c, b->offset, bytes);
+        }
         c->ddr_used -= bytes;
         b->bytes = 0;
     }
@@ -264,7 +269,7 @@ static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t
         return SPK_E_LOST;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
-    if (!b)
+    if (!b || b->window)
         status = SPK_E_HANDLE;
     else if (offset > b->bytes || nbytes > b->bytes - offset)
         status = SPK_E_BOUNDS;
@@ -280,9 +285,19 @@ int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const v
     uint8_t *at;
     int status = locate(c, handle, offset, nbytes, &at);
     if (status == SPK_OK && nbytes) {
-        prefer_huge_pages(c, at, nbytes);
+        pages_before_write(c, at, nbytes);
         memcpy(at, data, nbytes);
     }
+    return status;
+}
+
+int spk_card_place(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, void **out)
+{
+    uint8_t *at = NULL;
+    int status = locate(c, handle, offset, nbytes, &at);
+    if (status == SPK_OK && nbytes)
+        pages_before_write(c, at, nbytes);
+    *out = at;
     return status;
 }
 
@@ -416,7 +431,7 @@ static int hold_reads(struct spk_card *c, const struct spk_read *reads, size_t c
     *bytes = 0;
     for (size_t i = 0; i < count; i++) {
         const struct buffer *b = find_buffer(c, reads[i].buffer);
-        if (!b) {
+        if (!b || b->window) {
             snprintf(why, 256, "read %zu: no buffer %u", i, reads[i].buffer);
             return SPK_E_HANDLE;
         }
@@ -438,8 +453,37 @@ static int hold_reads(struct spk_card *c, const struct spk_read *reads, size_t c
     return SPK_OK;
 }
 
+/* Memory for exactly the windows of the program, put in its order. */
+static int check_lent(struct spk_card *c, const struct program *p, struct submission *s,
+                      const struct spk_lent *lent, size_t count, char *why)
+{
+    if (count != p->window_count) {
+        snprintf(why, 256, "memory lent for %zu windows, the program has %u", count,
+                 p->window_count);
+        return SPK_E_PARAMS;
+    }
+    for (uint32_t w = 0; w < p->window_count; w++) {
+        size_t i = 0;
+        while (i < count && lent[i].window != p->window[w])
+            i++;
+        if (i == count) {
+            snprintf(why, 256, "no memory lent for window %u", p->window[w]);
+            return SPK_E_PARAMS;
+        }
+        if (!lent[i].memory || (uintptr_t)lent[i].memory % p->window_align[w] || lent[i].reserved ||
+            lent[i].nbytes != c->buffers[p->window[w]].bytes) {
+            snprintf(why, 256, "window %u takes %llu bytes aligned to %u, lent are %llu at %p",
+                     p->window[w], (unsigned long long)c->buffers[p->window[w]].bytes,
+                     p->window_align[w], (unsigned long long)lent[i].nbytes, lent[i].memory);
+            return SPK_E_PARAMS;
+        }
+        s->lent[w] = lent[i];
+    }
+    return SPK_OK;
+}
+
 static int submit_locked(struct spk_card *c, uint32_t handle, struct submission *s, size_t nbytes,
-                         char *why)
+                         const struct spk_lent *lent, size_t lent_count, char *why)
 {
     uint64_t bytes;
     if (handle >= SPK_PROGRAMS_MAX || !c->programs[handle]) {
@@ -451,6 +495,8 @@ static int submit_locked(struct spk_card *c, uint32_t handle, struct submission 
         return SPK_E_BUSY;
     }
     int status = step_check(c->programs[handle], s->params, nbytes, why);
+    if (status == SPK_OK)
+        status = check_lent(c, c->programs[handle], s, lent, lent_count, why);
     if (status == SPK_OK)
         status = hold_reads(c, s->reads, s->read_count, &bytes, why);
     if (status != SPK_OK)
@@ -474,6 +520,15 @@ static int submit_locked(struct spk_card *c, uint32_t handle, struct submission 
 
 int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
                     const struct spk_read *reads, size_t read_count, uint64_t *fence, char *why)
+{
+    return spk_card_submit_lending(c, handle, params, nbytes, reads, read_count, NULL, 0, fence,
+                                   why);
+}
+
+int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                            const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why)
 {
     struct submission s = {0};
 
@@ -500,7 +555,7 @@ int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, siz
     if (read_count)
         memcpy(s.reads, reads, read_count * sizeof *reads);
     pthread_mutex_lock(&c->mutex);
-    int status = submit_locked(c, handle, &s, nbytes, why);
+    int status = submit_locked(c, handle, &s, nbytes, lent, lent_count, why);
     *fence = s.fence;
     if (status == SPK_OK)
         atomic_store(&c->ready, 1);
@@ -509,6 +564,29 @@ int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, siz
         pool_notify(c);
     else
         free(s.params);
+    return status;
+}
+
+static bool is_quick(struct spk_card *c, uint32_t handle)
+{
+    pthread_mutex_lock(&c->mutex);
+    /* A throttled card ends its commands when it is their time, which is for a worker to wait for. */
+    bool quick = !c->pace && handle < SPK_PROGRAMS_MAX && c->programs[handle] &&
+                 c->programs[handle]->quick;
+    pthread_mutex_unlock(&c->mutex);
+    return quick;
+}
+
+int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                            const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why)
+{
+    bool help = is_quick(c, handle) && pool_hush(c);
+    int status = spk_card_submit_lending(c, handle, params, nbytes, reads, read_count, lent,
+                                         lent_count, fence, why);
+    if (help)
+        pool_help(c);
     return status;
 }
 
@@ -535,6 +613,12 @@ static uint64_t take_reads(struct spk_card *c, struct submission *s, bool succee
     return bytes;
 }
 
+static void show_lent(struct spk_card *c, const struct submission *s, bool shown)
+{
+    for (uint32_t w = 0; w < s->program->window_count; w++)
+        c->buffers[s->program->window[w]].lent = shown ? s->lent[w].memory : NULL;
+}
+
 /* Completes the submission at the head of the queue. */
 static void complete(struct spk_card *c, int status)
 {
@@ -556,6 +640,7 @@ static void complete(struct spk_card *c, int status)
         .result_bytes = take_reads(c, s, status == SPK_OK),
     };
     c->completion_count++;
+    show_lent(c, s, false);
     s->program->users--;
     free(s->params);
     c->queue_head = (c->queue_head + 1) % SPK_QUEUE_MAX;
@@ -719,6 +804,7 @@ static bool start_next(struct spk_card *c)
         memset(&c->run, 0, sizeof c->run);
         c->run.submission = c->queue[c->queue_head];
         c->run.active = true;
+        show_lent(c, &c->run.submission, true);
         step_bind(&c->run);
     }
     pthread_mutex_unlock(&c->mutex);

@@ -13,6 +13,8 @@
 struct buffer {
     uint64_t offset, bytes; /* bytes is what was asked for; 0 marks a free slot */
     uint32_t users;         /* programs that refer to it, and steps that will read it */
+    bool window;            /* nothing of the DDR is its own */
+    uint8_t *lent;          /* what a window shows while a step runs */
 };
 
 struct program {
@@ -22,6 +24,8 @@ struct program {
     uint32_t kv_pages;       /* page numbers must be below; 0 when nothing attends */
     uint32_t page_positions;
     uint32_t users;          /* submissions queued or running */
+    bool quick;              /* bulk operations on little: quicker done than handed to a worker */
+    uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
 };
 
 /* A link's ring: one producer, one consumer, positions grow without wrapping. */
@@ -47,6 +51,7 @@ struct submission {
     struct spk_read reads[SPK_READS_MAX];
     uint32_t read_count;
     struct timeline *timeline; /* of a throttled card: when it ends in the model */
+    struct spk_lent lent[SPK_WINDOWS_MAX]; /* in the order of the program's windows */
     uint64_t fence;
     uint32_t epoch; /* an abort that came before the submission spares it */
 };
@@ -81,8 +86,14 @@ struct transfer {
 struct spk_card {
     const struct spk_kernels *kernels;
     uint8_t *mapping; /* what was mapped; `ddr` is its first multiple of a huge page */
+    uint64_t mapping_bytes;
     uint8_t *ddr;
     uint64_t ddr_bytes;
+    _Atomic uint8_t *page_state; /* pages.c, one for each huge page of DDR */
+    uint64_t huge_pages;
+    _Atomic int64_t pages_waited_ns;  /* for huge pages, more than they may take; less: below 0 */
+    _Atomic uint64_t to_collapse;     /* so many pages are small and should be huge */
+    _Atomic uint64_t last_write_ns;   /* when a large write last began */
     _Atomic uint64_t ddr_used;
     int event_fd;
 
@@ -121,7 +132,20 @@ struct spk_card {
 
 static inline uint8_t *card_at(const struct spk_card *c, const struct spk_ref *ref)
 {
-    return c->ddr + c->buffers[ref->buffer].offset + ref->offset;
+    const struct buffer *b = &c->buffers[ref->buffer];
+    return (b->window ? b->lent : c->ddr + b->offset) + ref->offset;
+}
+
+/* Operations on elements, which run once per step. */
+static inline bool is_bulk(const struct spk_command *cmd)
+{
+    return cmd->op == SPK_OP_REDUCE || cmd->op == SPK_OP_COPY || cmd->op == SPK_OP_DIVIDE;
+}
+
+/* A count of 64 bits in two arguments, the lower half first. */
+static inline uint64_t bulk_count(const struct spk_command *cmd, int arg)
+{
+    return cmd->arg[arg] | (uint64_t)cmd->arg[arg + 1] << 32;
 }
 
 /* program.c */
@@ -140,6 +164,17 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 void link_release(struct spk_card *c);
 
+/* pages.c */
+#define SPK_HUGE_PAGE ((uint64_t)2 << 20)
+bool pages_reserve(struct spk_card *c);
+void pages_release(struct spk_card *c);
+/* Where anyone outside of the engine is about to write all bytes; threads may do so side by side,
+ * as long as nothing is freed. */
+void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes);
+/* These bytes have been cleared and belong to nobody. */
+void pages_freed(struct spk_card *c, uint64_t offset, uint64_t nbytes);
+/* From any thread: one of the pages that should be huge becomes it.  False when there is none. */
+bool pages_collapse_one(struct spk_card *c);
 /* throttle.c.  A step is told to the model when it is queued and when it completes, with the card's
  * mutex held; false without memory.  `pace_completed` returns how long the card computed. */
 bool pace_submitted(struct spk_card *c, struct submission *s);
@@ -150,5 +185,11 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
 
 /* pool.c: wakes the card's worker if it sleeps. */
 void pool_notify(struct spk_card *c);
+/* The card has pages to collapse: its pool will see to it some time after the last large write. */
+void pool_settle(struct spk_card *c);
+/* Until `pool_help` no worker of the card's pool is woken.  False where someone helps already. */
+bool pool_hush(struct spk_card *c);
+/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest. */
+void pool_help(struct spk_card *c);
 
 #endif

@@ -11,6 +11,7 @@
 /* About 50 us of each kind of work on one core. */
 #define SLICE_MULTIPLY_ADDS (1u << 21)
 #define SLICE_ELEMENTS (1u << 15)
+#define SLICE_BULK_BYTES (1u << 19)
 #define ATTENTION_TOKENS 8   /* neighbouring tokens that share loads of keys and values */
 #define ATTENTION_QUERIES 64
 
@@ -247,6 +248,33 @@ static int rows_slice(struct spk_card *c, const struct spk_command *cmd, size_t 
     }
 }
 
+/* --- bulk operations: once per step, whatever its tokens; cursor is an element ---------------- */
+
+static void bulk_slice(struct spk_card *c, const struct spk_command *cmd, bool *done)
+{
+    struct execution *run = &c->run;
+    uint64_t size = spk_element_bytes(cmd->format), count = bulk_count(cmd, 0);
+    uint64_t begin = run->cursor, n = min_u64(count - begin, SLICE_BULK_BYTES / size);
+    uint8_t *into = card_at(c, &cmd->ref[3]) + begin * size;
+
+    switch (cmd->op) {
+    case SPK_OP_REDUCE:
+        c->kernels->reduce(cmd->format, (int)cmd->arg[2], into,
+                           card_at(c, &cmd->ref[0]) + begin * size, n);
+        count_ddr(c, 2 * n * size, n * size);
+        break;
+    case SPK_OP_COPY:
+        memcpy(into, card_at(c, &cmd->ref[0]) + begin * size, n * size);
+        count_ddr(c, n * size, n * size);
+        break;
+    default:
+        c->kernels->divide(cmd->format, into, cmd->arg[2], n);
+        count_ddr(c, n * size, n * size);
+    }
+    run->cursor = begin + n;
+    *done = run->cursor == count;
+}
+
 int execute_slice(struct spk_card *c, bool *done, bool *waiting)
 {
     struct execution *run = &c->run;
@@ -256,6 +284,10 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting)
 
     if (cmd->op == SPK_OP_EXCHANGE)
         return link_exchange(c, done, waiting);
+    if (is_bulk(cmd)) {
+        bulk_slice(c, cmd, done);
+        return SPK_OK;
+    }
     if (cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV || rows == 0) {
         *done = true; /* transfers ran with their exchange */
         return SPK_OK;

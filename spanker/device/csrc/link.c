@@ -15,6 +15,10 @@
 #define MESSAGE_MAX 65536u
 #define RING_BYTES_MIN (2 * (MESSAGE_MAX + 64))
 #define CRC_TRIES 3
+/* A message that a core's first cache holds: the CRC brings it there, the copy finds it. */
+#define SEND_BYTES 16384u
+/* A transfer moves so much, then others get their turn and aborts are noticed. */
+#define SLICE_BYTES (1u << 19)
 
 struct message {
     uint32_t epoch;
@@ -121,64 +125,81 @@ void link_new_epoch(struct spk_card *c)
 
 /* --- one transfer ---------------------------------------------------------------------------- */
 
-/* Calls `move` for each contiguous piece of bytes [from, from + n) of a strided region. */
-typedef void (*piece_fn)(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n);
+/* What a transfer moves: `count` rows of `bytes`, `stride` apart, as one stream of bytes. */
+struct rows {
+    uint8_t *base;
+    uint64_t count, bytes, stride;
+};
 
-static void put_piece(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n)
+static struct rows rows_of(const struct spk_card *c, const struct spk_command *x)
 {
-    ring_put(r, position, memory, n);
+    const struct spk_ref *ref = &x->ref[x->op == SPK_OP_LINK_SEND ? 0 : 3];
+    if (x->flags & SPK_FLAG_BULK)
+        return (struct rows){card_at(c, ref), 1, bulk_count(x, 1), 0};
+    return (struct rows){card_at(c, ref),
+                         x->flags & SPK_FLAG_OUTPUTS ? c->run.outputs : c->run.tokens, x->arg[1],
+                         ref->stride};
 }
 
-static void get_piece(struct ring *r, uint64_t position, uint8_t *memory, uint64_t n)
+/* The first contiguous piece of n bytes of the stream, from byte `from`. */
+static uint8_t *piece_at(const struct rows *rows, uint64_t from, uint64_t n, uint64_t *piece)
 {
-    ring_get(r, position, memory, n);
+    uint64_t row = from / rows->bytes, in_row = from % rows->bytes, left = rows->bytes - in_row;
+    *piece = left < n ? left : n;
+    return rows->base + row * rows->stride + in_row;
 }
 
-static void for_pieces(struct ring *r, uint64_t position, uint8_t *base, uint64_t stride,
-                       uint64_t row_bytes, uint64_t from, uint64_t n, piece_fn move)
+/* Copies bytes of the stream into a ring; the CRC goes on over them. */
+static uint32_t put_rows(struct ring *r, uint64_t position, const struct rows *rows, uint64_t from,
+                         uint64_t n, uint32_t crc)
 {
-    while (n) {
-        uint64_t row = from / row_bytes, in_row = from % row_bytes;
-        uint64_t piece = row_bytes - in_row < n ? row_bytes - in_row : n;
-        move(r, position, base + row * stride + in_row, piece);
-        position += piece;
-        from += piece;
-        n -= piece;
+    uint64_t piece;
+    for (; n; n -= piece, from += piece, position += piece) {
+        const uint8_t *memory = piece_at(rows, from, n, &piece);
+        piece = before_wrap(r, position, piece);
+        crc = spk_copy_crc32c(crc, r->data + position % r->capacity, memory, piece);
+    }
+    return crc;
+}
+
+static void get_rows(const struct ring *r, uint64_t position, const struct rows *rows,
+                     uint64_t from, uint64_t n)
+{
+    uint64_t piece;
+    for (; n; n -= piece, from += piece, position += piece) {
+        uint8_t *memory = piece_at(rows, from, n, &piece);
+        ring_get(r, position, memory, piece);
     }
 }
 
-static bool send_some(struct spk_card *c, struct link *l, const struct spk_command *cmd,
-                      uint64_t total, struct transfer *t)
+static bool send_some(struct spk_card *c, struct link *l, const struct rows *rows, uint64_t total,
+                      struct transfer *t)
 {
     struct ring *r = l->tx;
-    uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
-    bool moved = false;
-    while (t->done_bytes < total) {
-        uint64_t left = total - t->done_bytes, n = left < MESSAGE_MAX ? left : MESSAGE_MAX;
+    uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed), sent = 0;
+    while (t->done_bytes < total && sent < SLICE_BYTES) {
+        uint64_t left = total - t->done_bytes, n = left < SEND_BYTES ? left : SEND_BYTES;
         uint64_t head = atomic_load_explicit(&r->head, memory_order_acquire);
         if (r->capacity - (tail - head) < padded(n))
             break;
         struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = l->tx_sequence++};
-        uint64_t payload = tail + sizeof m;
-        for_pieces(r, payload, card_at(c, &cmd->ref[0]), cmd->ref[0].stride, cmd->arg[1],
-                   t->done_bytes, n, put_piece);
-        m.crc = ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, n);
+        m.crc = put_rows(r, tail + sizeof m, rows, t->done_bytes, n, spk_crc32c(0, &m, CRC_COVERS));
         ring_put(r, tail, &m, sizeof m);
         tail += padded(n);
         atomic_store_explicit(&r->tail, tail, memory_order_release);
         t->done_bytes += n;
-        atomic_fetch_add_explicit(&l->tx_bytes, n, memory_order_relaxed);
-        moved = true;
+        sent += n;
     }
-    return moved;
+    atomic_fetch_add_explicit(&l->tx_bytes, sent, memory_order_relaxed);
+    return sent != 0;
 }
 
-static int receive_some(struct spk_card *c, struct link *l, const struct spk_command *cmd,
-                        uint64_t total, struct transfer *t, bool *moved)
+static int receive_some(struct spk_card *c, struct link *l, const struct rows *rows, uint64_t total,
+                        struct transfer *t, bool *moved)
 {
     struct ring *r = l->rx;
-    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-    while (t->done_bytes < total) {
+    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed), received = 0;
+    while (t->done_bytes < total && received < SLICE_BYTES) {
         uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
         if (tail == head)
             break;
@@ -199,13 +220,13 @@ static int receive_some(struct spk_card *c, struct link *l, const struct spk_com
             while (ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, m.bytes) != m.crc)
                 if (++tries == CRC_TRIES)
                     return SPK_E_LINK;
-            for_pieces(r, payload, card_at(c, &cmd->ref[3]), cmd->ref[3].stride, cmd->arg[1],
-                       t->done_bytes, m.bytes, get_piece);
+            get_rows(r, payload, rows, t->done_bytes, m.bytes);
             t->done_bytes += m.bytes;
             l->rx_sequence++;
         }
         /* Dropped ones too: what was sent and is not counted here still waits to be taken. */
         atomic_fetch_add_explicit(&l->rx_bytes, m.bytes, memory_order_relaxed);
+        received += m.bytes;
         head += padded(m.bytes);
         atomic_store_explicit(&r->head, head, memory_order_release);
         *moved = true;
@@ -231,15 +252,15 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     for (uint32_t i = 0; i < count; i++) {
         const struct spk_command *x = cmd + 1 + i;
         struct link *l = &c->links[x->arg[0]];
-        uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? run->outputs : run->tokens;
-        uint64_t total = rows * x->arg[1];
+        struct rows rows = rows_of(c, x);
+        uint64_t total = rows.count * rows.bytes;
         bool *unfinished = &behind[x->op == SPK_OP_LINK_SEND][x->arg[0]];
         if (c->transfers[i].done_bytes < total && !*unfinished) {
             bool some = false;
             if (x->op == SPK_OP_LINK_SEND) {
-                some = send_some(c, l, x, total, &c->transfers[i]);
+                some = send_some(c, l, &rows, total, &c->transfers[i]);
             } else {
-                int status = receive_some(c, l, x, total, &c->transfers[i], &some);
+                int status = receive_some(c, l, &rows, total, &c->transfers[i], &some);
                 if (status != SPK_OK)
                     return status;
             }

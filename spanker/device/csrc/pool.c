@@ -7,6 +7,8 @@
  * usually a few microseconds away), then sleeps on its doorbell, which every submission, abort and
  * link movement that concerns one of its cards rings.  A doorbell for each worker, and not one for
  * all: a needless wake takes the core of the thread that is still submitting to the other cards.
+ *
+ * One more thread, the settler, makes huge pages where loading had to do without (pages.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,8 +23,11 @@
 #include "card_internal.h"
 
 #define SPIN_NS 100000u
+/* So long after the last large write: a load, and the first token after it, have the cores. */
+#define SETTLE_AFTER_NS 250000000u
 /* The last bit of a throttled card's wait: sleeping takes longer than that. */
 #define PACE_SPIN_NS 20000u
+#define HELP_NS 100000u
 
 struct worker {
     struct spk_pool *pool;
@@ -36,6 +41,8 @@ struct spk_pool {
     struct spk_card **cards;
     size_t card_count, worker_count;
     _Atomic int stop;
+    struct worker *settler; /* behind the workers, without cards; NULL until it runs */
+    _Atomic int helped; /* a host thread steps cards: no worker is woken for what it will find */
     struct worker workers[];
 };
 
@@ -79,6 +86,8 @@ void pool_notify(struct spk_card *c)
     if (!owner)
         return;
     atomic_store(&c->ready, 1);
+    if (atomic_load(&owner->pool->helped))
+        return; /* whoever helps looks at `ready` when it stops */
     ring(owner);
     /* An owner of several cards may be busy with another one: someone idle can take this one. */
     struct spk_pool *p = owner->pool;
@@ -97,8 +106,11 @@ static int try_step(struct spk_card *c)
     /* Someone else steps it and will let it go soon. */
     if (atomic_exchange(&c->stepping, 1))
         return SPK_STEP_WAITING;
+    /* Before, so that news that come meanwhile are not forgotten. */
+    atomic_store(&c->ready, 0);
     int result = spk_card_step(c);
-    atomic_store(&c->ready, result == SPK_STEP_RAN);
+    if (result == SPK_STEP_RAN)
+        atomic_store(&c->ready, 1);
     atomic_store(&c->stepping, 0);
     return result;
 }
@@ -124,6 +136,32 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_
         /* Its own worker may have looked away meanwhile and must not miss what is left. */
         pool_notify(c);
     }
+}
+
+/* --- a host thread that lends a hand ------------------------------------------------------- */
+
+bool pool_hush(struct spk_card *c)
+{
+    return c->owner && !atomic_exchange(&c->owner->pool->helped, 1);
+}
+
+void pool_help(struct spk_card *c)
+{
+    struct spk_pool *p = c->owner->pool;
+    uint64_t saved = spk_fp_enter(), begin = now_ns();
+    bool ran = true;
+    while (ran && now_ns() - begin < HELP_NS) {
+        ran = false;
+        for (size_t i = 0; i < p->card_count; i++)
+            if (atomic_load(&p->cards[i]->ready))
+                ran |= try_step(p->cards[i]) == SPK_STEP_RAN;
+    }
+    spk_fp_leave(saved);
+    atomic_store(&p->helped, 0);
+    /* In this order: who found `helped` set has made a card ready before. */
+    for (size_t i = 0; i < p->card_count; i++)
+        if (atomic_load(&p->cards[i]->ready))
+            pool_notify(p->cards[i]);
 }
 
 static void *work(void *argument)
@@ -175,12 +213,56 @@ static void *work(void *argument)
     return NULL;
 }
 
+void pool_settle(struct spk_card *c)
+{
+    if (c->owner)
+        ring(c->owner->pool->settler);
+}
+
+/* When to collapse pages: SETTLE_AFTER_NS after the last large write to a card that has some; 0 when
+ * none has. */
+static uint64_t settle_time_ns(const struct spk_pool *p)
+{
+    uint64_t time = 0;
+    for (size_t i = 0; i < p->card_count; i++) {
+        uint64_t written = atomic_load(&p->cards[i]->last_write_ns);
+        if (atomic_load(&p->cards[i]->to_collapse) && written + SETTLE_AFTER_NS > time)
+            time = written + SETTLE_AFTER_NS;
+    }
+    return time;
+}
+
+static void *settle(void *argument)
+{
+    struct worker *w = argument;
+    struct spk_pool *p = w->pool;
+    for (;;) {
+        /* First the doorbell: the end of the pool is told before it rings. */
+        uint32_t seen = atomic_load(&w->doorbell);
+        if (atomic_load(&p->stop))
+            return NULL;
+        uint64_t time = settle_time_ns(p), now = now_ns();
+        if (!time) {
+            atomic_store(&w->sleeping, 1);
+            futex_wait(&w->doorbell, seen, NULL);
+            atomic_store(&w->sleeping, 0);
+        } else if (time > now) {
+            /* Only the end of the pool interrupts this: more writing just makes it longer. */
+            struct timespec left = {.tv_nsec = (long)(time - now)};
+            futex_wait(&w->doorbell, seen, &left);
+        } else {
+            for (size_t i = 0; i < p->card_count && !pages_collapse_one(p->cards[i]); i++)
+                ;
+        }
+    }
+}
+
 struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers, int *status)
 {
     *status = SPK_E_ARG;
     if (!count || !workers || workers > count)
         return NULL;
-    size_t nbytes = sizeof(struct spk_pool) + workers * sizeof(struct worker);
+    size_t nbytes = sizeof(struct spk_pool) + (workers + 1) * sizeof(struct worker);
     struct spk_pool *p = aligned_alloc(64, (nbytes + 63) / 64 * 64);
     *status = SPK_E_SYSTEM;
     if (!p)
@@ -196,8 +278,14 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
         cards[i]->owner = &p->workers[i % workers];
     }
     p->card_count = count;
-    for (size_t i = 0; i < workers; i++)
+    for (size_t i = 0; i <= workers; i++)
         p->workers[i] = (struct worker){.pool = p, .number = i};
+    struct worker *settler = &p->workers[workers];
+    if (pthread_create(&settler->thread, NULL, settle, settler) != 0) {
+        spk_pool_destroy(p);
+        return NULL;
+    }
+    p->settler = settler;
     /* Threads read worker_count: it is final before the first one starts. */
     p->worker_count = workers;
     for (size_t i = 0; i < workers; i++) {
@@ -220,6 +308,12 @@ void spk_pool_destroy(struct spk_pool *p)
         ring(&p->workers[i]);
     for (size_t i = 0; i < p->worker_count; i++)
         pthread_join(p->workers[i].thread, NULL);
+    if (p->settler) {
+        /* It may be waiting without being `sleeping`. */
+        atomic_fetch_add(&p->settler->doorbell, 1);
+        futex_wake(&p->settler->doorbell);
+        pthread_join(p->settler->thread, NULL);
+    }
     for (size_t i = 0; i < p->card_count; i++)
         p->cards[i]->owner = NULL;
     free(p->cards);

@@ -12,11 +12,12 @@
 static const char *const op_names[] = {
     "?",      "embed", "rmsnorm", "quantize",    "matmul", "rope",     "kv_append", "attention",
     "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
-    "best",   "choose",
+    "best",   "choose", "reduce", "copy",        "divide",
 };
 
 /* Bit r: the operation has operand r. */
-static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9, 9, 9, 0, 1, 8, 9, 9};
+static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9,
+                                  9, 9,  0,  1, 8,  9, 9,  9,  9,  8};
 
 /* One operand: rows of row_bytes. */
 struct operand {
@@ -27,6 +28,9 @@ struct operand {
 
 #define OPERANDS_MAX 3
 
+/* Of all bulk operations and transfers of a program that a host thread may do itself: some 20 us. */
+#define QUICK_BYTES (256u << 10)
+
 static bool mul(uint64_t a, uint64_t b, uint64_t *out)
 {
     return !__builtin_mul_overflow(a, b, out) && *out < ((uint64_t)1 << 48);
@@ -35,6 +39,12 @@ static bool mul(uint64_t a, uint64_t b, uint64_t *out)
 static uint64_t floats(uint64_t n)
 {
     return n * 4;
+}
+
+static int refuse(char *why, const char *op, const char *what)
+{
+    snprintf(why, 256, "%s: %s", op, what);
+    return SPK_E_ARG;
 }
 
 static int check_operand(struct spk_card *c, const struct spk_command *cmd, const struct operand *o,
@@ -72,10 +82,23 @@ static int check_operand(struct spk_card *c, const struct spk_command *cmd, cons
     return SPK_OK;
 }
 
-static int refuse(char *why, const char *op, const char *what)
+/* Notes that the program needs memory lent for a window, aligned like its operands. */
+static int enter_window(struct program *p, uint32_t window, uint32_t align, const char *op,
+                        char *why)
 {
-    snprintf(why, 256, "%s: %s", op, what);
-    return SPK_E_ARG;
+    uint32_t w = 0;
+    while (w < p->window_count && p->window[w] != window)
+        w++;
+    if (w == SPK_WINDOWS_MAX)
+        return refuse(why, op, "names more windows than a program may");
+    if (w == p->window_count) {
+        p->window[w] = window;
+        p->window_align[w] = 1;
+        p->window_count++;
+    }
+    if (p->window_align[w] < align)
+        p->window_align[w] = align;
+    return SPK_OK;
 }
 
 /* Each KV command of a program must agree, so that one check of a step's pages covers all. */
@@ -106,6 +129,28 @@ static int check_matmul_format(const struct spk_command *cmd, uint64_t *x_bytes)
     return SPK_OK;
 }
 
+/* One operand of so many elements, and what a bulk operation asks of its other arguments. */
+static int check_bulk(const struct spk_command *cmd, const char *op, char *why, uint64_t *bytes,
+                      uint32_t *align)
+{
+    *align = (uint32_t)spk_element_bytes(cmd->format);
+    if (!*align)
+        return refuse(why, op, "has an unknown kind of element");
+    if (!mul(bulk_count(cmd, 0), *align, bytes))
+        return refuse(why, op, "has more elements than any card");
+    if (cmd->op == SPK_OP_REDUCE && cmd->arg[2] >= SPK_REDUCE_COUNT)
+        return refuse(why, op, "folds in no known way");
+    if (cmd->op == SPK_OP_DIVIDE && (!cmd->arg[2] || cmd->arg[2] > 65536))
+        return refuse(why, op, "divides by 1 to 65536");
+    if (cmd->op == SPK_OP_DIVIDE)
+        return SPK_OK;
+    const struct spk_ref *from = &cmd->ref[0], *into = &cmd->ref[3];
+    if (from->buffer == into->buffer && from->offset < into->offset + *bytes &&
+        into->offset < from->offset + *bytes)
+        return refuse(why, op, "has operands that overlap");
+    return SPK_OK;
+}
+
 static int check_command(struct spk_card *c, struct program *p, uint32_t i, char *why)
 {
     const struct spk_command *cmd = &p->commands[i];
@@ -113,6 +158,7 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
     uint64_t rows = cmd->flags & SPK_FLAG_OUTPUTS ? p->header.outputs_max : p->header.tokens_max;
     uint64_t n = arg[0], bytes = 0, packed = 0, row = 0;
     struct operand o[OPERANDS_MAX];
+    uint32_t align;
     int count = 0, status;
 
     if (cmd->op == 0 || cmd->op >= sizeof op_names / sizeof *op_names) {
@@ -120,8 +166,11 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         return SPK_E_ARG;
     }
     const char *op = op_names[cmd->op];
-    if (cmd->flags & ~SPK_FLAG_OUTPUTS)
+    bool transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
+    if (cmd->flags & ~SPK_FLAG_OUTPUTS && !(transfer && cmd->flags == SPK_FLAG_BULK))
         return refuse(why, op, "has unknown flags");
+    if (is_bulk(cmd) && cmd->flags)
+        return refuse(why, op, "runs once per step and takes no flags");
     /* A step may have more outputs than tokens: these read what it has of the one or the other. */
     bool by_token = cmd->op == SPK_OP_EMBED || cmd->op == SPK_OP_ROPE ||
                     cmd->op == SPK_OP_KV_APPEND || cmd->op == SPK_OP_ATTENTION;
@@ -245,10 +294,33 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         if (n >= SPK_CARDS_MAX || !c->links[n].tx)
             return refuse(why, op, "names a peer without a link");
         o[count++] = (struct operand){cmd->op == SPK_OP_LINK_SEND ? 0 : 3, rows, arg[1], 1};
+        if (cmd->flags & SPK_FLAG_BULK) {
+            bytes = bulk_count(cmd, 1);
+            if (bytes >> 48)
+                return refuse(why, op, "moves more bytes than any card has");
+            o[0].rows = 1, o[0].row_bytes = bytes;
+        }
+        break;
+    case SPK_OP_REDUCE:
+    case SPK_OP_COPY:
+    case SPK_OP_DIVIDE:
+        status = check_bulk(cmd, op, why, &bytes, &align);
+        if (status != SPK_OK)
+            return status;
+        if (cmd->op != SPK_OP_DIVIDE)
+            o[count++] = (struct operand){0, 1, bytes, align};
+        o[count++] = (struct operand){3, 1, bytes, align};
         break;
     }
     for (int j = 0; j < count; j++) {
         status = check_operand(c, cmd, &o[j], op, why);
+        if (status != SPK_OK)
+            return status;
+        if (!c->buffers[cmd->ref[o[j].ref].buffer].window)
+            continue;
+        if (!is_bulk(cmd) && !transfer)
+            return refuse(why, op, "takes no window");
+        status = enter_window(p, cmd->ref[o[j].ref].buffer, o[j].align, op, why);
         if (status != SPK_OK)
             return status;
     }
@@ -267,6 +339,8 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         return SPK_E_ARG;
     }
     uint32_t transfers = 0; /* left of the exchange in progress */
+    uint64_t bulk_bytes = 0;
+    p->quick = true;
     for (uint32_t i = 0; i < h->commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
         bool is_transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
@@ -278,6 +352,13 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         for (int r = 0; r < 4; r++)
             if (!(refs_of[cmd->op] >> r & 1))
                 p->commands[i].ref[r] = (struct spk_ref){0};
+        if (is_bulk(cmd))
+            bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
+        else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
+            bulk_bytes += bulk_count(cmd, 1);
+        else if (cmd->op != SPK_OP_EXCHANGE)
+            p->quick = false;
+        p->quick &= bulk_bytes <= QUICK_BYTES;
         if (is_transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
         transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;

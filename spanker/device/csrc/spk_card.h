@@ -3,8 +3,9 @@
  * A card: DDR, a resumable command processor, a bounded in-order queue and links to peers.
  *
  * The host side (alloc, write, load, submit, completion) may be called from any one thread while
- * workers step the card.  `spk_card_step` is the whole engine: it never blocks, so that one
- * thread can drive any number of cards.  docs/architecture.md has the picture.
+ * workers step the card; write and place also from others beside it, as long as nothing is freed.
+ * `spk_card_step` is the whole engine: it never blocks, so that one thread can drive any number of
+ * cards.  docs/architecture.md has the picture.
  */
 #ifndef SPK_CARD_H
 #define SPK_CARD_H
@@ -27,6 +28,7 @@
 #define SPK_DDR_ALIGN 64
 #define SPK_TOKENS_MAX 65536
 #define SPK_READS_MAX 8 /* pieces of memory that a step brings back */
+#define SPK_WINDOWS_MAX 4 /* windows that a program names */
 #define SPK_RESULT_BYTES_MAX 1073741824
 #define SPK_TRACE_EVENTS_MAX 16777216
 
@@ -48,12 +50,16 @@
 #define SPK_OP_LINK_RECV 15
 #define SPK_OP_BEST 16
 #define SPK_OP_CHOOSE 17
+#define SPK_OP_REDUCE 18
+#define SPK_OP_COPY 19
+#define SPK_OP_DIVIDE 20
 
 /* In place of a token id: the token that CHOOSE left for output i of an earlier step.  So a step
  * can be queued before anyone has seen the token it begins with. */
 #define SPK_TOKEN_CHOSEN 0x80000000u
 
 #define SPK_FLAG_OUTPUTS 1u /* rows are the step's outputs, not its tokens */
+#define SPK_FLAG_BULK 2u    /* of a transfer: once per step, arg[1] + arg[2] * 2^32 bytes at the ref */
 
 /* Row t of an operand starts at buffer + offset + t*stride (bytes). */
 struct spk_ref {
@@ -98,6 +104,14 @@ struct spk_read {
     uint32_t buffer;
     uint32_t reserved; /* zero */
     uint64_t offset;
+    uint64_t nbytes;
+};
+
+/* Memory of the host's that a window shows from a step's start to its completion. */
+struct spk_lent {
+    uint32_t window;
+    uint32_t reserved; /* zero */
+    void *memory;
     uint64_t nbytes;
 };
 
@@ -180,9 +194,16 @@ struct spk_throttle;
 struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status);
 void spk_card_destroy(struct spk_card *card);
 int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
+/* A buffer that takes nothing of the DDR: its memory is the host's, lent anew with every step of a
+ * program that names it.  Bulk operations and transfers take windows, nothing else does. */
+int spk_card_window(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);
+/* Where these bytes of a buffer are, until it is freed, for a host that writes all of them itself:
+ * as after spk_card_write, what they were is lost. */
+int spk_card_place(struct spk_card *card, uint32_t handle, uint64_t offset, uint64_t nbytes,
+                   void **at);
 /* The status that spk_card_read would return, without reading. */
 int spk_card_can_read(struct spk_card *card, uint32_t handle, uint64_t offset, uint64_t nbytes);
 int spk_card_read(struct spk_card *card, uint32_t handle, uint64_t offset, void *data,
@@ -193,6 +214,18 @@ int spk_card_load_program(struct spk_card *card, const void *program, size_t nby
 int spk_card_unload_program(struct spk_card *card, uint32_t handle);
 int spk_card_submit(struct spk_card *card, uint32_t program, const void *params, size_t nbytes,
                     const struct spk_read *reads, size_t read_count, uint64_t *fence, char *why);
+/* The same for a program with windows: memory for each of them, which stays where it is until the
+ * completion has been collected or the pool has been destroyed. */
+int spk_card_submit_lending(struct spk_card *card, uint32_t program, const void *params,
+                            size_t nbytes, const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why);
+/* The same, and where the program is bulk operations on little the calling thread steps the cards
+ * of the pool until they are done or wait: waking a worker takes longer than all of it. */
+int spk_card_submit_helping(struct spk_card *card, uint32_t program, const void *params,
+                            size_t nbytes, const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why);
 /* 1 and a completion, or 0 when there is none.  Its result stays until the next call.  The fd is
  * an eventfd that polls readable whenever completions wait, and now and then when none does. */
 int spk_card_completion(struct spk_card *card, struct spk_completion *out);

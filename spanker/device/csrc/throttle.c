@@ -155,6 +155,11 @@ static double command_ns(const struct pace *p, const struct timeline *t,
     double rows = by_output ? t->outputs : t->tokens, n = arg[0];
     double bytes = 0, work = 0, each = p->element_ns;
 
+    if (is_bulk(cmd)) {
+        work = (double)bulk_count(cmd, 0);
+        bytes = work * (double)spk_element_bytes(cmd->format) * (cmd->op == SPK_OP_REDUCE ? 3 : 2);
+        rows = 1;
+    }
     if (rows == 0)
         return p->command_ns;
     switch (cmd->op) {
@@ -488,6 +493,8 @@ static void maybe_end_exchange(struct pace *p)
 
 static uint64_t transfer_bytes(const struct timeline *t, const struct spk_command *x)
 {
+    if (x->flags & SPK_FLAG_BULK)
+        return bulk_count(x, 1);
     uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? t->outputs : t->tokens;
     return rows * x->arg[1];
 }

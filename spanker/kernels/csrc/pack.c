@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Packing GGML rows into the tiled layout of spk_tiles.h, and the sizes of both.  GGML's block
+/* Packing GGML rows into the tiled layout of spk_tiles.h, and the sizes of both and of elements.  GGML's block
  * layouts are those of ggml/src/ggml-common.h. */
 #include <string.h>
 
@@ -21,6 +21,17 @@ size_t spk_block_weights(int format)
     case SPK_Q4_K:
     case SPK_Q5_K:
     case SPK_Q6_K: return SPK_SUPER_BLOCK;
+    default: return 0;
+    }
+}
+
+size_t spk_element_bytes(int element)
+{
+    switch (element) {
+    case SPK_F32:
+    case SPK_I32: return 4;
+    case SPK_F16:
+    case SPK_BF16: return 2;
     default: return 0;
     }
 }

@@ -53,6 +53,7 @@
 #define SPK_Q5_K 13
 #define SPK_Q6_K 14
 #define SPK_BF16 30
+#define SPK_I32 26 /* of elements only: no weights have it */
 #define SPK_FORMAT_COUNT 31 /* above every format's number */
 
 #define SPK_ISA_SCALAR 0
@@ -60,6 +61,12 @@
 #define SPK_ISA_AVX512VNNI 2
 #define SPK_ISA_NEON 3
 #define SPK_ISA_COUNT 4
+
+/* How REDUCE folds two elements. */
+#define SPK_REDUCE_SUM 0
+#define SPK_REDUCE_MAX 1
+#define SPK_REDUCE_MIN 2
+#define SPK_REDUCE_COUNT 3
 
 /* One Q8 block of activations, ready for a matmul.  The sums are negative as the kernels start
  * their dot products from an offset times them. */
@@ -143,6 +150,11 @@ struct spk_kernels {
     /* The k largest, by logit descending then index ascending; fewer when n < k.
      * Returns the number written. */
     size_t (*top_k)(const float *logits, size_t n, size_t k, uint32_t *ids, float *values);
+    /* into[i] = into[i] op operand[i] for i < n elements of SPK_F32, SPK_F16, SPK_BF16 or SPK_I32,
+     * aligned to their size; the two do not overlap. */
+    void (*reduce)(int element, int op, void *into, const void *operand, size_t n);
+    /* into[i] = into[i] / by; 1 <= by <= 65536. */
+    void (*divide)(int element, void *into, uint32_t by, size_t n);
 };
 
 /* The kernels of an instruction set, or NULL when this build or this machine lacks it. */
@@ -170,6 +182,10 @@ float spk_exp(float x);
 double spk_fold_stats(double total, const float *stats, size_t chunks, float top,
                       float inv_temperature);
 uint32_t spk_crc32c(uint32_t crc, const void *data, size_t nbytes);
+/* The same of bytes that it copies on the way; the two do not overlap. */
+uint32_t spk_copy_crc32c(uint32_t crc, void *to, const void *data, size_t nbytes);
+/* Bytes of an element of the bulk operations; 0 when the number is none of theirs. */
+size_t spk_element_bytes(int element);
 
 /* Round to nearest, no flush to zero, for this thread; returns what to restore. */
 uint64_t spk_fp_enter(void);

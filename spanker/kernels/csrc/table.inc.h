@@ -36,6 +36,8 @@ void K(add)(float *, size_t, const float *, size_t, size_t, size_t);
 int K(dequantize_row)(int, const uint8_t *, float *, size_t);
 int K(logit_stats)(const float *, size_t, float, float *);
 size_t K(top_k)(const float *, size_t, size_t, uint32_t *, float *);
+void K(reduce)(int, int, void *, const void *, size_t);
+void K(divide)(int, void *, uint32_t, size_t);
 
 const struct spk_kernels K(spk_kernels) = {
     .name = SPK_STR(SPK_TABLE),
@@ -62,4 +64,6 @@ const struct spk_kernels K(spk_kernels) = {
     .dequantize_row = K(dequantize_row),
     .logit_stats = K(logit_stats),
     .top_k = K(top_k),
+    .reduce = K(reduce),
+    .divide = K(divide),
 };

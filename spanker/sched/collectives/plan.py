@@ -18,7 +18,8 @@ TMP, scratch of `tmp_elements`.  What is in them before and after:
     all_to_all       share j is for card j           OUT: share i (of the receiver's) from card i
     barrier          nothing                         nothing; every card heard of every other
 
-The shares of an all_to_all are all equally long.
+The shares of an all_to_all are all equally long.  A barrier's messages are TMP[0, 1), whatever it
+holds: to the card, a transfer of nothing is done before anyone was heard of.
 """
 
 from __future__ import annotations

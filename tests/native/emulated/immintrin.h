@@ -66,6 +66,37 @@ static inline simde__m512 emulated_cvtph_ps(simde__m256i a)
     return r;
 }
 
+/* Nearest even, which is what the rounding operand says; a NaN stays quiet with its upper bits. */
+static inline uint16_t emulated_f16_from_f32(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    double m = fabs((double)x);
+    if (isnan(x))
+        return (uint16_t)(sign | 0x7e00 | (bits >> 13 & 0x1ff));
+    if (m >= 65520.0) /* halfway between the largest and what would follow it */
+        return (uint16_t)(sign | 0x7c00);
+    int exponent;
+    frexp(m, &exponent); /* m = f * 2^exponent, f in [0.5, 1) */
+    exponent = exponent < -13 ? -13 : exponent;
+    /* Whole units of the last place; the next binade follows by itself. */
+    long units = lrint(ldexp(m, 11 - exponent));
+    return (uint16_t)(sign | (((exponent + 13) << 10) + units));
+}
+
+static inline simde__m256i emulated_cvtps_ph(simde__m512 a)
+{
+    float in[16];
+    uint16_t out[16];
+    simde__m256i r;
+    memcpy(in, &a, sizeof in);
+    for (int i = 0; i < 16; i++)
+        out[i] = emulated_f16_from_f32(in[i]);
+    memcpy(&r, out, sizeof r);
+    return r;
+}
+
 static inline simde__m512i emulated_cvtps_epi32(simde__m512 a)
 {
     float in[16];
@@ -161,6 +192,8 @@ static inline void emulated_mask_storeu_ps(void *p, simde__mmask16 mask, simde__
 
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(a, rounding) emulated_cvtps_ph(a)
 #undef _mm512_cvtps_epi32
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #undef _mm512_cvtepi32_ps

@@ -90,4 +90,17 @@ static inline lanes l_load_bf16(const uint16_t *p)
                    _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
 
+/* For work that is no lanes: a register of floats to and from f16, nearest even. */
+#define SPK_REGISTER_BYTES 32
+
+static inline __m256 r_load_f16(const uint16_t *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+static inline void r_store_f16(uint16_t *p, __m256 x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 #endif

@@ -61,4 +61,17 @@ static inline lanes l_load_bf16(const uint16_t *p)
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 
+/* For work that is no lanes: a register of floats to and from f16, nearest even. */
+#define SPK_REGISTER_BYTES 64
+
+static inline __m512 r_load_f16(const uint16_t *p)
+{
+    return l_load_f16(p);
+}
+
+static inline void r_store_f16(uint16_t *p, __m512 x)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 #endif

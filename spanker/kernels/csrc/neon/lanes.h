@@ -111,4 +111,17 @@ static inline lanes l_load_bf16(const uint16_t *p)
                    upper_half(vget_low_u16(hi)), upper_half(vget_high_u16(hi))};
 }
 
+/* For work that is no lanes: a register of floats to and from f16, nearest even. */
+#define SPK_REGISTER_BYTES 16
+
+static inline float32x4_t r_load_f16(const uint16_t *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+static inline void r_store_f16(uint16_t *p, float32x4_t x)
+{
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+}
+
 #endif

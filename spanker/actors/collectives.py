@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives on live cards: programs are prepared once, then run on the caller's arrays.
+
+Three ways for an array to get to its card:
+
+- lent: the card works on the host's memory itself.  Where messages hand over memory and the card
+  has windows.
+- staged: written to a buffer of the card before, read back after.  Everywhere else.
+- resident: in a buffer of the card all the time (`Resident`).
+
+What is prepared stays on the cards until it has not been used for long or memory is wanted for
+something else.  Who may call what with which arrays is said in spanker/collectives.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from spanker.actors.client import CardClient
+from spanker.actors.collective_programs import CardWork, Work, build
+from spanker.actors.frame import DEFAULT_LIMITS
+from spanker.actors.message import (
+    AllocBuffers,
+    FreeBuffer,
+    LoadProgram,
+    Message,
+    Ok,
+    OpenWindows,
+    ReadBuffer,
+    Request,
+    RunLent,
+    RunStep,
+    StepDone,
+    UnloadProgram,
+    WriteBuffers,
+)
+from spanker.actors.steps import WATCH_S, Flight, ProgressWatch
+from spanker.errors import CardError, CardMemoryError, SpankerError
+from spanker.kernels.program import encode_step
+
+if TYPE_CHECKING:
+    from spanker.actors.coordinator import Coordinator
+
+STEP = encode_step([])
+
+# Prepared works that stay, and the bytes of each card's memory that they may hold together.
+PREPARED_MAX = 32
+PREPARED_BYTES_MAX = 64 << 20
+# What one message carries at most of an array: frames do not overtake each other.
+PIECE_BYTES = 8 << 20
+READ_BACK_BYTES_MAX = DEFAULT_LIMITS.raw_bytes_max // 2
+# A message that lends more is refused like any other; beyond that arrays are staged.
+LENT_BYTES_MAX = DEFAULT_LIMITS.raw_bytes_max - len(STEP)
+# How long giving memory back may take where nobody can be told that it failed.
+RELEASE_S = 2.0
+
+
+@attrs.frozen
+class Resident:
+    """An array's buffers, one a card, by handle; equal ones are the same memory."""
+
+    handles: tuple[int, ...]
+    nbytes: int
+
+
+Memory = memoryview | None
+"""A contiguous writable array of bytes; None where it is resident, or empty."""
+
+
+@attrs.frozen
+class _Key:
+    work: Work
+    lent: bool
+    resident: tuple[Resident | None, ...]
+
+
+@attrs.define(eq=False)
+class _Card:
+    """What a prepared work holds on one card: buffers by name, and those that are its own."""
+
+    program: int | None = None
+    handles: dict[str, int] = attrs.Factory(dict)
+    own: list[int] = attrs.Factory(list)
+
+
+@attrs.define(eq=False)
+class _Prepared:
+    cards: list[_Card] = attrs.Factory(list)
+    card_bytes: int = 0
+    users: int = 0
+
+
+class CollectiveRun:
+    """One run under way."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        cards = len(coordinator.clients)
+        self.flight = Flight(coordinator.count_step(), 0, cards, coordinator.trace)
+
+    async def all_back(self) -> None:
+        """Wait until every card has answered."""
+        await self.flight.all_back.wait()
+
+
+class Collectives:
+    """The collectives of one fleet, and what they hold on its cards."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._clients = coordinator.clients
+        self._prepared: OrderedDict[_Key, _Prepared] = OrderedDict()
+        self._doomed: list[Resident] = []
+        self.lends = all(client.shares_memory for client in self._clients) and all(
+            info.max_windows > 1 for info in coordinator.cards
+        )
+
+    @property
+    def cards(self) -> int:
+        return len(self._clients)
+
+    # --- running ----------------------------------------------------------------------
+
+    async def run(
+        self,
+        work: Work,
+        memory: Sequence[Sequence[Memory]] = (),
+        resident: Sequence[Resident | None] = (),
+    ) -> None:
+        """Do a work on `memory[i][card]`, or the buffers of `resident[i]`, for array i of
+        `work.arrays`.  A checkpoint, and waits while others have the cards.
+
+        Raises what the cards report, CardHungError, CardMemoryError.  Cancelled or failed, what the
+        outputs hold is undefined; nobody writes to them any more, unless a card hangs.
+        """
+        where = tuple(resident) or (None,) * len(work.arrays)
+        lent = self.lends and not any(where) and _lendable(work, self.cards)
+        prepared = await self._get(_Key(work, lent, where))
+        prepared.users += 1
+        try:
+            await self._coordinator.take_cards()
+            try:
+                await self._run(work, prepared, lent, memory)
+            finally:
+                self._coordinator.give_cards_back()
+        finally:
+            prepared.users -= 1
+
+    async def _run(
+        self, work: Work, prepared: _Prepared, lent: bool, memory: Sequence[Sequence[Memory]]
+    ) -> None:
+        run = CollectiveRun(self._coordinator)
+        flight = run.flight
+        try:
+            for number, client in enumerate(self._clients):
+                card = prepared.cards[number]
+                arrays = {
+                    name: data
+                    for name, rows in zip(work.arrays, memory, strict=False)
+                    if (data := rows[number]) is not None
+                }
+                if card.program is None:
+                    flight.absent(number)
+                    continue
+                try:
+                    if lent:
+                        request: Request[StepDone] = _lending(card, card.program, arrays)
+                    else:
+                        await self._send_inputs(client, card, work, arrays, flight)
+                        request = _reading_back(card, card.program, work, arrays)
+                    await client.post(request, flight.callback(number))
+                except BaseException:
+                    flight.forget(self.cards - number)
+                    raise
+            await self._settled(flight)
+        finally:
+            if not flight.settled.is_set() or flight.errors:
+                with trio.CancelScope(shield=True):
+                    await self._coordinator.abort(run)
+        if flight.errors:
+            raise flight.cause()
+        if not lent:
+            await self._read_back(work, prepared, memory, flight)
+
+    async def _send_inputs(
+        self,
+        client: CardClient,
+        card: _Card,
+        work: Work,
+        arrays: Mapping[str, memoryview],
+        flight: Flight,
+    ) -> None:
+        for name in work.inputs:
+            if name in arrays and name in card.handles:
+                await self._write(client, card.handles[name], arrays[name], flight)
+
+    async def _write(
+        self, client: CardClient, handle: int, data: memoryview, flight: Flight
+    ) -> None:
+        """Post an array in pieces; what goes wrong is an error of the run."""
+
+        def written(reply: Message | SpankerError) -> None:
+            if isinstance(reply, SpankerError):
+                flight.errors.append(reply)
+                flight.settled.set()
+
+        for at in range(0, data.nbytes, PIECE_BYTES):
+            piece = data[at : at + PIECE_BYTES]
+            request = WriteBuffers(((handle, at, piece.nbytes),), buffers=(piece,))
+            await client.post(request, written)
+
+    async def _read_back(
+        self,
+        work: Work,
+        prepared: _Prepared,
+        memory: Sequence[Sequence[Memory]],
+        flight: Flight,
+    ) -> None:
+        """Bring the outputs of staged arrays into the caller's memory."""
+        for name, rows in zip(work.arrays, memory, strict=False):
+            if name not in work.outputs:
+                continue
+            for number, data in enumerate(rows):
+                card = prepared.cards[number]
+                if data is None or name not in card.handles:
+                    continue
+                if flight.replies[number].buffers:
+                    data[:] = flight.replies[number].buffers[0]
+                    continue
+                client, handle = self._clients[number], card.handles[name]
+                for at in range(0, data.nbytes, PIECE_BYTES):
+                    nbytes = min(PIECE_BYTES, data.nbytes - at)
+                    reply = await client.request(ReadBuffer(handle, at, nbytes))
+                    data[at : at + nbytes] = reply.buffers[0]
+
+    async def _settled(self, flight: Flight) -> None:
+        cards = range(self.cards)
+        watch: ProgressWatch | None = None
+        timeout_s = self._coordinator.hang_timeout_s
+        while not flight.settled.is_set():
+            with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
+                await flight.settled.wait()
+            if not flight.settled.is_set():
+                watch = watch or ProgressWatch(self._coordinator, cards, timeout_s)
+                await watch.look()
+
+    # --- what is on the cards ---------------------------------------------------------
+
+    async def _get(self, key: _Key) -> _Prepared:
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            async with self._coordinator.changing_memory():
+                # Someone may have prepared it while this task waited.
+                prepared = self._prepared.get(key)
+                if prepared is None:
+                    prepared = await self._prepare(key)
+        with contextlib.suppress(KeyError):
+            self._prepared.move_to_end(key)
+        return prepared
+
+    async def _prepare(self, key: _Key) -> _Prepared:
+        works = build(key.work, self.cards)
+        resident = {
+            name: buffers
+            for name, buffers in zip(key.work.arrays, key.resident, strict=True)
+            if buffers is not None
+        }
+        need = max(
+            sum(work.own_bytes.values())
+            + (0 if key.lent else sum(b for n, b in work.array_bytes.items() if n not in resident))
+            for work in works
+        )
+        await self._make_room(PREPARED_MAX - 1, PREPARED_BYTES_MAX - need)
+        try:
+            prepared = await self._load(key, resident, works)
+        except CardMemoryError:
+            # Not before it is needed: what others have prepared may be wanted again.
+            await self._make_room(0, 0)
+            prepared = await self._load(key, resident, works)
+        prepared.card_bytes = need
+        self._prepared[key] = prepared
+        return prepared
+
+    async def _load(
+        self, key: _Key, resident: Mapping[str, Resident], works: Sequence[CardWork]
+    ) -> _Prepared:
+        prepared = _Prepared()
+        try:
+            for client, work in zip(self._clients, works, strict=True):
+                prepared.cards.append(_Card())
+                if work.program.commands:
+                    await self._load_card(client, prepared.cards[-1], key, resident, work)
+        except BaseException:
+            await self._release(prepared)
+            raise
+        return prepared
+
+    async def _load_card(
+        self,
+        client: CardClient,
+        card: _Card,
+        key: _Key,
+        resident: Mapping[str, Resident],
+        work: CardWork,
+    ) -> None:
+        arrays = {name: b for name, b in work.array_bytes.items() if name not in resident}
+        buffers = work.own_bytes if key.lent else work.own_bytes | arrays
+        for names, request in (
+            (tuple(buffers), AllocBuffers(tuple(buffers.values()))),
+            (tuple(arrays) if key.lent else (), OpenWindows(tuple(arrays.values()))),
+        ):
+            if names:
+                reply = await self._coordinator.owning(client, request)
+                card.own += reply.handles
+                card.handles.update(zip(names, reply.handles, strict=True))
+        for name, array in resident.items():
+            card.handles[name] = array.handles[client.number]
+        program = work.program.encode(card.handles)
+        loaded = await self._coordinator.owning(client, LoadProgram(buffers=(program,)))
+        card.program = loaded.program
+
+    async def trim(self) -> None:
+        """Give back all memory that is not in use, so that others may have it."""
+        if self._prepared or self._doomed:
+            async with self._coordinator.changing_memory():
+                await self._make_room(0, 0)
+
+    async def forget(self, resident: Resident) -> None:
+        """Free these buffers, and unload what was prepared for them: now, or later where somebody
+        keeps the cards to himself for long."""
+        self._doomed.append(resident)
+        with trio.move_on_after(RELEASE_S, shield=True):
+            async with self._coordinator.changing_memory():
+                await self._free_doomed()
+
+    async def _free_doomed(self) -> None:
+        while self._doomed:
+            resident = self._doomed.pop()
+            for key in [key for key in self._prepared if resident in key.resident]:
+                await self._release(self._prepared.pop(key))
+            await self._free(resident.handles)
+
+    async def allocate(self, nbytes: int) -> Resident:
+        """A buffer of so many bytes on every card."""
+        handles: list[int] = []
+        async with self._coordinator.changing_memory():
+            try:
+                for client in self._clients:
+                    reply = await self._coordinator.owning(client, AllocBuffers((nbytes,)))
+                    handles += reply.handles
+            except BaseException:
+                await self._free(handles)
+                raise
+        return Resident(tuple(handles), nbytes)
+
+    async def _free(self, handles: Sequence[int]) -> None:
+        """One buffer a card, from the first card on."""
+        with trio.move_on_after(RELEASE_S, shield=True):
+            for client, handle in zip(self._clients, handles, strict=False):
+                await _ask(client, FreeBuffer(handle))
+
+    async def write(self, resident: Resident, card: int, data: memoryview) -> None:
+        """Fill the buffer of a card."""
+        for at in range(0, data.nbytes, PIECE_BYTES):
+            piece = data[at : at + PIECE_BYTES]
+            writes = ((resident.handles[card], at, piece.nbytes),)
+            await self._clients[card].request(WriteBuffers(writes, buffers=(piece,)))
+
+    async def read(self, resident: Resident, card: int, data: memoryview) -> None:
+        """Bring the buffer of a card."""
+        for at in range(0, data.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, data.nbytes - at)
+            request = ReadBuffer(resident.handles[card], at, nbytes)
+            data[at : at + nbytes] = (await self._clients[card].request(request)).buffers[0]
+
+    async def _make_room(self, count: int, nbytes: int) -> None:
+        """Release what was not used for longest until so many works and bytes are left."""
+        await self._free_doomed()
+        held = sum(prepared.card_bytes for prepared in self._prepared.values())
+        for key, prepared in list(self._prepared.items()):
+            if len(self._prepared) <= count and held <= nbytes:
+                return
+            if not prepared.users:
+                held -= prepared.card_bytes
+                await self._release(self._prepared.pop(key))
+
+    async def _release(self, prepared: _Prepared) -> None:
+        """Whatever is being cancelled: nobody else knows of it.  A card that is lost has nothing to
+        free."""
+
+        async def release(client: CardClient, card: _Card) -> None:
+            if card.program is not None:
+                await _ask(client, UnloadProgram(card.program))
+            for handle in card.own:
+                await _ask(client, FreeBuffer(handle))
+
+        with trio.move_on_after(RELEASE_S, shield=True):
+            async with trio.open_nursery() as nursery:
+                for client, card in zip(self._clients, prepared.cards, strict=False):
+                    nursery.start_soon(release, client, card)
+
+
+def _lendable(work: Work, cards: int) -> bool:
+    """Whether one message can lend all of a card's arrays."""
+    elements = sum(work.array_elements(name, 0, cards) for name in work.arrays)
+    return elements * work.element.nbytes <= LENT_BYTES_MAX
+
+
+def _lending(card: _Card, program: int, arrays: Mapping[str, memoryview]) -> RunLent:
+    """Run on the caller's memory."""
+    names = [name for name in arrays if name in card.handles]
+    windows = tuple([card.handles[name] for name in names])
+    return RunLent(program, windows, buffers=(STEP, *[arrays[name] for name in names]))
+
+
+def _reading_back(
+    card: _Card, program: int, work: Work, arrays: Mapping[str, memoryview]
+) -> RunStep:
+    """Run on the card's buffers, and bring the outputs at once where one message can."""
+    reads = [
+        (card.handles[name], 0, arrays[name].nbytes)
+        for name in work.outputs
+        if name in arrays and name in card.handles
+    ]
+    if sum(nbytes for _, _, nbytes in reads) > READ_BACK_BYTES_MAX:
+        reads = []
+    return RunStep(program, tuple(reads), buffers=(STEP,))
+
+
+async def _ask(client: CardClient, request: Request[Ok]) -> None:
+    with contextlib.suppress(CardError):
+        await client.request(request)
