@@ -36,6 +36,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.throttle import Pace
 from spanker.errors import CardAbortedError, ConfigError
 from spanker.kernels import program as op
+from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.formats import Format, row_bytes
 from spanker.kernels.program import (
     Command,
@@ -120,6 +121,9 @@ def every_command() -> list[Command]:
         op.top_k(x, z, n=300, k=5, first_id=0),
         op.best(x, z, k=5),
         op.choose(x, z, lists=3),
+        op.reduce(Element.F32, Reduction.SUM, Ref("x"), Ref("y"), count=901),
+        op.copy(Element.F16, Ref("x"), Ref("y"), count=70001),
+        op.divide(Element.F32, Ref("x"), count=33, by=3),
     ]
 
 
@@ -330,8 +334,9 @@ def random_exchanges(
         for _ in range(transfers):
             a, b = rng.sample(range(cards), 2)
             nbytes = rng.choice((0, 1, 64, rng.randrange(1, 3000)))
-            each[a].append(Transfer(True, b, Ref("x", 4096), nbytes))
-            each[b].append(Transfer(False, a, Ref("y", 4096), nbytes))
+            bulk = rng.random() < 0.3
+            each[a].append(Transfer(True, b, Ref("x", 4096), nbytes, bulk))
+            each[b].append(Transfer(False, a, Ref("y", 4096), nbytes, bulk))
         made.append([tuple(t) for t in each])
     return made
 
@@ -384,6 +389,76 @@ def test_random_programs_end_when_the_page_says(throttled, seed: int) -> None:
         starts = {c: last_start_s(card) for c, card in enumerate(cards)}
         expected = step_ends(profile, programs, Step(sequences), starts)
         found = {c: pace(card).last_end_s for c, card in enumerate(cards)}
+        assert found == pytest.approx(expected, abs=5 * EXACT_S)
+
+
+def test_fleets_within_a_fleet_have_times_of_their_own(throttled) -> None:
+    """Cards 0 and 1 exchange again and again while 2 and 3 do so in short steps, submitted one by
+    one: none of them is delayed by what the others do meanwhile."""
+    cards = throttled(attrs.evolve(REV_A, intercard_latency_s=5e-6), 4)
+
+    def pair(me: int, peer: int, rounds: int) -> Program:
+        both = [Transfer(True, peer, Ref("x"), 700), Transfer(False, peer, Ref("y"), 700)]
+        one = (op.add(Ref("x"), Ref("x"), n=10 + 50 * me), *op.exchange(both))
+        return Program(one * rounds, 1, 1, 64)
+
+    programs = {0: pair(0, 1, 3000), 1: pair(1, 0, 3000), 2: pair(2, 3, 3), 3: pair(3, 2, 3)}
+    loaded = []
+    for c, card in enumerate(cards):
+        handles = {name: card.alloc(4096) for name in "xy"}
+        loaded.append(card.load_program(programs[c].encode(handles)))
+
+    def check(some: tuple[int, int]) -> None:
+        starts = {c: last_start_s(cards[c]) for c in some}
+        expected = step_ends(
+            attrs.evolve(REV_A, intercard_latency_s=5e-6),
+            {c: programs[c] for c in some},
+            Step((SequenceStep([0], 0, []),)),
+            starts,
+        )
+        found = {c: pace(cards[c]).last_end_s for c in some}
+        assert found == pytest.approx(expected, abs=5 * EXACT_S)
+
+    for c in (0, 1):
+        cards[c].submit(loaded[c], step())
+    for _ in range(30):
+        for c in (2, 3):
+            cards[c].submit(loaded[c], step())
+        for c in (2, 3):
+            finish(cards[c])
+        check((2, 3))
+    for c in (0, 1):
+        finish(cards[c])
+    check((0, 1))
+
+
+def test_a_card_that_is_done_delays_nobody(throttled) -> None:
+    """Stages of a pipeline: the first has sent all it has to, the others go on with it."""
+    a, b, c = throttled(attrs.evolve(REV_A, step_s=100e-6), 3)
+    send, _ = sender(a, 1, 64)
+    profile = attrs.evolve(REV_A, step_s=100e-6)
+    both = {
+        1: [Transfer(True, 2, Ref("x"), 900), Transfer(False, 2, Ref("y"), 900)],
+        2: [Transfer(True, 1, Ref("x"), 900), Transfer(False, 1, Ref("y"), 900)],
+    }
+    first = op.exchange([Transfer(False, 0, Ref("y"), 64)])
+    programs = {
+        0: Program(op.exchange([Transfer(True, 1, Ref("out"), 64)]), 1, 1, 64),
+        1: Program((*first, *op.exchange(both[1]) * 400), 1, 1, 64),
+        2: Program(op.exchange(both[2]) * 400, 1, 1, 64),
+    }
+    loaded = {0: send}
+    for number, card in ((1, b), (2, c)):
+        handles = {name: card.alloc(4096) for name in "xy"}
+        loaded[number] = card.load_program(programs[number].encode(handles))
+    for _ in range(3):
+        for number, card in enumerate((a, b, c)):
+            card.submit(loaded[number], step())
+        for card in (a, b, c):
+            finish(card)
+        starts = {n: last_start_s(card) for n, card in enumerate((a, b, c))}
+        expected = step_ends(profile, programs, Step((SequenceStep([0], 0, []),)), starts)
+        found = {n: pace(card).last_end_s for n, card in enumerate((a, b, c))}
         assert found == pytest.approx(expected, abs=5 * EXACT_S)
 
 

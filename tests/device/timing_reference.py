@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from spanker.kernels.elements import Element
 from spanker.kernels.formats import Format, packed_bytes, row_bytes
 from spanker.kernels.program import Command, Op, Program, SequenceStep
 from spanker.sched.bandwidth import Profile
+
+# Once per step, whatever its tokens and outputs; bytes for each byte of an element.
+BULK = {Op.REDUCE: 3, Op.COPY: 2, Op.DIVIDE: 2}
 
 
 @attrs.frozen
@@ -31,6 +35,8 @@ class Step:
         return sum(len(s.outputs) for s in self.sequences)
 
     def rows(self, command: Command) -> int:
+        if command.bulk or command.op in BULK:
+            return 1
         return self.outputs if command.outputs or command.op == Op.SELECT else self.tokens
 
     @property
@@ -88,6 +94,9 @@ def cost(command: Command, step: Step) -> tuple[float, float, str]:
             return t * 16, t, "elements"
         case Op.CHOOSE:
             return t * (8 * n + 4), t * n, "elements"
+        case Op.REDUCE | Op.COPY | Op.DIVIDE:
+            count = a[0] + (a[1] << 32)
+            return BULK[command.op] * Element(command.format).nbytes * count, count, "elements"
     raise AssertionError(command)
 
 
@@ -209,6 +218,8 @@ def _enter(card: _Card, sizes: dict[int, int]) -> None:
     card.in_exchange = True
     for command in card.program.commands[card.pc + 1 : card.pc + 1 + count]:
         peer, nbytes = command.args[0], command.args[1] * card.step.rows(command)
+        if command.bulk:
+            nbytes += command.args[2] << 32
         if nbytes and command.op == Op.LINK_SEND:
             card.sends.append(_Flow(card.number, peer, nbytes))
             sizes[id(card.sends[-1])] = nbytes

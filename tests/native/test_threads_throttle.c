@@ -278,6 +278,6 @@ int main(void)
     test_torn_down_with_steps_queued();
     test_driven_without_a_pool_it_says_when_to_come_back();
     test_what_makes_no_sense_is_refused();
-    puts("throttle: passed");
+    puts("ok threads_throttle");
     return 0;
 }

@@ -13,8 +13,10 @@
  * That way cards sleep and wake a thousand times a second and not for every command, which takes a
  * few microseconds; and a core that is late by less is not late at all.
  *
- * Nothing that is simulated ahead is ever wrong: a card without a step gets its next one now at the
- * earliest, and takes it up `step_s` later, so while there is such a card the clock stops there.
+ * What is simulated ahead is certain.  A card without a step gets its next one now at the earliest,
+ * and then needs a while before it sends anything; until then it changes nothing for others.  And
+ * cards whose programs never exchange anything, directly or through others, have clocks of their
+ * own: replicas of a model do not wait for each other here either.
  *
  * Times are in nanoseconds since the throttle was made, as doubles: thousandths for months.
  */
@@ -43,8 +45,8 @@ struct timeline {
     double arrived, start; /* start: when the card could begin */
     double begin;          /* when the first command begins */
     double busy;
-    _Atomic uint32_t known; /* of so many commands the end is known, and `begin` once there is one */
-    _Atomic bool begun;
+    _Atomic bool begun;     /* `begin` is known */
+    _Atomic uint32_t known; /* and the ends of so many commands */
     double end[];
 };
 
@@ -74,8 +76,10 @@ struct pace {
     struct spk_throttle *throttle;
     struct spk_card *card;
     uint32_t number;
+    uint32_t group; /* those that exchange anything with each other have the same */
     double byte_ns, int8_ns, float_ns, element_ns, command_ns, step_ns;
     double port; /* bytes per ns, in each direction */
+    double lead; /* from the submission of a step to its first message, at least */
 
     struct timeline *queue[SPK_QUEUE_MAX];
     uint32_t head, count;
@@ -83,33 +87,32 @@ struct pace {
     uint32_t pc; /* of the first submission in the queue: where it stands */
     double at;   /* when something happens by itself: it reaches an exchange, or its step's end */
     bool exchanging;
-    double exchange_done;     /* as far as is known: the last send or arrival so far */
+    double exchange_done;      /* as far as is known: the last send or arrival so far */
     uint32_t leaving, lacking; /* flows, and links with a need */
     struct flow *flows;
     uint32_t flow_count;
 
-    struct spk_pace totals;
-};
-
-struct port {
+    /* While rates are shared: what is left of its port, and among how many. */
     double out, in;
     uint32_t outs, ins;
     bool out_full, in_full;
+
+    struct spk_pace totals;
+};
+
+/* The clock of a group of cards. */
+struct group {
+    double time;  /* up to which the bytes of flows have moved */
+    double leave; /* when the next flow has left, if nothing else happens */
+    bool stale;   /* flows began or ended at `time`: rates are to be shared anew */
 };
 
 struct spk_throttle {
     pthread_mutex_t mutex;
     uint64_t base_ns;
-    uint32_t count, idle;
-    double step_ns_min;
+    uint32_t count;
     bool ports; /* some are limited */
-    bool stale; /* flows began or ended at `time`: rates are to be shared anew */
-    double time;  /* up to which the bytes of flows have moved */
-    double leave; /* when the next flow has left, if nothing else happens */
-    struct flow **active;
-    uint32_t active_count;
-    uint32_t *active_source;
-    struct port *port;
+    struct group *groups;
     struct paced_link *links; /* from card i to card j at i * count + j */
     struct pace cards[];
 };
@@ -242,92 +245,115 @@ static void count_positions(struct timeline *t, const uint32_t *position, const 
 
 /* --- flows ---------------------------------------------------------------------------------- */
 
-static double rate_limit(double bytes_per_ns, uint32_t sharing)
-{
-    return sharing ? bytes_per_ns / sharing : INFINITY;
-}
+struct cursor {
+    uint32_t card, flow;
+};
 
-static void move_flows(struct spk_throttle *th, double time)
+/* The next active flow of a group and the card that sends it; NULL after the last. */
+static struct flow *next_active(struct spk_throttle *th, uint32_t group, struct cursor *at,
+                                struct pace **source)
 {
-    double passed = time - th->time;
-    if (passed <= 0)
-        return;
-    for (uint32_t i = 0; i < th->active_count; i++)
-        th->active[i]->left -= th->active[i]->rate * passed;
-    th->time = time;
-}
-
-static void list_active(struct spk_throttle *th)
-{
-    th->active_count = 0;
-    for (uint32_t c = 0; c < th->count; c++) {
-        struct pace *p = &th->cards[c];
-        for (uint32_t i = 0; i < p->flow_count && p->leaving; i++) {
-            if (!p->flows[i].active)
-                continue;
-            th->active_source[th->active_count] = c;
-            th->active[th->active_count++] = &p->flows[i];
+    for (; at->card < th->count; at->card++, at->flow = 0) {
+        struct pace *p = &th->cards[at->card];
+        if (p->group != group || !p->leaving)
+            continue;
+        while (at->flow < p->flow_count) {
+            struct flow *f = &p->flows[at->flow++];
+            if (f->active) {
+                *source = p;
+                return f;
+            }
         }
     }
+    return NULL;
+}
+
+#define FOR_EACH_ACTIVE(f, source, th, group)                                                      \
+    for (struct cursor at_ = {0, 0}; ((f) = next_active((th), (group), &at_, &(source)));)
+
+static double link_limit(struct spk_throttle *th, const struct pace *source, const struct flow *f)
+{
+    return link_of(th, source->number, f->peer)->bytes_per_ns;
+}
+
+static void move_flows(struct spk_throttle *th, uint32_t group, double time)
+{
+    double passed = time - th->groups[group].time;
+    struct pace *source;
+    struct flow *f;
+    if (passed <= 0)
+        return;
+    FOR_EACH_ACTIVE(f, source, th, group)
+        f->left -= f->rate * passed;
+    th->groups[group].time = time;
+}
+
+static double share(double limit, uint32_t among)
+{
+    return among ? limit / among : INFINITY;
 }
 
 /* Max-min fairness: the tightest limit is shared equally by whom it binds, then the next. */
-static void fill_ports(struct spk_throttle *th)
+static void fill_ports(struct spk_throttle *th, uint32_t group)
 {
+    struct pace *source;
+    struct flow *f;
+    uint32_t left = 0;
     for (uint32_t c = 0; c < th->count; c++) {
-        double port = th->cards[c].port;
-        th->port[c] = (struct port){.out = port, .in = port};
+        struct pace *p = &th->cards[c];
+        p->out = p->in = p->port;
+        p->outs = p->ins = 0;
     }
-    for (uint32_t i = 0; i < th->active_count; i++) {
-        th->active[i]->rate = -1;
-        th->port[th->active_source[i]].outs++;
-        th->port[th->active[i]->peer].ins++;
+    FOR_EACH_ACTIVE(f, source, th, group) {
+        f->rate = -1;
+        source->outs++;
+        th->cards[f->peer].ins++;
+        left++;
     }
-    for (uint32_t left = th->active_count; left;) {
+    while (left) {
         double level = INFINITY;
-        for (uint32_t c = 0; c < th->count; c++) {
-            level = fmin(level, rate_limit(th->port[c].out, th->port[c].outs));
-            level = fmin(level, rate_limit(th->port[c].in, th->port[c].ins));
+        FOR_EACH_ACTIVE(f, source, th, group) {
+            const struct pace *target = &th->cards[f->peer];
+            if (f->rate >= 0)
+                continue;
+            level = fmin(level, link_limit(th, source, f));
+            level = fmin(level, share(source->out, source->outs));
+            level = fmin(level, share(target->in, target->ins));
         }
-        for (uint32_t i = 0; i < th->active_count; i++)
-            if (th->active[i]->rate < 0)
-                level = fmin(level, link_of(th, th->active_source[i], th->active[i]->peer)->bytes_per_ns);
         double bound = level * (1 + 1e-9);
         for (uint32_t c = 0; c < th->count; c++) {
-            struct port *port = &th->port[c];
-            port->out_full = rate_limit(port->out, port->outs) <= bound;
-            port->in_full = rate_limit(port->in, port->ins) <= bound;
+            struct pace *p = &th->cards[c];
+            p->out_full = share(p->out, p->outs) <= bound;
+            p->in_full = share(p->in, p->ins) <= bound;
         }
-        for (uint32_t i = 0; i < th->active_count; i++) {
-            struct flow *f = th->active[i];
-            struct port *out = &th->port[th->active_source[i]], *in = &th->port[f->peer];
-            if (f->rate >= 0 ||
-                !(out->out_full || in->in_full ||
-                  link_of(th, th->active_source[i], f->peer)->bytes_per_ns <= bound))
+        FOR_EACH_ACTIVE(f, source, th, group) {
+            struct pace *target = &th->cards[f->peer];
+            bool met = source->out_full || target->in_full || link_limit(th, source, f) <= bound;
+            if (f->rate >= 0 || !met)
                 continue;
             f->rate = level;
-            out->out -= level, in->in -= level;
-            out->outs--, in->ins--;
+            source->out -= level, target->in -= level;
+            source->outs--, target->ins--;
             left--;
         }
     }
 }
 
-static void share_rates(struct spk_throttle *th)
+static void share_rates(struct spk_throttle *th, uint32_t group)
 {
-    list_active(th);
-    if (th->ports)
-        fill_ports(th);
-    else
-        for (uint32_t i = 0; i < th->active_count; i++)
-            th->active[i]->rate =
-                link_of(th, th->active_source[i], th->active[i]->peer)->bytes_per_ns;
-    th->leave = INFINITY;
-    for (uint32_t i = 0; i < th->active_count; i++) {
-        struct flow *f = th->active[i];
-        th->leave = fmin(th->leave, th->time + fmax(f->left, 0) / f->rate);
+    struct group *g = &th->groups[group];
+    struct pace *source;
+    struct flow *f;
+    if (th->ports) {
+        fill_ports(th, group);
+    } else {
+        FOR_EACH_ACTIVE(f, source, th, group)
+            f->rate = link_limit(th, source, f);
     }
-    th->stale = false;
+    g->leave = INFINITY;
+    FOR_EACH_ACTIVE(f, source, th, group)
+        g->leave = fmin(g->leave, g->time + fmax(f->left, 0) / f->rate);
+    g->stale = false;
 }
 
 static void activate_next(struct pace *p, uint32_t peer)
@@ -411,7 +437,6 @@ static void begin_step(struct pace *p)
 {
     struct timeline *t = current(p);
     if (!t) {
-        p->throttle->idle++;
         p->at = INFINITY;
         return;
     }
@@ -466,21 +491,29 @@ static void maybe_end_exchange(struct pace *p)
         end_exchange(p);
 }
 
+static uint64_t transfer_bytes(const struct timeline *t, const struct spk_command *x)
+{
+    if (x->flags & SPK_FLAG_BULK)
+        return bulk_count(x, 1);
+    uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? t->outputs : t->tokens;
+    return rows * x->arg[1];
+}
+
 static void begin_exchange(struct pace *p, double time)
 {
     struct spk_throttle *th = p->throttle;
+    struct group *g = &th->groups[p->group];
     const struct timeline *t = current(p);
     const struct spk_command *cmd = &t->program->commands[p->pc];
+    move_flows(th, p->group, time);
     p->exchanging = true;
     p->exchange_done = time;
     p->at = INFINITY;
     p->flow_count = p->leaving = p->lacking = 0;
-    move_flows(th, time);
     for (uint32_t i = 1; i <= cmd->arg[0]; i++) {
         const struct spk_command *x = &cmd[i];
         uint32_t peer = x->arg[0];
-        uint64_t rows = x->flags & SPK_FLAG_OUTPUTS ? t->outputs : t->tokens;
-        uint64_t bytes = x->flags & SPK_FLAG_BULK ? bulk_count(x, 1) : rows * x->arg[1];
+        uint64_t bytes = transfer_bytes(t, x);
         if (!bytes || peer >= th->count)
             continue;
         if (x->op == SPK_OP_LINK_SEND) {
@@ -498,15 +531,16 @@ static void begin_exchange(struct pace *p, double time)
             take_arrivals(p, link_of(th, peer, p->number));
     for (uint32_t peer = 0; peer < th->count && p->leaving; peer++)
         activate_next(p, peer);
-    th->stale = th->stale || p->leaving;
+    g->stale = g->stale || p->leaving;
     maybe_end_exchange(p);
 }
 
 /* A flow's last byte leaves at `time`. */
-static void leave(struct spk_throttle *th, uint32_t source, struct flow *f, double time)
+static void leave(struct pace *from, struct flow *f, double time)
 {
-    struct pace *from = &th->cards[source], *to = &th->cards[f->peer];
-    struct paced_link *l = link_of(th, source, f->peer);
+    struct spk_throttle *th = from->throttle;
+    struct pace *to = &th->cards[f->peer];
+    struct paced_link *l = link_of(th, from->number, f->peer);
     f->active = false;
     f->left = 0;
     from->leaving--;
@@ -518,63 +552,119 @@ static void leave(struct spk_throttle *th, uint32_t source, struct flow *f, doub
     }
 }
 
-static void leave_all_due(struct spk_throttle *th, double time)
+static void leave_all_due(struct spk_throttle *th, uint32_t group, double time)
 {
-    move_flows(th, time);
-    for (uint32_t i = 0; i < th->active_count; i++) {
-        struct flow *f = th->active[i];
-        uint32_t source = th->active_source[i], peer = f->peer;
+    struct pace *source;
+    struct flow *f;
+    move_flows(th, group, time);
+    FOR_EACH_ACTIVE(f, source, th, group) {
+        uint32_t peer = f->peer;
         if (f->left > f->rate * SAME_NS)
             continue;
-        leave(th, source, f, time);
-        activate_next(&th->cards[source], peer);
+        leave(source, f, time);
+        activate_next(source, peer);
     }
     /* Only now: the flows of a card stay where they are until all that are due have left. */
-    for (uint32_t i = 0; i < th->active_count; i++)
-        maybe_end_exchange(&th->cards[th->active_source[i]]);
-    th->stale = true;
+    for (uint32_t c = 0; c < th->count; c++)
+        if (th->cards[c].group == group)
+            maybe_end_exchange(&th->cards[c]);
+    th->groups[group].stale = true;
 }
 
 /* --- the clock ------------------------------------------------------------------------------ */
 
-static double next_card_event(const struct spk_throttle *th, uint32_t *card)
+static struct pace *next_card(struct spk_throttle *th, uint32_t group)
 {
-    double at = INFINITY;
+    struct pace *next = NULL;
     for (uint32_t c = 0; c < th->count; c++) {
-        if (th->cards[c].at < at) {
-            at = th->cards[c].at;
-            *card = c;
-        }
+        struct pace *p = &th->cards[c];
+        if (p->group == group && (!next || p->at < next->at))
+            next = p;
     }
-    return at;
+    return next;
 }
 
-/* How far beyond the real time nothing new can happen. */
-static double certain_ns(const struct spk_throttle *th)
+/* How far beyond the real time nothing new can happen to a group. */
+static double certain_ns(const struct spk_throttle *th, uint32_t group)
 {
-    return th->idle ? fmin(th->step_ns_min, AHEAD_NS) : AHEAD_NS;
+    double certain = AHEAD_NS;
+    for (uint32_t c = 0; c < th->count; c++)
+        if (th->cards[c].group == group && !th->cards[c].count)
+            certain = fmin(certain, th->cards[c].lead);
+    return certain;
+}
+
+/* Lets the next thing happen to a group, unless it is later; returns when it happens. */
+static double happen(struct spk_throttle *th, uint32_t group, double latest)
+{
+    struct group *g = &th->groups[group];
+    struct pace *p = next_card(th, group);
+    if (g->stale && p->at > g->time + SAME_NS)
+        share_rates(th, group);
+    bool leaving = !g->stale && g->leave <= p->at;
+    double next = leaving ? g->leave : p->at;
+    if (!(next <= latest))
+        return next;
+    if (leaving)
+        leave_all_due(th, group, next);
+    else if (p->pc < current(p)->program->header.commands)
+        begin_exchange(p, next);
+    else
+        pop_step(p, next);
+    return next;
 }
 
 /* Lets everything happen that will have happened by then; returns when the next thing will. */
-static double advance(struct spk_throttle *th, double now)
+static double advance(struct spk_throttle *th, uint32_t group, double now)
 {
     for (;;) {
-        uint32_t card = 0;
-        double at = next_card_event(th, &card);
-        if (th->stale && at > th->time + SAME_NS)
-            share_rates(th);
-        bool leaving = !th->stale && th->leave <= at;
-        double next = leaving ? th->leave : at;
-        if (!(next <= now + certain_ns(th)))
+        double latest = now + certain_ns(th, group), next = happen(th, group, latest);
+        if (!(next <= latest))
             return next;
-        struct pace *p = &th->cards[card];
-        if (leaving) {
-            leave_all_due(th, next);
-        } else if (p->pc < current(p)->program->header.commands) {
-            begin_exchange(p, next);
-        } else {
-            pop_step(p, next);
-        }
+    }
+}
+
+/* One clock for two groups from now on: that of the one which is ahead. */
+static void join(struct spk_throttle *th, uint32_t into, uint32_t from)
+{
+    double time = fmax(th->groups[into].time, th->groups[from].time);
+    while (happen(th, into, time) <= time)
+        ;
+    while (happen(th, from, time) <= time)
+        ;
+    move_flows(th, into, time);
+    move_flows(th, from, time);
+    for (uint32_t c = 0; c < th->count; c++)
+        if (th->cards[c].group == from)
+            th->cards[c].group = into;
+    th->groups[into] = (struct group){.time = time, .leave = INFINITY, .stale = true};
+}
+
+/* Before its first message a card takes up the step and all commands that stand before it. */
+static double lead_ns(const struct pace *p, const struct program *program)
+{
+    uint32_t before = 0;
+    for (uint32_t i = 0; i < program->header.commands; i++) {
+        if (program->commands[i].op == SPK_OP_LINK_SEND)
+            return p->step_ns + before * p->command_ns;
+        before += program->commands[i].op != SPK_OP_LINK_RECV;
+    }
+    return INFINITY;
+}
+
+/* What the programs of a card say of it: whom it exchanges with, and how soon. */
+static void learn(struct pace *p, const struct program *submitted)
+{
+    struct spk_throttle *th = p->throttle;
+    p->lead = INFINITY;
+    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
+        if (p->card->programs[i])
+            p->lead = fmin(p->lead, lead_ns(p, p->card->programs[i]));
+    for (uint32_t i = 0; i < submitted->header.commands; i++) {
+        const struct spk_command *x = &submitted->commands[i];
+        bool transfers = x->op == SPK_OP_LINK_SEND || x->op == SPK_OP_LINK_RECV;
+        if (transfers && x->arg[0] < th->count && th->cards[x->arg[0]].group != p->group)
+            join(th, p->group, th->cards[x->arg[0]].group);
     }
 }
 
@@ -595,12 +685,11 @@ bool pace_submitted(struct spk_card *c, struct submission *s)
     count_positions(t, bound.position, bound.sequence);
     s->timeline = t;
     pthread_mutex_lock(&th->mutex);
+    learn(p, s->program);
     t->arrived = now_of(th, clock_ns());
     p->queue[(p->head + p->count++) % SPK_QUEUE_MAX] = t;
-    if (p->count == 1) {
-        th->idle--;
+    if (p->count == 1)
         begin_step(p);
-    }
     pthread_mutex_unlock(&th->mutex);
     return true;
 }
@@ -616,17 +705,17 @@ static void forget_step(struct pace *p, uint32_t place, double now)
         return;
     }
     if (p->exchanging) {
-        move_flows(th, fmax(now, th->time));
+        struct group *g = &th->groups[p->group];
+        move_flows(th, p->group, fmax(now, g->time));
         /* What it was sending has been sent: a peer of the same epoch may have it already. */
         for (uint32_t i = 0; i < p->flow_count; i++)
             if (p->flows[i].left > 0)
-                leave(th, p->number, &p->flows[i], th->time);
+                leave(p, &p->flows[i], g->time);
         p->exchanging = false;
         p->flow_count = p->leaving = p->lacking = 0;
         for (uint32_t peer = 0; peer < th->count; peer++)
             link_of(th, peer, p->number)->need = 0;
-        list_active(th);
-        th->stale = true;
+        g->stale = true;
     }
     pop_step(p, now);
 }
@@ -640,7 +729,7 @@ uint64_t pace_completed(struct spk_card *c, struct submission *s, bool succeeded
     pthread_mutex_lock(&th->mutex);
     double now = now_of(th, clock_ns());
     /* All that ends by now leaves the queue by itself. */
-    advance(th, now);
+    advance(th, p->group, now);
     for (uint32_t i = 0; i < p->count; i++)
         if (p->queue[(p->head + i) % SPK_QUEUE_MAX] == t) {
             forget_step(p, i, now);
@@ -686,7 +775,7 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
 
     if (!is_known(t, command)) {
         pthread_mutex_lock(&th->mutex);
-        next = advance(th, now);
+        next = advance(th, p->group, now);
         /* The model waits for something that will not come, since a peer has failed half way:
          * what has really arrived decides. */
         if (!is_known(t, command) && !isfinite(next) && current(p) == t && p->exchanging) {
@@ -696,7 +785,7 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
             p->exchange_done = fmax(p->exchange_done, now);
             maybe_end_exchange(p);
         }
-        next -= fmin(WAKE_AHEAD_NS, certain_ns(th));
+        next -= fmin(WAKE_AHEAD_NS, certain_ns(th, p->group));
         pthread_mutex_unlock(&th->mutex);
     }
     if (is_known(t, command)) {
@@ -759,31 +848,30 @@ struct spk_throttle *spk_throttle_create(struct spk_card **cards, size_t count,
         return NULL;
     pthread_mutex_init(&th->mutex, NULL);
     th->base_ns = clock_ns();
-    th->count = th->idle = (uint32_t)count;
-    th->step_ns_min = th->leave = INFINITY;
-    th->active = calloc(count * count, sizeof *th->active);
-    th->active_source = calloc(count * count, sizeof *th->active_source);
-    th->port = calloc(count, sizeof *th->port);
+    th->count = (uint32_t)count;
+    th->groups = calloc(count, sizeof *th->groups);
     th->links = calloc(count * count, sizeof *th->links);
-    bool complete = th->active && th->active_source && th->port && th->links;
+    bool complete = th->groups && th->links;
     for (size_t i = 0; i < count && complete; i++) {
         struct pace *p = &th->cards[i];
         const struct spk_card_speed *s = &speeds[i];
         *p = (struct pace){.throttle = th,
                            .card = cards[i],
                            .number = (uint32_t)i,
+                           .group = (uint32_t)i,
                            .byte_ns = 1e9 / s->memory_bytes_per_s,
                            .int8_ns = 1e9 / s->int8_madds_per_s,
                            .float_ns = 1e9 / s->float_madds_per_s,
                            .element_ns = 1e9 / s->elements_per_s,
                            .command_ns = 1e9 * s->command_s,
                            .step_ns = 1e9 * s->step_s,
+                           .lead = 1e9 * s->step_s,
                            .port = s->port_bytes_per_s / 1e9,
                            .at = INFINITY};
         p->flows = calloc(2 * SPK_CARDS_MAX, sizeof *p->flows);
         complete = p->flows != NULL;
         th->ports = th->ports || isfinite(p->port);
-        th->step_ns_min = fmin(th->step_ns_min, p->step_ns);
+        th->groups[i].leave = INFINITY;
     }
     if (!complete) {
         spk_throttle_destroy(th);
@@ -812,9 +900,7 @@ void spk_throttle_destroy(struct spk_throttle *th)
     for (size_t i = 0; th->links && i < (size_t)th->count * th->count; i++)
         free(th->links[i].arrivals);
     free(th->links);
-    free(th->port);
-    free(th->active_source);
-    free((void *)th->active);
+    free(th->groups);
     pthread_mutex_destroy(&th->mutex);
     free(th);
 }
