@@ -398,7 +398,8 @@ async def test_cancelling_the_consumer_frees_the_pages_at_once(tiny: Path) -> No
         steps = model.stats.steps
         await idle(model)
         await trio.sleep(0.02)
-        assert model.stats.steps <= steps + 1
+        # At most those that were queued.
+        assert model.stats.steps <= steps + 2
         assert [t async for t in generation] == []
 
 
