@@ -14,7 +14,7 @@ from reference_model import forward
 import spanker
 from spanker.actors import coordinator as coordinators
 from spanker.actors.channel import StreamChannel
-from spanker.actors.frame import encode_frame
+from spanker.actors.frame import frame_bytes
 from spanker.actors.host_link import HostLink
 from spanker.actors.message import Message, encode
 from spanker.sched.bandwidth import REV_A
@@ -49,7 +49,7 @@ def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     send = StreamChannel.send
 
     async def counted(self: StreamChannel, message: Message, request_id: int) -> None:
-        nbytes = sum(map(len, encode_frame(encode(message, request_id))))
+        nbytes = frame_bytes(encode(message, request_id))
         is_request = isinstance(message, coordinators.Request)
         await send(self, message, request_id)
         counts["to cards" if is_request else "to host"] += nbytes
