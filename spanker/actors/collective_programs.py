@@ -43,6 +43,7 @@ from spanker.sched.collectives.plan import (
     Region,
 )
 from spanker.sched.shares import Share, split
+from spanker.sched.topology import Topology
 
 # Of DATA: with TMP and what the rings have in flight it fits into a second-level cache.
 TILE_BYTES = 256 << 10
@@ -119,32 +120,32 @@ class CardWork:
     own_bytes: dict[str, int]
 
 
-def plans(work: Work, cards: int) -> Iterator[tuple[int, CollectivePlan]]:
+def plans(work: Work, topology: Topology) -> Iterator[tuple[int, CollectivePlan]]:
     """The plans that do a work one after the other, and where in DATA each begins."""
-    element_bytes = work.element.nbytes
+    element_bytes, cards = work.element.nbytes, len(topology.cards)
     tiles = 1
     if work.kind is Kind.ALL_REDUCE:
         # Of all cards together a tile has some 5 * cards^2 commands.
         most = min(TILES_MAX, COMMANDS_MAX // (5 * cards**2))
         tiles = max(1, min(work.elements * element_bytes // TILE_BYTES, most))
-    made: dict[int, CollectivePlan] = {}
     for tile in split(work.elements, tiles):
-        if tile.size not in made:
-            made[tile.size] = choose(
+        yield (
+            tile.start,
+            choose(
                 work.kind,
-                cards,
+                topology,
                 tile.size,
                 element_bytes,
                 op=work.op,
                 ordered=work.ordered,
                 root=work.root,
-            )
-        yield tile.start, made[tile.size]
+            ),
+        )
 
 
-def build(work: Work, cards: int) -> list[CardWork]:
-    """The programs of cards 0 to `cards` - 1."""
-    made = list(plans(work, cards))
+def build(work: Work, topology: Topology) -> list[CardWork]:
+    """The programs of all cards of a topology, which are numbered from 0."""
+    made, cards = list(plans(work, topology)), len(topology.cards)
     return [_Builder(work, cards, card, made).build() for card in range(cards)]
 
 

@@ -264,7 +264,7 @@ class Collectives:
         return prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
-        works = build(key.work, self.cards)
+        works = build(key.work, self._coordinator.topology)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=True)
