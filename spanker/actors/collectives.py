@@ -242,6 +242,8 @@ class Collectives:
         cards = range(self.cards)
         watch: ProgressWatch | None = None
         timeout_s = self._coordinator.hang_timeout_s
+        if flight.settled.is_set():
+            await trio.lowlevel.checkpoint()
         while not flight.settled.is_set():
             with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
                 await flight.settled.wait()
