@@ -39,6 +39,7 @@ from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.kernels.elements import Element
 from spanker.kernels.program import encode_step
 from spanker.sched.collectives.plan import Kind, ReduceOp
+from spanker.sched.topology import Topology
 
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 RANKS = (2, 4)
@@ -74,8 +75,8 @@ class Programs:
 
     def _prepare(self, nbytes: int) -> list[tuple[int, int, np.ndarray]]:
         work = Work(Kind.ALL_REDUCE, Element.F32, nbytes // 4, ReduceOp.SUM)
-        made = []
-        for card, one in zip(self._rig.cards, build(work, len(self._rig.cards)), strict=True):
+        made, works = [], build(work, Topology.with_mock(len(self._rig.cards)))
+        for card, one in zip(self._rig.cards, works, strict=True):
             window = card.window(nbytes)
             handles = {"data": window} | {n: card.alloc(b) for n, b in one.own_bytes.items()}
             commands = one.program.commands * self._repeats(nbytes)

@@ -71,7 +71,7 @@ class CardArrays:
     ) -> None:
         self.shape = shape
         self.element = element
-        self._collectives = collectives
+        self.collectives = collectives
         self._views = views
         self._resident = resident
         self._closed = False
@@ -125,7 +125,7 @@ class CardArrays:
         return self._resident
 
     def __len__(self) -> int:
-        return self._collectives.cards
+        return self.collectives.cards
 
     def __getitem__(self, card: int) -> Array:
         self._check_open()
@@ -145,7 +145,7 @@ class CardArrays:
             return self._views[card].copy()
         out = np.zeros(self.shape, self.dtype)
         if self._resident is not None:
-            await self._collectives.read(self._resident, card, flat(out))
+            await self.collectives.read(self._resident, card, flat(out))
         return out
 
     async def write(self, card: int, data: npt.ArrayLike) -> None:
@@ -162,7 +162,7 @@ class CardArrays:
         except ValueError as error:
             raise CollectiveError(f"card {card}: an array of shape {self.shape}: {error}") from None
         if self._resident is not None:
-            await self._collectives.write(self._resident, card, flat(whole))
+            await self.collectives.write(self._resident, card, flat(whole))
 
     async def aclose(self) -> None:
         """Give the arrays back to the cards.  Idempotent; numpy arrays that were shared stay."""
@@ -170,7 +170,7 @@ class CardArrays:
             return
         self._closed = True
         if self._resident is not None:
-            await self._collectives.forget(self._resident)
+            await self.collectives.forget(self._resident)
         await trio.lowlevel.checkpoint()
 
     async def __aenter__(self) -> CardArrays:

@@ -154,7 +154,6 @@ async def all_to_all(
 async def barrier(fleet: Fleet) -> None:
     """Return when every card has heard of every other: whatever was called before is done."""
     await fleet._collectives.run(Work(Kind.BARRIER, Element.F32, 0))
-    await trio.lowlevel.checkpoint_if_cancelled()
 
 
 # --- what is given ------------------------------------------------------------------------
@@ -174,6 +173,8 @@ class _Given:
                 actual=len(arrays),
             )
         if isinstance(arrays, CardArrays):
+            if arrays.collectives is not self._collectives:
+                raise CollectiveError("these arrays belong to another fleet")
             views, self._resident = arrays.views, arrays.resident
             self.element, self.shape, self.size = arrays.element, arrays.shape, arrays.size
             self.arrays: list[Array] = [] if views is None else list(views)

@@ -228,6 +228,23 @@ async def test_arrays_of_the_cards(options: dict[str, str]) -> None:
         assert all(card.ddr_used_bytes == 0 for card in (await fleet.stats()).cards)
 
 
+async def test_arrays_belong_to_one_fleet() -> None:
+    async with spanker.open_fleet(2) as fleet, spanker.open_fleet(2) as other:
+        arrays = await other.arrays(8)
+        with pytest.raises(CollectiveError, match="another fleet"):
+            await spanker.all_reduce(fleet, arrays)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+async def test_every_call_is_a_checkpoint(size: int) -> None:
+    """On one card too, which has nothing to do, and on nothing."""
+    async with spanker.open_fleet(1) as fleet:
+        await spanker.all_reduce(fleet, [np.zeros(size, np.float32)])
+        with trio.move_on_after(0) as scope:
+            await spanker.all_reduce(fleet, [np.zeros(size, np.float32)])
+        assert scope.cancelled_caught
+
+
 async def test_what_is_written_where() -> None:
     """In place, into `out`, or new: as the documentation says."""
     async with spanker.open_fleet(4) as fleet:

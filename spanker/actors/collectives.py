@@ -242,6 +242,8 @@ class Collectives:
         cards = range(self.cards)
         watch: ProgressWatch | None = None
         timeout_s = self._coordinator.hang_timeout_s
+        if flight.settled.is_set():
+            await trio.lowlevel.checkpoint()
         while not flight.settled.is_set():
             with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
                 await flight.settled.wait()
@@ -264,7 +266,7 @@ class Collectives:
         return prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
-        works = build(key.work, self.cards)
+        works = build(key.work, self._coordinator.topology)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=True)

@@ -11,6 +11,7 @@ from spanker.actors.collective_programs import TILE_BYTES, TILES_MAX, Work, buil
 from spanker.kernels.elements import Element
 from spanker.kernels.program import Op
 from spanker.sched.collectives.plan import Kind, ReduceOp
+from spanker.sched.topology import Topology
 
 REDUCING = (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER)
 
@@ -35,7 +36,7 @@ def test_both_ends_of_every_link_expect_the_same_bytes(cards: int, elements: int
     for work in works(elements):
         moved: dict[tuple[int, int, bool], list[int]] = {}
         exchanges: dict[int, list[int]] = {card: [] for card in range(cards)}
-        for card, made in enumerate(build(work, cards)):
+        for card, made in enumerate(build(work, Topology.with_mock(cards))):
             for command in made.program.commands:
                 if command.op is Op.EXCHANGE:
                     exchanges[card].append(command.args[0])
@@ -55,7 +56,7 @@ def test_an_input_that_is_no_output_is_never_written() -> None:
         for work in works(elements):
             if "in" not in work.arrays:
                 continue
-            for made in build(work, cards):
+            for made in build(work, Topology.with_mock(cards)):
                 for command in made.program.commands:
                     assert all(ref.buffer != "in" for slot, ref in command.refs if slot == 3)
 
@@ -63,7 +64,7 @@ def test_an_input_that_is_no_output_is_never_written() -> None:
 def test_only_arrays_and_scratch_that_are_there_are_named() -> None:
     for cards, elements in itertools.product((1, 2, 5), (1, 7, 1000)):
         for work in works(elements):
-            for card, made in enumerate(build(work, cards)):
+            for card, made in enumerate(build(work, Topology.with_mock(cards))):
                 sizes = made.own_bytes | made.array_bytes
                 named = {ref.buffer for c in made.program.commands for _, ref in c.refs}
                 assert named == sizes.keys() and all(sizes.values())
@@ -75,13 +76,25 @@ def test_a_large_all_reduce_is_cut_into_tiles_that_cover_it() -> None:
     for elements in (TILE_BYTES // 4, TILE_BYTES // 2 + 1, 10_000_000, 1 << 32):
         work = Work(Kind.ALL_REDUCE, Element.F32, elements, ReduceOp.SUM)
         at = 0
-        for base, plan in plans(work, 2):
+        for base, plan in plans(work, Topology.with_mock(2)):
             assert base == at
             at += plan.elements
         assert at == elements
-        assert len(list(plans(work, 2))) <= TILES_MAX
-    assert len(list(plans(Work(Kind.ALL_REDUCE, Element.F32, 1 << 26, ReduceOp.SUM), 16))) < 10
-    tmp = build(Work(Kind.ALL_REDUCE, Element.F32, 10_000_000, ReduceOp.SUM), 2)[0].own_bytes["tmp"]
+        assert len(list(plans(work, Topology.with_mock(2)))) <= TILES_MAX
+    assert (
+        len(
+            list(
+                plans(
+                    Work(Kind.ALL_REDUCE, Element.F32, 1 << 26, ReduceOp.SUM),
+                    Topology.with_mock(16),
+                )
+            )
+        )
+        < 10
+    )
+    tmp = build(
+        Work(Kind.ALL_REDUCE, Element.F32, 10_000_000, ReduceOp.SUM), Topology.with_mock(2)
+    )[0].own_bytes["tmp"]
     assert tmp <= TILE_BYTES
 
 

@@ -17,6 +17,7 @@ from spanker.sched.collectives.plan import (
     Region,
 )
 from spanker.sched.shares import split
+from spanker.sched.topology import Topology
 
 CARDS = (1, 2, 3, 4, 5, 7, 8, 16)
 SIZES = (0, 1, 7, 64, 5000)
@@ -77,16 +78,18 @@ def test_reductions_fold_in_card_order(n: int, op: ReduceOp) -> None:
     for elements in SIZES:
         data = contributions(n, elements)
         want, shares = folded(data, op), split(elements, n)
-        plan = choose(Kind.ALL_REDUCE, n, elements, 4, op=op, ordered=True)
+        plan = choose(Kind.ALL_REDUCE, Topology.with_mock(n), elements, 4, op=op, ordered=True)
         assert all((x == want).all() for x in execute(plan, data)[Buffer.DATA])
-        plan = choose(Kind.REDUCE_SCATTER, n, elements, 4, op=op, ordered=True)
+        plan = choose(Kind.REDUCE_SCATTER, Topology.with_mock(n), elements, 4, op=op, ordered=True)
         for x, share in zip(execute(plan, data)[Buffer.DATA], shares, strict=True):
             assert (x[share.start : share.stop] == want[share.start : share.stop]).all()
 
 
 def test_small_and_large_all_reduces_take_different_ways() -> None:
-    small = choose(Kind.ALL_REDUCE, 2, 100, 4, op=ReduceOp.SUM, ordered=True)
-    large = choose(Kind.ALL_REDUCE, 2, 1_000_000, 4, op=ReduceOp.SUM, ordered=True)
+    small = choose(Kind.ALL_REDUCE, Topology.with_mock(2), 100, 4, op=ReduceOp.SUM, ordered=True)
+    large = choose(
+        Kind.ALL_REDUCE, Topology.with_mock(2), 1_000_000, 4, op=ReduceOp.SUM, ordered=True
+    )
     assert (small.algorithm, len(small.phases)) == ("everyone", 1)
     assert (large.algorithm, len(large.phases)) == ("owner", 2)
 
@@ -101,21 +104,34 @@ def test_movements_end_where_they_should(n: int) -> None:
             own.append(np.full(elements, np.nan, np.float32))
             own[-1][share.start : share.stop] = x[share.start : share.stop]
         whole = np.concatenate([x[s.start : s.stop] for x, s in zip(data, shares, strict=True)])
-        gathered = execute(choose(Kind.ALL_GATHER, n, elements, 4), own)
+        gathered = execute(choose(Kind.ALL_GATHER, Topology.with_mock(n), elements, 4), own)
         assert all((x == whole).all() for x in gathered[Buffer.DATA])
         for root in {0, n - 1}:
-            sent = execute(choose(Kind.BROADCAST, n, elements, 4, root=root), data)
+            sent = execute(
+                choose(Kind.BROADCAST, Topology.with_mock(n), elements, 4, root=root), data
+            )
             assert all((x == data[root]).all() for x in sent[Buffer.DATA])
         if elements % n == 0:
-            swapped = execute(choose(Kind.ALL_TO_ALL, n, elements, 4), data)[Buffer.OUT]
+            swapped = execute(choose(Kind.ALL_TO_ALL, Topology.with_mock(n), elements, 4), data)[
+                Buffer.OUT
+            ]
             for i, x in enumerate(swapped):
                 parts = [y[shares[i].start : shares[i].stop] for y in data]
                 assert (x == np.concatenate(parts)).all()
 
 
+def test_where_links_are_missing_data_take_another_way() -> None:
+    for topology in (Topology.ring(5), Topology.line(4)):
+        data = contributions(len(topology.cards), 50)
+        plan = choose(Kind.ALL_REDUCE, topology, 50, 4, op=ReduceOp.SUM, ordered=True)
+        assert plan.algorithm == "routed"
+        for x in execute(plan, data)[Buffer.DATA]:
+            assert (x == folded(data, ReduceOp.SUM)).all()
+
+
 @pytest.mark.parametrize("n", CARDS)
 def test_after_a_barrier_everyone_has_heard_of_everyone(n: int) -> None:
-    plan = choose(Kind.BARRIER, n, 0, 4)
+    plan = choose(Kind.BARRIER, Topology.with_mock(n), 0, 4)
     heard = {card: {card} for card in range(n)}
     for phase in plan.phases:
         before = {card: set(whom) for card, whom in heard.items()}

@@ -13,6 +13,7 @@ from spanker.sched.collectives import (
     chain,
     direct,
     doubling,
+    everyone,
     hierarchical,
     owner,
     ring,
@@ -37,6 +38,7 @@ _ALGORITHMS: dict[Kind, dict[str, Algorithm]] = {
         "tree": tree.all_reduce,
         "hierarchical": hierarchical.all_reduce,
         "owner": owner.all_reduce,
+        "everyone": everyone.all_reduce,
         "chain": chain.all_reduce,
         "routed": routed.all_reduce,
     },
@@ -82,7 +84,7 @@ _ALGORITHMS: dict[Kind, dict[str, Algorithm]] = {
     },
 }
 # Those that fold in card order.
-_IN_ORDER = ("owner", "chain", "routed")
+_IN_ORDER = ("owner", "everyone", "chain", "routed")
 
 # A message shorter than this is not worth its latency (1 us at 1 GB/s is 250 float32 elements),
 # and beyond some tens of chunks a pipeline is full whatever its length.
