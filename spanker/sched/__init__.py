@@ -17,6 +17,7 @@ from spanker.sched.bandwidth import (
     Profile,
     profile,
 )
+from spanker.sched.collectives.host import all_gather_f32, all_reduce_f32
 from spanker.sched.decision import Strategy, TileShape, pick_strategy
 from spanker.sched.shares import Share, split
 from spanker.sched.topology import Link, LinkState, Topology
@@ -41,4 +42,6 @@ __all__ = [
     "pick_strategy",
     "Share",
     "split",
+    "all_gather_f32",
+    "all_reduce_f32",
 ]

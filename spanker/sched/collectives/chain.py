@@ -16,14 +16,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from spanker.sched.collectives.compose import cut, move, side_by_side, tmp
+from spanker.sched.collectives.compose import chunks, cut, move, side_by_side, tmp
 from spanker.sched.collectives.plan import Divide, Fold, Phase, ReduceOp, Region, Send
 from spanker.sched.collectives.task import Graph, Task
 
 
 def all_reduce(task: Task) -> list[Phase]:
     way_back = _way_back(task.graph)
-    return _pipeline(_folded(task, part, way_back) for part in task.pieces())
+    return _pipeline(_folded(task, part, way_back) for part in chunks(task))
 
 
 def reduce_scatter(task: Task) -> list[Phase]:
@@ -38,7 +38,7 @@ def reduce_scatter(task: Task) -> list[Phase]:
 
 def broadcast(task: Task) -> list[Phase]:
     chain = task.graph.chain(task.root)
-    return _pipeline(_along(chain, part) for part in task.pieces())
+    return _pipeline(_along(chain, part) for part in chunks(task))
 
 
 def _folded(task: Task, part: Region, way_back: tuple[int, ...]) -> list[Phase]:

@@ -23,7 +23,6 @@ from spanker.sched.collectives.plan import (
     Send,
 )
 from spanker.sched.collectives.task import REDUCTIONS, WITH_SHARES, Task
-from spanker.sched.shares import split
 
 TRANSFERS_MAX = 512
 """What a card may send and receive in one phase, as its EXCHANGE command takes it."""
@@ -99,13 +98,21 @@ def transposed(movement: Sequence[Phase], room: int) -> list[Phase]:
 
 
 def cut(part: Region, longest: int) -> list[Region]:
-    """`part` in equal pieces of at most `longest` elements; none of nothing."""
-    pieces = split(part.size, max(1, -(-part.size // max(1, longest))))
-    return [
-        Region(part.buffer, part.start + s.start, part.start + s.stop)
-        for s in pieces
-        if not s.empty
-    ]
+    """`part` in pieces of at most `longest` elements, as equal as they can be, larger ones first;
+    none of nothing."""
+    number = -(-part.size // max(1, longest))
+    pieces = []
+    start = part.start
+    for i in range(number):
+        stop = start + part.size // number + (i < part.size % number)
+        pieces.append(Region(part.buffer, start, stop))
+        start = stop
+    return pieces
+
+
+def chunks(task: Task) -> list[Region]:
+    """DATA in the pieces of a pipeline."""
+    return cut(task.whole, -(-task.elements // task.chunks))
 
 
 def averaged(task: Task, parts: Mapping[int, Region]) -> list[Phase]:

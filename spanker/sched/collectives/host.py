@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from spanker.errors import PlanError, ShapeMismatchError, TopologyMismatchError
+from spanker.errors import CollectiveError, ShapeMismatchError, TopologyMismatchError
 from spanker.sched.collectives.plan import ReduceOp
 from spanker.sched.topology import Topology
 
@@ -30,14 +30,16 @@ def all_reduce_f32(
     `per_card`: one 1-D float32 array a card, equally long; length 0 is fine.  AVG divides the sum
     by the number of cards last.  Raises TopologyMismatchError where there are not as many arrays as
     `topology` has cards (or none at all), ShapeMismatchError where a length is unlike card 0's,
-    PlanError for other types, shapes or operations.
+    CollectiveError for other types, shapes or operations.
     """
     try:
         op = ReduceOp(op)
     except ValueError:
         known = ", ".join(o.value for o in ReduceOp)
-        raise PlanError(f"no reduction {op!r}: expected one of {known}") from None
+        raise CollectiveError(f"no reduction {op!r}: expected one of {known}") from None
     _check(per_card, topology)
+    if not per_card:
+        return []
     fold = _FOLDS[op]
     result = per_card[0].copy()
     with np.errstate(all="ignore"):
@@ -54,6 +56,8 @@ def all_gather_f32(per_card: Sequence[F32], topology: Topology | None = None) ->
     `per_card` and errors as for `all_reduce_f32`: the arrays are equally long.
     """
     _check(per_card, topology)
+    if not per_card:
+        return []
     result = np.concatenate(per_card)
     return [result.copy() for _ in per_card]
 
@@ -68,7 +72,7 @@ def _check(per_card: Sequence[F32], topology: Topology | None) -> None:
         )
     for card, array in enumerate(per_card):
         if array.dtype != np.float32 or array.ndim != 1:
-            raise PlanError(
+            raise CollectiveError(
                 f"card {card}: expected a 1-D float32 array, got {array.dtype} of shape "
                 f"{array.shape}"
             )

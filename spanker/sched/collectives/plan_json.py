@@ -96,7 +96,7 @@ def from_json(document: str | bytes | Mapping[str, Any]) -> CollectivePlan:
     value: object = _parsed(document) if isinstance(document, (str, bytes)) else document
     _fields(value, "plan", _FIELDS)
     assert isinstance(value, Mapping)
-    if value["version"] != VERSION or isinstance(value["version"], bool):
+    if type(value["version"]) is not int or value["version"] != VERSION:
         _refuse("plan.version", f"{VERSION}", value["version"])
     cards = tuple(_list(value["cards"], "plan.cards", MAX_CARDS, _card_number))
     if not cards or len(set(cards)) != len(cards):

@@ -21,6 +21,7 @@ from collections import Counter
 
 from spanker.sched.collectives.compose import (
     averaged_shares,
+    chunks,
     cut,
     folds_in_order,
     move,
@@ -56,7 +57,7 @@ def all_reduce(task: Task) -> list[Phase]:
 def broadcast(task: Task) -> list[Phase]:
     tree = shortest_tree(task.graph, task.root, task.elements, Counter())
     # Only a card that hands on gains from getting less at a time.
-    parts = task.pieces() if len(tree) > 1 else [task.whole]
+    parts = chunks(task) if len(tree) > 1 else [task.whole]
     return side_by_side(*([Phase()] * late + down(tree, part) for late, part in enumerate(parts)))
 
 

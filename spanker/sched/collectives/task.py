@@ -14,7 +14,7 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.collectives.plan import Buffer, Kind, ReduceOp, Region
-from spanker.sched.shares import Share, split
+from spanker.sched.shares import Share
 from spanker.sched.topology import Topology
 
 REDUCTIONS = (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER)
@@ -145,7 +145,7 @@ class Task:
 
     `shares` are there for every kind: where the kind has none of its own, they say who folds, or
     passes on, which part.  `root` is a position; `groups` hold positions and are () where the
-    algorithm is to choose them; `chunks` is into how many pieces a pipeline cuts DATA.
+    algorithm is to choose them; `chunks` is into how many pieces a pipeline cuts DATA, about.
     """
 
     kind: Kind
@@ -170,14 +170,6 @@ class Task:
     @property
     def whole(self) -> Region:
         return Region(Buffer.DATA, 0, self.elements)
-
-    def pieces(self) -> tuple[Region, ...]:
-        """DATA in `chunks` pieces, none of them empty."""
-        return tuple(
-            Region(Buffer.DATA, s.start, s.stop)
-            for s in split(self.elements, self.chunks)
-            if not s.empty
-        )
 
     def backwards(self) -> Task:
         """The same over links turned round: what a transposed movement is planned with."""
