@@ -4,6 +4,10 @@
 Everything here is a value or a pure function.  It imports neither trio nor any device.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from spanker.sched.bandwidth import (
     HOST_LINK_BW_BYTES_PER_SEC,
     INTERCARD_BW_BYTES_PER_SEC,
@@ -17,10 +21,12 @@ from spanker.sched.bandwidth import (
     Profile,
     profile,
 )
-from spanker.sched.collectives.host import all_gather_f32, all_reduce_f32
 from spanker.sched.decision import Strategy, TileShape, pick_strategy
 from spanker.sched.shares import Share, split
 from spanker.sched.topology import Link, LinkState, Topology
+
+if TYPE_CHECKING:
+    from spanker.sched.collectives.host import all_gather_f32, all_reduce_f32
 
 __all__ = [
     "HOST_LINK_BW_BYTES_PER_SEC",
@@ -45,3 +51,12 @@ __all__ = [
     "all_gather_f32",
     "all_reduce_f32",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Nothing else here needs numpy or the collectives, which take a while to import.
+    if name in ("all_gather_f32", "all_reduce_f32"):
+        from spanker.sched.collectives import host
+
+        return getattr(host, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
