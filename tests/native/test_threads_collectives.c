@@ -16,12 +16,6 @@ struct fleet {
     float *lent[CARDS];
 };
 
-static void sleep_ns(uint64_t ns)
-{
-    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-    nanosleep(&t, NULL);
-}
-
 static void transfer(struct builder *p, int op, int peer, struct spk_ref at)
 {
     struct spk_command *c = append(p, op);
