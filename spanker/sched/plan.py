@@ -2,7 +2,8 @@
 """Whole-model plans as values: which card computes what, and how many bytes that takes.
 
 A plan is a row of stages (pipeline parallel); the cards of a stage share each of its layers by
-rows (tensor parallel).  Nothing here knows how a card works; ggml/architectures turns a plan into
+rows (tensor parallel).  A fleet runs one plan, or several side by side on cards of their own (data
+parallel): a `FleetPlan`.  Nothing here knows how a card works; ggml/architectures turns a plan into
 programs, and spanker/sched/planner.py chooses one.
 """
 
@@ -181,6 +182,90 @@ class Plan:
                 if share.card == card:
                     return number, share
         raise PlanError(f"plan {self.name} gives card {card} nothing; it uses {self.cards}")
+
+
+@attrs.frozen
+class FleetPlan:
+    """Plans of one model side by side, each on cards of its own: every sequence goes through one
+    of them, its replica.  Cards that none of them uses are idle."""
+
+    name: str
+    replicas: tuple[Plan, ...]
+    reason: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan) -> FleetPlan:
+        """One plan alone."""
+        return cls(plan.name, (plan,), plan.reason)
+
+    @property
+    def cards(self) -> tuple[int, ...]:
+        return tuple(card for plan in self.replicas for card in plan.cards)
+
+    def replica_of(self, card: int) -> int | None:
+        """The number of the replica that a card belongs to, or None."""
+        return next((i for i, plan in enumerate(self.replicas) if card in plan.cards), None)
+
+
+# --- checking plans --------------------------------------------------------------------
+
+
+def check_plan(shape: ModelShape, plan: Plan) -> None:
+    """Raise PlanError, saying where, unless a plan computes the whole of a model once.
+
+    Shares of a stage stand in the order of its cards and cover the model's heads, rows and columns
+    without gap or overlap; only the first stage has columns of the embedding, only the last one
+    rows of the vocabulary.
+    """
+    if len(set(plan.cards)) != len(plan.cards):
+        raise PlanError(f"plan {plan.name}: a card appears twice in {plan.cards}")
+    if not plan.stages:
+        raise PlanError(f"plan {plan.name} has no stages")
+    layers = 0
+    for number, stage in enumerate(plan.stages):
+        where = f"plan {plan.name}, stage {number}"
+        if not stage.shares:
+            raise PlanError(f"{where}: no cards")
+        if stage.layers.start != layers or stage.layers.empty:
+            raise PlanError(
+                f"{where}: expected layers from {layers} on, got {stage.layers.start} to "
+                f"{stage.layers.stop}"
+            )
+        layers = stage.layers.stop
+        first, last = number == 0, number == len(plan.stages) - 1
+        for dimension, unit, total in dimensions(shape, first, last):
+            _check_shares(where, stage, dimension, unit, total)
+    if layers != len(shape.layers):
+        raise PlanError(
+            f"plan {plan.name}: its stages have {layers} layers, the model {len(shape.layers)}"
+        )
+
+
+def dimensions(shape: ModelShape, first: bool, last: bool) -> tuple[tuple[str, int, int], ...]:
+    """What the cards of a stage share: field of `CardShare`, unit of its cuts, total."""
+    return (
+        ("heads", 1, shape.heads),
+        ("hidden", TILE_ROWS, shape.hidden),
+        ("ffn", Q8_BLOCK, shape.ffn),
+        ("vocabulary", LOGIT_CHUNK, shape.vocabulary if last else 0),
+        ("columns", max(shape.embedding.columns_unit, TILE_ROWS), shape.hidden if first else 0),
+    )
+
+
+def _check_shares(where: str, stage: Stage, dimension: str, unit: int, total: int) -> None:
+    at = 0
+    for share in stage.shares:
+        part: Share = getattr(share, dimension)
+        if part.empty:
+            continue
+        if part.start != at or (part.stop % unit and part.stop != total):
+            raise PlanError(
+                f"{where}, card {share.card}, {dimension}: expected a share from {at} on in units "
+                f"of {unit}, got {part.start} to {part.stop}"
+            )
+        at = part.stop
+    if at != total:
+        raise PlanError(f"{where}: the shares of {dimension} cover {at} of {total}")
 
 
 # --- making plans ----------------------------------------------------------------------
