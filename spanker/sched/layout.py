@@ -21,7 +21,6 @@ from spanker.sched.plan import (
     Limits,
     ModelShape,
     Plan,
-    Stage,
     WeightShape,
 )
 
@@ -75,25 +74,51 @@ def embeds_from_output(shape: ModelShape, share: CardShare) -> bool:
     )
 
 
+def layer_buffers(shape: ModelShape, index: int, share: CardShare) -> tuple[BufferSpec, ...]:
+    """The weights of one layer that a card holds: norms and packed rows."""
+    norms = (
+        BufferSpec(f"blk.{index}.{norm}.weight", shape.hidden * 4)
+        for norm in ("attn_norm", "ffn_norm")
+    )
+    matrices = (
+        BufferSpec(matrix.name, matrix.packed_bytes(rows))
+        for matrix, _, rows in layer_rows(shape.layers[index], shape, share)
+    )
+    return (*norms, *matrices)
+
+
 def weight_buffers(shape: ModelShape, plan: Plan, card: int) -> tuple[BufferSpec, ...]:
     """Weights of one card: packed rows of its layers, norms, its part of embedding and output."""
     number, share = plan.place(card)
-    stage = plan.stages[number]
-    out: list[BufferSpec] = []
+    layers = plan.stages[number].layers
+    embedding, output = end_buffers(shape, share)
+    return (
+        *embedding,
+        *(
+            spec
+            for index in range(layers.start, layers.stop)
+            for spec in layer_buffers(shape, index, share)
+        ),
+        *output,
+    )
+
+
+def end_buffers(
+    shape: ModelShape, share: CardShare
+) -> tuple[tuple[BufferSpec, ...], tuple[BufferSpec, ...]]:
+    """A card's part of the embedding, and of the output."""
+    embedding: tuple[BufferSpec, ...] = ()
+    output: tuple[BufferSpec, ...] = ()
     if not share.columns.empty and not embeds_from_output(shape, share):
         e = shape.embedding
         column_bytes = share.columns.size // e.columns_unit * e.unit_bytes
-        out.append(BufferSpec(e.name + ".columns", e.rows * column_bytes))
-    for index in range(stage.layers.start, stage.layers.stop):
-        layer = shape.layers[index]
-        out.append(BufferSpec(f"blk.{index}.attn_norm.weight", shape.hidden * 4))
-        out.append(BufferSpec(f"blk.{index}.ffn_norm.weight", shape.hidden * 4))
-        for matrix, _, rows in layer_rows(layer, shape, share):
-            out.append(BufferSpec(matrix.name, matrix.packed_bytes(rows)))
+        embedding = (BufferSpec(e.name + ".columns", e.rows * column_bytes),)
     if not share.vocabulary.empty:
-        out.append(BufferSpec("output_norm.weight", shape.hidden * 4))
-        out.append(BufferSpec("output.rows", shape.output.packed_bytes(share.vocabulary.size)))
-    return tuple(out)
+        output = (
+            BufferSpec("output_norm.weight", shape.hidden * 4),
+            BufferSpec("output.rows", shape.output.packed_bytes(share.vocabulary.size)),
+        )
+    return embedding, output
 
 
 def kv_page_bytes(shape: ModelShape, share: CardShare, limits: Limits) -> int:
@@ -117,7 +142,15 @@ def work_buffers(
 ) -> tuple[BufferSpec, ...]:
     """Activations and results, reused by every layer."""
     number, share = plan.place(card)
-    stage: Stage = plan.stages[number]
+    last = number == len(plan.stages) - 1
+    lists = len(plan.voters) if plan.chooses(card) else 0
+    return stage_work_buffers(shape, share, limits, last=last, lists=lists)
+
+
+def stage_work_buffers(
+    shape: ModelShape, share: CardShare, limits: Limits, *, last: bool, lists: int
+) -> tuple[BufferSpec, ...]:
+    """The same for a share, of the last stage or not, that chooses among `lists` best tokens."""
     t, o, hidden, dim = limits.tokens_max, limits.outputs_max, shape.hidden, shape.head_dim
     kv = share.kv_heads(shape.group).size
     sizes = {
@@ -136,7 +169,7 @@ def work_buffers(
         "act": t * shape.ffn * 4,
         "actq": t * q8_bytes(shape.ffn),
     }
-    if stage is plan.stages[-1]:
+    if last:
         v = share.vocabulary.size
         sizes |= {
             "xo": o * hidden * 4,
@@ -146,8 +179,8 @@ def work_buffers(
             "stats": o * chunks(v) * 8,
             "top": o * limits.candidates * 8 if v else 0,
         }
-    if plan.chooses(card):
-        sizes["best"] = o * len(plan.voters) * 8
+    if lists:
+        sizes["best"] = o * lists * 8
     if not share.columns.empty:
         sizes["chosen"] = o * 4
     return tuple(BufferSpec(name, nbytes) for name, nbytes in sizes.items() if nbytes)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best shares of a number of units among the cards of a stage.
+
+What is divided (heads, rows of the FFN, ...) is a `Division`: its phases, each of which takes what
+its slowest card takes and then an all-gather.  Phases of different divisions never overlap, so each
+division can be solved alone.
+
+    exact       all ways, where there are at most WAYS_MAX; and equal cards whose time depends only
+                on how many units they have: as equal as possible
+    otherwise   for a row of limits to the slowest card the least exchange, then single units
+                moved as long as that helps; `Solution.bound` is what no way can beat
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from spanker.sched.cost.machine import Machine
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+WAYS_MAX = 7000
+_LIMITS = 48
+_MOVES_MAX = 64
+
+
+class Gather:
+    """`Machine.gather_s` for many ways at once; rows of `nbytes` are ways, columns cards."""
+
+    def __init__(self, machine: Machine, cards: Sequence[int]) -> None:
+        self._machine, self._cards = machine, tuple(cards)
+        self._relayed = bool(machine.relays(cards))
+        n = len(cards)
+        rates, latencies = np.full(n, np.inf), np.zeros(n)
+        if not self._relayed and n > 1:
+            for i, card in enumerate(cards):
+                links = [machine.profile.link(card, other) for other in cards if other != card]
+                rates[i] = min(link.bytes_per_s for link in links)
+                latencies[i] = max(link.latency_s for link in links)
+                if machine.uniform:
+                    rates[:], latencies[:] = rates[i], latencies[i]
+                    break
+        self._rates, self._latencies = rates, latencies
+        self._port = machine.profile.port_bytes_per_s or math.inf
+
+    def seconds(self, nbytes: F64) -> F64:
+        """(ways,): how long each way's exchange takes."""
+        n = len(self._cards)
+        if n == 1:
+            return np.zeros(len(nbytes))
+        if self._relayed:
+            return np.array([self._machine.gather_s(self._cards, row.tolist()) for row in nbytes])
+        total = nbytes.sum(axis=1)
+        slowest = np.maximum((nbytes / self._rates).max(axis=1), total * 0)
+        slowest = np.maximum(slowest, nbytes.max(axis=1) * (n - 1) / self._port)
+        slowest = np.maximum(slowest, (total - nbytes.min(axis=1)) / self._port)
+        return slowest + np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
+
+    def least(self, total: float) -> float:
+        """What no way of dividing so many bytes can beat."""
+        n = len(self._cards)
+        if n == 1 or not total:
+            return 0.0
+        if self._relayed:
+            return 0.0
+        # Whoever sends most sends at least the n-th part, or what its link and the others' allow.
+        shared = total / self._rates.sum() if np.isfinite(self._rates).all() else 0.0
+        port = total * (n - 1) / n / self._port
+        return max(shared, port) + float(self._latencies.min())
+
+
+@attrs.frozen(eq=False)
+class Phase:
+    """`seconds[i, start % group, units]` is what card i takes with so many units from there on, and
+    then it sends `unit_bytes` for each of them to every other card."""
+
+    seconds: F64
+    unit_bytes: float
+
+
+@attrs.frozen
+class Solution:
+    """Units of each card, what the phases take in all, and what no way can beat."""
+
+    units: tuple[int, ...]
+    seconds: float
+    bound: float
+
+
+@attrs.frozen(eq=False)
+class Division:
+    """`units` units for the cards of `gather`; `alike` says that all have the same seconds."""
+
+    units: int
+    phases: tuple[Phase, ...]
+    gather: Gather
+    alike: bool
+
+    @property
+    def _cards(self) -> int:
+        return int(self.phases[0].seconds.shape[0])
+
+    def price(self, ways: I64) -> F64:
+        """(ways,): seconds of all phases; a way is a row of units, one a card."""
+        total = np.zeros(len(ways))
+        starts = np.cumsum(ways, axis=1) - ways
+        columns = np.arange(self._cards)
+        for phase in self.phases:
+            group = phase.seconds.shape[1]
+            total += phase.seconds[columns, starts % group, ways].max(axis=1)
+            total += self.gather.seconds(ways * phase.unit_bytes)
+        return total
+
+    def solve(self) -> Solution:
+        """The best way, or a good one and a bound."""
+        n, units = self._cards, self.units
+        if n == 1:
+            price = float(self.price(np.array([[units]]))[0])
+            return Solution((units,), price, price)
+        starts_matter = any(phase.seconds.shape[1] > 1 for phase in self.phases)
+        if self.alike and not starts_matter:
+            way = _even(units, n)
+            price = float(self.price(np.array([way]))[0])
+            return Solution(way, price, price)
+        if math.comb(units + n - 1, n - 1) <= WAYS_MAX:
+            ways = _all_ways(units, n)
+            prices = self.price(ways)
+            best = int(prices.argmin())
+            return Solution(_row(ways, best), float(prices[best]), float(prices[best]))
+        way, price = self._improved(self._candidates())
+        return Solution(way, price, min(self._bound(), price))
+
+    def _candidates(self) -> I64:
+        """Good ways: even, aligned with what the cards share, and for a row of limits to the
+        slowest card the most equal way that keeps them."""
+        n, units = self._cards, self.units
+        ways = [_even(units, n)]
+        for group in {phase.seconds.shape[1] for phase in self.phases} - {1}:
+            if units % group == 0:
+                ways.append(tuple(group * u for u in _even(units // group, n)))
+            ways += _packed(units, n, group)
+        total = sum(phase.seconds[:, 0, :] for phase in self.phases)  # (cards, units + 1)
+        least, most = self._least_limit(total), float(total[:, -(-units // n)].max())
+        for limit in np.linspace(least, max(most, least), _LIMITS):
+            caps = (total <= limit).sum(axis=1) - 1
+            if (caps >= 0).all() and caps.sum() >= units:
+                ways.append(_within(units, caps))
+        return np.array(sorted(set(ways)), np.int64)
+
+    def _least_limit(self, seconds: F64) -> float:
+        """The least that the slowest card takes, whatever is exchanged."""
+        values = np.unique(seconds)
+        low, high = 0, len(values) - 1
+        while low < high:
+            middle = (low + high) // 2
+            caps = (seconds <= values[middle]).sum(axis=1) - 1
+            if (caps >= 0).all() and caps.sum() >= self.units:
+                high = middle
+            else:
+                low = middle + 1
+        return float(values[low])
+
+    def _improved(self, ways: I64) -> tuple[tuple[int, ...], float]:
+        """The best of the ways, with single units moved as long as that helps."""
+        prices = self.price(ways)
+        best = int(prices.argmin())
+        way, price = ways[best], float(prices[best])
+        n = self._cards
+        steps = np.array([_move(n, a, b) for a, b in itertools.permutations(range(n), 2)])
+        for _ in range(_MOVES_MAX):
+            if n > 16:
+                break
+            moved = way + steps
+            moved = moved[(moved >= 0).all(axis=1)]
+            prices = self.price(moved)
+            best = int(prices.argmin())
+            if prices[best] >= price:
+                break
+            way, price = moved[best], float(prices[best])
+        return tuple(way.tolist()), price
+
+    def _bound(self) -> float:
+        return sum(
+            self._least_limit(phase.seconds.min(axis=1))
+            + self.gather.least(self.units * phase.unit_bytes)
+            for phase in self.phases
+        )
+
+
+def _move(n: int, source: int, target: int) -> list[int]:
+    step = [0] * n
+    step[source], step[target] = -1, 1
+    return step
+
+
+def _row(ways: I64, index: int) -> tuple[int, ...]:
+    return tuple(ways[index].tolist())
+
+
+def _even(units: int, n: int) -> tuple[int, ...]:
+    return tuple(units // n + (i < units % n) for i in range(n))
+
+
+def _packed(units: int, n: int, group: int) -> list[tuple[int, ...]]:
+    """Ways whose shares, as far as possible, do not straddle a multiple of `group` for nothing:
+    shares of at most `most` units that end where a group ends if they can."""
+    ways = []
+    for most in range(-(-units // n), -(-units // n) + group):
+        way, at = [], 0
+        for _ in range(n):
+            stop = min(at + most, units)
+            aligned = stop // group * group
+            if at < aligned < stop and (units - aligned) <= most * (n - len(way) - 1):
+                stop = aligned
+            way.append(stop - at)
+            at = stop
+        if at == units:
+            ways.append(tuple(way))
+    return ways
+
+
+def _within(units: int, caps: I64) -> tuple[int, ...]:
+    """As equal as possible, none above its cap."""
+    low, high = 0, units
+    while low < high:
+        level = (low + high) // 2
+        if int(np.minimum(caps, level).sum()) >= units:
+            high = level
+        else:
+            low = level + 1
+    way = np.minimum(caps, low)
+    for card in np.flatnonzero(caps >= low)[: int(way.sum()) - units]:
+        way[card] -= 1
+    return tuple(way.tolist())
+
+
+@functools.lru_cache(maxsize=64)
+def _all_ways(units: int, n: int) -> I64:
+    """All ways to divide so many units among n cards, in order."""
+    bars = itertools.combinations(range(units + n - 1), n - 1)
+    edges = np.array([(-1, *bar, units + n - 1) for bar in bars], np.int64)
+    ways = np.diff(edges, axis=1) - 1
+    ways.setflags(write=False)
+    return ways
+
+
+Table = Callable[[int, int, int], float]
+"""(card, start, units) -> seconds."""
+
+
+def tabulate(cards: Sequence[int], like: Sequence[int], units: int, group: int, of: Table) -> F64:
+    """(cards, group, units + 1): the table of a phase; cards with the same entry in `like` take the
+    same, and are asked for once."""
+    rows: dict[int, F64] = {}
+    for card, sort in zip(cards, like, strict=True):
+        if sort not in rows:
+            rows[sort] = np.array(
+                [[of(card, start, count) for count in range(units + 1)] for start in range(group)]
+            )
+    return np.stack([rows[sort] for sort in like])
