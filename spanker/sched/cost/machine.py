@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards and links as the cost model sees them: what a byte and a multiply-add take where, and what
+an exchange takes.
+
+The links of a topology that are up are those there are.  Where two cards have none, what one sends
+the other goes over the host link, up and then down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from spanker.sched.bandwidth import Profile
+from spanker.sched.topology import Topology
+
+
+@attrs.frozen
+class Pace:
+    """Seconds a card takes: for a byte of its memory, for work by `commands.ELEMENTS`, `INT8` and
+    `FLOAT`, and for taking up a command."""
+
+    s_per_byte: float
+    s_per_work: tuple[float, float, float]
+    command_s: float
+
+
+class Machine:
+    """The cards of a topology, `cards`, at the speeds of a profile."""
+
+    def __init__(self, profile: Profile, topology: Topology) -> None:
+        self.profile = profile
+        self.topology = topology
+        self.cards = topology.cards
+        self._link_s = 1 / profile.intercard_bytes_per_s
+        self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
+        rate = profile.host_link_bytes_per_s
+        self.host_s_per_byte = 1 / rate if rate else 0.0
+        # Cards of which every two are joined by the same links in both directions.
+        self._alike: dict[tuple[int, ...], bool] = {}
+
+    # --- cards --------------------------------------------------------------------------
+
+    def pace(self, card: int, together: Sequence[int] = ()) -> Pace:
+        """The pace of a card while the cards `together`, itself among them, compute.
+
+        They are in each other's way only where the profile has `cores` or `shared_bytes_per_s`.
+        """
+        profile, speed = self.profile, self.profile.card(card)
+        memory, stretch = profile.local_ddr_bytes_per_s * speed.memory, 1.0
+        if profile.cores is not None:
+            stretch = max(1.0, len(together) / profile.cores)
+        if profile.shared_bytes_per_s is not None and together:
+            wanted = sum(profile.local_ddr_bytes_per_s * profile.card(c).memory for c in together)
+            memory *= min(1.0, profile.shared_bytes_per_s / wanted)
+        rates = (profile.elements_per_s, profile.int8_madds_per_s, profile.float_madds_per_s)
+        elements, int8, floats = (stretch / (rate * speed.compute) for rate in rates)
+        return Pace(1 / memory, (elements, int8, floats), stretch * profile.command_s)
+
+    # --- exchanges ----------------------------------------------------------------------
+
+    def gather_s(self, cards: Sequence[int], nbytes: Sequence[float]) -> float:
+        """An all-gather: cards[i] sends its nbytes[i] to each other one.  From when all are there
+        (without command_s); 0 where nothing moves."""
+        others = len(cards) - 1
+        if others < 1:
+            return 0.0
+        if not self._are_alike(tuple(cards)):
+            return self.moves_s(
+                [(a, b, n) for a, n in zip(cards, nbytes, strict=True) for b in cards if a != b]
+            )
+        most = max(nbytes)
+        if not most:
+            return 0.0
+        # Who has most sends most; who has least receives most.
+        port_bytes = max(others * most, sum(nbytes) - min(nbytes))
+        latency_s = self.profile.intercard_latency_s
+        return max(most * self._link_s, port_bytes * self._port_s) + latency_s
+
+    def moves_s(self, moves: Sequence[tuple[int, int, float]]) -> float:
+        """Any exchange: (source, target, bytes) side by side.
+
+        The longest of any link's bytes, any port's, and the relayed ones, and then the largest
+        latency of a link that was used.
+        """
+        links: dict[tuple[int, int], float] = {}
+        sent: dict[int, float] = {}
+        received: dict[int, float] = {}
+        relayed = 0.0
+        for source, target, nbytes in moves:
+            if source == target or not nbytes:
+                continue
+            if not self.topology.is_up(source, target):
+                relayed += nbytes
+                continue
+            ends = source, target
+            links[ends] = links.get(ends, 0) + nbytes
+            sent[source] = sent.get(source, 0) + nbytes
+            received[target] = received.get(target, 0) + nbytes
+        direct_s = 0.0
+        if links:
+            speeds = {ends: self.profile.link(*ends) for ends in links}
+            link_s = max(nbytes / speeds[ends].bytes_per_s for ends, nbytes in links.items())
+            port_bytes = max(*sent.values(), *received.values())
+            latency_s = max(speed.latency_s for speed in speeds.values())
+            direct_s = max(link_s, port_bytes * self._port_s) + latency_s
+        return max(direct_s, self._relay_s(relayed)) if relayed else direct_s
+
+    def relays(self, cards: Sequence[int]) -> list[tuple[int, int]]:
+        """(source, target) of each two cards with no link from one to the other."""
+        is_up = self.topology.is_up
+        return [(a, b) for a in cards for b in cards if a != b and not is_up(a, b)]
+
+    def _relay_s(self, nbytes: float) -> float:
+        """Bytes from card to card over the host: all up, then all down."""
+        return 2 * (nbytes * self.host_s_per_byte + self.profile.host_link_latency_s)
+
+    def _are_alike(self, cards: tuple[int, ...]) -> bool:
+        found = self._alike.get(cards)
+        if found is None:
+            among = set(cards)
+            found = self._alike[cards] = not self.relays(cards) and not any(
+                link.source in among and link.target in among for link in self.profile.links
+            )
+        return found

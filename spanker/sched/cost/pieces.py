@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a card does between two exchanges of a step, and how long that takes.
+
+One layer on the cards of a stage, `|` being an exchange, and what stands before each one a piece:
+
+    [add] attention | project | add, ffn | project |
+
+The `add` is that of the layer before, so the first layer of a stage has none, and one comes before
+the output or the handover.  On a stage of one card there are no exchanges.  A piece of an empty
+share takes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from spanker.sched.cost import commands
+from spanker.sched.cost.commands import Command
+from spanker.sched.cost.machine import Machine, Pace
+from spanker.sched.cost.rows import StepRows
+from spanker.sched.layout import q8_bytes
+from spanker.sched.plan import Q8_BLOCK, LayerShape, ModelShape, WeightShape
+from spanker.sched.shares import Share
+
+BEST_BYTES = 8
+
+Commands = tuple[Command, ...]
+
+
+def layer_kinds(shape: ModelShape) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
+    """The kind of each layer, and one layer of each kind: layers of a kind differ in names only,
+    and cost the same."""
+    kinds: dict[tuple[WeightShape, ...], int] = {}
+    layers: list[LayerShape] = []
+    numbers: list[int] = []
+    for layer in shape.layers:
+        key = tuple(attrs.evolve(matrix, name="") for matrix in layer.matrices)
+        if key not in kinds:
+            kinds[key] = len(layers)
+            layers.append(layer)
+        numbers.append(kinds[key])
+    return tuple(numbers), tuple(layers)
+
+
+def gathers_q8(matrix: WeightShape, shares: Iterable[Share], unit: int = 1) -> bool:
+    """Whether the cards of a stage gather the input of a matrix as Q8 blocks: it wants them, and
+    each share, of things of `unit` elements, consists of whole ones."""
+    return matrix.quantized and all(
+        s.start * unit % Q8_BLOCK == 0 and s.size * unit % Q8_BLOCK == 0 for s in shares
+    )
+
+
+class Pieces:
+    """Prices of the pieces of one step of a model, in seconds.
+
+    `together` are the cards that compute at the same time; it matters only where the profile has
+    `cores` or `shared_bytes_per_s`.
+    """
+
+    def __init__(
+        self, shape: ModelShape, machine: Machine, rows: StepRows, together: Sequence[int] = ()
+    ) -> None:
+        self.shape = shape
+        self.machine = machine
+        self.rows = rows
+        self._paces = {card: machine.pace(card, together) for card in machine.cards}
+        t, hidden = rows.tokens, shape.hidden
+        self._norm = commands.rmsnorm(t, hidden)
+        self._quantize = commands.quantize(t, hidden)
+        self._add = commands.add(t, hidden)
+
+    # --- seconds ------------------------------------------------------------------------
+
+    def seconds(self, card: int, what: Commands) -> float:
+        """What commands take on a card, one after the other."""
+        pace = self._paces[card]
+        s_per_byte, s_per_work = pace.s_per_byte, pace.s_per_work
+        total = len(what) * pace.command_s
+        for nbytes, work, rate in what:
+            memory_s, work_s = nbytes * s_per_byte, work * s_per_work[rate]
+            total += memory_s if memory_s > work_s else work_s
+        return total
+
+    def pace(self, card: int) -> Pace:
+        """The pace at which a card's commands are priced."""
+        return self._paces[card]
+
+    def embed(self, card: int, columns: Share, packed: bool = False) -> float:
+        """Looking up the card's columns of the embedding, which takes as long `packed` in the
+        output matrix."""
+        return self.seconds(card, self.embed_commands(columns))
+
+    def attention(self, card: int, layer: LayerShape, heads: Share, q8: bool) -> float:
+        """From the norm to the attention of the card's heads, and with `q8` their quantising; the
+        add before and the EXCHANGE behind it not included."""
+        return self.seconds(card, self.attention_commands(layer, heads, q8))
+
+    def project(self, card: int, matrix: WeightShape, rows: int, requantise: bool) -> float:
+        """`rows` rows of the attention output or of ffn_down; `requantise` where a quantised matrix
+        gets gathered floats, which every card quantises, even one without rows."""
+        return self.seconds(card, self.project_commands(matrix, rows, requantise))
+
+    def ffn(self, card: int, layer: LayerShape, ffn: Share, q8: bool) -> float:
+        """From the norm to the card's rows of the FFN, and with `q8` their quantising; the add
+        before and the EXCHANGE behind it not included."""
+        return self.seconds(card, self.ffn_commands(layer, ffn, q8))
+
+    def add(self, card: int) -> float:
+        """x += y, whole rows."""
+        return self.seconds(card, self.add_commands())
+
+    def output(self, card: int, vocabulary: Share, candidates: int) -> float:
+        """From the choice of the output rows to the card's best token."""
+        return self.seconds(card, self.output_commands(vocabulary, candidates))
+
+    # --- exchanges ----------------------------------------------------------------------
+
+    def exchange_s(self, cards: int) -> float:
+        """Taking up an EXCHANGE in a stage of so many cards."""
+        if cards < 2:
+            return 0.0
+        return next(iter(self._paces.values())).command_s
+
+    def handover(self, sources: Sequence[int], targets: Sequence[int]) -> float:
+        """Whole rows from the cards of a stage to those of the next, its EXCHANGE included; the
+        next stage's cards wait for it."""
+        row = self.rows.tokens * self.shape.hidden * 4
+        moves = [(sources[i % len(sources)], target, row) for i, target in enumerate(targets)]
+        return self.exchange_s(2) + self.machine.moves_s(moves)
+
+    def choose(self, voters: Sequence[int], embedders: Sequence[int]) -> float:
+        """Each voter's best tokens to each embedder, the EXCHANGE included, and their choice; from
+        when the last voter has its best."""
+        nbytes = BEST_BYTES * self.rows.outputs
+        moves = [(v, e, nbytes) for v in voters for e in embedders if v != e]
+        exchange_s = self.exchange_s(2) + self.machine.moves_s(moves) if moves else 0.0
+        chosen = self.choose_commands(len(voters))
+        return exchange_s + max((self.seconds(card, chosen) for card in embedders), default=0.0)
+
+    # --- bytes that a card sends to each other card of its stage --------------------------
+
+    def embed_gather(self, columns: Share) -> float:
+        return self.rows.tokens * 4 * columns.size
+
+    def attention_gather(self, heads: Share, q8: bool) -> float:
+        return self._row_bytes(heads.size * self.shape.head_dim, q8)
+
+    def project_gather(self, rows: int) -> float:
+        return self.rows.tokens * 4 * rows
+
+    def ffn_gather(self, ffn: Share, q8: bool) -> float:
+        return self._row_bytes(ffn.size, q8)
+
+    def _row_bytes(self, elements: int, q8: bool) -> float:
+        return self.rows.tokens * (q8_bytes(elements) if q8 else 4 * elements)
+
+    # --- commands -----------------------------------------------------------------------
+
+    def embed_commands(self, columns: Share) -> Commands:
+        if columns.empty:
+            return ()
+        return (commands.embed(self.rows.tokens, self.shape.embedding, columns.size),)
+
+    def attention_commands(self, layer: LayerShape, heads: Share, q8: bool) -> Commands:
+        if heads.empty:
+            return ()
+        t, dim, group = self.rows.tokens, self.shape.head_dim, self.shape.group
+        # A KV head belongs to whoever has one of its query heads.
+        kv = (heads.stop - 1) // group + 1 - heads.start // group
+        own, kv_own = heads.size * dim, kv * dim
+        q, k, v = layer.attn_q, layer.attn_k, layer.attn_v
+        out = [self._norm]
+        if q.quantized or k.quantized or v.quantized:
+            out.append(self._quantize)
+        out += (
+            commands.matmul(t, q, own),
+            commands.matmul(t, k, kv_own),
+            commands.matmul(t, v, kv_own),
+            commands.rope(t, heads.size, dim),
+            commands.rope(t, kv, dim),
+            commands.kv_append(t, kv, dim),
+            commands.attention(self.rows, heads.size, kv, dim),
+        )
+        if q8:
+            out.append(commands.quantize(t, own))
+        return tuple(out)
+
+    def project_commands(self, matrix: WeightShape, rows: int, requantise: bool) -> Commands:
+        t = self.rows.tokens
+        out = [commands.quantize(t, matrix.k)] if requantise else []
+        if rows:
+            out.append(commands.matmul(t, matrix, rows))
+        return tuple(out)
+
+    def ffn_commands(self, layer: LayerShape, ffn: Share, q8: bool) -> Commands:
+        if ffn.empty:
+            return ()
+        t, n, gate, up = self.rows.tokens, ffn.size, layer.ffn_gate, layer.ffn_up
+        out = [self._norm]
+        if gate.quantized or up.quantized:
+            out.append(self._quantize)
+        out += (
+            commands.matmul(t, gate, n),
+            commands.matmul(t, up, n),
+            commands.swiglu(t, n),
+        )
+        if q8:
+            out.append(commands.quantize(t, n))
+        return tuple(out)
+
+    def add_commands(self) -> Commands:
+        return (self._add,)
+
+    def output_commands(self, vocabulary: Share, candidates: int) -> Commands:
+        if vocabulary.empty:
+            return ()
+        shape, o, n = self.shape, self.rows.outputs, vocabulary.size
+        out = [commands.select(o, shape.hidden), commands.rmsnorm(o, shape.hidden)]
+        if shape.output.quantized:
+            out.append(commands.quantize(o, shape.hidden))
+        out += (
+            commands.matmul(o, shape.output, n),
+            commands.logit_stats(o, n),
+            commands.top_k(o, n, candidates),
+            commands.best(o),
+        )
+        return tuple(out)
+
+    def choose_commands(self, lists: int) -> Commands:
+        return (commands.choose(self.rows.outputs, lists),)
