@@ -27,9 +27,18 @@ from spanker.sched.cost.machine import Machine
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
+Table = Callable[[int, int, int], float]
+"""(card, start, units) -> seconds."""
+
 WAYS_MAX = 7000
 _LIMITS = 48
 _MOVES_MAX = 64
+_MOVED_CARDS_MAX = 16
+
+
+def is_uniform(machine: Machine) -> bool:
+    """Whether all cards are linked, and all links alike."""
+    return machine.topology.fully_meshed and not machine.profile.links
 
 
 class Gather:
@@ -45,7 +54,7 @@ class Gather:
                 links = [machine.profile.link(card, other) for other in cards if other != card]
                 rates[i] = min(link.bytes_per_s for link in links)
                 latencies[i] = max(link.latency_s for link in links)
-                if machine.uniform:
+                if is_uniform(machine):
                     rates[:], latencies[:] = rates[i], latencies[i]
                     break
         self._rates, self._latencies = rates, latencies
@@ -59,10 +68,11 @@ class Gather:
         if self._relayed:
             return np.array([self._machine.gather_s(self._cards, row.tolist()) for row in nbytes])
         total = nbytes.sum(axis=1)
-        slowest = np.maximum((nbytes / self._rates).max(axis=1), total * 0)
+        slowest: F64 = (nbytes / self._rates).max(axis=1)
         slowest = np.maximum(slowest, nbytes.max(axis=1) * (n - 1) / self._port)
         slowest = np.maximum(slowest, (total - nbytes.min(axis=1)) / self._port)
-        return slowest + np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
+        latencies: F64 = np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
+        return slowest + latencies
 
     def least(self, total: float) -> float:
         """What no way of dividing so many bytes can beat."""
@@ -95,14 +105,14 @@ class Solution:
     bound: float
 
 
-@attrs.frozen(eq=False)
 class Division:
     """`units` units for the cards of `gather`; `alike` says that all have the same seconds."""
 
-    units: int
-    phases: tuple[Phase, ...]
-    gather: Gather
-    alike: bool
+    def __init__(self, units: int, phases: Sequence[Phase], gather: Gather, alike: bool) -> None:
+        self.units = units
+        self.phases = tuple(phases)
+        self.gather = gather
+        self.alike = alike
 
     @property
     def _cards(self) -> int:
@@ -116,11 +126,15 @@ class Division:
         for phase in self.phases:
             group = phase.seconds.shape[1]
             total += phase.seconds[columns, starts % group, ways].max(axis=1)
-            total += self.gather.seconds(ways * phase.unit_bytes)
+            total += self.gather.seconds(ways.astype(np.float64) * phase.unit_bytes)
         return total
 
     def solve(self) -> Solution:
         """The best way, or a good one and a bound."""
+        return self._solution
+
+    @functools.cached_property
+    def _solution(self) -> Solution:
         n, units = self._cards, self.units
         if n == 1:
             price = float(self.price(np.array([[units]]))[0])
@@ -147,7 +161,9 @@ class Division:
             if units % group == 0:
                 ways.append(tuple(group * u for u in _even(units // group, n)))
             ways += _packed(units, n, group)
-        total = sum(phase.seconds[:, 0, :] for phase in self.phases)  # (cards, units + 1)
+        if self.alike:
+            return np.array(sorted(set(ways)), np.int64)
+        total = np.sum([phase.seconds[:, 0, :] for phase in self.phases], axis=0)
         least, most = self._least_limit(total), float(total[:, -(-units // n)].max())
         for limit in np.linspace(least, max(most, least), _LIMITS):
             caps = (total <= limit).sum(axis=1) - 1
@@ -174,10 +190,10 @@ class Division:
         best = int(prices.argmin())
         way, price = ways[best], float(prices[best])
         n = self._cards
+        if n > _MOVED_CARDS_MAX:
+            return tuple(way.tolist()), price
         steps = np.array([_move(n, a, b) for a, b in itertools.permutations(range(n), 2)])
         for _ in range(_MOVES_MAX):
-            if n > 16:
-                break
             moved = way + steps
             moved = moved[(moved >= 0).all(axis=1)]
             prices = self.price(moved)
@@ -214,7 +230,8 @@ def _packed(units: int, n: int, group: int) -> list[tuple[int, ...]]:
     shares of at most `most` units that end where a group ends if they can."""
     ways = []
     for most in range(-(-units // n), -(-units // n) + group):
-        way, at = [], 0
+        at = 0
+        way: list[int] = []
         for _ in range(n):
             stop = min(at + most, units)
             aligned = stop // group * group
@@ -250,19 +267,3 @@ def _all_ways(units: int, n: int) -> I64:
     ways = np.diff(edges, axis=1) - 1
     ways.setflags(write=False)
     return ways
-
-
-Table = Callable[[int, int, int], float]
-"""(card, start, units) -> seconds."""
-
-
-def tabulate(cards: Sequence[int], like: Sequence[int], units: int, group: int, of: Table) -> F64:
-    """(cards, group, units + 1): the table of a phase; cards with the same entry in `like` take the
-    same, and are asked for once."""
-    rows: dict[int, F64] = {}
-    for card, sort in zip(cards, like, strict=True):
-        if sort not in rows:
-            rows[sort] = np.array(
-                [[of(card, start, count) for count in range(units + 1)] for start in range(group)]
-            )
-    return np.stack([rows[sort] for sort in like])

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from spanker.sched.cost.machine import Machine
+from spanker.sched.planning.dividing import is_uniform
 
 # Stages times what is used before them, that the dynamic programme goes through at most.
 PAIRS_MAX = 9000
@@ -41,7 +42,7 @@ def _alike(machine: Machine, free_bytes: Sequence[int], a: int, b: int) -> bool:
     speeds = [(s.memory, s.compute) for s in (profile.card(a), profile.card(b))]
     if speeds[0] != speeds[1] or free_bytes[a] != free_bytes[b]:
         return False
-    if machine.uniform:
+    if is_uniform(machine):
         return True
 
     def link(source: int, target: int) -> tuple[bool, float, float]:

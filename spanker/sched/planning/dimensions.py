@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cards of a stage divide among them, and what each way of dividing takes.
+
+heads        attention and its gather; how the gather goes (Q8 blocks or floats) also decides
+             whether the attention's output projection quantises once more
+hidden       rows of both projections back into the hidden row
+ffn          rows of gate and up
+vocabulary   rows of the output matrix (last stage)
+columns      columns of the embedding (first stage)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+
+from spanker.sched.cost.pieces import Pieces
+from spanker.sched.plan import (
+    LOGIT_CHUNK,
+    Q8_BLOCK,
+    TILE_ROWS,
+    CardShare,
+    LayerShape,
+    WeightShape,
+)
+from spanker.sched.planning.dividing import F64, Division, Gather, Phase, Table
+from spanker.sched.shares import Share, split
+
+Parts = tuple[Share, ...]
+
+
+@attrs.frozen
+class Shares:
+    """The shares of a stage's cards, as if it were first and last; `aligned`: those of the heads
+    are whole Q8 blocks."""
+
+    heads: Parts
+    hidden: Parts
+    ffn: Parts
+    vocabulary: Parts
+    columns: Parts
+    aligned: bool
+
+    def of_cards(self, cards: Sequence[int]) -> tuple[CardShare, ...]:
+        """The same card by card."""
+        parts = (self.heads, self.hidden, self.ffn, self.vocabulary, self.columns)
+        return tuple(CardShare(card, *own) for card, *own in zip(cards, *parts, strict=True))
+
+
+@attrs.frozen
+class Price:
+    """Seconds, and what no shares can beat."""
+
+    seconds: float
+    bound: float
+
+    def __add__(self, other: Price) -> Price:
+        return Price(self.seconds + other.seconds, self.bound + other.bound)
+
+
+@attrs.frozen
+class LayerPrice:
+    """A layer, and the same where it is the first of its stage: without the add before it."""
+
+    whole: Price
+    without_add: Price
+
+
+class Dimensions:
+    """The divisions of one set of cards.  `like` says which cards are alike; `tables` keeps what
+    single cards take, and may be shared with other sets of cards."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        candidates: int,
+        gather: Gather,
+        cards: Sequence[int],
+        like: Sequence[int],
+        tables: dict[object, F64],
+    ) -> None:
+        self._shape, self._pieces = pieces.shape, pieces
+        self._candidates = candidates
+        self._gather = gather
+        self._cards, self._like = tuple(cards), tuple(like)
+        self._tables = tables
+        self._divisions: dict[object, Division] = {}
+        # Heads that fill whole Q8 blocks.
+        self._whole = math.lcm(Q8_BLOCK, self._shape.head_dim) // self._shape.head_dim
+        self._columns_unit = max(self._shape.embedding.columns_unit, TILE_ROWS)
+
+    # --- choosing -------------------------------------------------------------------------
+
+    def best(self, layer: LayerShape) -> Shares:
+        """The best shares for layers of this kind."""
+        shape = self._shape
+        found = []
+        for aligned in self._alignments(layer):
+            heads, hidden = (
+                self._heads(layer, aligned).solve(),
+                self._hidden(layer, aligned).solve(),
+            )
+            unit = self._whole if aligned else 1
+            parts = _parts(heads.units, unit, shape.heads), hidden.units
+            found.append((heads.seconds + hidden.seconds, aligned, *parts))
+        _, aligned, heads_parts, hidden_units = min(found, key=lambda way: way[0])
+        return Shares(
+            heads=heads_parts,
+            hidden=_parts(hidden_units, TILE_ROWS, shape.hidden),
+            ffn=_parts(self._ffn(layer).solve().units, Q8_BLOCK, shape.ffn),
+            vocabulary=_parts(self._vocabulary().solve().units, LOGIT_CHUNK, shape.vocabulary),
+            columns=_parts(self._columns().solve().units, self._columns_unit, shape.hidden),
+            aligned=aligned,
+        )
+
+    def by_weight(self, weights: Sequence[float]) -> Shares:
+        """Shares in proportion to the weights of the cards."""
+        shape, n = self._shape, len(self._cards)
+
+        def parts(total: int, unit: int) -> Parts:
+            return split(total, n, unit=unit, weights=weights)
+
+        heads = parts(shape.heads, 1)
+        return Shares(
+            heads=heads,
+            hidden=parts(shape.hidden, TILE_ROWS),
+            ffn=parts(shape.ffn, Q8_BLOCK),
+            vocabulary=parts(shape.vocabulary, LOGIT_CHUNK),
+            columns=parts(shape.hidden, self._columns_unit),
+            aligned=all(h.start % self._whole == h.size % self._whole == 0 for h in heads),
+        )
+
+    # --- prices -----------------------------------------------------------------------------
+
+    def layer(self, shares: Shares, layer: LayerShape) -> LayerPrice:
+        """A layer without what its EXCHANGEs take up."""
+        n, aligned = len(self._cards), shares.aligned
+        unit = self._whole if aligned else 1
+        rest = _price(self._hidden(layer, aligned), shares.hidden, TILE_ROWS)
+        rest += _price(self._ffn(layer), shares.ffn, Q8_BLOCK)
+        with_add, without = (
+            _price(self._heads(layer, aligned, add=add), shares.heads, unit) + rest
+            for add in (True, False)
+        )
+        others = [a for a in self._alignments(layer) if a != aligned] if n > 1 else []
+        if others:
+            # Heads and hidden go together: the bound is that of the better alignment.
+            ffn = self._ffn(layer).solve().bound
+            least = min(
+                self._heads(layer, a).solve().bound + self._hidden(layer, a).solve().bound
+                for a in self._alignments(layer)
+            )
+            lower = min(with_add.bound, least + ffn)
+            saved = with_add.bound - lower
+            with_add = Price(with_add.seconds, lower)
+            without = Price(without.seconds, without.bound - saved)
+        return LayerPrice(with_add, without)
+
+    def embed(self, shares: Shares) -> Price:
+        """The embedding and its gather, without what the EXCHANGE takes up."""
+        return _price(self._columns(), shares.columns, self._columns_unit)
+
+    def output(self, shares: Shares) -> Price:
+        """The last add and the output."""
+        return _price(self._vocabulary(), shares.vocabulary, LOGIT_CHUNK)
+
+    # --- divisions --------------------------------------------------------------------------
+
+    def _alignments(self, layer: LayerShape) -> tuple[bool, ...]:
+        """Whether heads can be shared in whole Q8 blocks, and whether in another way too."""
+        if not layer.attn_output.quantized or self._shape.heads % self._whole:
+            return (False,)
+        return (True,) if self._whole == 1 or len(self._cards) == 1 else (True, False)
+
+    def _heads(self, layer: LayerShape, aligned: bool, *, add: bool = True) -> Division:
+        shape, pieces = self._shape, self._pieces
+        unit = self._whole if aligned else 1
+        q8 = aligned and layer.attn_output.quantized
+        units = shape.heads // unit
+        # KV heads go by where a share starts among those that share one.
+        group = min(math.lcm(shape.group, unit) // unit, units)
+
+        def seconds(card: int, start: int, count: int) -> float:
+            first, stop = start * unit, min((start + count) * unit, shape.heads)
+            before = pieces.add(card) if add else 0.0
+            return before + pieces.attention(card, layer, Share(first, max(first, stop)), q8)
+
+        key = ("heads", aligned, add, *_like(layer.attn_q, layer.attn_k, layer.attn_v), q8)
+        nbytes = pieces.attention_gather(Share(0, unit), q8)
+        return self._division(units, [(key, group, seconds, nbytes)])
+
+    def _hidden(self, layer: LayerShape, aligned: bool) -> Division:
+        pieces, total = self._pieces, self._shape.hidden
+        phases = (
+            self._projection(layer.attn_output, layer.attn_output.quantized and not aligned),
+            self._projection(layer.ffn_down, False),
+        )
+        nbytes = pieces.project_gather(TILE_ROWS)
+        return self._division(
+            -(-total // TILE_ROWS), [(key, 1, seconds, nbytes) for key, seconds in phases]
+        )
+
+    def _projection(self, matrix: WeightShape, requantise: bool) -> _Phase:
+        total = self._shape.hidden
+
+        def seconds(card: int, start: int, count: int) -> float:
+            rows = min(count * TILE_ROWS, total)
+            return self._pieces.project(card, matrix, rows, requantise)
+
+        return ("hidden", requantise, *_like(matrix)), seconds
+
+    def _ffn(self, layer: LayerShape) -> Division:
+        pieces, total = self._pieces, self._shape.ffn
+        q8 = layer.ffn_down.quantized
+
+        def seconds(card: int, start: int, count: int) -> float:
+            part = Share(0, min(count * Q8_BLOCK, total))
+            return pieces.add(card) + pieces.ffn(card, layer, part, q8)
+
+        key = ("ffn", *_like(layer.ffn_gate, layer.ffn_up), q8)
+        nbytes = pieces.ffn_gather(Share(0, Q8_BLOCK), q8)
+        return self._division(-(-total // Q8_BLOCK), [(key, 1, seconds, nbytes)])
+
+    def _vocabulary(self) -> Division:
+        pieces, total = self._pieces, self._shape.vocabulary
+
+        def seconds(card: int, start: int, count: int) -> float:
+            part = Share(0, min(count * LOGIT_CHUNK, total))
+            return pieces.add(card) + pieces.output(card, part, self._candidates)
+
+        return self._division(-(-total // LOGIT_CHUNK), [(("vocabulary",), 1, seconds, 0.0)])
+
+    def _columns(self) -> Division:
+        pieces, total, unit = self._pieces, self._shape.hidden, self._columns_unit
+
+        def seconds(card: int, start: int, count: int) -> float:
+            return pieces.embed(card, Share(0, min(count * unit, total)))
+
+        nbytes = pieces.embed_gather(Share(0, unit))
+        return self._division(-(-total // unit), [(("columns",), 1, seconds, nbytes)])
+
+    def _division(self, units: int, phases: Sequence[tuple[_Key, int, Table, float]]) -> Division:
+        key = tuple(phase[0] for phase in phases)
+        found = self._divisions.get(key)
+        if found is None:
+            found = self._divisions[key] = Division(
+                units,
+                tuple(
+                    Phase(self._table(name, units, group, seconds), nbytes)
+                    for name, group, seconds, nbytes in phases
+                ),
+                self._gather,
+                len(set(self._like)) == 1,
+            )
+        return found
+
+    def _table(self, key: _Key, units: int, group: int, seconds: Table) -> F64:
+        """(cards, group, units + 1): what each card takes for so many units from a start on."""
+        rows = []
+        for card, like in zip(self._cards, self._like, strict=True):
+            row = self._tables.get((key, like))
+            if row is None:
+                row = self._tables[key, like] = np.array(
+                    [[seconds(card, s, count) for count in range(units + 1)] for s in range(group)]
+                )
+            rows.append(row)
+        return np.stack(rows)
+
+
+_Key = tuple[object, ...]
+_Phase = tuple[_Key, Table]
+
+
+def _parts(units: Sequence[int], unit: int, total: int) -> Parts:
+    """Shares of so many units each; the last of all units may be partial."""
+    edges = [min(unit * sum(units[:i]), total) for i in range(len(units) + 1)]
+    return tuple(Share(a, b) for a, b in itertools.pairwise(edges))
+
+
+def _price(division: Division, parts: Parts, unit: int) -> Price:
+    way = np.array([[-(-part.size // unit) for part in parts]])
+    seconds = float(division.price(way)[0])
+    return Price(seconds, min(division.solve().bound, seconds))
+
+
+def _like(*matrices: WeightShape) -> tuple[WeightShape, ...]:
+    """Matrices without their names: those that cost the same are equal."""
+    return tuple(attrs.evolve(matrix, name="") for matrix in matrices)
