@@ -9,8 +9,21 @@ this package.  Seconds and bytes throughout.
 
 from __future__ import annotations
 
+from spanker.sched.cost.decoding import FleetCost, StepCost, decode, decode_fleet
 from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
 from spanker.sched.cost.rows import StepRows
 
-__all__ = ["Machine", "Pieces", "StepRows", "gathers_q8", "layer_kinds"]
+__all__ = [
+    "Bound",
+    "FleetCost",
+    "Machine",
+    "Pieces",
+    "StepCost",
+    "StepRows",
+    "decode",
+    "decode_fleet",
+    "gathers_q8",
+    "layer_kinds",
+]

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The phases of a stage: what each card does up to an exchange, and what it sends in that.
+
+The cards of a stage wait for each other in every exchange, so a phase takes what the slowest of
+them computes, and then the exchange.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+
+from spanker.sched.cost import commands
+from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8, layer_kinds
+from spanker.sched.cost.rows import StepRows
+from spanker.sched.plan import LayerShape, ModelShape, Plan, Stage, WeightShape
+
+
+class Bound(enum.Enum):
+    """What time is spent on: what would have to be faster for it to be less."""
+
+    MEMORY = "memory"
+    ARITHMETIC = "arithmetic"
+    ELEMENTS = "elements"
+    COMMANDS = "commands"
+    LINKS = "links"
+    HOST_LINK = "host link"
+    HOST_WORK = "host work"
+
+
+_WORK = {
+    commands.ELEMENTS: Bound.ELEMENTS,
+    commands.INT8: Bound.ARITHMETIC,
+    commands.FLOAT: Bound.ARITHMETIC,
+}
+
+
+@attrs.frozen
+class Phase:
+    """`runs` and `sends` are by card of the stage: commands, and bytes to each other card; `sends`
+    is None where no exchange follows.  A stage has `count` such phases."""
+
+    runs: tuple[Commands, ...]
+    sends: tuple[float, ...] | None
+    count: int = 1
+
+
+def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator[Phase]:
+    """The phases of stage `number` of a plan, from the embedding, or from when the row is there,
+    to the best tokens, or to the handover."""
+    stage = plan.stages[number]
+    shares = stage.shares
+    if number == 0:
+        yield Phase(
+            tuple(pieces.embed_commands(s.columns) for s in shares),
+            tuple(pieces.embed_gather(s.columns) for s in shares),
+        )
+    kinds, layers = layer_kinds(pieces.shape)
+    own = kinds[stage.layers.start : stage.layers.stop]
+    for kind, count in Counter(own).items():
+        yield from _layers(pieces, stage, layers[kind], count, first=kind == own[0])
+    last = number == len(plan.stages) - 1
+    yield Phase(
+        tuple(
+            pieces.add_commands()
+            + (pieces.output_commands(s.vocabulary, candidates) if last else ())
+            for s in shares
+        ),
+        None,
+    )
+
+
+def _layers(
+    pieces: Pieces, stage: Stage, layer: LayerShape, count: int, first: bool
+) -> Iterator[Phase]:
+    """`count` layers alike, the `first` of the stage perhaps among them: nothing is added there."""
+    shares, add = stage.shares, pieces.add_commands()
+    q8 = attention_q8(pieces.shape, stage, layer)
+    runs = tuple(pieces.attention_commands(layer, s.heads, q8) for s in shares)
+    sends = tuple(pieces.attention_gather(s.heads, q8) for s in shares)
+    if first:
+        yield Phase(runs, sends)
+    if count > first:
+        yield Phase(tuple(add + run for run in runs), sends, count - first)
+    yield _projected(pieces, stage, layer.attn_output, q8, count)
+
+    q8 = ffn_q8(stage, layer)
+    yield Phase(
+        tuple(add + pieces.ffn_commands(layer, s.ffn, q8) for s in shares),
+        tuple(pieces.ffn_gather(s.ffn, q8) for s in shares),
+        count,
+    )
+    yield _projected(pieces, stage, layer.ffn_down, q8, count)
+
+
+def attention_q8(shape: ModelShape, stage: Stage, layer: LayerShape) -> bool:
+    """Whether the cards of a stage gather their heads as Q8 blocks."""
+    return gathers_q8(layer.attn_output, [s.heads for s in stage.shares], shape.head_dim)
+
+
+def ffn_q8(stage: Stage, layer: LayerShape) -> bool:
+    """Whether the cards of a stage gather their rows of the FFN as Q8 blocks."""
+    return gathers_q8(layer.ffn_down, [s.ffn for s in stage.shares])
+
+
+def _projected(pieces: Pieces, stage: Stage, matrix: WeightShape, q8: bool, count: int) -> Phase:
+    requantise = matrix.quantized and not q8
+    rows = [s.hidden.size for s in stage.shares]
+    return Phase(
+        tuple(pieces.project_commands(matrix, n, requantise) for n in rows),
+        tuple(pieces.project_gather(n) for n in rows),
+        count,
+    )
+
+
+# --- prices ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class StagePrice:
+    """What a stage takes, and what for: `spent` adds up to `seconds`."""
+
+    seconds: float
+    spent: dict[Bound, float]
+
+
+def price_stage(pieces: Pieces, plan: Plan, number: int, candidates: int) -> StagePrice:
+    """The sum of a stage's phases; in each the slowest card counts."""
+    cards = plan.stages[number].cards
+    total, spent = 0.0, dict.fromkeys(Bound, 0.0)
+    exchange_s = pieces.exchange_s(len(cards))
+    for phase in phases(pieces, plan, number, candidates):
+        times = [pieces.seconds(card, run) for card, run in zip(cards, phase.runs, strict=True)]
+        run_s = max(times)
+        slowest = times.index(run_s)
+        total += phase.count * run_s
+        for bound, seconds in spent_on(pieces, cards[slowest], phase.runs[slowest]).items():
+            spent[bound] += phase.count * seconds
+        if phase.sends is not None and len(cards) > 1:
+            gather_s = pieces.machine.gather_s(cards, phase.sends)
+            total += phase.count * (exchange_s + gather_s)
+            spent[Bound.COMMANDS] += phase.count * exchange_s
+            spent[Bound.LINKS] += phase.count * gather_s
+    return StagePrice(total, spent)
+
+
+def spent_on(pieces: Pieces, card: int, run: Commands) -> dict[Bound, float]:
+    """What a card's commands spend their time on; of each one the longer of its bytes and work."""
+    pace = pieces.pace(card)
+    spent = {Bound.COMMANDS: len(run) * pace.command_s}
+    for nbytes, work, rate in run:
+        memory_s, work_s = nbytes * pace.s_per_byte, work * pace.s_per_work[rate]
+        bound = Bound.MEMORY if memory_s > work_s else _WORK[rate]
+        spent[bound] = spent.get(bound, 0.0) + max(memory_s, work_s)
+    return spent
+
+
+def stage_pieces(
+    shape: ModelShape,
+    plan: Plan,
+    machine: Machine,
+    rows: StepRows,
+    together: Callable[[int], Sequence[int]],
+) -> tuple[Pieces, ...]:
+    """The pieces of each stage, while the cards `together(stage)` compute; one and the same where
+    they are never in each other's way."""
+    stages = range(len(plan.stages))
+    profile = machine.profile
+    if profile.cores is None and profile.shared_bytes_per_s is None:
+        return (Pieces(shape, machine, rows),) * len(stages)
+    return tuple(Pieces(shape, machine, rows, together(number)) for number in stages)
