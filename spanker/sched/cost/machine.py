@@ -37,6 +37,8 @@ class Machine:
         self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
         rate = profile.host_link_bytes_per_s
         self.host_s_per_byte = 1 / rate if rate else 0.0
+        # Whether all cards are linked, and all links alike.
+        self.uniform = topology.fully_meshed and not profile.links
         # Cards of which every two are joined by the same links in both directions.
         self._alike: dict[tuple[int, ...], bool] = {}
 
@@ -78,6 +80,22 @@ class Machine:
         latency_s = self.profile.intercard_latency_s
         return max(most * self._link_s, port_bytes * self._port_s) + latency_s
 
+    def each_to_each_s(
+        self, sources: Sequence[int], targets: Sequence[int], nbytes: float
+    ) -> float:
+        """Every source sends so many bytes to every target that it is not itself."""
+        if not self.uniform:
+            return self.moves_s([(s, t, nbytes) for s in sources for t in targets])
+        both = set(sources) & set(targets)
+        pairs = len(sources) * len(targets) - len(both)
+        if not pairs or not nbytes:
+            return 0.0
+        # Some source is no target and sends to all, or else all of them send to one less.
+        sent = len(targets) - (len(both) == len(sources))
+        received = len(sources) - (len(both) == len(targets))
+        port_s = nbytes * max(sent, received) * self._port_s
+        return max(nbytes * self._link_s, port_s) + self.profile.intercard_latency_s
+
     def moves_s(self, moves: Sequence[tuple[int, int, float]]) -> float:
         """Any exchange: (source, target, bytes) side by side.
 
@@ -117,6 +135,8 @@ class Machine:
         return 2 * (nbytes * self.host_s_per_byte + self.profile.host_link_latency_s)
 
     def _are_alike(self, cards: tuple[int, ...]) -> bool:
+        if self.uniform:
+            return True
         found = self._alike.get(cards)
         if found is None:
             among = set(cards)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import attrs
-
 from spanker.sched.cost import commands
 from spanker.sched.cost.commands import Command
 from spanker.sched.cost.machine import Machine, Pace
@@ -32,11 +30,14 @@ Commands = tuple[Command, ...]
 def layer_kinds(shape: ModelShape) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
     """The kind of each layer, and one layer of each kind: layers of a kind differ in names only,
     and cost the same."""
-    kinds: dict[tuple[WeightShape, ...], int] = {}
+    kinds: dict[tuple[object, ...], int] = {}
     layers: list[LayerShape] = []
     numbers: list[int] = []
     for layer in shape.layers:
-        key = tuple(attrs.evolve(matrix, name="") for matrix in layer.matrices)
+        key = tuple(
+            (m.rows, m.k, m.row_bytes, m.quantized, m.columns_unit, m.unit_bytes)
+            for m in layer.matrices
+        )
         if key not in kinds:
             kinds[key] = len(layers)
             layers.append(layer)
@@ -134,8 +135,9 @@ class Pieces:
         """Each voter's best tokens to each embedder, the EXCHANGE included, and their choice; from
         when the last voter has its best."""
         nbytes = BEST_BYTES * self.rows.outputs
-        moves = [(v, e, nbytes) for v in voters for e in embedders if v != e]
-        exchange_s = self.exchange_s(2) + self.machine.moves_s(moves) if moves else 0.0
+        moves_s = self.machine.each_to_each_s(voters, embedders, nbytes)
+        alone = len(set(voters) | set(embedders)) < 2
+        exchange_s = 0.0 if alone else self.exchange_s(2) + moves_s
         chosen = self.choose_commands(len(voters))
         return exchange_s + max((self.seconds(card, chosen) for card in embedders), default=0.0)
 

@@ -36,55 +36,68 @@ _MOVES_MAX = 64
 _MOVED_CARDS_MAX = 16
 
 
-def is_uniform(machine: Machine) -> bool:
-    """Whether all cards are linked, and all links alike."""
-    return machine.topology.fully_meshed and not machine.profile.links
-
-
 class Gather:
     """`Machine.gather_s` for many ways at once; rows of `nbytes` are ways, columns cards."""
 
     def __init__(self, machine: Machine, cards: Sequence[int]) -> None:
-        self._machine, self._cards = machine, tuple(cards)
-        self._relayed = bool(machine.relays(cards))
         n = len(cards)
-        rates, latencies = np.full(n, np.inf), np.zeros(n)
-        if not self._relayed and n > 1:
-            for i, card in enumerate(cards):
-                links = [machine.profile.link(card, other) for other in cards if other != card]
-                rates[i] = min(link.bytes_per_s for link in links)
-                latencies[i] = max(link.latency_s for link in links)
-                if is_uniform(machine):
-                    rates[:], latencies[:] = rates[i], latencies[i]
+        up = ~np.eye(n, dtype=bool)
+        rates, latencies = np.full((n, n), np.inf), np.zeros((n, n))
+        for i, a in enumerate(cards):
+            for j, b in enumerate(cards):
+                if i != j:
+                    link = machine.profile.link(a, b)
+                    up[i, j] = machine.topology.is_up(a, b)
+                    rates[i, j], latencies[i, j] = link.bytes_per_s, link.latency_s
+                if machine.uniform and i == 0 and j == 1:
+                    rates[:], latencies[:] = rates[0, 1], latencies[0, 1]
                     break
-        self._rates, self._latencies = rates, latencies
+            if machine.uniform:
+                break
+        # Of each card: its slowest link, the largest latency, how many it has, how many it lacks.
+        self._rates = np.where(up, rates, np.inf).min(axis=1)
+        self._latencies = np.where(up, latencies, 0.0).max(axis=1)
+        self._links = up.sum(axis=1)
+        self._relays = n - 1 - self._links
+        self._up = None if self._relays.sum() == 0 else up.astype(np.float64)
         self._port = machine.profile.port_bytes_per_s or math.inf
+        self._host_s_per_byte = machine.host_s_per_byte
+        self._host_latency_s = machine.profile.host_link_latency_s
 
     def seconds(self, nbytes: F64) -> F64:
         """(ways,): how long each way's exchange takes."""
-        n = len(self._cards)
+        n = len(self._rates)
         if n == 1:
             return np.zeros(len(nbytes))
-        if self._relayed:
-            return np.array([self._machine.gather_s(self._cards, row.tolist()) for row in nbytes])
-        total = nbytes.sum(axis=1)
+        if self._up is None:
+            received = nbytes.sum(axis=1) - nbytes.min(axis=1)
+        else:
+            received = (nbytes @ self._up).max(axis=1)
         slowest: F64 = (nbytes / self._rates).max(axis=1)
-        slowest = np.maximum(slowest, nbytes.max(axis=1) * (n - 1) / self._port)
-        slowest = np.maximum(slowest, (total - nbytes.min(axis=1)) / self._port)
-        latencies: F64 = np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
-        return slowest + latencies
+        slowest = np.maximum(slowest, (nbytes * self._links).max(axis=1) / self._port)
+        slowest = np.maximum(slowest, received / self._port)
+        slowest += np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
+        if self._up is None:
+            return slowest
+        return np.maximum(slowest, self._relay_s(nbytes @ self._relays))
+
+    def _relay_s(self, relayed: F64) -> F64:
+        seconds: F64 = 2 * (relayed * self._host_s_per_byte + self._host_latency_s)
+        return np.where(relayed > 0, seconds, 0.0)
 
     def least(self, total: float) -> float:
         """What no way of dividing so many bytes can beat."""
-        n = len(self._cards)
+        n = len(self._rates)
         if n == 1 or not total:
             return 0.0
-        if self._relayed:
-            return 0.0
-        # Whoever sends most sends at least the n-th part, or what its link and the others' allow.
-        shared = total / self._rates.sum() if np.isfinite(self._rates).all() else 0.0
-        port = total * (n - 1) / n / self._port
-        return max(shared, port) + float(self._latencies.min())
+        relay = float(self._relay_s(np.array([total * self._relays.min()]))[0])
+        if not self._links.all():
+            return relay
+        # Whoever sends most: over its link, in proportion to the speeds; over its port; and all
+        # that is sent directly is received through somebody's.
+        links = total / self._rates.sum() if np.isfinite(self._rates).all() else 0.0
+        port = total * float(self._links.min()) / n / self._port
+        return max(max(links, port) + float(self._latencies.min()), relay)
 
 
 @attrs.frozen(eq=False)

@@ -23,7 +23,7 @@ from spanker.sched.cost.rows import StepRows
 from spanker.sched.layout import end_buffers, kv_page_bytes, layer_buffers, stage_work_buffers
 from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape, Plan
 from spanker.sched.planning.dimensions import Dimensions, Price, Shares
-from spanker.sched.planning.dividing import F64, Gather, is_uniform
+from spanker.sched.planning.dividing import F64, Gather
 from spanker.sched.shares import Share
 
 Fits = npt.NDArray[np.bool_]
@@ -112,7 +112,7 @@ class Options:
         like: dict[int, int],
     ) -> None:
         self.shape = shape
-        self.uniform = is_uniform(machine)
+        self.uniform = machine.uniform
         self.cards = machine.cards
         self.layers = len(shape.layers)
         self.machine, self._rows, self.limits = machine, rows, limits

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from spanker.sched.cost.machine import Machine
-from spanker.sched.planning.dividing import is_uniform
 
 # Stages times what is used before them, that the dynamic programme goes through at most.
 PAIRS_MAX = 9000
@@ -42,7 +41,7 @@ def _alike(machine: Machine, free_bytes: Sequence[int], a: int, b: int) -> bool:
     speeds = [(s.memory, s.compute) for s in (profile.card(a), profile.card(b))]
     if speeds[0] != speeds[1] or free_bytes[a] != free_bytes[b]:
         return False
-    if is_uniform(machine):
+    if machine.uniform:
         return True
 
     def link(source: int, target: int) -> tuple[bool, float, float]:
@@ -129,24 +128,3 @@ class Pool:
 def after(used: State, kind: Kind) -> State:
     """What is used once a stage has its cards."""
     return tuple(a + b for a, b in zip(used, kind.counts, strict=True))
-
-
-def parts(groups: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, ...]]]:
-    """The classes dealt out to `count` replicas, each class as evenly as can be, so that whoever
-    gets one card less of one class gets one more of the next: for each replica its classes."""
-    out: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
-    turn = 0
-    for group in groups:
-        dealt: list[list[int]] = [[] for _ in range(count)]
-        quota = [len(group) // count] * count
-        for extra in range(len(group) % count):
-            quota[(turn + extra) % count] += 1
-        turn = (turn + len(group) % count) % count
-        at = 0
-        for replica, size in enumerate(quota):
-            dealt[replica] = list(group[at : at + size])
-            at += size
-        for replica, cards in enumerate(dealt):
-            if cards:
-                out[replica].append(tuple(cards))
-    return out

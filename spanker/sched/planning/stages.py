@@ -4,8 +4,8 @@
 A dynamic programme over (cards used, cards of the last stage) and, within it, layers done: one step
 costs a stage's layers and the handover from the stage before.  A stage may have as many layers as
 its cards have memory for.  Its price is that of `sched.cost`; only the choice of the next token,
-which joins the last stage to the first, is not known on the way: it is priced once a row is whole,
-and the bound goes without.
+which joins the last stage to the first, is not known on the way, unless it is given what the first
+stage is: it is priced once a row is whole, and the bound goes without.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ _NOTHING = Share(0, 0)
 
 @attrs.frozen
 class Row:
-    """A row of stages.  `seconds` is the time of one step through it; `bound` is what no row that
-    uses as many cards of each class can beat."""
+    """A row of stages.  `seconds` is the time of one step through it, `choose_s` of it for the
+    choice of the token; `bound` is what no row that uses as many cards of each class can beat."""
 
     plan: Plan
     seconds: float
     bound: float
+    choose_s: float
 
 
 @attrs.frozen(eq=False)
@@ -66,29 +67,39 @@ class _End:
 
 
 class Stages:
-    """The rows of stages of one pool of cards, for one size of step."""
+    """The rows of stages of one pool of cards, for one size of step; those with a certain `first`
+    stage, or all."""
 
-    def __init__(self, pool: Pool, options: Options) -> None:
-        self._pool, self._options = pool, options
+    def __init__(self, pool: Pool, options: Options, first: Kind | None = None) -> None:
+        self._pool, self._options, self._first = pool, options, first
         self._layers = options.layers
         self._handovers: dict[tuple[int, ...], float] = {}
         # By what is used in all, then by the last stage's counts.
         self._reached: dict[State, dict[State, _Reached]] = {}
         self._ends: dict[State, list[_End]] = {}
 
-    def rows(self) -> list[Row]:
-        """The best row for every number of cards of each class that can be used; the fastest
-        first."""
+    def rows(self, most: int) -> list[Row]:
+        """The best row for every number of cards of each class that can be used; of these the
+        fastest, at most so many, first the fastest of all."""
         for used, kind in self._pool.pairs():
-            if used == self._pool.empty or used in self._reached:
+            if used in self._reached or (
+                used == self._pool.empty and (self._first is None or kind == self._first)
+            ):
                 self._extend(used, kind)
-        found = []
-        for ends in self._ends.values():
+        found = sorted(self._ends.values(), key=lambda ends: min(end.seconds for end in ends))
+        rows = [self._best_row(ends) for ends in found[:most]]
+        return sorted(rows, key=lambda row: row.seconds)
+
+    def _best_row(self, ends: list[_End]) -> Row:
+        """Of rows that use the same cards; the choice counts where the first stage is given."""
+        if self._first is None:
+            row = self._row(min(ends, key=lambda end: end.seconds))
             bound = min(end.bound for end in ends)
-            rows = [self._row(end) for end in sorted(ends, key=lambda end: end.seconds)[:_TRIED]]
-            best = min(rows, key=lambda row: row.seconds)
-            found.append(attrs.evolve(best, bound=min(bound, best.seconds)))
-        return sorted(found, key=lambda row: row.seconds)
+        else:
+            rows = [self._row(end) for end in ends]
+            row = min(rows, key=lambda row: row.seconds)
+            bound = min(row.bound for row in rows)
+        return attrs.evolve(row, bound=min(bound, row.seconds))
 
     # --- the dynamic programme --------------------------------------------------------------
 
@@ -172,11 +183,8 @@ class Stages:
                 )
             )
         plan = Plan(plan_name([len(stage.shares) for stage in stages]), tuple(stages))
-        return Row(plan, end.seconds + self._options.choose(plan), end.bound)
-
-
-# Ends with the same cards used whose rows are priced whole.
-_TRIED = 4
+        choose_s = self._options.choose(plan)
+        return Row(plan, end.seconds + choose_s, end.bound + choose_s, choose_s)
 
 
 def _placed(card: int, share: CardShare, first: bool, last: bool) -> CardShare:

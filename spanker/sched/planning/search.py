@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search: what is asked, what is considered, what comes out.
+
+One replica of all cards, or several, each with its part of the batch; for each replica the best row
+of stages for every number of cards; beside them the plans with names.  What is chosen decodes most
+tokens per second by the cost model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from spanker.errors import CardMemoryError, PlanError
+from spanker.sched.bandwidth import Profile
+from spanker.sched.cost import FleetCost, Machine, StepRows, decode_fleet
+from spanker.sched.layout import card_bytes
+from spanker.sched.plan import FleetPlan, Limits, ModelShape, Plan, tensor_pipeline
+from spanker.sched.planning.naming import fleet_name
+from spanker.sched.planning.options import Options
+from spanker.sched.planning.partitions import Groups, deals, every_deal
+from spanker.sched.planning.pools import Pool, classes
+from spanker.sched.planning.stages import Row, Stages
+from spanker.sched.planning.words import reason
+from spanker.sched.shares import split
+from spanker.sched.topology import Topology
+
+# Sets of cards that can be the first stage, up to which each is tried for itself.
+_FIRSTS_MAX = 40
+# Cards up to which every way of dealing them to replicas is tried.
+_DEALT_MAX = 5
+# Of a bound: what is rounding.
+_ROUNDING = 1e-9
+
+
+@attrs.frozen
+class Request:
+    """What to plan: a model on the cards of a topology, at the speeds of a profile.
+
+    `free_bytes`: memory of each card by number.  `limits`: of the steps and contexts that the cards
+    must have memory for; its `kv_pages` are set here, a full context for each sequence.  Decoding
+    of `batch` sequences at `position` positions each is to be fast.  At most `keep` candidates come
+    out.
+    """
+
+    shape: ModelShape
+    profile: Profile
+    topology: Topology
+    free_bytes: tuple[int, ...]
+    limits: Limits
+    batch: int = 1
+    position: int = 512
+    keep: int = 20
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.free_bytes) <= max(self.topology.cards, default=-1):
+            raise PlanError(
+                f"planning: expected the free memory of {len(self.topology.cards)} cards, got "
+                f"{len(self.free_bytes)}"
+            )
+        if self.batch < 1 or not 1 <= self.position <= self.limits.context:
+            raise PlanError(
+                f"planning: expected a batch of at least 1 at 1 to {self.limits.context} "
+                f"positions, got {self.batch} at {self.position}"
+            )
+
+    def limits_for(self, sequences: int) -> Limits:
+        """The limits with KV memory for so many full contexts."""
+        pages = -(-self.limits.context // self.limits.page_positions)
+        return attrs.evolve(self.limits, kv_pages=max(sequences, 1) * pages)
+
+
+@attrs.frozen
+class Candidate:
+    """A plan and what decoding takes with it."""
+
+    plan: FleetPlan
+    cost: FleetCost
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.cost.tokens_per_second
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for plans that differ in name and reason only."""
+        return tuple(replica.stages for replica in self.plan.replicas)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step of the slowest replica."""
+        return max(cost.seconds for cost in self.cost.replicas if cost is not None)
+
+
+@attrs.frozen
+class Outcome:
+    """The plan chosen, the best candidates (it is the first), and why.
+
+    `gap` is by how much the best plan there is could be faster, as a part of its speed: 0 where
+    that is the one chosen (`exact`).
+    """
+
+    request: Request
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    gap: float
+    reason: str
+    search_s: float
+
+    @property
+    def exact(self) -> bool:
+        return self.gap == 0
+
+
+def search(request: Request) -> Outcome:
+    """Find the best plan.
+
+    Does not block and does no I/O; a second for 64 cards and 80 layers.  Raises CardMemoryError
+    where the model fits into no set of the cards.
+    """
+    begin = time.perf_counter()
+    found = _Search(request)
+    candidates = found.candidates()
+    if not candidates:
+        raise _does_not_fit(request)
+    chosen = candidates[0]
+    gap = max(found.rate_bound / chosen.tokens_per_second - 1, 0.0)
+    gap = 0.0 if gap < _ROUNDING else gap
+    why = reason(request.profile, candidates, gap)
+    plan = attrs.evolve(chosen.plan, reason=why)
+    if len(plan.replicas) == 1:
+        plan = attrs.evolve(plan, replicas=(attrs.evolve(plan.replicas[0], reason=why),))
+    chosen = attrs.evolve(chosen, plan=plan)
+    return Outcome(
+        request,
+        chosen,
+        (chosen, *candidates[1 : request.keep]),
+        gap,
+        why,
+        time.perf_counter() - begin,
+    )
+
+
+class _Search:
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._machine = Machine(request.profile, request.topology)
+        self._groups: Groups = classes(self._machine, request.free_bytes)
+        self._like = {card: i for i, group in enumerate(self._groups) for card in group}
+        self._options: dict[int, Options] = {}
+        self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], list[Row]] = {}
+        self.rate_bound = 0.0
+
+    def candidates(self) -> list[Candidate]:
+        """The best of all that was considered, the fastest first; of equal ones that with fewest
+        cards."""
+        request = self._request
+        found = [self._priced(row) for row in self._whole()]
+        found += map(self._priced, self._replicated())
+        found += (self._priced(plan) for plan in self._named() if self._fits(plan))
+        found.sort(key=lambda c: (-c.tokens_per_second, len(c.plan.cards), c.plan.name))
+        seen: set[tuple[object, ...]] = set()
+        return [c for c in found if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+
+    def _priced(self, plan: FleetPlan | Row) -> Candidate:
+        request = self._request
+        plan = FleetPlan.of(plan.plan) if isinstance(plan, Row) else plan
+        cost = decode_fleet(
+            request.shape,
+            plan,
+            request.profile,
+            request.topology,
+            batch=request.batch,
+            context=request.position,
+            candidates=request.limits.candidates,
+        )
+        return Candidate(plan, cost)
+
+    # --- one replica ------------------------------------------------------------------------
+
+    def _whole(self) -> list[Row]:
+        """The best rows of stages for the whole batch, and what bounds the speed of any plan."""
+        request = self._request
+        rows = self._rows_of(self._groups, request.batch, request.keep)
+        if rows:
+            least_s = min(row.bound for row in rows) + request.profile.step_s
+            self.rate_bound = request.batch / least_s
+        return rows
+
+    def _rows_of(self, groups: Groups, sequences: int, most: int = 1) -> list[Row]:
+        """The best row for every number of cards of each class; its cards are of `groups`."""
+        signature = tuple((self._like[group[0]], len(group)) for group in groups)
+        known = self._rows.get((signature, sequences, most))
+        representatives = tuple(self._groups[like][:count] for like, count in signature)
+        if known is None:
+            known = self._find_rows(representatives, sequences, most)
+            self._rows[signature, sequences, most] = known
+        if groups == representatives:
+            return known
+        names = {
+            old: new
+            for mine, theirs in zip(representatives, groups, strict=True)
+            for old, new in zip(mine, theirs, strict=True)
+        }
+        return [attrs.evolve(row, plan=_renamed(row.plan, names)) for row in known]
+
+    def _find_rows(self, groups: Groups, sequences: int, most: int) -> list[Row]:
+        pool, options = Pool(groups), self._options_for(sequences)
+        rows = Stages(pool, options).rows(most)
+        if not rows or not _only_choice(rows[0]):
+            return rows
+        firsts = [kind for used, kind in pool.pairs() if used == pool.empty]
+        if not pool.complete or len(firsts) > _FIRSTS_MAX:
+            return rows
+        # What the choice of the token takes depends on the first stage: try each.
+        best: dict[tuple[int, ...], Row] = {}
+        for first in firsts:
+            for row in Stages(pool, options, first).rows(most):
+                used = tuple(sorted(row.plan.cards))
+                known = best.get(used, row)
+                better = min(known, row, key=lambda r: r.seconds)
+                best[used] = attrs.evolve(better, bound=min(known.bound, row.bound))
+        return sorted(best.values(), key=lambda row: row.seconds)
+
+    def _options_for(self, sequences: int) -> Options:
+        if sequences not in self._options:
+            request = self._request
+            self._options[sequences] = Options(
+                request.shape,
+                self._machine,
+                StepRows.decode(sequences, request.position),
+                request.limits_for(sequences),
+                request.free_bytes,
+                self._like,
+            )
+        return self._options[sequences]
+
+    # --- several ----------------------------------------------------------------------------
+
+    def _replicated(self) -> Iterator[FleetPlan]:
+        """Replicas, each of which has a part of the batch."""
+        request, cards = self._request, len(self._machine.cards)
+        most = min(request.batch, cards)
+        if most < 2:
+            return
+        dealt = (
+            every_deal(self._groups, most)
+            if cards <= _DEALT_MAX
+            else (deals(self._groups, count) for count in _counts(most, cards))
+        )
+        for groups in dealt:
+            plan = self._side_by_side(groups)
+            if plan is not None:
+                yield plan
+
+    def _side_by_side(self, replicas: Sequence[Groups]) -> FleetPlan | None:
+        """The best row of stages on each replica's cards; the fastest get the larger parts."""
+        batch, count = self._request.batch, len(replicas)
+        parts = [part.size for part in split(batch, count)]
+        speeds = [self._rows_of(groups, parts[0]) for groups in replicas]
+        if not all(speeds):
+            return None
+        order = sorted(range(count), key=lambda i: speeds[i][0].seconds)
+        rows = [self._rows_of(replicas[i], part) for i, part in zip(order, parts, strict=True)]
+        if not all(rows):
+            return None
+        plans = tuple(found[0].plan for found in rows)
+        return FleetPlan(fleet_name(plans), plans)
+
+    # --- by name ----------------------------------------------------------------------------
+
+    def _named(self) -> Iterator[FleetPlan]:
+        """tpAxppB of all cards, with equal shares."""
+        shape, cards = self._request.shape, self._machine.cards
+        for tensor in range(1, len(cards) + 1):
+            stages, rest = divmod(len(cards), tensor)
+            if rest or stages > len(shape.layers):
+                continue
+            plan = tensor_pipeline(shape, tensor, stages)
+            yield FleetPlan.of(_renamed(plan, dict(enumerate(cards))))
+
+    def _fits(self, plan: FleetPlan) -> bool:
+        request, limits = self._request, self._request.limits_for(self._request.batch)
+        seen: set[tuple[object, ...]] = set()
+        for replica in plan.replicas:
+            for number, stage in enumerate(replica.stages):
+                for share in stage.shares:
+                    room = request.free_bytes[share.card]
+                    own = share.heads, share.hidden, share.ffn, share.vocabulary, share.columns
+                    alike = (number, room, *(part.size for part in own), share.heads.start % 8)
+                    if alike in seen:
+                        continue
+                    seen.add(alike)
+                    if card_bytes(request.shape, replica, share.card, limits) > room:
+                        return False
+        return True
+
+
+def _renamed(plan: Plan, names: dict[int, int]) -> Plan:
+    """The same plan on other cards."""
+    return attrs.evolve(
+        plan,
+        stages=tuple(
+            attrs.evolve(
+                stage, shares=tuple(attrs.evolve(s, card=names[s.card]) for s in stage.shares)
+            )
+            for stage in plan.stages
+        ),
+    )
+
+
+def _only_choice(row: Row) -> bool:
+    """Whether only the choice of the token stands between a row and its bound."""
+    return row.bound * (1 + _ROUNDING) < row.seconds <= (row.bound + row.choose_s) * (1 + _ROUNDING)
+
+
+def _counts(most: int, cards: int) -> list[int]:
+    """Numbers of replicas worth trying: those that use all cards evenly, and all small ones."""
+    return [
+        n for n in range(2, most + 1) if n <= 8 or cards % n == 0 or cards // n != cards // (n + 1)
+    ]
+
+
+def _does_not_fit(request: Request) -> CardMemoryError:
+    """Says by how much, for the plan that cuts the model most evenly."""
+    cards = request.topology.cards
+    plan = tensor_pipeline(request.shape, len(cards), 1)
+    limits = request.limits_for(request.batch)
+    need = max(card_bytes(request.shape, plan, card, limits) for card in plan.cards)
+    have = min(request.free_bytes[card] for card in cards)
+    return CardMemoryError(
+        f"no plan fits: even cut into {len(cards)} the model needs {need:,} bytes of DDR on a card "
+        f"with {request.batch} contexts of {limits.context:,}, but one has only {have:,} free: use "
+        f"more cards, a shorter --ctx or --prompt-chunk, or more memory per card"
+    )

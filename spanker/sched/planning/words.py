@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a plan was chosen, in words for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from spanker.sched.bandwidth import Profile
+from spanker.sched.cost import StepCost
+
+if TYPE_CHECKING:
+    from spanker.sched.planning.search import Candidate
+
+
+def reason(profile: Profile, candidates: Sequence[Candidate], gap: float) -> str:
+    """One sentence about the first of the candidates: what it does, what bounds it, what comes
+    next, how sure that is."""
+    chosen = candidates[0]
+    parts = [
+        f"{chosen.tokens_per_second:.3g} tokens/s predicted with the {profile.name} figures, "
+        f"{spent(slowest(chosen))}"
+    ]
+    other = _next(candidates)
+    if other is not None:
+        slower = chosen.tokens_per_second / other.tokens_per_second - 1
+        parts.append(f"{other.plan.name} is {_percent(slower)} slower")
+    parts.append(certainty(gap))
+    return "; ".join(parts)
+
+
+def slowest(candidate: Candidate) -> StepCost:
+    """The step of the slowest replica."""
+    return max(
+        (cost for cost in candidate.cost.replicas if cost is not None), key=lambda c: c.seconds
+    )
+
+
+def spent(cost: StepCost) -> str:
+    """What a step spends its time on, the largest parts first."""
+    shares = sorted(cost.shares.items(), key=lambda item: -item[1])
+    named = [f"{_percent(part)} {bound.value}" for bound, part in shares if part >= 0.05]
+    return ", ".join(named)
+
+
+def certainty(gap: float) -> str:
+    """How good a plan is beside the best there is."""
+    if gap == 0:
+        return "no plan is faster by the cost model"
+    return f"no plan can be faster by more than {_percent(gap)}"
+
+
+def _next(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The best one of another form."""
+    name = candidates[0].plan.name
+    return next((c for c in candidates[1:] if c.plan.name != name), None)
+
+
+def _percent(part: float) -> str:
+    percent = 100 * part
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
