@@ -13,6 +13,7 @@ from spanker.sched.cost.decoding import FleetCost, StepCost, decode, decode_flee
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
+from spanker.sched.cost.prefilling import PrefillCost, prefill
 from spanker.sched.cost.rows import StepRows
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "FleetCost",
     "Machine",
     "Pieces",
+    "PrefillCost",
     "StepCost",
     "StepRows",
     "decode",
     "decode_fleet",
     "gathers_q8",
     "layer_kinds",
+    "prefill",
 ]

@@ -12,9 +12,8 @@ share takes nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-
-import attrs
 
 from spanker.sched.cost import commands
 from spanker.sched.cost.commands import Command
@@ -32,11 +31,14 @@ Commands = tuple[Command, ...]
 def layer_kinds(shape: ModelShape) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
     """The kind of each layer, and one layer of each kind: layers of a kind differ in names only,
     and cost the same."""
-    kinds: dict[tuple[WeightShape, ...], int] = {}
+    kinds: dict[tuple[tuple[int, ...], ...], int] = {}
     layers: list[LayerShape] = []
     numbers: list[int] = []
     for layer in shape.layers:
-        key = tuple(attrs.evolve(matrix, name="") for matrix in layer.matrices)
+        key = tuple(
+            (m.rows, m.k, m.row_bytes, m.quantized, m.columns_unit, m.unit_bytes)
+            for m in layer.matrices
+        )
         if key not in kinds:
             kinds[key] = len(layers)
             layers.append(layer)
@@ -82,6 +84,11 @@ class Pieces:
             memory_s, work_s = nbytes * s_per_byte, work * s_per_work[rate]
             total += memory_s if memory_s > work_s else work_s
         return total
+
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
+        """The model's `layer_kinds`."""
+        return layer_kinds(self.shape)
 
     def pace(self, card: int) -> Pace:
         """The pace at which a card's commands are priced."""
