@@ -10,6 +10,7 @@ this package.  Seconds and bytes throughout.
 from __future__ import annotations
 
 from spanker.sched.cost.decoding import FleetCost, StepCost, decode, decode_fleet
+from spanker.sched.cost.loading import LoadCost, load, memory
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
@@ -19,6 +20,7 @@ from spanker.sched.cost.rows import StepRows
 __all__ = [
     "Bound",
     "FleetCost",
+    "LoadCost",
     "Machine",
     "Pieces",
     "PrefillCost",
@@ -28,5 +30,7 @@ __all__ = [
     "decode_fleet",
     "gathers_q8",
     "layer_kinds",
+    "load",
+    "memory",
     "prefill",
 ]
