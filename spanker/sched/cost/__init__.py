@@ -10,20 +10,27 @@ this package.  Seconds and bytes throughout.
 from __future__ import annotations
 
 from spanker.sched.cost.decoding import FleetCost, StepCost, decode, decode_fleet
+from spanker.sched.cost.loading import LoadCost, load, memory
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
+from spanker.sched.cost.prefilling import PrefillCost, prefill
 from spanker.sched.cost.rows import StepRows
 
 __all__ = [
     "Bound",
     "FleetCost",
+    "LoadCost",
     "Machine",
     "Pieces",
+    "PrefillCost",
     "StepCost",
     "StepRows",
     "decode",
     "decode_fleet",
     "gathers_q8",
     "layer_kinds",
+    "load",
+    "memory",
+    "prefill",
 ]

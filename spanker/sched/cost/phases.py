@@ -15,7 +15,7 @@ import attrs
 
 from spanker.sched.cost import commands
 from spanker.sched.cost.machine import Machine
-from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8, layer_kinds
+from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.plan import LayerShape, ModelShape, Plan, Stage, WeightShape
 
@@ -59,7 +59,7 @@ def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator
             tuple(pieces.embed_commands(s.columns) for s in shares),
             tuple(pieces.embed_gather(s.columns) for s in shares),
         )
-    kinds, layers = layer_kinds(pieces.shape)
+    kinds, layers = pieces.kinds
     own = kinds[stage.layers.start : stage.layers.stop]
     for kind, count in Counter(own).items():
         yield from _layers(pieces, stage, layers[kind], count, first=kind == own[0])

@@ -12,6 +12,7 @@ share takes nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from spanker.sched.cost import commands
@@ -30,7 +31,7 @@ Commands = tuple[Command, ...]
 def layer_kinds(shape: ModelShape) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
     """The kind of each layer, and one layer of each kind: layers of a kind differ in names only,
     and cost the same."""
-    kinds: dict[tuple[object, ...], int] = {}
+    kinds: dict[tuple[tuple[int, ...], ...], int] = {}
     layers: list[LayerShape] = []
     numbers: list[int] = []
     for layer in shape.layers:
@@ -83,6 +84,11 @@ class Pieces:
             memory_s, work_s = nbytes * s_per_byte, work * s_per_work[rate]
             total += memory_s if memory_s > work_s else work_s
         return total
+
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
+        """The model's `layer_kinds`."""
+        return layer_kinds(self.shape)
 
     def pace(self, card: int) -> Pace:
         """The pace at which a card's commands are priced."""

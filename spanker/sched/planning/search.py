@@ -8,6 +8,7 @@ tokens per second by the cost model.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +16,9 @@ import attrs
 
 from spanker.errors import CardMemoryError, PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.cost import FleetCost, Machine, StepRows, decode_fleet
+from spanker.sched.cost import FleetCost, Machine, Pieces, StepRows, decode_fleet
+from spanker.sched.cost.commands import INT8
+from spanker.sched.cost.phases import phases
 from spanker.sched.layout import card_bytes
 from spanker.sched.plan import FleetPlan, Limits, ModelShape, Plan, tensor_pipeline
 from spanker.sched.planning.naming import fleet_name
@@ -151,12 +154,12 @@ class _Search:
         self._like = {card: i for i, group in enumerate(self._groups) for card in group}
         self._options: dict[int, Options] = {}
         self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], list[Row]] = {}
-        self.rate_bound = 0.0
+        # Tokens per second that no plan can beat.
+        self.rate_bound = math.inf
 
     def candidates(self) -> list[Candidate]:
         """The best of all that was considered, the fastest first; of equal ones that with fewest
         cards."""
-        request = self._request
         found = [self._priced(row) for row in self._whole()]
         found += map(self._priced, self._replicated())
         found += (self._priced(plan) for plan in self._named() if self._fits(plan))
@@ -184,10 +187,42 @@ class _Search:
         """The best rows of stages for the whole batch, and what bounds the speed of any plan."""
         request = self._request
         rows = self._rows_of(self._groups, request.batch, request.keep)
-        if rows:
-            least_s = min(row.bound for row in rows) + request.profile.step_s
-            self.rate_bound = request.batch / least_s
+        self.rate_bound = self._rate_bound(rows)
         return rows
+
+    def _rate_bound(self, rows: Sequence[Row]) -> float:
+        """What no plan can beat: in one replica what the rows of stages are bounded by, in several
+        what all cards together read and multiply, however they are grouped."""
+        request, profile = self._request, self._request.profile
+        bound = 0.0
+        if rows:
+            least_s = min(row.bound for row in rows) + profile.step_s
+            bound = request.batch / least_s
+        most = min(request.batch, len(self._machine.cards))
+        if most < 2:
+            return bound
+        speeds = [profile.card(card) for card in self._machine.cards]
+        memory = profile.local_ddr_bytes_per_s * sum(speed.memory for speed in speeds)
+        memory = min(memory, profile.shared_bytes_per_s or memory)
+        multiply = profile.int8_madds_per_s * sum(speed.compute for speed in speeds)
+        for part in {-(-request.batch // n) for n in range(2, most + 1)}:
+            nbytes, madds = self._work(part)
+            by_bytes, by_madds = part * memory / nbytes, part * multiply / max(madds, 1.0)
+            bound = max(bound, min(by_bytes, by_madds))
+        return bound
+
+    def _work(self, sequences: int) -> tuple[float, float]:
+        """Bytes and quantised multiply-adds of a step, at least, however it is spread."""
+        request = self._request
+        whole = tensor_pipeline(request.shape, 1, 1)
+        rows = StepRows.decode(sequences, request.position)
+        pieces = Pieces(request.shape, self._machine, rows)
+        nbytes = madds = 0.0
+        for phase in phases(pieces, whole, 0, request.limits.candidates):
+            for command_bytes, work, rate in phase.runs[0]:
+                nbytes += phase.count * command_bytes
+                madds += phase.count * work if rate == INT8 else 0.0
+        return nbytes, madds
 
     def _rows_of(self, groups: Groups, sequences: int, most: int = 1) -> list[Row]:
         """The best row for every number of cards of each class; its cards are of `groups`."""

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prompt takes until its first token is at the host: chunks, two ahead, through the stages.
+
+A stage begins a chunk when it is done with the one before, has the message, and has the row from
+the stage before; the host submits a chunk when all answers of the second last one are in.  Only a
+chunk with outputs waits for the choice of a token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from spanker.errors import PlanError
+from spanker.sched.bandwidth import Profile
+from spanker.sched.cost.decoding import CANDIDATES, STEPS_AHEAD, check_fits, handover_times
+from spanker.sched.cost.host import HostMessages, step_messages
+from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.phases import Bound, StagePrice, price_stage, stage_pieces
+from spanker.sched.cost.rows import StepRows
+from spanker.sched.plan import ModelShape, Plan
+from spanker.sched.topology import Topology
+
+# Tokens of a step, however short the chunks.
+OUTPUTS_MAX = 64
+
+
+@attrs.frozen
+class PrefillCost:
+    """`seconds` from the request to the last sequence's first token at the host, for `tokens` of
+    all prompts in `steps` steps.  `stages`: how long each stage computes and exchanges in it;
+    `bound`: what takes most of the busiest stage, or the host link if it is not busy half the
+    time."""
+
+    seconds: float
+    tokens: int
+    steps: int
+    stages: tuple[float, ...]
+    bound: Bound
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@attrs.frozen
+class _Step:
+    """One step's prices."""
+
+    stages: list[StagePrice]
+    handovers: list[float]
+    choose_s: float
+    host: HostMessages
+    chooses: bool
+
+
+def prefill(
+    shape: ModelShape,
+    plan: Plan,
+    profile: Profile,
+    topology: Topology,
+    *,
+    tokens: int,
+    chunk: int,
+    batch: int = 1,
+    candidates: int = CANDIDATES,
+) -> PrefillCost:
+    """`batch` prompts of `tokens` each, in steps of up to `chunk` prompt tokens.
+
+    Raises PlanError for a plan that does not fit the model or the topology, and unless all three
+    are at least 1.
+    """
+    if min(tokens, chunk, batch) < 1:
+        raise PlanError(
+            f"a prefill needs tokens, a chunk and a batch of at least 1, got {tokens}, {chunk}, "
+            f"{batch}"
+        )
+    machine = Machine(profile, topology)
+    check_fits(shape, plan, machine)
+    candidates = min(candidates, shape.vocabulary)
+    steps = [
+        _price(shape, plan, machine, rows, sequences, min(tokens + 1, seen), candidates)
+        for rows, sequences, seen in prompt_steps(batch, tokens, chunk)
+    ]
+    seconds = _run(profile, steps)
+    stages = tuple(sum(step.stages[n].seconds for step in steps) for n in range(len(plan.stages)))
+    busiest = stages.index(max(stages))
+    spent = {bound: sum(step.stages[busiest].spent[bound] for step in steps) for bound in Bound}
+    bound = max(spent, key=spent.__getitem__)
+    if len(stages) == 1 and stages[0] < seconds / 2:
+        bound = Bound.HOST_LINK
+    return PrefillCost(seconds, batch * tokens, len(steps), stages, bound)
+
+
+def prompt_steps(batch: int, tokens: int, chunk: int) -> Iterator[tuple[StepRows, int, int]]:
+    """The steps until every prompt has its first token: rows, sequences in it, and the most
+    positions that one of them sees.
+
+    In each step those that decode have a token, and prompts fill it up in order; when not all
+    sequences found room, the first one is last in the next.
+    """
+    at = dict.fromkeys(range(batch), 0)
+    order = deque(range(batch))
+    while min(at.values()) < tokens:
+        rows, sequences, most, room = StepRows(0, 0, 0, 0), 0, 0, chunk
+        left = max(chunk, OUTPUTS_MAX)
+        outputs = OUTPUTS_MAX
+        for number in sorted(order, key=lambda n: at[n] < tokens):
+            first = at[number]
+            decoding = first >= tokens
+            count = 1 if decoding else min(tokens - first, room)
+            count = min(count, left)
+            if not count or not outputs:
+                continue
+            last = first + count >= tokens
+            rows += StepRows.prefill(first, count, int(last))
+            room -= 0 if decoding else count
+            left -= count
+            outputs -= last
+            at[number] += count
+            sequences, most = sequences + 1, max(most, at[number])
+        if sequences < batch:
+            order.rotate(-1)
+        yield rows, sequences, most
+
+
+def _price(
+    shape: ModelShape,
+    plan: Plan,
+    machine: Machine,
+    rows: StepRows,
+    sequences: int,
+    context: int,
+    candidates: int,
+) -> _Step:
+    by_stage = stage_pieces(shape, plan, machine, rows, lambda n: _together(plan, n))
+    return _Step(
+        stages=[price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)],
+        handovers=handover_times(by_stage, plan),
+        choose_s=by_stage[-1].choose(plan.voters, plan.embedders),
+        host=step_messages(plan, machine.profile, rows, sequences, context, candidates),
+        chooses=rows.outputs > 0,
+    )
+
+
+def _together(plan: Plan, number: int) -> tuple[int, ...]:
+    """Cards that compute at the same time: with two chunks under way those of two stages."""
+    other = number + 1 if number + 1 < len(plan.stages) else number - 1
+    stages = {number, max(other, 0)}
+    return tuple(card for n in sorted(stages) for card in plan.stages[n].cards)
+
+
+def _run(profile: Profile, steps: Sequence[_Step]) -> float:
+    """When the answers of the last step are in."""
+    rate = profile.host_link_bytes_per_s
+    back: list[float] = []  # by step, when the host has its answers
+    done = [0.0] * len(steps[0].stages)  # by stage, when its cards are done with a step
+    link_free = 0.0
+    for number, step in enumerate(steps):
+        submitted = back[number - STEPS_AHEAD] if number >= STEPS_AHEAD else 0.0
+        submitted = max(submitted, link_free)
+        if rate:
+            link_free = submitted + step.host.bytes_to_cards / rate
+        begins = [
+            max(before, submitted + message_s) + profile.step_s
+            for before, message_s in zip(done, step.host.begin_s, strict=True)
+        ]
+        at = begins[0] + step.stages[0].seconds
+        for n, handover_s in enumerate(step.handovers):
+            # The senders are done with it a latency earlier, which is next to nothing.
+            at += handover_s
+            done[n] = at
+            at = max(at, begins[n + 1] + profile.command_s) + step.stages[n + 1].seconds
+        done[-1] = at = at + step.choose_s
+        if step.chooses:
+            done[0] = at
+        back.append(at + step.host.end_s)
+    return back[-1]
