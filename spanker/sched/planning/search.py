@@ -8,27 +8,26 @@ tokens per second by the cost model.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 
 import attrs
 
-from spanker.errors import CardMemoryError, PlanError
-from spanker.sched.bandwidth import Profile
-from spanker.sched.cost import FleetCost, Machine, Pieces, StepRows, decode_fleet
+from spanker.errors import CardMemoryError
+from spanker.sched.cost import Machine, Pieces, StepRows, decode_fleet
 from spanker.sched.cost.commands import INT8
 from spanker.sched.cost.phases import phases
 from spanker.sched.layout import card_bytes
-from spanker.sched.plan import FleetPlan, Limits, ModelShape, Plan, tensor_pipeline
+from spanker.sched.plan import FleetPlan, Plan, tensor_pipeline
 from spanker.sched.planning.naming import fleet_name
 from spanker.sched.planning.options import Options
 from spanker.sched.planning.partitions import Groups, deals, every_deal
 from spanker.sched.planning.pools import Pool, classes
+from spanker.sched.planning.request import Candidate, Outcome, Request
 from spanker.sched.planning.stages import Row, Stages
 from spanker.sched.planning.words import reason
-from spanker.sched.shares import split
-from spanker.sched.topology import Topology
 
 # Sets of cards that can be the first stage, up to which each is tried for itself.
 _FIRSTS_MAX = 40
@@ -36,85 +35,6 @@ _FIRSTS_MAX = 40
 _DEALT_MAX = 5
 # Of a bound: what is rounding.
 _ROUNDING = 1e-9
-
-
-@attrs.frozen
-class Request:
-    """What to plan: a model on the cards of a topology, at the speeds of a profile.
-
-    `free_bytes`: memory of each card by number.  `limits`: of the steps and contexts that the cards
-    must have memory for; its `kv_pages` are set here, a full context for each sequence.  Decoding
-    of `batch` sequences at `position` positions each is to be fast.  At most `keep` candidates come
-    out.
-    """
-
-    shape: ModelShape
-    profile: Profile
-    topology: Topology
-    free_bytes: tuple[int, ...]
-    limits: Limits
-    batch: int = 1
-    position: int = 512
-    keep: int = 20
-
-    def __attrs_post_init__(self) -> None:
-        if len(self.free_bytes) <= max(self.topology.cards, default=-1):
-            raise PlanError(
-                f"planning: expected the free memory of {len(self.topology.cards)} cards, got "
-                f"{len(self.free_bytes)}"
-            )
-        if self.batch < 1 or not 1 <= self.position <= self.limits.context:
-            raise PlanError(
-                f"planning: expected a batch of at least 1 at 1 to {self.limits.context} "
-                f"positions, got {self.batch} at {self.position}"
-            )
-
-    def limits_for(self, sequences: int) -> Limits:
-        """The limits with KV memory for so many full contexts."""
-        pages = -(-self.limits.context // self.limits.page_positions)
-        return attrs.evolve(self.limits, kv_pages=max(sequences, 1) * pages)
-
-
-@attrs.frozen
-class Candidate:
-    """A plan and what decoding takes with it."""
-
-    plan: FleetPlan
-    cost: FleetCost
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.cost.tokens_per_second
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The same for plans that differ in name and reason only."""
-        return tuple(replica.stages for replica in self.plan.replicas)
-
-    @property
-    def seconds(self) -> float:
-        """Of a step of the slowest replica."""
-        return max(cost.seconds for cost in self.cost.replicas if cost is not None)
-
-
-@attrs.frozen
-class Outcome:
-    """The plan chosen, the best candidates (it is the first), and why.
-
-    `gap` is by how much the best plan there is could be faster, as a part of its speed: 0 where
-    that is the one chosen (`exact`).
-    """
-
-    request: Request
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]
-    gap: float
-    reason: str
-    search_s: float
-
-    @property
-    def exact(self) -> bool:
-        return self.gap == 0
 
 
 def search(request: Request) -> Outcome:
@@ -156,12 +76,13 @@ class _Search:
         self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], list[Row]] = {}
         # Tokens per second that no plan can beat.
         self.rate_bound = math.inf
+        self._whole_bound = 0.0
 
     def candidates(self) -> list[Candidate]:
         """The best of all that was considered, the fastest first; of equal ones that with fewest
         cards."""
         found = [self._priced(row) for row in self._whole()]
-        found += map(self._priced, self._replicated())
+        found += self._replicated()
         found += (self._priced(plan) for plan in self._named() if self._fits(plan))
         found.sort(key=lambda c: (-c.tokens_per_second, len(c.plan.cards), c.plan.name))
         seen: set[tuple[object, ...]] = set()
@@ -197,7 +118,7 @@ class _Search:
         bound = 0.0
         if rows:
             least_s = min(row.bound for row in rows) + profile.step_s
-            bound = request.batch / least_s
+            bound = self._whole_bound = request.batch / least_s
         most = min(request.batch, len(self._machine.cards))
         if most < 2:
             return bound
@@ -274,35 +195,43 @@ class _Search:
 
     # --- several ----------------------------------------------------------------------------
 
-    def _replicated(self) -> Iterator[FleetPlan]:
+    def _replicated(self) -> Iterator[Candidate]:
         """Replicas, each of which has a part of the batch."""
         request, cards = self._request, len(self._machine.cards)
         most = min(request.batch, cards)
         if most < 2:
             return
+        every = cards <= _DEALT_MAX
         dealt = (
             every_deal(self._groups, most)
-            if cards <= _DEALT_MAX
+            if every
             else (deals(self._groups, count) for count in _counts(most, cards))
         )
+        best, sure = 0.0, every
         for groups in dealt:
-            plan = self._side_by_side(groups)
-            if plan is not None:
-                yield plan
+            for found in self._side_by_side(groups, every):
+                sure = sure and all(row.seconds <= row.bound * (1 + _ROUNDING) for row in found)
+                plans = tuple(row.plan for row in found)
+                candidate = self._priced(FleetPlan(fleet_name(plans), plans))
+                best = max(best, candidate.tokens_per_second)
+                yield candidate
+        if sure:
+            self.rate_bound = max(self._whole_bound, best)
 
-    def _side_by_side(self, replicas: Sequence[Groups]) -> FleetPlan | None:
-        """The best row of stages on each replica's cards; the fastest get the larger parts."""
+    def _side_by_side(self, replicas: Sequence[Groups], every: bool) -> Iterator[list[Row]]:
+        """The best row of stages on each replica's cards.  Where the batch does not go evenly the
+        fastest get one more, or, if `every` way is to be tried, any."""
         batch, count = self._request.batch, len(replicas)
-        parts = [part.size for part in split(batch, count)]
-        speeds = [self._rows_of(groups, parts[0]) for groups in replicas]
-        if not all(speeds):
-            return None
-        order = sorted(range(count), key=lambda i: speeds[i][0].seconds)
-        rows = [self._rows_of(replicas[i], part) for i, part in zip(order, parts, strict=True)]
-        if not all(rows):
-            return None
-        plans = tuple(found[0].plan for found in rows)
-        return FleetPlan(fleet_name(plans), plans)
+        larger, rest = divmod(batch, count)
+        whole = [self._rows_of(groups, larger + (rest > 0)) for groups in replicas]
+        if not all(whole):
+            return
+        by_speed = sorted(range(count), key=lambda i: whole[i][0].seconds)
+        lucky = itertools.combinations(by_speed, rest) if every else [tuple(by_speed[:rest])]
+        for more in lucky:
+            # Those with one more come first, as the batch is dealt in order.
+            order = [*more, *(i for i in by_speed if i not in more)]
+            yield [self._rows_of(replicas[i], larger + (i in more))[0] for i in order]
 
     # --- by name ----------------------------------------------------------------------------
 

@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import StepCost
-
-if TYPE_CHECKING:
-    from spanker.sched.planning.search import Candidate
+from spanker.sched.planning.request import Candidate
 
 
 def reason(profile: Profile, candidates: Sequence[Candidate], gap: float) -> str:
