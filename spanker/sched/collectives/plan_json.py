@@ -16,12 +16,9 @@ operand; a region is buffer, start, stop; a share is start, stop.
 
 from __future__ import annotations
 
-import enum
-import json
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from spanker.errors import PlanError
 from spanker.sched.collectives.plan import (
     VERSION,
     Buffer,
@@ -36,6 +33,7 @@ from spanker.sched.collectives.plan import (
     Region,
     Send,
 )
+from spanker.sched.reading import card_number, enum_of, fields, items, parsed, refuse, row
 from spanker.sched.shares import Share
 from spanker.sched.topology import MAX_CARDS
 
@@ -60,9 +58,6 @@ _FIELDS = (
     "tmp_elements",
     "phases",
 )
-
-_T = TypeVar("_T")
-_EnumT = TypeVar("_EnumT", bound=enum.Enum)
 
 
 def to_json(plan: CollectivePlan) -> dict[str, Any]:
@@ -93,23 +88,25 @@ def to_json(plan: CollectivePlan) -> dict[str, Any]:
 def from_json(document: str | bytes | Mapping[str, Any]) -> CollectivePlan:
     """The plan that `to_json` made, from its value or its text.  Raises PlanError, with the path of
     what is wrong."""
-    value: object = _parsed(document) if isinstance(document, (str, bytes)) else document
-    _fields(value, "plan", _FIELDS)
+    value: object = (
+        parsed(document, "plan", TEXT_BYTES_MAX) if isinstance(document, (str, bytes)) else document
+    )
+    fields(value, "plan", _FIELDS)
     assert isinstance(value, Mapping)
     if type(value["version"]) is not int or value["version"] != VERSION:
-        _refuse("plan.version", f"{VERSION}", value["version"])
-    cards = tuple(_list(value["cards"], "plan.cards", MAX_CARDS, _card_number))
+        refuse("plan.version", f"{VERSION}", value["version"])
+    cards = tuple(items(value["cards"], "plan.cards", MAX_CARDS, card_number))
     if not cards or len(set(cards)) != len(cards):
-        _refuse("plan.cards", "one card or more, each once", value["cards"])
+        refuse("plan.cards", "one card or more, each once", value["cards"])
 
     def card(x: object, path: str) -> int:
-        number = _card_number(x, path)
+        number = card_number(x, path)
         if number not in known:
-            _refuse(path, "a card of the plan", x)
+            refuse(path, "a card of the plan", x)
         return number
 
     def send(x: object, path: str) -> Send:
-        source, target, what, to = _row(x, path, "source, target, what, to")
+        source, target, what, to = row(x, path, "source, target, what, to")
         return Send(
             card(source, f"{path}.source"),
             card(target, f"{path}.target"),
@@ -120,11 +117,11 @@ def from_json(document: str | bytes | Mapping[str, Any]) -> CollectivePlan:
     def local(x: object, path: str) -> Local:
         name = x[0] if isinstance(x, list) and x else x
         if not isinstance(name, str) or name not in _LOCAL:
-            _refuse(f"{path}.name", f"one of {', '.join(_LOCAL)}", name)
+            refuse(f"{path}.name", f"one of {', '.join(_LOCAL)}", name)
         if name == "divide":
-            _, number, into = _row(x, path, "name, card, into")
+            _, number, into = row(x, path, "name, card, into")
             return Divide(card(number, f"{path}.card"), _to_region(into, f"{path}.into"))
-        _, number, into, operand = _row(x, path, "name, card, into, operand")
+        _, number, into, operand = row(x, path, "name, card, into, operand")
         return (Fold if name == "fold" else Copy)(
             card(number, f"{path}.card"),
             _to_region(into, f"{path}.into"),
@@ -132,26 +129,26 @@ def from_json(document: str | bytes | Mapping[str, Any]) -> CollectivePlan:
         )
 
     def phase(x: object, path: str) -> Phase:
-        fields = _fields(x, path, ("sends", "local"))
+        of = fields(x, path, ("sends", "local"))
         return Phase(
-            tuple(_list(fields["sends"], f"{path}.sends", STEPS_MAX, send)),
-            tuple(_list(fields["local"], f"{path}.local", STEPS_MAX, local)),
+            tuple(items(of["sends"], f"{path}.sends", STEPS_MAX, send)),
+            tuple(items(of["local"], f"{path}.local", STEPS_MAX, local)),
         )
 
     known = set(cards)
     algorithm = value["algorithm"]
     if not isinstance(algorithm, str) or not 1 <= len(algorithm) <= NAME_MAX:
-        _refuse("plan.algorithm", f"a name of 1 to {NAME_MAX} characters", algorithm)
+        refuse("plan.algorithm", f"a name of 1 to {NAME_MAX} characters", algorithm)
     if not isinstance(value["ordered"], bool):
-        _refuse("plan.ordered", "true or false", value["ordered"])
+        refuse("plan.ordered", "true or false", value["ordered"])
     return CollectivePlan(
-        kind=_enum(Kind, value["kind"], "plan.kind"),
+        kind=enum_of(Kind, value["kind"], "plan.kind"),
         algorithm=algorithm,
         cards=cards,
         elements=_count(value["elements"], "plan.elements"),
-        phases=tuple(_list(value["phases"], "plan.phases", PHASES_MAX, phase)),
-        shares=tuple(_list(value["shares"], "plan.shares", MAX_CARDS, _share)),
-        op=None if value["op"] is None else _enum(ReduceOp, value["op"], "plan.op"),
+        phases=tuple(items(value["phases"], "plan.phases", PHASES_MAX, phase)),
+        shares=tuple(items(value["shares"], "plan.shares", MAX_CARDS, _share)),
+        op=None if value["op"] is None else enum_of(ReduceOp, value["op"], "plan.op"),
         ordered=value["ordered"],
         root=None if value["root"] is None else card(value["root"], "plan.root"),
         tmp_elements=_count(value["tmp_elements"], "plan.tmp_elements"),
@@ -175,84 +172,24 @@ def _local(local: Local) -> list[Any]:
 # --- reading ----------------------------------------------------------------------------
 
 
-def _parsed(text: str | bytes) -> object:
-    if len(text) > TEXT_BYTES_MAX:
-        raise PlanError(f"plan: expected at most {TEXT_BYTES_MAX} bytes of JSON, got {len(text)}")
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"plan: expected JSON, got what does not parse: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError(f"a field appears twice among {[name for name, _ in pairs]}"[:200])
-    return fields
-
-
-def _refuse(path: str, expected: str, got: object) -> NoReturn:
-    text = repr(got)
-    raise PlanError(f"{path}: expected {expected}, got {text[:60]}{'...' * (len(text) > 60)}")
-
-
-def _fields(value: object, path: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        _refuse(path, "an object", value)
-    for name in names:
-        if name not in value:
-            _refuse(path, f"a field {name!r}", list(value))
-    for name in value:
-        if name not in names:
-            _refuse(path, f"no fields but {', '.join(names)}", name)
-    return value
-
-
-def _list(value: object, path: str, longest: int, item: Callable[[object, str], _T]) -> list[_T]:
-    if not isinstance(value, list):
-        _refuse(path, "a list", value)
-    if len(value) > longest:
-        raise PlanError(f"{path}: expected at most {longest} entries, got {len(value)}")
-    return [item(x, f"{path}[{i}]") for i, x in enumerate(value)]
-
-
-def _row(value: object, path: str, names: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) != names.count(",") + 1:
-        _refuse(path, f"[{names}]", value)
-    return value
-
-
-def _enum(kind: type[_EnumT], value: object, path: str) -> _EnumT:
-    for member in kind:
-        if member.value == value:
-            return member
-    _refuse(path, f"one of {', '.join(member.value for member in kind)}", value)
-
-
-def _card_number(value: object, path: str) -> int:
-    if type(value) is not int or not 0 <= value < MAX_CARDS:
-        _refuse(path, f"a card, 0 to {MAX_CARDS - 1}", value)
-    return value
-
-
 def _count(value: object, path: str) -> int:
     if type(value) is not int or not 0 <= value <= ELEMENTS_MAX:
-        _refuse(path, f"a number from 0 to {ELEMENTS_MAX}", value)
+        refuse(path, f"a number from 0 to {ELEMENTS_MAX}", value)
     return value
 
 
 def _share(value: object, path: str) -> Share:
-    start, stop = _row(value, path, "start, stop")
+    start, stop = row(value, path, "start, stop")
     return Share(*_range(start, stop, path))
 
 
 def _to_region(value: object, path: str) -> Region:
-    buffer, start, stop = _row(value, path, "buffer, start, stop")
-    return Region(_enum(Buffer, buffer, f"{path}.buffer"), *_range(start, stop, path))
+    buffer, start, stop = row(value, path, "buffer, start, stop")
+    return Region(enum_of(Buffer, buffer, f"{path}.buffer"), *_range(start, stop, path))
 
 
 def _range(start: object, stop: object, path: str) -> tuple[int, int]:
     first, end = _count(start, f"{path}.start"), _count(stop, f"{path}.stop")
     if first > end:
-        _refuse(f"{path}.stop", f"{first} or more", end)
+        refuse(f"{path}.stop", f"{first} or more", end)
     return first, end
