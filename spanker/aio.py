@@ -48,8 +48,8 @@ from spanker.errors import ConfigError, RequestError
 from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched.bandwidth import Profile
+from spanker.sched.decision import Decision
 from spanker.sched.plan import Plan
-from spanker.sched.planner import Decision
 
 T = TypeVar("T")
 

@@ -60,9 +60,10 @@ from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
+from spanker.sched.decision import Decision, decide
 from spanker.sched.layout import fit_kv_pages
 from spanker.sched.plan import Limits, ModelShape, Plan
-from spanker.sched.planner import Decision, decide, make_plan
+from spanker.sched.planner import make_plan
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
 

@@ -20,9 +20,10 @@ from spanker.fleet import describe_share
 from spanker.ggml import catalog
 from spanker.native import default_isa, isas, lib
 from spanker.sched import profiles
+from spanker.sched.decision import Decision, decide
 from spanker.sched.layout import weight_buffers
 from spanker.sched.plan import Plan
-from spanker.sched.planner import Decision, decide, make_plan
+from spanker.sched.planner import make_plan
 
 _LIBRARIES = ("numpy", "trio", "tokenizers")
 

@@ -9,57 +9,10 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.decision import Strategy, TileShape, pick_strategy
-from spanker.sched.plan import ModelShape, Plan, WeightShape, tensor_pipeline
+from spanker.sched.decision import Strategy, decide
+from spanker.sched.plan import ModelShape, Plan, tensor_pipeline
 
 _NAMED = re.compile(r"(?:tp(\d{1,4}))?(x?)(?:pp(\d{1,4}))?")
-
-
-@attrs.frozen
-class Decision:
-    """What `pick_strategy` answered for one matrix (or several alike) at one token."""
-
-    name: str
-    m: int
-    k: int
-    weight_bytes: int
-    count: int
-    strategy: Strategy
-
-
-def decide(shape: ModelShape, cards: int, profile: Profile) -> tuple[Decision, ...]:
-    """Ask `pick_strategy` for every matmul of the model at n = 1, m = output features.
-
-    Matrices of the same role and size are one entry with their count.  Bytes per element are
-    those of float32 activations, 4, as the rule of the hardware project has it.
-    """
-    found: dict[tuple[str, int, int], list[int]] = {}
-
-    def ask(role: str, w: WeightShape) -> None:
-        entry = found.setdefault((role, w.rows, w.k), [0, 0])
-        entry[0] += w.rows * w.row_bytes
-        entry[1] += 1
-
-    for layer in shape.layers:
-        for field, matrix in zip(attrs.fields(type(layer)), layer.matrices, strict=True):
-            ask(field.name, matrix)
-    ask("output", shape.output)
-    return tuple(
-        Decision(
-            role,
-            rows,
-            k,
-            nbytes,
-            count,
-            pick_strategy(
-                TileShape(rows, 1, k, 4),
-                cards,
-                profile.local_ddr_bytes_per_s,
-                profile.intercard_bytes_per_s,
-            ),
-        )
-        for (role, rows, k), (nbytes, count) in found.items()
-    )
 
 
 def _auto(shape: ModelShape, cards: int, profile: Profile) -> Plan:

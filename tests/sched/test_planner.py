@@ -9,9 +9,9 @@ from model_shapes import SHAPES, make_shape, weight
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import NATIVE, PROFILES, REV_A, Profile
-from spanker.sched.decision import Strategy
+from spanker.sched.decision import Strategy, decide
 from spanker.sched.plan import tensor_pipeline
-from spanker.sched.planner import decide, make_plan
+from spanker.sched.planner import make_plan
 
 TP, PP = Strategy.TENSOR_PARALLEL, Strategy.MODEL_PARALLEL
 

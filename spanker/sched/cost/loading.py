@@ -28,8 +28,6 @@ from spanker.sched.topology import Topology
 UPLOAD_BYTES = 2 << 20
 # Buffers or pieces that one message is about.
 BATCH_MAX = 64
-# A card's turn on the host link.
-TURN_S = 500e-6
 # Times that every card is asked for its counters: one by one, twice before and once after.
 COUNTERS_READ = 3
 
@@ -113,17 +111,17 @@ def _load_s(profile: Profile, uploads: Sequence[_Upload], cards: int) -> float:
     n = len(uploads)
     counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
     counters_s = ((COUNTERS_READ - 2) * cards + 2 * n) * _round_trip_s(profile, counters)
-    # The last round of allocations is beside the uploads of those that are through.
+    # Cards allocate one by one, and begin to be sent their bytes after the last round of that: each
+    # a round trip after the one before, which keeps them apart to the end.
+    allocation_s = _round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
     rounds = max(u.allocations for u in uploads)
-    allocation_s = ((rounds - 1) * n + 1) * _round_trip_s(
-        profile, 2 * messages.allocation_bytes(BATCH_MAX)
-    )
     answer_s = _round_trip_s(profile, messages.SMALL_BYTES)
     alone_s = max(u.nbytes / rate + u.messages * answer_s for u in uploads)
-    idle_s = max(answer_s - (n - 1) * TURN_S, 0.0)
-    shared_s = sum(u.nbytes for u in uploads) / rate + max(u.messages for u in uploads) * idle_s
-    programs_s = sum(_round_trip_s(profile, u.program_bytes) for u in uploads)
-    return counters_s + allocation_s + max(alone_s, shared_s + answer_s) + programs_s
+    apart_s = alone_s + (n - 1) * allocation_s
+    shared_s = sum(u.nbytes for u in uploads) / rate + answer_s
+    programs_s = sum(u.program_bytes for u in uploads) / rate + answer_s
+    before_s = counters_s + ((rounds - 1) * n + 1) * allocation_s
+    return before_s + max(apart_s, shared_s) + programs_s
 
 
 def _broadcast_s(machine: Machine, uploads: Sequence[Sequence[_Upload]], cards: int) -> float:

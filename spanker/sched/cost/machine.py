@@ -39,6 +39,9 @@ class Machine:
         self.host_s_per_byte = 1 / rate if rate else 0.0
         # Whether all cards are linked, and all links alike.
         self.uniform = topology.fully_meshed and not profile.links
+        # Whether cards are in each other's way while they compute.
+        self.contended = profile.cores is not None or profile.shared_bytes_per_s is not None
+        self._paces: dict[tuple[int, tuple[int, ...]], Pace] = {}
         # Cards of which every two are joined by the same links in both directions.
         self._alike: dict[tuple[int, ...], bool] = {}
 
@@ -49,6 +52,13 @@ class Machine:
 
         They are in each other's way only where the profile has `cores` or `shared_bytes_per_s`.
         """
+        key = card, tuple(together) if self.contended else ()
+        found = self._paces.get(key)
+        if found is None:
+            found = self._paces[key] = self._pace(*key)
+        return found
+
+    def _pace(self, card: int, together: tuple[int, ...]) -> Pace:
         profile, speed = self.profile, self.profile.card(card)
         memory, stretch = profile.local_ddr_bytes_per_s * speed.memory, 1.0
         if profile.cores is not None:

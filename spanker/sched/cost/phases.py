@@ -122,30 +122,60 @@ def _projected(pieces: Pieces, stage: Stage, matrix: WeightShape, q8: bool, coun
 
 @attrs.frozen
 class StagePrice:
-    """What a stage takes, and what for: `spent` adds up to `seconds`."""
+    """What a stage takes, and what for: `spent` adds up to `seconds`, of which `computing` not in
+    exchanges."""
 
     seconds: float
+    computing: float
     spent: dict[Bound, float]
 
 
 def price_stage(pieces: Pieces, plan: Plan, number: int, candidates: int) -> StagePrice:
-    """The sum of a stage's phases; in each the slowest card counts."""
+    """The sum of a stage's phases."""
     cards = plan.stages[number].cards
-    total, spent = 0.0, dict.fromkeys(Bound, 0.0)
+    total = computing = 0.0
+    spent = dict.fromkeys(Bound, 0.0)
     exchange_s = pieces.exchange_s(len(cards))
     for phase in phases(pieces, plan, number, candidates):
-        times = [pieces.seconds(card, run) for card, run in zip(cards, phase.runs, strict=True)]
-        run_s = max(times)
-        slowest = times.index(run_s)
-        total += phase.count * run_s
-        for bound, seconds in spent_on(pieces, cards[slowest], phase.runs[slowest]).items():
-            spent[bound] += phase.count * seconds
+        run_s, slowest = phase_s(pieces, cards, phase.runs)
+        parts = spent_on(pieces, cards[slowest], phase.runs[slowest])
+        # Where cards are in each other's way, but not to the end, as much of each part.
+        less = run_s / (sum(parts.values()) or 1.0)
+        for bound, seconds in parts.items():
+            spent[bound] += phase.count * seconds * less
+        computing += phase.count * run_s
         if phase.sends is not None and len(cards) > 1:
             gather_s = pieces.machine.gather_s(cards, phase.sends)
             total += phase.count * (exchange_s + gather_s)
             spent[Bound.COMMANDS] += phase.count * exchange_s
             spent[Bound.LINKS] += phase.count * gather_s
-    return StagePrice(total, spent)
+    return StagePrice(total + computing, computing, spent)
+
+
+def phase_s(pieces: Pieces, cards: Sequence[int], runs: Sequence[Commands]) -> tuple[float, int]:
+    """What a phase's commands take, from when all cards begin to when all have ended, and the place
+    of the card that is last.
+
+    Of cards that share cores or memory, each that ends leaves the others a larger part.
+    """
+    times = [pieces.seconds(card, run) for card, run in zip(cards, runs, strict=True)]
+    longest = max(times)
+    last = times.index(longest)
+    if not pieces.machine.contended or min(times) == longest:
+        return longest, last
+    others = [card for card in pieces.together if card not in cards]
+    left = {i: 1.0 for i, run in enumerate(runs) if run}
+    elapsed = 0.0
+    while left:
+        together = [*others, *(cards[i] for i in left)]
+        for i in left:
+            pace = pieces.machine.pace(cards[i], together)
+            times[i] = left[i] * pieces.seconds(cards[i], runs[i], pace)
+        last = max(left, key=times.__getitem__)
+        spent = min(times[i] for i in left)
+        elapsed += spent
+        left = {i: part * (1 - spent / times[i]) for i, part in left.items() if times[i] > spent}
+    return elapsed, last
 
 
 def spent_on(pieces: Pieces, card: int, run: Commands) -> dict[Bound, float]:

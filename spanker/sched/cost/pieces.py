@@ -58,7 +58,8 @@ class Pieces:
     """Prices of the pieces of one step of a model, in seconds.
 
     `together` are the cards that compute at the same time; it matters only where the profile has
-    `cores` or `shared_bytes_per_s`.
+    `cores` or `shared_bytes_per_s`.  Prices are then those of cards that are in each other's way
+    to the end, and `phases.phase_s` is for a phase in which some have less to do.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Pieces:
         self.shape = shape
         self.machine = machine
         self.rows = rows
+        self.together = tuple(together)
         self._paces = {card: machine.pace(card, together) for card in machine.cards}
         t, hidden = rows.tokens, shape.hidden
         self._norm = commands.rmsnorm(t, hidden)
@@ -75,9 +77,9 @@ class Pieces:
 
     # --- seconds ------------------------------------------------------------------------
 
-    def seconds(self, card: int, what: Commands) -> float:
-        """What commands take on a card, one after the other."""
-        pace = self._paces[card]
+    def seconds(self, card: int, what: Commands, pace: Pace | None = None) -> float:
+        """What commands take on a card, one after the other, or at another pace than its."""
+        pace = pace or self._paces[card]
         s_per_byte, s_per_work = pace.s_per_byte, pace.s_per_work
         total = len(what) * pace.command_s
         for nbytes, work, rate in what:

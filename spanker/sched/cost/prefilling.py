@@ -80,9 +80,10 @@ def prefill(
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
+    sizes = list(prompt_steps(batch, tokens, chunk))
     steps = [
-        _price(shape, plan, machine, rows, sequences, min(tokens + 1, seen), candidates)
-        for rows, sequences, seen in prompt_steps(batch, tokens, chunk)
+        _price(shape, plan, machine, size, (number == 0, number == len(sizes) - 1), candidates)
+        for number, size in enumerate(sizes)
     ]
     seconds = _run(profile, steps)
     stages = tuple(sum(step.stages[n].seconds for step in steps) for n in range(len(plan.stages)))
@@ -130,14 +131,23 @@ def _price(
     shape: ModelShape,
     plan: Plan,
     machine: Machine,
-    rows: StepRows,
-    sequences: int,
-    context: int,
+    size: tuple[StepRows, int, int],
+    ends: tuple[bool, bool],
     candidates: int,
 ) -> _Step:
-    by_stage = stage_pieces(shape, plan, machine, rows, lambda n: _together(plan, n))
+    """One step; `ends` are whether it is the first one, and the last."""
+    rows, sequences, context = size
+    by_stage = stage_pieces(shape, plan, machine, rows, lambda n: plan.stages[n].cards)
+    stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
+    if machine.contended and len(stages) > 1:
+        both = stage_pieces(shape, plan, machine, rows, lambda n: _together(plan, n))
+        beside = [price_stage(p, plan, n, candidates) for n, p in enumerate(both)]
+        stages = [
+            _beside(alone, other, len(stages), n, ends)
+            for n, (alone, other) in enumerate(zip(stages, beside, strict=True))
+        ]
     return _Step(
-        stages=[price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)],
+        stages=stages,
         handovers=handover_times(by_stage, plan),
         choose_s=by_stage[-1].choose(plan.voters, plan.embedders),
         host=step_messages(plan, machine.profile, rows, sequences, context, candidates),
@@ -146,10 +156,29 @@ def _price(
 
 
 def _together(plan: Plan, number: int) -> tuple[int, ...]:
-    """Cards that compute at the same time: with two chunks under way those of two stages."""
+    """Cards that may compute at the same time: with two chunks under way those of two stages."""
     other = number + 1 if number + 1 < len(plan.stages) else number - 1
-    stages = {number, max(other, 0)}
-    return tuple(card for n in sorted(stages) for card in plan.stages[n].cards)
+    return plan.stages[number].cards + plan.stages[other].cards
+
+
+def _beside(
+    alone: StagePrice, beside: StagePrice, stages: int, number: int, ends: tuple[bool, bool]
+) -> StagePrice:
+    """A stage's price while another one has the other chunk: in its way for as much of the time as
+    it computes itself.  The first chunk is alone on its way in, the last one on its way out."""
+    first, last = ends
+    if (first and number < stages / 2) or (last and number >= stages / 2):
+        return alone
+    part = alone.computing / alone.seconds
+
+    def between(a: float, b: float) -> float:
+        return a + part * (b - a)
+
+    return StagePrice(
+        seconds=between(alone.seconds, beside.seconds),
+        computing=between(alone.computing, beside.computing),
+        spent={bound: between(s, beside.spent[bound]) for bound, s in alone.spent.items()},
+    )
 
 
 def _run(profile: Profile, steps: Sequence[_Step]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import StepCost
+from spanker.sched.decision import Decision, Strategy
 from spanker.sched.planning.request import Candidate
 
 
@@ -24,6 +25,31 @@ def reason(profile: Profile, candidates: Sequence[Candidate], gap: float) -> str
         parts.append(f"{other.plan.name} is {_percent(slower)} slower")
     parts.append(certainty(gap))
     return "; ".join(parts)
+
+
+def beside_the_rule(
+    answers: Sequence[Decision], cards: int, candidates: Sequence[Candidate]
+) -> str:
+    """What `pick_strategy` says, and where the plan chosen is another, why."""
+    total = sum(answer.weight_bytes for answer in answers)
+    by_tensor = sum(a.weight_bytes for a in answers if a.strategy is Strategy.TENSOR_PARALLEL)
+    tensor = 2 * by_tensor >= total
+    part = (by_tensor if tensor else total - by_tensor) / total
+    name = f"tp{cards}" if tensor else f"pp{cards}"
+    said = f"pick_strategy says {'tensor' if tensor else 'model'} parallel for {_percent(part)}"
+    said += f" of the weights: {name}"
+    chosen = candidates[0]
+    if cards == 1 or chosen.plan.name == name:
+        return f"{said}, as chosen"
+    other = next((c for c in candidates if c.plan.name == name), None)
+    if other is None:
+        return f"{said}, which does not fit the model or the cards' memory"
+    slower = chosen.tokens_per_second / other.tokens_per_second - 1
+    return (
+        f"{said}, {_percent(slower)} slower than {chosen.plan.name}: the rule weighs one matrix's "
+        f"bytes against one activation, not what a whole step takes, which with {name} is "
+        f"{spent(slowest(other))}"
+    )
 
 
 def slowest(candidate: Candidate) -> StepCost:
