@@ -23,6 +23,23 @@ class _Group(click.Group):
             return super().invoke(ctx)
 
 
+class _PlanGroup(click.Group):
+    """`spanker plan MODEL` is `spanker plan best MODEL`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands:
+            args = ["best", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Its only option is help; what else begins with a dash is the command's.
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["best", *args]
+        return super().parse_args(ctx, args)
+
+
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
@@ -274,6 +291,159 @@ def simulate(
         trace=trace,
         as_json=as_json,
     )
+
+
+@group.group("plan", cls=_PlanGroup, short_help="Choose a plan, and say what to expect of it.")
+def plan_group() -> None:
+    """Which plan is best for a model on a fleet, and how fast each would be.
+
+    \b
+    spanker plan MODEL --cards N          choose a plan for a model
+    spanker plan --shape llama-70b ...    the same for a shape, without a file
+    spanker plan show PLAN                draw a plan
+
+    `spanker plan best --help` lists the options of the first two.
+    """
+
+
+@plan_group.command("best", short_help="Choose a plan (what plain `spanker plan` does).")
+@click.argument("model", required=False)
+@click.option("--shape", metavar="NAME", help="Plan for a model of this shape, without a file.")
+@click.option(
+    "--cards",
+    default="1",
+    metavar="N|SPEC",
+    help="How many cards, or e.g. 4:64MiB for the memory of each.",
+)
+@options.profile_to_plan_by
+@options.links
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Sequences side by side that decoding is to be fast for.",
+)
+@click.option(
+    "--position",
+    type=click.IntRange(min=1),
+    default=512,
+    help="How far into their context these are.",
+)
+@options.ctx
+@click.option(
+    "--prompt", type=click.IntRange(min=1), default=512, help="Tokens of the prompt in the table."
+)
+@options.prompt_chunk
+@click.option(
+    "--top", type=click.IntRange(1, 100), default=8, help="How many plans the table compares."
+)
+@click.option("--save", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw tokens/s over the number of cards, as PNG, SVG or PDF.",
+)
+@options.as_json
+def plan_best(
+    model: str | None,
+    shape: str | None,
+    cards: str,
+    profile: str,
+    links: str,
+    batch: int,
+    position: int,
+    ctx: int | None,
+    prompt: int,
+    prompt_chunk: int,
+    top: int,
+    save: str | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """Choose the plan that decodes fastest, by the cost model, and compare it with others.
+
+    MODEL is a name or a file; nothing is loaded, and the cards need not exist.
+    """
+    if (model is None) == (shape is None):
+        raise click.UsageError("give either a MODEL or a --shape")
+    from spanker.cli import plan as work
+
+    asked = work.Asked(
+        model=model,
+        shape=shape,
+        cards=cards,
+        profile=profile,
+        links=links,
+        batch=batch,
+        position=position,
+        ctx=ctx,
+        prompt_tokens=prompt,
+        prompt_chunk=prompt_chunk,
+        top=top,
+    )
+    work.plan(asked, save=save, plot=plot, as_json=as_json)
+
+
+@plan_group.command("show", short_help="Draw a plan.")
+@click.argument("what", metavar="PLAN")
+@click.option("--model", metavar="NAME|FILE", help="The model that a plan's name is for.")
+@click.option("--shape", metavar="NAME", help="The same without a file, such as llama-70b.")
+@click.option("--cards", default="4", metavar="N|SPEC", help="How many cards it is for.")
+@options.profile_to_plan_by
+@options.links
+@click.option(
+    "--algorithm",
+    default="best",
+    metavar="NAME",
+    help="Of a collective: ring, direct, tree, ..., or best, which searches.",
+)
+@click.option(
+    "--op", type=click.Choice(("sum", "avg", "max", "min")), default="sum", help="Of a reduction."
+)
+@click.option(
+    "--elements", type=click.IntRange(min=0), default=4096, help="Elements of a collective."
+)
+@click.option("--svg", type=click.Path(dir_okay=False), metavar="FILE", help="Draw it.")
+@click.option("--save", type=click.Path(dir_okay=False), metavar="FILE", help="Write it as JSON.")
+@options.as_json
+def plan_show(
+    what: str,
+    model: str | None,
+    shape: str | None,
+    cards: str,
+    profile: str,
+    links: str,
+    algorithm: str,
+    op: str,
+    elements: int,
+    svg: str | None,
+    save: str | None,
+    as_json: bool,
+) -> None:
+    """Show PLAN as text, and with --svg as a drawing.
+
+    \b
+    PLAN is one of
+      FILE.json                 what plan --save or show --save has written
+      tp2xpp2                   a model's plan by name, with --shape or --model
+      all-reduce, all-gather, reduce-scatter, broadcast, all-to-all, barrier
+                                a collective on --cards with --links
+    """
+    from spanker.cli import plan_show as work
+
+    asked = work.Shown(
+        what=what,
+        model=model,
+        shape=shape,
+        cards=cards,
+        profile=profile,
+        links=links,
+        algorithm=algorithm,
+        op=op,
+        elements=elements,
+    )
+    work.show(asked, svg=svg, save=save, as_json=as_json)
 
 
 @group.command(short_help="Show versions, this machine, and what a model would do.")

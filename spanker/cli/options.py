@@ -80,6 +80,20 @@ profile = click.option(
     help="The speeds to plan by: native, rev-a, rev-b, or what `spanker calibrate` has written;"
     " the host link keeps those of rev-a and rev-b.",
 )
+profile_to_plan_by = click.option(
+    "--profile",
+    callback=_profile_name,
+    default="rev-a",
+    metavar="NAME|FILE",
+    help="The speeds of cards, links and host: native, rev-a, rev-b, or what `spanker calibrate`"
+    " has written.",
+)
+links = click.option(
+    "--links",
+    type=click.Choice(("mesh", "ring", "line")),
+    default="mesh",
+    help="Which cards are linked with each other.",
+)
 throttle = click.option(
     "--throttle",
     is_flag=True,

@@ -4,9 +4,11 @@
 A plan from a file has only the right form; `sched.plan.check_plan` says whether it computes a
 model.
 
-    {"version": 1, "name": "tp2", "reason": "", "replicas": [{"name": "tp2", "reason": "", "stages": [
-      {"layers": [0, 30], "shares": [{"card": 0, "heads": [0, 5], "hidden": [0, 288], "ffn": [0, 768],
-        "vocabulary": [0, 24576], "columns": [0, 288]}, ...]}]}]}
+    {"version": 1, "name": "tp2", "reason": "", "replicas": [
+      {"name": "tp2", "reason": "", "stages": [
+        {"layers": [0, 30], "shares": [
+          {"card": 0, "heads": [0, 5], "hidden": [0, 288], "ffn": [0, 768],
+           "vocabulary": [0, 24576], "columns": [0, 288]}, ...]}]}]}
 
 A range is [start, stop).
 """
