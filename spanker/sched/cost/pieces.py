@@ -135,9 +135,14 @@ class Pieces:
     def handover(self, sources: Sequence[int], targets: Sequence[int]) -> float:
         """Whole rows from the cards of a stage to those of the next, its EXCHANGE included; the
         next stage's cards wait for it."""
+        return self.exchange_s(2) + self.machine.moves_s(self.handover_moves(sources, targets))
+
+    def handover_moves(
+        self, sources: Sequence[int], targets: Sequence[int]
+    ) -> list[tuple[int, int, float]]:
+        """(source, target, bytes) of a handover: a row to each target, the sources taking turns."""
         row = self.rows.tokens * self.shape.hidden * 4
-        moves = [(sources[i % len(sources)], target, row) for i, target in enumerate(targets)]
-        return self.exchange_s(2) + self.machine.moves_s(moves)
+        return [(sources[i % len(sources)], target, row) for i, target in enumerate(targets)]
 
     def choose(self, voters: Sequence[int], embedders: Sequence[int]) -> float:
         """Each voter's best tokens to each embedder, the EXCHANGE included, and their choice; from

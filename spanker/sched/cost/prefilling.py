@@ -198,9 +198,9 @@ def _run(profile: Profile, steps: Sequence[_Step]) -> float:
         ]
         at = begins[0] + step.stages[0].seconds
         for n, handover_s in enumerate(step.handovers):
-            # The senders are done with it a latency earlier, which is next to nothing.
             at += handover_s
-            done[n] = at
+            # The senders are done when it has left.
+            done[n] = at - min(profile.intercard_latency_s, handover_s)
             at = max(at, begins[n + 1] + profile.command_s) + step.stages[n + 1].seconds
         done[-1] = at = at + step.choose_s
         if step.chooses:
