@@ -21,7 +21,7 @@ from spanker.ggml import catalog
 from spanker.native import default_isa, isas, lib
 from spanker.sched import profiles
 from spanker.sched.layout import weight_buffers
-from spanker.sched.plan import Plan
+from spanker.sched.plan import FleetPlan, Plan
 from spanker.sched.planner import Decision, decide, make_plan
 
 _LIBRARIES = ("numpy", "trio", "tokenizers")
@@ -32,7 +32,7 @@ class Forecast:
     """What loading a model would do."""
 
     inspected: Inspected
-    plan: Plan
+    plan: FleetPlan
     decisions: tuple[Decision, ...]
 
 
@@ -116,8 +116,8 @@ def _formats(inspected: Inspected) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _weight_bytes(forecast: Forecast, card: int) -> int:
-    buffers = weight_buffers(forecast.inspected.model.shape, forecast.plan, card)
+def _weight_bytes(forecast: Forecast, replica: Plan, card: int) -> int:
+    buffers = weight_buffers(forecast.inspected.model.shape, replica, card)
     return sum(b.ddr_bytes for b in buffers)
 
 
@@ -142,7 +142,11 @@ def _forecast_json(forecast: Forecast) -> dict[str, object]:
         },
         "weight_bytes_per_token": inspected.model.weight_bytes,
         "plan": plan_json(plan),
-        "card_weight_bytes": [_weight_bytes(forecast, card) for card in plan.cards],
+        "card_weight_bytes": [
+            _weight_bytes(forecast, replica, card)
+            for replica in plan.replicas
+            for card in replica.cards
+        ],
         "decisions": [attrs.asdict(d) | {"strategy": d.strategy.value} for d in forecast.decisions],
     }
 
@@ -173,11 +177,16 @@ def _show_forecast(forecast: Forecast) -> None:
         )
     )
     terminal.emit("")
-    cards = terminal.table(">card", ">weights", "share")
-    for card in plan.cards:
-        cards.add_row(
-            str(card), terminal.size(_weight_bytes(forecast, card)), describe_share(plan, card)
-        )
+    several = [">replica"] if plan.parallel else []
+    cards = terminal.table(">card", *several, ">weights", "share")
+    for number, replica in enumerate(plan.replicas):
+        for card in replica.cards:
+            cards.add_row(
+                str(card),
+                *([str(number)] if plan.parallel else []),
+                terminal.size(_weight_bytes(forecast, replica, card)),
+                describe_share(plan, card),
+            )
     terminal.show(cards)
     terminal.emit("")
     answers = terminal.table("matrix", ">m", ">k", ">count", ">weights", "pick_strategy, n = 1")

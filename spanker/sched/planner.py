@@ -10,9 +10,19 @@ import attrs
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Strategy, TileShape, pick_strategy
-from spanker.sched.plan import ModelShape, Plan, WeightShape, tensor_pipeline
+from spanker.sched.plan import (
+    FleetPlan,
+    ModelShape,
+    Plan,
+    WeightShape,
+    side_by_side,
+    tensor_pipeline,
+)
 
-_NAMED = re.compile(r"(?:tp(\d{1,4}))?(x?)(?:pp(\d{1,4}))?")
+# dpD, tpA and ppB, in this order, at least one of them.
+_NAMED = re.compile(
+    r"(?!$)(?:dp(\d{1,4})(?:x(?=[tp])|$))?(?:tp(\d{1,4})(?:x(?=p)|$))?(?:pp(\d{1,4}))?"
+)
 
 
 @attrs.frozen
@@ -80,25 +90,34 @@ def _auto(shape: ModelShape, cards: int, profile: Profile) -> Plan:
     return attrs.evolve(plan, reason=reason)
 
 
-def make_plan(spec: str, shape: ModelShape, cards: int, profile: Profile) -> Plan:
-    """The plan for `spec`: `auto`, `tp`, `pp`, `tpA`, `ppB` or `tpAxppB`, over all `cards`.
+def make_plan(spec: str, shape: ModelShape, cards: int, profile: Profile) -> FleetPlan:
+    """The plan for `spec` over all `cards`: `auto`, `tp`, `pp`, or any of dpD, tpA and ppB joined
+    by x: D replicas side by side, of B stages of A cards each.
 
     Raises PlanError when the spec is not understood or does not use exactly `cards` cards.
     """
     text = spec.strip().lower()
     if text == "auto":
-        return _auto(shape, cards, profile)
+        return FleetPlan.of(_auto(shape, cards, profile))
     if text == "tp":
-        return attrs.evolve(tensor_pipeline(shape, cards, 1), reason="as asked")
+        return _as_asked(tensor_pipeline(shape, cards, 1))
     if text == "pp":
-        return attrs.evolve(tensor_pipeline(shape, 1, cards), reason="as asked")
+        return _as_asked(tensor_pipeline(shape, 1, cards))
     match = _NAMED.fullmatch(text)
-    if not match or not text or bool(match[2]) != bool(match[1] and match[3]):
-        raise PlanError(f"no plan {spec!r}: expected auto, tp, pp, or tpAxppB such as tp2xpp2")
-    tensor, pipeline = int(match[1] or 1), int(match[3] or 1)
-    if tensor * pipeline != cards:
+    if not match:
         raise PlanError(
-            f"plan {text} uses {tensor * pipeline} cards, the fleet has {cards}: "
-            f"use --cards {tensor * pipeline}, or --plan auto"
+            f"no plan {spec!r}: expected auto, tp, pp, or tpAxppB such as tp2xpp2, or several "
+            f"replicas of it side by side such as dp2xtp2"
         )
-    return attrs.evolve(tensor_pipeline(shape, tensor, pipeline), reason="as asked")
+    replicas, tensor, pipeline = (int(count or 1) for count in match.groups())
+    if replicas * tensor * pipeline != cards:
+        uses = replicas * tensor * pipeline
+        raise PlanError(
+            f"plan {text} uses {uses} cards, the fleet has {cards}: "
+            f"use --cards {uses}, or --plan auto"
+        )
+    return _as_asked(tensor_pipeline(shape, tensor, pipeline), replicas)
+
+
+def _as_asked(plan: Plan, replicas: int = 1) -> FleetPlan:
+    return side_by_side(attrs.evolve(plan, reason="as asked"), replicas)

@@ -134,7 +134,8 @@ async def load(coordinator: Coordinator, path: Path, plan: str = "tp") -> Loaded
     with GGUFFile(path) as gguf:
         model = read_model(gguf)
         made = make_plan(plan, model.shape, len(coordinator.cards), NATIVE)
-        return await coordinator.load(model, gguf, made, LIMITS)
+        (loaded,) = await coordinator.load(model, gguf, made, LIMITS)
+        return loaded
 
 
 async def check_step(coordinator: Coordinator, loaded: LoadedModel, model: TinyModel) -> None:

@@ -10,7 +10,7 @@ from model_shapes import SHAPES, make_shape, weight
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import NATIVE, PROFILES, REV_A, Profile
 from spanker.sched.decision import Strategy
-from spanker.sched.plan import tensor_pipeline
+from spanker.sched.plan import check_fleet_plan, tensor_pipeline
 from spanker.sched.planner import decide, make_plan
 
 TP, PP = Strategy.TENSOR_PARALLEL, Strategy.MODEL_PARALLEL
@@ -37,14 +37,22 @@ def turning_at(k: int) -> Profile:
         ("tp1xpp2", 2, "pp2"),
         ("tp3xpp1", 3, "tp3"),
         ("auto", 1, "tp1"),
+        ("dp3", 3, "dp3"),
+        ("dp1", 1, "tp1"),
+        ("dp1xtp2", 2, "tp2"),
+        ("dp2xtp2", 4, "dp2xtp2"),
+        ("dp3xpp2", 6, "dp3xpp2"),
+        ("DP2xtp2xpp2", 8, "dp2xtp2xpp2"),
+        ("dp2xtp1xpp1", 2, "dp2"),
     ],
 )
 def test_plans_by_name(spec: str, cards: int, name: str) -> None:
     shape = make_shape()
     plan = make_plan(spec, shape, cards, NATIVE)
     assert plan.name == name
-    assert len(plan.cards) == cards
-    assert plan.reason
+    assert plan.cards == tuple(range(cards))
+    assert plan.reason and all(replica.reason for replica in plan.replicas)
+    check_fleet_plan(shape, plan, cards)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,14 @@ def test_plans_by_name(spec: str, cards: int, name: str) -> None:
         "tp-1",
         "tp2.0",
         "tp12345",
+        "dp",
+        "dp2x",
+        "dp2xdp2",
+        "dp2tp2",
+        "tp2xdp2",
+        "pp2xdp2",
+        "dp2xx",
+        "dp12345",
     ],
 )
 def test_unknown_plans_are_refused_by_name(spec: str) -> None:
@@ -71,7 +87,16 @@ def test_unknown_plans_are_refused_by_name(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "uses"), [("tp3", 3), ("tp2xpp2", 4), ("pp1", 1), ("tp0", 0), ("tp0xpp2", 0)]
+    ("spec", "uses"),
+    [
+        ("tp3", 3),
+        ("tp2xpp2", 4),
+        ("pp1", 1),
+        ("tp0", 0),
+        ("tp0xpp2", 0),
+        ("dp2xtp2", 4),
+        ("dp0", 0),
+    ],
 )
 def test_plans_for_another_number_of_cards_are_refused(spec: str, uses: int) -> None:
     with pytest.raises(PlanError, match=f"plan {spec} uses {uses} cards, the fleet has 2"):
@@ -153,4 +178,5 @@ def test_auto_turns_to_tensor_parallel_where_layers_cannot_fill_the_stages() -> 
 def test_auto_for_a_real_model_is_tensor_parallel_under_both_profiles() -> None:
     shape = SHAPES["smollm2"]
     for profile in (NATIVE, REV_A):
-        assert make_plan("auto", shape, 3, profile).stages == tensor_pipeline(shape, 3, 1).stages
+        (plan,) = make_plan("auto", shape, 3, profile).replicas
+        assert plan.stages == tensor_pipeline(shape, 3, 1).stages
