@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from spanker.errors import (
 )
 from spanker.ggml.architectures.llama import read_model
 from spanker.ggml.gguf import GGUFFile
+from spanker.sched.bandwidth import NATIVE, REV_A, Profile
 from spanker.sched.plan import FleetPlan, ModelShape, on_cards, tensor_pipeline
 from spanker.simulation import Scenario, simulate
 from spanker.testing import hang, kill, tensor, tiny_llama
@@ -319,7 +321,21 @@ async def test_a_cancelled_step_of_one_replica_leaves_the_other_alone(
 
 
 async def test_cards_of_different_epochs_meet_in_one(tiny: Path, expected: list[Answer]) -> None:
-    async with spanker.open_fleet(4) as fleet:
+    await _meet_in_one("soft:4", NATIVE, tiny, expected)
+
+
+async def test_throttled_cards_of_different_epochs_meet(tiny: Path, expected: list[Answer]) -> None:
+    fast = attrs.evolve(REV_A, int8_madds_per_s=1e9, float_madds_per_s=1e9, elements_per_s=1e9)
+    await _meet_in_one("soft:4", fast, tiny, expected)
+
+
+def test_virtual_cards_of_different_epochs_meet(tiny: Path, expected: list[Answer]) -> None:
+    run_virtual(functools.partial(_meet_in_one, "virtual:4", NATIVE, tiny, expected))
+
+
+async def _meet_in_one(cards: str, profile: Profile, tiny: Path, expected: list[Answer]) -> None:
+    throttle = profile is not NATIVE
+    async with spanker.open_fleet(cards, profile=profile, throttle=throttle) as fleet:
         model = await fleet.load(tiny, plan="dp2xtp2")
         across = await fleet.load(tiny, plan="tp4")
         await reduced(fleet)
