@@ -109,7 +109,7 @@ class Case:
 
     def made_plan(self) -> Plan:
         if isinstance(self.plan, str):
-            return make_plan(self.plan, shape(self.shape), self.cards, self.profile)
+            return make_plan(self.plan, shape(self.shape), self.cards)
         return weighted_plan(shape(self.shape), self.plan)
 
     def limits(self) -> Limits:

@@ -39,7 +39,7 @@ from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
-from spanker.sched.plan import Plan
+from spanker.sched.plan import FleetPlan
 from spanker.sched.planner import make_plan
 from spanker.sched.topology import Topology
 
@@ -142,10 +142,10 @@ def _paces(fleet: Fleet) -> list[Pace]:
 # --- predicted --------------------------------------------------------------------------
 
 
-def _shape_and_plan(case: Case, profile: Profile) -> tuple[llama.LlamaModel, Plan]:
+def _shape_and_plan(case: Case, profile: Profile) -> tuple[llama.LlamaModel, FleetPlan]:
     with GGUFFile(case.path()) as gguf:
         model = llama.read_model(gguf)
-    return model, make_plan(case.plan, model.shape, case.cards, profile)
+    return model, make_plan(case.plan, model.shape, case.cards)
 
 
 def cost_model(case: Case) -> Rates | None:

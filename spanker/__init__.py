@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         open_fleet,
     )
     from spanker.ggml.sampling import SamplingParams
-    from spanker.sched.plan import Plan
+    from spanker.sched.plan import FleetPlan, Plan
     from spanker.sched.topology import Topology
     from spanker.simulation import Scenario, Simulation, simulate
 
@@ -48,6 +48,7 @@ _MODULES = {
     "CardInfo": "actors.message",
     "CardStats": "fleet",
     "Fleet": "fleet",
+    "FleetPlan": "sched.plan",
     "FleetStats": "fleet",
     "Generation": "fleet",
     "Model": "fleet",
@@ -75,6 +76,7 @@ __all__ = [
     "CardInfo",
     "CardStats",
     "Fleet",
+    "FleetPlan",
     "FleetStats",
     "Generation",
     "Model",

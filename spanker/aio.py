@@ -45,11 +45,12 @@ from spanker.aio_collectives import (
 from spanker.device.soft import SoftCard
 from spanker.device.spec import CardSpec
 from spanker.errors import ConfigError, RequestError
-from spanker.fleet import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT_CHUNK, FleetStats, Token
+from spanker.fleet import DEFAULT_MAX_TOKENS, FleetStats, Token
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision
-from spanker.sched.plan import Plan
+from spanker.sched.limits import DEFAULT_PROMPT_CHUNK
+from spanker.sched.plan import FleetPlan, Plan
 
 T = TypeVar("T")
 
@@ -393,7 +394,7 @@ class Model:
         return self._model.name
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> FleetPlan:
         return self._model.plan
 
     @property
@@ -511,7 +512,7 @@ class Fleet:
         return self._fleet.cards
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> FleetPlan:
         """The plan of the model loaded last; PlanError before there is one."""
         return self._fleet.plan
 
@@ -524,13 +525,13 @@ class Fleet:
         self,
         model: str | os.PathLike[str],
         *,
-        plan: str = "auto",
+        plan: str | Plan | FleetPlan = "auto",
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Model:
-        """Load a model by name or path onto all cards, as `spanker.Fleet.load` does.
+        """Load a model by name or path onto the cards, as `spanker.Fleet.load` does.
 
         `progress(done, total)` is called in the event loop.
         """

@@ -34,6 +34,7 @@ from spanker.actors import session as sessions
 from spanker.actors.collectives import Collectives
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
+from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
 from spanker.actors.trace import Trace
@@ -46,7 +47,6 @@ from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
 from spanker.device.virtual.engine import Usage as FleetUsage
 from spanker.errors import (
     ConfigError,
-    ContextLengthError,
     PlanError,
     RequestError,
     UnsupportedModelError,
@@ -61,24 +61,30 @@ from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision, decide
-from spanker.sched.layout import fit_kv_pages
-from spanker.sched.plan import Limits, ModelShape, Plan
-from spanker.sched.planner import make_plan
+from spanker.sched.limits import (
+    DEFAULT_PROMPT_CHUNK,
+    step_limits,
+    with_kv_pages,
+)
+from spanker.sched.plan import (
+    FleetPlan,
+    Limits,
+    ModelShape,
+    Plan,
+    check_fleet_plan,
+    tensor_pipeline,
+)
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-DEFAULT_CONTEXT = 4096
-DEFAULT_PROMPT_CHUNK = 512
-PROMPT_CHUNK_MAX = 8192
 DEFAULT_MAX_TOKENS = 256
-PAGE_POSITIONS = 64
-OUTPUTS_MAX = 64
-CANDIDATES = 64
-# By default the KV pool holds so many full contexts, or what the cards have room for.
-KV_CONTEXTS = 8
+# Where a plan chosen automatically is to decode fastest.
+PLANNED_POSITION = 512
+
+_Put = tuple[FleetPlan, tuple[LoadedModel, ...]]
 
 
 @attrs.frozen
@@ -100,12 +106,14 @@ class Token:
 
 @attrs.frozen
 class CardStats:
-    """What one card has done and holds.  `busy_s` is time spent computing since it was opened."""
+    """What one card has done and holds.  `share` and `replica`, None where it has none, are those
+    of the model loaded last; `busy_s` is time spent computing since it was opened."""
 
     number: int
     name: str
     isa: str
     share: str
+    replica: int | None
     ddr_used_bytes: int
     ddr_total_bytes: int
     commands: int
@@ -144,12 +152,11 @@ class Generation:
 
     def __init__(
         self,
-        session: Session,
         sequence: sessions.Sequence,
         tokenizer: Tokenizer | None,
         stops: StopMatcher,
     ) -> None:
-        self._session = session
+        self._session = sequence.session
         self._sequence = sequence
         # Without a tokenizer tokens have no text.
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
@@ -236,14 +243,18 @@ class Model:
         path: str,
         metadata: Mapping[str, object],
         tokenizer: Tokenizer | None,
-        loaded: LoadedModel,
-        session: Session,
+        model: llama.LlamaModel,
+        plan: FleetPlan,
+        limits: Limits,
+        replicas: Replicas,
         decisions: tuple[Decision, ...],
     ) -> None:
         self.path = path
+        self.plan = plan
         self.decisions = decisions
-        self._loaded = loaded
-        self._session = session
+        self._model = model
+        self._limits = limits
+        self._replicas = replicas
         self._metadata = metadata
         self._tokenizer = tokenizer
         self._template: ChatTemplate | None = None
@@ -255,22 +266,18 @@ class Model:
         return name if isinstance(name, str) and name else os.path.basename(self.path)
 
     @property
-    def plan(self) -> Plan:
-        return self._loaded.plan
-
-    @property
     def context(self) -> int:
         """Positions that one sequence can have."""
-        return self._loaded.limits.context
+        return self._limits.context
 
     @property
     def vocabulary(self) -> int:
-        return self._loaded.model.shape.vocabulary
+        return self._model.shape.vocabulary
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads over all cards."""
-        return self._loaded.model.weight_bytes
+        """Bytes of weights that one decode step reads over all cards of a replica."""
+        return self._model.weight_bytes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -329,14 +336,14 @@ class Model:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         matcher = StopMatcher(stops)
-        sequence = self._session.add(
+        sequence = self._replicas.add(
             ids,
             max_tokens,
             SamplingParams(temperature, top_k, top_p, min_p, seed),
             stop_ids=frozenset() if ignore_eos else self._stop_ids,
             want_logits=logits,
         )
-        return Generation(self._session, sequence, self._tokenizer, matcher)
+        return Generation(sequence, self._tokenizer, matcher)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
@@ -348,13 +355,13 @@ class Model:
 
     async def score(self, ids: Sequence[int]) -> AsyncGenerator[tuple[int, F32], None]:
         """Logits of a forced sequence in pieces (first position, (tokens, vocabulary) float32)."""
-        sequence = self._session.add(ids, 0, SamplingParams(), score=True)
+        sequence = self._replicas.add(ids, 0, SamplingParams(), score=True)
         try:
             while (item := await sequence.next()) is not None:
                 assert isinstance(item, Scored)
                 yield item.position, item.logits
         finally:
-            self._session.release(sequence)
+            sequence.session.release(sequence)
 
     async def logits(self, ids: Sequence[int]) -> F32:
         """float32 (tokens, vocabulary): row i are the logits after ids[:i + 1]."""
@@ -366,7 +373,8 @@ class Model:
 
     @property
     def stats(self) -> SessionStats:
-        return self._session.stats
+        """Counts since it was loaded, of all replicas together."""
+        return self._replicas.stats
 
 
 class Fleet:
@@ -398,7 +406,7 @@ class Fleet:
         return self._coordinator.cards
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> FleetPlan:
         """The plan of the model loaded last; PlanError before there is one."""
         if not self._models:
             raise PlanError("no model has been loaded, so there is no plan yet: await fleet.load()")
@@ -423,18 +431,23 @@ class Fleet:
         self,
         model: str | os.PathLike[str],
         *,
-        plan: str = "auto",
+        plan: str | Plan | FleetPlan = "auto",
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
-        """Load a model by name (see `spanker pull`) or path onto all cards.
+        """Load a model by name (see `spanker pull`) or path onto the cards.
 
-        `plan` is auto, tp, pp or tpAxppB; `ctx` the positions per sequence (default: the model's,
-        at most 4096); `prompt_chunk` the most prompt tokens per step; `kv_tokens` the positions of
-        all sequences together (default: 8 contexts, or what fits); `progress(done, total)` counts
-        bytes.  Raises ModelError, PlanError, CardMemoryError.
+        `plan` is auto, the one that decodes `batch` sequences side by side fastest by the cost
+        model and the fleet's profile (it may leave cards idle); or tp, pp, tpAxppB or, for D
+        replicas side by side, dpDxtpAxppB, each of which takes all cards; or the FILE.json of a
+        plan, or a plan as a value.  `ctx` is the positions
+        per sequence (default: the model's, at most 4096); `prompt_chunk` the most prompt tokens per
+        step; `kv_tokens` the positions of all sequences of a replica together (default: 8 contexts,
+        or what fits); `progress(done, total)` counts bytes.  Raises ModelError, PlanError,
+        CardMemoryError.
         """
         path = str(catalog.resolve(os.fspath(model)))
         gguf = GGUFFile(path)
@@ -446,19 +459,22 @@ class Fleet:
                     f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
                     f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
                 )
-            loaded = await self._put(parsed, gguf, plan, ctx, prompt_chunk, kv_tokens, progress)
+            made, loaded = await self._put(
+                parsed, gguf, plan, ctx, prompt_chunk, kv_tokens, batch, progress
+            )
         finally:
             gguf.close()
-        return self._start(path, gguf.metadata, tokenizer, loaded)
+        return self._start(path, gguf.metadata, tokenizer, made, loaded)
 
     async def load_shape(
         self,
         shape: str | ModelShape,
         *,
-        plan: str = "auto",
+        plan: str | Plan | FleetPlan = "auto",
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
         """Load a model that is only a shape, by its name in `sched.shapes` or as a value: all its
@@ -467,86 +483,91 @@ class Fleet:
         """
         name = shape if isinstance(shape, str) else "shape"
         parsed = llama.outline(named_shape(shape) if isinstance(shape, str) else shape)
-        loaded = await self._put(parsed, None, plan, ctx, prompt_chunk, kv_tokens, progress)
-        return self._start("", {"general.name": name}, None, loaded)
+        made, loaded = await self._put(
+            parsed, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress
+        )
+        return self._start("", {"general.name": name}, None, made, loaded)
+
+    def _plan(
+        self,
+        plan: str | Plan | FleetPlan,
+        shape: ModelShape,
+        limits: Limits,
+        free_bytes: Sequence[int],
+        batch: int,
+        kv_tokens: int | None,
+    ) -> FleetPlan:
+        """The plan that a name or a value stands for on this fleet; PlanError where none does."""
+        cards = len(self.cards)
+        if not isinstance(plan, str):
+            plan = FleetPlan.of(plan) if isinstance(plan, Plan) else plan
+            check_fleet_plan(shape, plan, cards)
+            return plan
+        if plan == "auto" and cards == 1:
+            only = tensor_pipeline(shape, 1, 1)
+            return FleetPlan.of(attrs.evolve(only, reason="there is one card"))
+        # A fleet of one card starts sooner without these.
+        from spanker.sched.planner import plan_for
+        from spanker.sched.planning import Request
+
+        request = Request(
+            shape,
+            self.profile,
+            self.topology,
+            tuple(free_bytes),
+            limits,
+            batch=batch,
+            position=min(PLANNED_POSITION, limits.context),
+            kv_tokens=kv_tokens,
+            keep=1,
+        )
+        return plan_for(plan, request)
 
     async def _put(
         self,
         parsed: llama.LlamaModel,
         gguf: GGUFFile | None,
-        plan: str,
+        plan: str | Plan | FleetPlan,
         ctx: int | None,
         prompt_chunk: int,
         kv_tokens: int | None,
+        batch: int,
         progress: Progress | None,
-    ) -> LoadedModel:
-        """Put a model on the cards."""
-        made = make_plan(plan, parsed.shape, len(self.cards), self.profile)
+    ) -> _Put:
+        """Put a model on the cards of each replica."""
+        shape = parsed.shape
+        limits = step_limits(shape, ctx, prompt_chunk)
+        if kv_tokens is not None and kv_tokens < limits.context:
+            raise ConfigError(
+                f"kv_tokens must hold at least one context of {limits.context}, got {kv_tokens}"
+            )
+        if batch < 1:
+            raise ConfigError(f"batch must be at least 1, got {batch}")
         # One at a time: other models may be on the cards already, or on their way.
         async with self._load_lock:
             # What collectives hold for next time, the model may need.
             await self._collectives.trim()
             counters = await self._coordinator.counters()
-            free = [c.ddr_total_bytes - c.ddr_used_bytes for c in counters]
-            limits = self._limits(parsed, made, free, ctx, prompt_chunk, kv_tokens)
-            return await self._coordinator.load(parsed, gguf, made, limits, progress)
+            free = tuple(c.ddr_total_bytes - c.ddr_used_bytes for c in counters)
+            made = self._plan(plan, shape, limits, free, batch, kv_tokens)
+            limits = with_kv_pages(shape, made, limits, free, kv_tokens)
+            return made, await self._coordinator.load(parsed, gguf, made, limits, progress)
 
     def _start(
         self,
         path: str,
         metadata: Mapping[str, object],
         tokenizer: Tokenizer | None,
-        loaded: LoadedModel,
+        plan: FleetPlan,
+        loaded: Sequence[LoadedModel],
     ) -> Model:
-        decisions = decide(loaded.model.shape, len(self.cards), self.profile)
-        session = Session(self._coordinator, loaded)
-        out = Model(path, metadata, tokenizer, loaded, session, decisions)
-        self._nursery.start_soon(session.run)
+        model, limits = loaded[0].model, loaded[0].limits
+        decisions = decide(model.shape, len(self.cards), self.profile)
+        replicas = Replicas([Session(self._coordinator, replica) for replica in loaded])
+        out = Model(path, metadata, tokenizer, model, plan, limits, replicas, decisions)
+        self._nursery.start_soon(replicas.run)
         self._models.append(out)
         return out
-
-    def _limits(
-        self,
-        model: llama.LlamaModel,
-        plan: Plan,
-        free_bytes: Sequence[int],
-        ctx: int | None,
-        prompt_chunk: int,
-        kv_tokens: int | None,
-    ) -> Limits:
-        context = min(model.shape.context, DEFAULT_CONTEXT) if ctx is None else ctx
-        if not 1 <= context <= model.shape.context:
-            raise ContextLengthError(
-                f"a context of {context} is not possible: the model was made for 1 to "
-                f"{model.shape.context:,} positions"
-            )
-        if not 1 <= prompt_chunk <= PROMPT_CHUNK_MAX:
-            raise ConfigError(
-                f"the prompt chunk must be 1 to {PROMPT_CHUNK_MAX} tokens, got {prompt_chunk}"
-            )
-        if kv_tokens is not None and kv_tokens < context:
-            raise ConfigError(
-                f"kv_tokens must hold at least one context of {context}, got {kv_tokens}"
-            )
-        prompt_chunk = min(prompt_chunk, context)
-        wanted = -(-(kv_tokens or KV_CONTEXTS * context) // PAGE_POSITIONS)
-        limits = Limits(
-            context=context,
-            prompt_chunk=prompt_chunk,
-            # However short the chunks, a step can carry one token of many sequences.
-            tokens_max=max(prompt_chunk, OUTPUTS_MAX),
-            outputs_max=OUTPUTS_MAX,
-            candidates=min(CANDIDATES, model.shape.vocabulary),
-            kv_pages=0,
-            page_positions=PAGE_POSITIONS,
-        )
-        pages = fit_kv_pages(model.shape, plan, limits, tuple(free_bytes), wanted)
-        if kv_tokens is not None and pages < wanted:
-            raise ConfigError(
-                f"a KV cache of {kv_tokens:,} positions does not fit: the cards have room for "
-                f"{pages * PAGE_POSITIONS:,}; lower kv_tokens or use more cards"
-            )
-        return attrs.evolve(limits, kv_pages=pages)
 
     async def arrays(
         self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
@@ -620,12 +641,14 @@ class Fleet:
     async def stats(self) -> FleetStats:
         """Read every card's counters."""
         counters = await self._coordinator.counters()
+        plan = self.plan if self._models else None
         cards = tuple(
             CardStats(
                 number=number,
                 name=info.name,
                 isa=info.isa,
-                share=self._share(number),
+                share=describe_share(plan, number) if plan else "-",
+                replica=plan.replica_of(number) if plan else None,
                 ddr_used_bytes=c.ddr_used_bytes,
                 ddr_total_bytes=c.ddr_total_bytes,
                 commands=c.commands,
@@ -640,23 +663,20 @@ class Fleet:
         )
         return FleetStats(cards, tuple(m.stats for m in self._models))
 
-    def _share(self, card: int) -> str:
-        if not self._models:
-            return "-"
-        return describe_share(self.plan, card)
 
-
-def describe_share(plan: Plan, card: int) -> str:
+def describe_share(plan: FleetPlan, card: int) -> str:
     """In words, what a plan gives a card."""
-    if card not in plan.cards:
+    number = plan.replica_of(card)
+    if number is None:
         return "nothing"
-    number, share = plan.place(card)
-    stage = plan.stages[number]
+    replica = plan.replicas[number]
+    place, share = replica.place(card)
+    stage = replica.stages[place]
     parts = [f"layers {stage.layers.start}-{stage.layers.stop - 1}"]
     if len(stage.shares) > 1:
         heads = "head" if share.heads.size == 1 else "heads"
         parts.append(f"{share.heads.size} {heads}, {share.ffn.size} ffn")
-    if not share.vocabulary.empty and len(plan.cards) > 1:
+    if not share.vocabulary.empty and len(replica.cards) > 1:
         parts.append(f"{share.vocabulary.size} vocab")
     return ", ".join(parts)
 

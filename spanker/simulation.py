@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 import trio
@@ -32,8 +33,12 @@ from spanker.fleet import (
     describe_share,
     open_fleet,
 )
+from spanker.ggml import catalog
+from spanker.ggml.architectures import llama
+from spanker.ggml.gguf import GGUFFile
 from spanker.sched.bandwidth import REV_A, Profile
-from spanker.sched.plan import Plan
+from spanker.sched.plan import FleetPlan, ModelShape
+from spanker.sched.shapes import named_shape
 
 BATCH_MAX = 64
 # Long steps are no hung cards: a prompt of a large model takes minutes.  What waits for what never
@@ -48,7 +53,8 @@ class Scenario:
     """What to simulate: `model`, a name or file as for `Fleet.load`, or `shape`, a name as for
     `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
-    `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side.  `ctx` is the
+    `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side, spread over the
+    replicas of the plan.  `ctx` is the
     positions per sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the
     cards compute what soft cards would; that takes as long as it takes, and changes no time in the
     result.  `seed` decides in what order the host does what it could do at the same time.
@@ -85,6 +91,7 @@ class CardTime:
 
     card: int
     share: str
+    replica: int | None
     ddr_used_bytes: int
     busy: float
     waiting: dict[int, float]
@@ -127,7 +134,7 @@ class Simulation:
     scenario: Scenario
     model: str
     context: int
-    plan: Plan
+    plan: FleetPlan
     load_s: float
     first_token_s: float
     decode_s: float
@@ -197,19 +204,45 @@ async def run(
 async def _load(fleet: Fleet, scenario: Scenario, report: Callable[[int, int], None]) -> Model:
     length = scenario.prompt_tokens + scenario.tokens
     context = scenario.ctx or max(length, DEFAULT_CONTEXT)
-    options = {
-        "plan": scenario.plan,
+    plan = _plan(scenario, context)
+    # The most that one replica gets.
+    sequences = -(-scenario.batch // len(plan.replicas))
+    options: dict[str, Any] = {
+        "plan": plan,
         # Otherwise the fleet's default, which a model may not have.
         "ctx": context if scenario.ctx or length > DEFAULT_CONTEXT else None,
         "prompt_chunk": scenario.prompt_chunk,
         # Whole pages for each sequence.
-        "kv_tokens": max(context, scenario.batch * -(-length // PAGE_POSITIONS) * PAGE_POSITIONS),
+        "kv_tokens": max(context, sequences * -(-length // PAGE_POSITIONS) * PAGE_POSITIONS),
         "progress": report,
     }
     if scenario.shape is not None:
-        return await fleet.load_shape(scenario.shape, **options)  # type: ignore[arg-type]
+        return await fleet.load_shape(scenario.shape, **options)
     assert scenario.model is not None
-    return await fleet.load(scenario.model, **options)  # type: ignore[arg-type]
+    return await fleet.load(scenario.model, **options)
+
+
+def _plan(scenario: Scenario, context: int) -> FleetPlan:
+    shape = _shape(scenario)
+    request = Request(
+        shape,
+        scenario.profile,
+        Topology.with_mock(scenario.cards),
+        (scenario.ddr_bytes,) * scenario.cards,
+        step_limits(shape, scenario.ctx or min(context, shape.context), scenario.prompt_chunk),
+        batch=scenario.batch,
+        # In the middle of the decoding.
+        position=min(scenario.prompt_tokens + scenario.tokens // 2, shape.context),
+    )
+    return plan_for(scenario.plan, request)
+
+
+def _shape(scenario: Scenario) -> ModelShape:
+    if scenario.shape is not None:
+        return named_shape(scenario.shape)
+    assert scenario.model is not None
+    with GGUFFile(catalog.resolve(scenario.model)) as gguf:
+        return llama.read_model(gguf).shape
 
 
 class _Generating:
@@ -281,11 +314,12 @@ class _Spent:
         spent = self.after.fleet.now - self.before.fleet.now
         return ps / spent if spent else 0.0
 
-    def by_cards(self, plan: Plan, ddr_used: Sequence[int]) -> tuple[CardTime, ...]:
+    def by_cards(self, plan: FleetPlan, ddr_used: Sequence[int]) -> tuple[CardTime, ...]:
         return tuple(
             CardTime(
                 card=card,
                 share=describe_share(plan, card),
+                replica=plan.replica_of(card),
                 ddr_used_bytes=ddr_used[card],
                 busy=self.part(b.busy_ps - a.busy_ps),
                 waiting={

@@ -521,7 +521,7 @@ def test_a_bug_in_the_fleet_is_the_cause_of_what_callers_get(tiny_model: Path):
     async def main(wait: bool) -> None:
         async with aio.open_fleet("soft:2") as fleet:
             model = await fleet.load(tiny_model)
-            model._model._session._plan_batch = boom  # type: ignore[method-assign,assignment]
+            model._model._replicas.sessions[0]._plan_batch = boom  # type: ignore[method-assign,assignment]
             with pytest.raises(RequestError, match="the fleet is closed"):
                 await model.generate(PROMPT).collect()
             await until(lambda: threading.active_count() == 1)

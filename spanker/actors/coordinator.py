@@ -8,11 +8,12 @@ in steps.py, the bytes of a load in loading.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -21,6 +22,7 @@ import trio
 
 from spanker.actors import loading
 from spanker.actors.card import CardActor
+from spanker.actors.card_locks import CardLocks
 from spanker.actors.channel import (
     Channel,
     StreamChannel,
@@ -64,7 +66,7 @@ from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import Profile
 from spanker.sched.layout import card_buffers, card_bytes
-from spanker.sched.plan import Limits, Plan
+from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
 
 if TYPE_CHECKING:
@@ -107,8 +109,11 @@ class Coordinator:
         self.trace: Trace | None = None
         self._steps = 0
         self._hang_timeout_s = hang_timeout_s
+        self._locks = CardLocks(len(clients))
+        self._every_card = range(len(clients))
+        # The epoch of each card, None where it is not known, and the highest there has been.
+        self._epochs: list[int | None] = [1] * len(clients)
         self._epoch = 1
-        self._step_lock = trio.Lock()
         # One model at a time, so that the memory it takes can be told from another's.
         self._load_lock = trio.Lock()
 
@@ -138,11 +143,12 @@ class Coordinator:
         self,
         model: llama.LlamaModel,
         gguf: GGUFFile | None,
-        plan: Plan,
+        plan: FleetPlan,
         limits: Limits,
         progress: Progress | None = None,
-    ) -> LoadedModel:
-        """Put each card's share of the model on it.  `progress(done, total)` counts bytes sent.
+    ) -> tuple[LoadedModel, ...]:
+        """Put each card's share of the model on it: for each replica of the plan, in order, what
+        there is on its cards.  `progress(done, total)` counts bytes sent.
 
         Of a model without a file all weights are zero.
 
@@ -155,16 +161,23 @@ class Coordinator:
         self,
         model: llama.LlamaModel,
         gguf: GGUFFile | None,
-        plan: Plan,
+        plan: FleetPlan,
         limits: Limits,
         progress: Progress | None,
-    ) -> LoadedModel:
-        todo = {c: llama.uploads(model, gguf, plan, c, limits) for c in plan.cards}
+    ) -> tuple[LoadedModel, ...]:
+        replicas = tuple(
+            LoadedModel(model, replica, limits, {c: {} for c in replica.cards}, {})
+            for replica in plan.replicas
+        )
+        todo = {
+            card: llama.uploads(model, gguf, replica, card, limits)
+            for replica in plan.replicas
+            for card in replica.cards
+        }
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
         # All cards together as many as there are cores to make the bytes.
         at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(plan.cards))
-        loaded = LoadedModel(model, plan, limits, {c: {} for c in plan.cards}, {})
 
         def sent(nbytes: int) -> None:
             nonlocal done
@@ -172,31 +185,34 @@ class Coordinator:
             if progress is not None:
                 progress(done, total)
 
-        async def load_card(card: int) -> None:
+        async def load_card(loaded: LoadedModel, card: int) -> None:
             client, handles = self.clients[card], loaded.handles[card]
-            buffers = card_buffers(model.shape, plan, card, limits)
+            buffers = card_buffers(model.shape, loaded.plan, card, limits)
             for specs in loading.batched(buffers, loading.BATCH_MAX):
                 # A card moves its tables only while no step of another model runs.
-                async with self._step_lock:
-                    sizes = tuple(spec.nbytes for spec in specs)
-                    reply = await self.owning(client, AllocBuffers(sizes))
-                    handles.update(zip((s.name for s in specs), reply.handles, strict=True))
+                new = await self.allocate(card, tuple(spec.nbytes for spec in specs))
+                handles.update(zip((spec.name for spec in specs), new, strict=True))
             await loading.upload(client, todo[card], handles, at_once, sent)
-            program = llama.build_program(model, plan, card, limits).encode(handles)
-            async with self._step_lock:
-                loaded_program = await self.owning(client, LoadProgram(buffers=(program,)))
-                loaded.programs[card] = loaded_program.program
+            program = llama.build_program(model, loaded.plan, card, limits).encode(handles)
+            loaded.programs[card] = await self.load_program(card, program)
 
         sent(0)
         before = await self._memory_used(plan)
         try:
-            await loading.run_all([lambda c=card: load_card(c) for card in plan.cards])  # type: ignore[misc]
-            self._check_memory(loaded, before, await self._memory_used(plan))
+            await loading.run_all(
+                [
+                    functools.partial(load_card, loaded, card)
+                    for loaded in replicas
+                    for card in loaded.plan.cards
+                ]
+            )
+            self._check_memory(replicas, before, await self._memory_used(plan))
         except BaseException:
             with trio.move_on_after(STOP_S, shield=True):
-                await self.unload(loaded)
+                for loaded in replicas:
+                    await self.unload(loaded)
             raise
-        return loaded
+        return replicas
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -221,16 +237,16 @@ class Coordinator:
 
     async def allocate(self, card: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
-        async with self._step_lock:
+        async with self._locks.holding((card,)):
             return (await self.owning(self.clients[card], AllocBuffers(tuple(sizes)))).handles
 
     async def load_program(self, card: int, program: bytes) -> int:
         """A program on a card, between two steps; whoever asks unloads it."""
-        async with self._step_lock:
+        async with self._locks.holding((card,)):
             request = LoadProgram(buffers=(program,))
             return (await self.owning(self.clients[card], request)).program
 
-    async def _memory_used(self, plan: Plan) -> dict[int, int]:
+    async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
         return {
             card: (await self.clients[card].request(ReadCounters())).ddr_used_bytes
@@ -238,18 +254,19 @@ class Coordinator:
         }
 
     def _check_memory(
-        self, loaded: LoadedModel, before: dict[int, int], after: dict[int, int]
+        self, replicas: Sequence[LoadedModel], before: dict[int, int], after: dict[int, int]
     ) -> None:
         """A card that counts other bytes than the plan would break every later plan."""
-        for card in loaded.plan.cards:
-            expected = card_bytes(loaded.model.shape, loaded.plan, card, loaded.limits)
-            used = after[card] - before[card]
-            if used != expected:
-                raise CardError(
-                    f"card {card} has taken {used:,} bytes of DDR for the model, plan "
-                    f"{loaded.plan.name} says {expected:,}: does something else use the card?",
-                    card=card,
-                )
+        for loaded in replicas:
+            for card in loaded.plan.cards:
+                expected = card_bytes(loaded.model.shape, loaded.plan, card, loaded.limits)
+                used = after[card] - before[card]
+                if used != expected:
+                    raise CardError(
+                        f"card {card} has taken {used:,} bytes of DDR for the model, plan "
+                        f"{loaded.plan.name} says {expected:,}: does something else use the card?",
+                        card=card,
+                    )
 
     async def unload(self, loaded: LoadedModel) -> None:
         """Free what a model holds on its cards; a card that is lost has nothing to free."""
@@ -271,19 +288,20 @@ class Coordinator:
 
     @contextlib.asynccontextmanager
     async def steps(self, loaded: LoadedModel) -> AsyncIterator[StepPipe]:
-        """The cards, for a series of steps of one model: nobody else's step runs meanwhile.
+        """The cards of a model, for a series of its steps: nobody else's step runs there meanwhile.
 
         However the block is left, no step of it is queued any more: what has not been collected is
-        aborted on all cards, and so is everything when a card fails or the block is cancelled.
+        aborted on these cards, and so is everything when one fails or the block is cancelled.
         """
-        async with self._step_lock:
+        async with self._locks.holding(loaded.plan.cards):
+            await self._agree(loaded.plan.cards)
             pipe = StepPipe(self, loaded, self._hang_timeout_s)
             try:
                 yield pipe
             finally:
                 if pipe.in_flight:
                     with trio.CancelScope(shield=True), self.span("abort", pipe.oldest):
-                        await self.abort(pipe)
+                        await self.abort(pipe, loaded.plan.cards)
 
     async def step(
         self, loaded: LoadedModel, sequences: Sequence[SequenceStep], *, logits: bool = False
@@ -293,10 +311,9 @@ class Coordinator:
             await pipe.submit(sequences, logits=logits)
             return await pipe.result()
 
-    @property
-    def wanted(self) -> bool:
-        """Whether someone else waits for the cards: another model's steps, or one being loaded."""
-        return self._step_lock.statistics().tasks_waiting > 0
+    def wanted(self, cards: Sequence[int]) -> bool:
+        """Whether someone else waits for one of these cards: for steps, or to load something."""
+        return self._locks.wanted(cards)
 
     @property
     def hang_timeout_s(self) -> float:
@@ -306,25 +323,27 @@ class Coordinator:
     @contextlib.asynccontextmanager
     async def changing_memory(self) -> AsyncIterator[None]:
         """Within the block nobody else allocates or frees on the cards, and no step is queued."""
-        async with self._load_lock, self._step_lock:
+        async with self._load_lock, self.between_steps():
             yield
 
     async def take_cards(self) -> None:
         """Wait until no step of anybody is queued; then only the caller may queue some, until it
         gives the cards back.  No checkpoint where they are free."""
+        await self._locks.take(self._every_card)
         try:
-            self._step_lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._step_lock.acquire()
+            await self._agree(self._every_card)
+        except BaseException:
+            self.give_cards_back()
+            raise
 
     def give_cards_back(self) -> None:
         """The end of what `take_cards` began; the caller's steps are done."""
-        self._step_lock.release()
+        self._locks.give_back(self._every_card)
 
     @contextlib.asynccontextmanager
     async def between_steps(self) -> AsyncIterator[None]:
         """Within the block no step of any model is queued."""
-        async with self._step_lock:
+        async with self._locks.holding(self._every_card):
             yield
 
     def now_ns(self) -> int:
@@ -358,13 +377,46 @@ class Coordinator:
             parts.append(np.frombuffer(reply.buffers[0], np.float32))
         return np.concatenate(parts)
 
-    async def abort(self, posted: StepPipe | CollectiveRun) -> None:
-        """Enter a new epoch on every card and let what was posted come back; bounded in time.
-        For who holds the cards between its own steps."""
-        self._epoch += 1
+    async def abort(
+        self, posted: StepPipe | CollectiveRun, cards: Sequence[int] | None = None
+    ) -> None:
+        """Enter a new epoch on these cards, or all, and let what was posted come back; bounded in
+        time.  For who holds the cards between its own steps."""
         with trio.move_on_after(STOP_S):
-            await self._tell_all(Abort(self._epoch))
+            async with trio.open_nursery() as nursery:
+                for entering in self._entering(self._every_card if cards is None else cards):
+                    nursery.start_soon(_ignoring_errors, entering)
             await posted.all_back()
+
+    async def _agree(self, cards: Sequence[int]) -> None:
+        """Bring cards that are about to work together into one epoch: those of a link drop or hold
+        back what comes from another one.  No checkpoint where they are in one; for who holds them,
+        with nothing queued."""
+        if len({self._epochs[card] for card in cards}) == 1 and self._epochs[cards[0]] is not None:
+            return
+        with trio.move_on_after(self._hang_timeout_s):
+            await loading.run_all(self._entering(cards))
+        silent = [card for card in cards if self._epochs[card] is None]
+        if silent:
+            raise CardHungError(
+                f"card {silent[0]} has not answered for {self._hang_timeout_s:.3g} s; "
+                f"close the fleet and open it without that card",
+                card=silent[0],
+            )
+
+    def _entering(self, cards: Sequence[int]) -> list[Callable[[], Awaitable[None]]]:
+        """What takes each of these cards into a new epoch, the same for all of them."""
+        self._epoch += 1
+        epoch = self._epoch
+        for card in cards:
+            # Of a card that never answers nobody will know whether it has entered it.
+            self._epochs[card] = None
+
+        async def enter(card: int) -> None:
+            await self.clients[card].request(Abort(epoch))
+            self._epochs[card] = epoch
+
+        return [functools.partial(enter, card) for card in cards]
 
     async def counters(self) -> tuple[Counters, ...]:
         """The counters of every card."""
@@ -373,18 +425,16 @@ class Coordinator:
     async def stop(self) -> None:
         """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
         with trio.move_on_after(STOP_S):
-            await self._tell_all(Stop())
+            # At the same time, so that a card that does not answer holds up no other.
+            async with trio.open_nursery() as nursery:
+                for client in self.clients:
+                    stopping = functools.partial(client.request, Stop())
+                    nursery.start_soon(_ignoring_errors, stopping)
 
-    async def _tell_all(self, request: Request[Ok]) -> None:
-        """At the same time, so that a card that does not answer holds up no other."""
 
-        async def tell(client: CardClient) -> None:
-            with contextlib.suppress(SpankerError):
-                await client.request(request)
-
-        async with trio.open_nursery() as nursery:
-            for client in self.clients:
-                nursery.start_soon(tell, client)
+async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
+    with contextlib.suppress(SpankerError):
+        await job()
 
 
 # --- opening ----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences and steps: continuous batching of all generations of one model.
+"""Sequences and steps: continuous batching of all generations on one replica of a model.
 
 One task (`Session.run`) makes the steps.  Each step takes one token of every sequence that is
 decoding and fills up with prompt tokens; KV pages are reserved for a sequence's whole length before
@@ -163,7 +163,7 @@ class SessionStats:
 
 
 class Session:
-    """All sequences of one loaded model."""
+    """All sequences of one replica of a loaded model."""
 
     def __init__(self, coordinator: Coordinator, loaded: LoadedModel) -> None:
         self.coordinator = coordinator
@@ -177,6 +177,16 @@ class Session:
         self._failure: SpankerError | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    @property
+    def failure(self) -> SpankerError | None:
+        """Why no sequence can be entered any more, or None."""
+        return self._failure
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that run or wait."""
+        return len(self._running) + len(self._waiting)
 
     @property
     def stats(self) -> SessionStats:
@@ -318,11 +328,13 @@ class Session:
         While the cards run one step the next is queued behind it, beginning with tokens that only
         the cards know by then; so they do not wait for the host, nor the host for them.
         """
-        coordinator, made = self.coordinator, 0
+        coordinator, made, cards = self.coordinator, 0, self.loaded.plan.cards
         with trio.CancelScope() as self._step_scope:
             async with coordinator.steps(self.loaded) as pipe:
                 while True:
-                    while len(self._flights) < STEPS_AHEAD and not (made and coordinator.wanted):
+                    while len(self._flights) < STEPS_AHEAD:
+                        if made and coordinator.wanted(cards):
+                            break
                         batch = self._plan_batch()
                         if not batch:
                             break

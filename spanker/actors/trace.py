@@ -3,7 +3,8 @@
 
 Here events are gathered and put into words: no I/O, and the clock is the coordinator's.
 tracer.py fetches the events from the cards and writes the file.  The format is Chrome's Trace Event
-Format, a JSON object: one process for the fleet, one thread for the host and one for each card.
+Format, a JSON object: one process for the fleet, one thread for each card and one for the host, or
+several where it works for several replicas at the same time.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ class Trace:
 
     @contextlib.contextmanager
     def span(self, what: str, step: int) -> Iterator[None]:
-        """The host does something for a step; no two spans at the same time."""
+        """The host does something for a step; no two spans at the same time for the same cards."""
         begin_ns = self._now_ns()
         try:
             yield
@@ -290,19 +291,32 @@ class Trace:
             CARD_THREAD + number: f"card {number} ({card.info.name}, {card.info.isa})"
             for number, card in enumerate(self._cards)
         }
+        for first, thread in self._host_threads().items():
+            if thread != HOST_THREAD:
+                threads[thread] = f"host, from card {first} on"
         yield _metadata("process_name", HOST_THREAD, name=f"spanker: {cards} cards")
         for order, (thread, name) in enumerate(threads.items()):
             yield _metadata("thread_name", thread, name=name)
             yield _metadata("thread_sort_index", thread, sort_index=order)
 
+    def _host_threads(self) -> dict[int, int]:
+        """The thread of the host's work for a step, by the first card of that step: what is done at
+        the same time is done for different cards."""
+        steps = (self._steps.get(span.step) for span in self._spans)
+        cards = sorted({_first_card(step) for step in steps})
+        behind = CARD_THREAD + len(self._cards)
+        return {card: HOST_THREAD if not i else behind + i - 1 for i, card in enumerate(cards)}
+
     def _host_events(self) -> Iterator[str]:
+        threads = self._host_threads()
         for span in self._spans:
+            thread = threads[_first_card(self._steps.get(span.step))]
             args: dict[str, object] = {"step": span.step}
             if span.step in self._steps:
                 step = self._steps[span.step]
                 args |= {"sequences": step.sequences, "tokens": step.tokens}
                 args["outputs"] = step.outputs
-            fixed = _fixed(f"{span.what} step {span.step}", "host", HOST_THREAD)
+            fixed = _fixed(f"{span.what} step {span.step}", "host", thread)
             yield self._event(fixed, span.begin_ns, span.end_ns, json.dumps(args))
 
     def _card_events(self, number: int) -> Iterator[str]:
@@ -379,6 +393,11 @@ class Trace:
                 for number, card in enumerate(self._cards)
             ],
         }
+
+
+def _first_card(step: _Step | None) -> int:
+    """The first card of a step's plan; 0 for a step that nobody knows."""
+    return step.loaded.plan.cards[0] if step else 0
 
 
 @functools.cache

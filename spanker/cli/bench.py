@@ -17,8 +17,9 @@ from spanker.cli.opening import Inspected, check_trace, inspect, maybe_trace, op
 from spanker.cli.options import FleetOptions
 from spanker.cli.reports import Timing, pace_note, trace_note
 from spanker.errors import ContextLengthError
-from spanker.fleet import DEFAULT_CONTEXT, Model
+from spanker.fleet import Model
 from spanker.ggml.tokenizer import Tokenizer
+from spanker.sched.limits import DEFAULT_CONTEXT
 
 SCHEMA_VERSION = "1"
 _FILLER = "The fleet left the harbour at dawn, and the wind was fair. "

@@ -16,14 +16,17 @@ from spanker.cli.opening import Inspected, inspect
 from spanker.cli.options import FleetOptions
 from spanker.cli.reports import plan_json
 from spanker.device.spec import parse_fleet
-from spanker.fleet import describe_share
+from spanker.fleet import PLANNED_POSITION, describe_share
 from spanker.ggml import catalog
 from spanker.native import default_isa, isas, lib
 from spanker.sched import profiles
 from spanker.sched.decision import Decision, decide
 from spanker.sched.layout import weight_buffers
-from spanker.sched.plan import Plan
-from spanker.sched.planner import make_plan
+from spanker.sched.limits import step_limits
+from spanker.sched.plan import FleetPlan, Plan
+from spanker.sched.planner import plan_for
+from spanker.sched.planning import Request
+from spanker.sched.topology import Topology
 
 _LIBRARIES = ("numpy", "trio", "tokenizers")
 
@@ -33,7 +36,7 @@ class Forecast:
     """What loading a model would do."""
 
     inspected: Inspected
-    plan: Plan
+    plan: FleetPlan
     decisions: tuple[Decision, ...]
 
 
@@ -101,11 +104,18 @@ def _rows() -> list[tuple[str, str]]:
 
 
 def _forecast(where: FleetOptions) -> Forecast:
-    cards = len(parse_fleet(where.cards))
+    specs = parse_fleet(where.cards)
     inspected = inspect(where.model)
     shape, speeds = inspected.model.shape, profiles.find(where.profile)
-    plan = make_plan(where.plan, shape, cards, speeds)
-    return Forecast(inspected, plan, decide(shape, cards, speeds))
+    request = Request(
+        shape,
+        speeds,
+        Topology.with_mock(len(specs)),
+        tuple(spec.ddr_bytes for spec in specs),
+        step_limits(shape),
+        position=min(PLANNED_POSITION, shape.context),
+    )
+    return Forecast(inspected, plan_for(where.plan, request), decide(shape, len(specs), speeds))
 
 
 def _formats(inspected: Inspected) -> dict[str, tuple[int, int]]:
@@ -117,8 +127,8 @@ def _formats(inspected: Inspected) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _weight_bytes(forecast: Forecast, card: int) -> int:
-    buffers = weight_buffers(forecast.inspected.model.shape, forecast.plan, card)
+def _weight_bytes(forecast: Forecast, replica: Plan, card: int) -> int:
+    buffers = weight_buffers(forecast.inspected.model.shape, replica, card)
     return sum(b.ddr_bytes for b in buffers)
 
 
@@ -143,7 +153,11 @@ def _forecast_json(forecast: Forecast) -> dict[str, object]:
         },
         "weight_bytes_per_token": inspected.model.weight_bytes,
         "plan": plan_json(plan),
-        "card_weight_bytes": [_weight_bytes(forecast, card) for card in plan.cards],
+        "card_weight_bytes": [
+            _weight_bytes(forecast, replica, card)
+            for replica in plan.replicas
+            for card in replica.cards
+        ],
         "decisions": [attrs.asdict(d) | {"strategy": d.strategy.value} for d in forecast.decisions],
     }
 
@@ -174,11 +188,16 @@ def _show_forecast(forecast: Forecast) -> None:
         )
     )
     terminal.emit("")
-    cards = terminal.table(">card", ">weights", "share")
-    for card in plan.cards:
-        cards.add_row(
-            str(card), terminal.size(_weight_bytes(forecast, card)), describe_share(plan, card)
-        )
+    several = [">replica"] if plan.parallel else []
+    cards = terminal.table(">card", *several, ">weights", "share")
+    for number, replica in enumerate(plan.replicas):
+        for card in replica.cards:
+            cards.add_row(
+                str(card),
+                *([str(number)] if plan.parallel else []),
+                terminal.size(_weight_bytes(forecast, replica, card)),
+                describe_share(plan, card),
+            )
     terminal.show(cards)
     terminal.emit("")
     answers = terminal.table("matrix", ">m", ">k", ">count", ">weights", "pick_strategy, n = 1")

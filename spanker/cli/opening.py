@@ -14,11 +14,12 @@ from spanker.actors.trace import Trace
 from spanker.cli.errors import Failure
 from spanker.cli.options import FleetOptions
 from spanker.cli.terminal import progress_bar
-from spanker.fleet import DEFAULT_CONTEXT, Fleet, Model, open_fleet
+from spanker.fleet import Fleet, Model, open_fleet
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.tokenizer import Tokenizer
+from spanker.sched.limits import DEFAULT_CONTEXT
 
 
 @attrs.frozen

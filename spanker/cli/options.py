@@ -70,7 +70,8 @@ plan = click.option(
     "--plan",
     default="auto",
     metavar="PLAN",
-    help="How the cards share the model: auto, tp, pp, or tpAxppB such as tp2xpp2.",
+    help="How the cards share the model: auto, tp, pp, tpAxppB such as tp2xpp2, or dpDxtpAxppB "
+    "such as dp2xtp2 for D replicas side by side.",
 )
 profile = click.option(
     "--profile",

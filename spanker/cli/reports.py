@@ -10,7 +10,7 @@ import attrs
 from spanker.actors.trace import Trace
 from spanker.cli import terminal
 from spanker.fleet import CardStats, Fleet
-from spanker.sched.plan import CardShare, Plan, Stage
+from spanker.sched.plan import CardShare, FleetPlan, Plan, Stage
 from spanker.sched.shares import Share
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class CardWork:
             "name": card.name,
             "isa": card.isa,
             "share": card.share,
+            "replica": card.replica,
             "ddr_used_bytes": card.ddr_used_bytes,
             "ddr_total_bytes": card.ddr_total_bytes,
             "busy_share": self.busy_share,
@@ -95,13 +96,16 @@ def work_between(
 
 def card_table(cards: tuple[CardWork, ...]) -> Table:
     """A row for each card, within the width of stderr's terminal."""
-    made = terminal.table(">card", "share", ">DDR", ">busy", ">sent", "ISA")
+    several = any(work.after.replica for work in cards)
+    replica = [">replica"] if several else []
+    made = terminal.table(">card", *replica, "share", ">DDR", ">busy", ">sent", "ISA")
     # The other columns take about 56.
-    columns = max(terminal.width(stderr=True) - 56, 16)
+    columns = max(terminal.width(stderr=True) - (65 if several else 56), 16)
     for work in cards:
         card = work.after
         made.add_row(
             str(card.number),
+            *(["-" if card.replica is None else str(card.replica)] if several else []),
             terminal.fold(card.share, columns),
             f"{terminal.size(card.ddr_used_bytes)} of {terminal.size(card.ddr_total_bytes)}",
             f"{work.busy_share:.0%}",
@@ -127,13 +131,17 @@ def pace_note(fleet: Fleet) -> str | None:
     return f"{told}, so this machine is too slow for it, or too busy: these times are its own"
 
 
-def plan_json(plan: Plan) -> dict[str, object]:
-    """A plan with its stages; ranges are [start, stop)."""
+def plan_json(plan: FleetPlan) -> dict[str, object]:
+    """A plan with its replicas and their stages; ranges are [start, stop)."""
     return {
         "name": plan.name,
         "reason": plan.reason,
-        "stages": [_stage_json(stage) for stage in plan.stages],
+        "replicas": [_replica_json(replica) for replica in plan.replicas],
     }
+
+
+def _replica_json(plan: Plan) -> dict[str, object]:
+    return {"name": plan.name, "stages": [_stage_json(stage) for stage in plan.stages]}
 
 
 def _stage_json(stage: Stage) -> dict[str, object]:

@@ -24,7 +24,7 @@ from spanker.cli.reports import (
 )
 from spanker.ggml.detokenizer import StopMatcher
 from spanker.ggml.sampling import SamplingParams
-from spanker.sched.plan import Plan
+from spanker.sched.plan import FleetPlan
 
 _ENDINGS = {"length": "; --max-tokens reached", "context": "; the context is full"}
 
@@ -38,7 +38,7 @@ class Report:
     text: str
     finish_reason: str | None
     logits_sha256: str | None
-    plan: Plan
+    plan: FleetPlan
     cards: tuple[CardWork, ...]
     timing: Timing
     load_s: float

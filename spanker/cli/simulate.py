@@ -100,6 +100,7 @@ def _card_json(card: CardTime) -> dict[str, object]:
     return {
         "card": card.card,
         "share": card.share,
+        "replica": card.replica,
         "ddr_used_bytes": card.ddr_used_bytes,
         "busy": card.busy,
         "waiting": waiting,
@@ -146,10 +147,12 @@ def _show(result: Simulation) -> None:
 
 
 def _show_stages(result: Simulation) -> None:
-    """A row for each stage of the plan, whose cards are much alike: means over them."""
-    stages = result.plan.stages
+    """A row for each stage of each replica, whose cards are much alike: means over them."""
+    plan = result.plan
+    stages = [stage for replica in plan.replicas for stage in replica.stages]
     stage_of = {card: number for number, stage in enumerate(stages) for card in stage.cards}
-    made = terminal.table("cards", "layers", ">DDR", ">busy", ">waits", "for", ">idle")
+    several = [">replica"] if plan.parallel else []
+    made = terminal.table(*several, "cards", "layers", ">DDR", ">busy", ">waits", "for", ">idle")
     for number, stage in enumerate(stages):
         cards = [result.cards[card] for card in stage.cards]
         waits: dict[int, float] = {}
@@ -158,6 +161,7 @@ def _show_stages(result: Simulation) -> None:
                 other = stage_of[peer]
                 waits[other] = waits.get(other, 0.0) + part / len(cards)
         made.add_row(
+            *([str(plan.replica_of(stage.cards[0]))] if plan.parallel else []),
             _range(stage.cards),
             f"{stage.layers.start}-{stage.layers.stop - 1}",
             terminal.size(max(card.ddr_used_bytes for card in cards)),

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import attrs
+
 from spanker.errors import ConfigError, ContextLengthError
-from spanker.sched.plan import Limits, ModelShape
+from spanker.sched.layout import fit_kv_pages
+from spanker.sched.plan import FleetPlan, Limits, ModelShape
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PROMPT_CHUNK = 512
@@ -12,6 +17,8 @@ PROMPT_CHUNK_MAX = 8192
 PAGE_POSITIONS = 64
 OUTPUTS_MAX = 64
 CANDIDATES = 64
+# By default the KV pool holds so many full contexts, or what the cards have room for.
+KV_CONTEXTS = 8
 
 
 def step_limits(
@@ -43,3 +50,28 @@ def step_limits(
         kv_pages=0,
         page_positions=PAGE_POSITIONS,
     )
+
+
+def with_kv_pages(
+    shape: ModelShape,
+    plan: FleetPlan,
+    limits: Limits,
+    free_bytes: Sequence[int],
+    kv_tokens: int | None = None,
+) -> Limits:
+    """The limits with KV pages for `kv_tokens` positions of all sequences of a replica together
+    (default: 8 contexts, or what fits into the free memory of the cards).
+
+    Raises ConfigError where what was asked for does not fit, CardMemoryError where not even one
+    context does.
+    """
+    wanted = -(-(kv_tokens or KV_CONTEXTS * limits.context) // limits.page_positions)
+    pages = min(
+        fit_kv_pages(shape, replica, limits, tuple(free_bytes), wanted) for replica in plan.replicas
+    )
+    if kv_tokens is not None and pages < wanted:
+        raise ConfigError(
+            f"a KV cache of {kv_tokens:,} positions does not fit: the cards have room for "
+            f"{pages * limits.page_positions:,}; lower kv_tokens or use more cards"
+        )
+    return attrs.evolve(limits, kv_pages=pages)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import attrs
 
@@ -202,6 +203,11 @@ class FleetPlan:
     def cards(self) -> tuple[int, ...]:
         return tuple(card for plan in self.replicas for card in plan.cards)
 
+    @property
+    def parallel(self) -> bool:
+        """Whether there is more than one replica."""
+        return len(self.replicas) > 1
+
     def replica_of(self, card: int) -> int | None:
         """The number of the replica that a card belongs to, or None."""
         return next((i for i, plan in enumerate(self.replicas) if card in plan.cards), None)
@@ -239,6 +245,24 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
         raise PlanError(
             f"plan {plan.name}: its stages have {layers} layers, the model {len(shape.layers)}"
         )
+
+
+def check_fleet_plan(shape: ModelShape, plan: FleetPlan, cards: int) -> None:
+    """Raise PlanError unless each replica is a whole plan, and all are on different cards of the
+    `cards` that there are."""
+    if not plan.replicas:
+        raise PlanError(f"plan {plan.name} has no replicas")
+    if len(set(plan.cards)) != len(plan.cards):
+        raise PlanError(
+            f"plan {plan.name}: its replicas share cards, in {plan.cards}: each needs its own"
+        )
+    for card in plan.cards:
+        if not 0 <= card < cards:
+            raise PlanError(
+                f"plan {plan.name} uses card {card}, the fleet has cards 0 to {cards - 1}"
+            )
+    for replica in plan.replicas:
+        check_plan(shape, replica)
 
 
 def dimensions(shape: ModelShape, first: bool, last: bool) -> tuple[tuple[str, int, int], ...]:
@@ -291,6 +315,25 @@ def tensor_pipeline(shape: ModelShape, tensor: int, pipeline: int) -> Plan:
     else:
         name = f"tp{tensor}xpp{pipeline}"
     return Plan(name, stages)
+
+
+def on_cards(plan: Plan, cards: Sequence[int]) -> Plan:
+    """The same plan on other cards: `cards[i]` does what card i did."""
+    stages = tuple(
+        attrs.evolve(stage, shares=tuple(attrs.evolve(s, card=cards[s.card]) for s in stage.shares))
+        for stage in plan.stages
+    )
+    return attrs.evolve(plan, stages=stages)
+
+
+def side_by_side(plan: Plan, replicas: int) -> FleetPlan:
+    """So many replicas of a plan, each on as many cards as it uses, one behind the other."""
+    if replicas == 1:
+        return FleetPlan.of(plan)
+    n = len(plan.cards)
+    copies = tuple(on_cards(plan, range(i * n, (i + 1) * n)) for i in range(replicas))
+    name = f"dp{replicas}" if n == 1 else f"dp{replicas}x{plan.name}"
+    return FleetPlan(name, copies, plan.reason)
 
 
 def _shares(shape: ModelShape, tensor: int, stage: int, stages: int) -> tuple[CardShare, ...]:

@@ -1,57 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing a plan: by name, or by what `pick_strategy` says of each matrix of the model."""
+"""A plan for what was asked: by name, from a file, or the best one (sched/planning)."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import attrs
 
 from spanker.errors import PlanError
-from spanker.sched.bandwidth import Profile
-from spanker.sched.decision import Strategy, decide
-from spanker.sched.plan import ModelShape, Plan, tensor_pipeline
+from spanker.sched import plan_json
+from spanker.sched.plan import (
+    FleetPlan,
+    ModelShape,
+    Plan,
+    check_fleet_plan,
+    side_by_side,
+    tensor_pipeline,
+)
+from spanker.sched.planning import Request, search
 
-_NAMED = re.compile(r"(?:tp(\d{1,4}))?(x?)(?:pp(\d{1,4}))?")
-
-
-def _auto(shape: ModelShape, cards: int, profile: Profile) -> Plan:
-    decisions = decide(shape, cards, profile)
-    tensor = sum(d.weight_bytes for d in decisions if d.strategy is Strategy.TENSOR_PARALLEL)
-    total = sum(d.weight_bytes for d in decisions)
-    use_tensor = 2 * tensor >= total
-    percent = 100 * (tensor if use_tensor else total - tensor) / total
-    answer = "tensor" if use_tensor else "model"
-    reason = (
-        f"pick_strategy answers {answer} parallel for {percent:.0f} % of the weight bytes "
-        f"with the {profile.name} bandwidths"
-    )
-    if not use_tensor and cards > len(shape.layers):
-        use_tensor = True
-        reason += f", but {len(shape.layers)} layers cannot fill {cards} pipeline stages"
-    plan = tensor_pipeline(shape, cards, 1) if use_tensor else tensor_pipeline(shape, 1, cards)
-    return attrs.evolve(plan, reason=reason)
+# dpD, tpA and ppB, in this order, at least one of them.
+_NAMED = re.compile(
+    r"(?!$)(?:dp(\d{1,4})(?:x(?=[tp])|$))?(?:tp(\d{1,4})(?:x(?=p)|$))?(?:pp(\d{1,4}))?"
+)
 
 
-def make_plan(spec: str, shape: ModelShape, cards: int, profile: Profile) -> Plan:
-    """The plan for `spec`: `auto`, `tp`, `pp`, `tpA`, `ppB` or `tpAxppB`, over all `cards`.
+def plan_for(spec: str, request: Request) -> FleetPlan:
+    """The plan for `spec`: `auto`, the best by the cost model, or as `make_plan` has it."""
+    if spec.strip().lower() != "auto":
+        return make_plan(spec, request.shape, len(request.topology.cards))
+    return search(request).chosen.plan
 
-    Raises PlanError when the spec is not understood or does not use exactly `cards` cards.
+
+def make_plan(spec: str, shape: ModelShape, cards: int) -> FleetPlan:
+    """The plan for `spec` over all `cards`: `tp`, `pp`, or any of dpD, tpA and ppB joined by x: D
+    replicas side by side, of B stages of A cards each; or that of a FILE.json, which may leave
+    some idle.
+
+    Raises PlanError when the spec is not understood or does not use exactly `cards` cards, and for
+    a file that cannot be read or holds no plan for this model and so many cards.
     """
+    if is_path(spec):
+        return _from_file(spec, shape, cards)
     text = spec.strip().lower()
-    if text == "auto":
-        return _auto(shape, cards, profile)
     if text == "tp":
-        return attrs.evolve(tensor_pipeline(shape, cards, 1), reason="as asked")
+        return _as_asked(tensor_pipeline(shape, cards, 1))
     if text == "pp":
-        return attrs.evolve(tensor_pipeline(shape, 1, cards), reason="as asked")
+        return _as_asked(tensor_pipeline(shape, 1, cards))
     match = _NAMED.fullmatch(text)
-    if not match or not text or bool(match[2]) != bool(match[1] and match[3]):
-        raise PlanError(f"no plan {spec!r}: expected auto, tp, pp, or tpAxppB such as tp2xpp2")
-    tensor, pipeline = int(match[1] or 1), int(match[3] or 1)
-    if tensor * pipeline != cards:
+    if not match:
         raise PlanError(
-            f"plan {text} uses {tensor * pipeline} cards, the fleet has {cards}: "
-            f"use --cards {tensor * pipeline}, or --plan auto"
+            f"no plan {spec!r}: expected auto, tp, pp, or tpAxppB such as tp2xpp2, or several "
+            f"replicas of it side by side such as dp2xtp2, or a FILE.json of `spanker plan --save`"
         )
-    return attrs.evolve(tensor_pipeline(shape, tensor, pipeline), reason="as asked")
+    replicas, tensor, pipeline = (int(count or 1) for count in match.groups())
+    if replicas * tensor * pipeline != cards:
+        uses = replicas * tensor * pipeline
+        raise PlanError(
+            f"plan {text} uses {uses} cards, the fleet has {cards}: "
+            f"use --cards {uses}, or --plan auto"
+        )
+    return _as_asked(tensor_pipeline(shape, tensor, pipeline), replicas)
+
+
+def is_path(spec: str) -> bool:
+    """Whether a spec means a file."""
+    return spec.endswith(".json") or os.sep in spec
+
+
+def _from_file(path: str, shape: ModelShape, cards: int) -> FleetPlan:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(plan_json.TEXT_BYTES_MAX + 1)
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+    try:
+        plan = plan_json.from_json(data)
+        check_fleet_plan(shape, plan, cards)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+    return plan
+
+
+def _as_asked(plan: Plan, replicas: int = 1) -> FleetPlan:
+    return side_by_side(attrs.evolve(plan, reason="as asked"), replicas)

@@ -77,8 +77,9 @@ async def load(
 ) -> LoadedModel:
     with GGUFFile(model.write(path / "model.gguf")) as gguf:
         parsed = read_model(gguf)
-        made = make_plan(plan, parsed.shape, len(coordinator.cards), NATIVE)
-        return await coordinator.load(parsed, gguf, made, LIMITS, **options)  # type: ignore[arg-type]
+        made = make_plan(plan, parsed.shape, len(coordinator.cards))
+        (loaded,) = await coordinator.load(parsed, gguf, made, LIMITS, **options)  # type: ignore[arg-type]
+        return loaded
 
 
 def whole(ids: Sequence[int], pages: Sequence[int] = (0, 1, 2, 3)) -> SequenceStep:
@@ -293,7 +294,7 @@ async def test_a_cancelled_step_begins_a_new_epoch_and_the_next_one_works(
                     nursery.start_soon(coordinator.step, loaded, [whole(list(range(60)))])
                     # Before it has begun, and at later and later moments of it.
                     if turn:
-                        await until(coordinator._step_lock.locked)
+                        await until(coordinator._locks._locks[0].locked)
                     for _ in range(turn // 2):
                         await trio.lowlevel.checkpoint()
                     scope.cancel()

@@ -133,8 +133,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def load(coordinator: Coordinator, path: Path, plan: str = "tp") -> LoadedModel:
     with GGUFFile(path) as gguf:
         model = read_model(gguf)
-        made = make_plan(plan, model.shape, len(coordinator.cards), NATIVE)
-        return await coordinator.load(model, gguf, made, LIMITS)
+        made = make_plan(plan, model.shape, len(coordinator.cards))
+        (loaded,) = await coordinator.load(model, gguf, made, LIMITS)
+        return loaded
 
 
 async def check_step(coordinator: Coordinator, loaded: LoadedModel, model: TinyModel) -> None:

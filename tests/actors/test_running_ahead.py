@@ -57,7 +57,7 @@ def flown(monkeypatch: pytest.MonkeyPatch) -> list[Flown]:
     of_pipe: dict[int, int] = {}
 
     async def noted(pipe: StepPipe, sequences: Sequence, **options: bool) -> None:
-        wanted = pipe._coordinator.wanted
+        wanted = pipe._coordinator.wanted(pipe._loaded.plan.cards)
         await submit(pipe, sequences, **options)  # type: ignore[arg-type]
         earlier = of_pipe.setdefault(id(pipe), 0)
         of_pipe[id(pipe)] += 1
@@ -80,7 +80,7 @@ async def tokens_of(generation: Generation) -> list[int]:
 async def idle(model: Model) -> None:
     await until(lambda: not model.stats.running and not model.stats.waiting)
     await until(lambda: not model.stats.kv_pages_used)
-    pool = model._session.pool
+    pool = model._replicas.sessions[0].pool
     taken = pool.take(pool.total)
     assert sorted(taken) == list(range(pool.total))
     pool.give(taken)
@@ -178,15 +178,14 @@ class Request:
                     if self.taken is not None and len(rows) >= self.taken:
                         break
             return (tuple(rows[: self.taken]),)
-        session = model._session
-        sequence = session.add(
+        sequence = model._replicas.add(
             self.prompt,
             self.most,
             self.params,
             stop_ids=self.stop_ids,
             want_logits=self.logits,
         )
-        generation = Generation(session, sequence, model.tokenizer, StopMatcher(self.stops))
+        generation = Generation(sequence, model.tokenizer, StopMatcher(self.stops))
         got: list[object] = []
         async for token in generation:
             logits = None if token.logits is None else token.logits.tobytes()
@@ -275,13 +274,13 @@ async def test_a_stop_token_in_the_middle_ends_it_there(tiny: Path, at: int) -> 
         plain = await tokens_of(model.generate([9], max_tokens=30, ignore_eos=True))
         stop = plain[at]
         expected = plain[: plain.index(stop)]
-        sequence = model._session.add([9], 30, SamplingParams(), stop_ids=frozenset([stop]))
+        sequence = model._replicas.add([9], 30, SamplingParams(), stop_ids=frozenset([stop]))
         got: list[int] = []
         while (item := await sequence.next()) is not None:
             assert isinstance(item, Sampled)
             got.append(item.id)
         assert (got, sequence.finish, sequence.tokens) == (expected, "stop", [9, *expected])
-        model._session.release(sequence)
+        model._replicas.sessions[0].release(sequence)
         await idle(model)
 
 
@@ -358,7 +357,7 @@ async def test_what_a_step_does_for_those_that_have_ended_harms_nobody(
     bad = poisoned(word)
     async with spanker.open_fleet(cards) as fleet:
         model = await fleet.load(bad.write(tmp_path / "bad.gguf"))
-        epoch = model._session.coordinator._epoch
+        epoch = model._replicas.sessions[0].coordinator._epoch
         for company in (False, True):
             got: list[int] = []
 
@@ -368,15 +367,15 @@ async def test_what_a_step_does_for_those_that_have_ended_harms_nobody(
             async with trio.open_nursery() as nursery:
                 if company:
                     nursery.start_soon(live, model.generate([5], max_tokens=60, ignore_eos=True))
-                sequence = model._session.add([9], 30, SamplingParams(), stop_ids={word})
+                sequence = model._replicas.add([9], 30, SamplingParams(), stop_ids={word})
                 while await sequence.next() is not None:
                     pass
                 assert sequence.finish == "stop"
                 assert sequence.tokens == [9, *stopping[: stopping.index(word)]]
-                model._session.release(sequence)
+                model._replicas.sessions[0].release(sequence)
             assert got == (living if company else [])
             await idle(model)
-        assert model._session.coordinator._epoch > epoch
+        assert model._replicas.sessions[0].coordinator._epoch > epoch
         # Who embeds it for good gets the fault as ever.
         with pytest.raises(CardFaultError):
             await model.generate([word], max_tokens=2).collect()

@@ -295,7 +295,7 @@ async def test_pages_are_reserved_for_the_whole_length(tiny: Path) -> None:
         model = await fleet.load(tiny)
         for prompt, most, pages in ((1, 63, 1), (1, 64, 2), (64, 1, 2), (200, 9999, 4)):
             # No step ends while this is held.
-            async with model._session.coordinator._step_lock:
+            async with model._replicas.sessions[0].coordinator.between_steps():
                 generation = model.generate(ids_of(prompt), max_tokens=most, ignore_eos=True)
                 await until(lambda: model.stats.running == 1)
                 assert model.stats.kv_pages_used == pages
@@ -467,9 +467,9 @@ async def test_a_hundred_random_ends_leave_nothing(tiny: Path) -> None:
                     nursery.start_soon(one)
         gc.collect()
         await idle(model)
-        assert model._session.pool.free == model.stats.kv_pages_total == 12
-        assert sorted(model._session.pool.take(12)) == list(range(12))
-        model._session.pool.give(list(range(12)))
+        assert model._replicas.sessions[0].pool.free == model.stats.kv_pages_total == 12
+        assert sorted(model._replicas.sessions[0].pool.take(12)) == list(range(12))
+        model._replicas.sessions[0].pool.give(list(range(12)))
         assert [c.ddr_used_bytes for c in (await fleet.stats()).cards] == used
         # And the model still answers as ever.
         tokens = await tokens_of(model.generate([1, 2], max_tokens=5, ignore_eos=True))

@@ -88,7 +88,7 @@ async def fakes(count: int, tiny: Path, *, hang_timeout_s: float = 5.0) -> Async
         async with open_coordinator(devices, NATIVE, hang_timeout_s=hang_timeout_s) as coordinator:
             with GGUFFile(tiny) as gguf:
                 model = read_model(gguf)
-            plan = make_plan("tp", model.shape, count, NATIVE)
+            (plan,) = make_plan("tp", model.shape, count).replicas
             loaded = LoadedModel(
                 model, plan, LIMITS, {c: {} for c in range(count)}, dict.fromkeys(range(count), 1)
             )
@@ -280,9 +280,9 @@ async def test_nobody_elses_step_runs_within_the_block(tiny: Path) -> None:
             order.append("other")
 
         async with fleet.steps() as pipe:
-            assert not fleet.coordinator.wanted
+            assert not fleet.coordinator.wanted([0])
             nursery.start_soon(other)
-            await until(lambda: fleet.coordinator.wanted)
+            await until(lambda: fleet.coordinator.wanted([0]))
             for _ in range(3):
                 await pipe.submit(STEP)
                 await fleet.queued(1)
@@ -306,8 +306,8 @@ async def test_a_queued_step_goes_on_with_what_the_cards_have_chosen(
         async with open_coordinator(rig.cards, NATIVE, channel=channel) as coordinator:
             with GGUFFile(tiny) as gguf:
                 model = read_model(gguf)
-                made = make_plan(plan, model.shape, cards, NATIVE)
-                loaded = await coordinator.load(model, gguf, made, LIMITS)
+                made = make_plan(plan, model.shape, cards)
+                (loaded,) = await coordinator.load(model, gguf, made, LIMITS)
             tokens = [[1, 2, 3], [9], [200, 100]]
             chosen: list[list[int]] = [[], [], []]
 

@@ -29,7 +29,6 @@ from spanker.ggml.gguf import GGUFFile
 from spanker.kernels import program as op
 from spanker.kernels.formats import Format
 from spanker.kernels.program import Op, Ref, SequenceStep, Transfer
-from spanker.sched.bandwidth import NATIVE
 from spanker.sched.plan import Limits
 from spanker.sched.planner import make_plan
 from spanker.testing.models import tiny_llama
@@ -56,7 +55,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = tiny_llama().write(tmp_path_factory.mktemp("models") / "tiny.gguf")
     with GGUFFile(path) as gguf:
         model = read_model(gguf)
-    plan = make_plan("tp", model.shape, 2, NATIVE)
+    (plan,) = make_plan("tp", model.shape, 2).replicas
     return LoadedModel(model, plan, LIMITS, {0: {}, 1: {}}, {0: 0, 1: 0})
 
 
@@ -160,7 +159,7 @@ def test_an_exchange_says_for_whom_it_waits_and_what_it_moves() -> None:
 def test_every_command_of_a_model_has_a_label_that_names_its_layer(
     loaded: LoadedModel, plan: str
 ) -> None:
-    made = make_plan(plan, loaded.model.shape, 2, NATIVE)
+    (made,) = make_plan(plan, loaded.model.shape, 2).replicas
     for number in (0, 1):
         commands = build_program(loaded.model, made, number, LIMITS).commands
         for command, label in zip(commands, labels(commands), strict=True):

@@ -83,7 +83,7 @@ async def test_every_command_of_every_step_is_there(
             got = await tokens_of(model.generate([1, 2, 3], max_tokens=20, ignore_eos=True))
             await model.logits(list(range(12)))
         after = await fleet.stats()
-        loaded = model._session.loaded
+        loaded = model._replicas.sessions[0].loaded
     assert got == expected
     steps = after.sessions[0].steps - before.sessions[0].steps
     assert trace.steps == steps == 20 + 3 and trace.lost == 0
@@ -121,7 +121,7 @@ async def test_without_a_trace_nothing_is_recorded(tiny: Path) -> None:
     async with spanker.open_fleet(2) as fleet:
         model = await fleet.load(tiny)
         await tokens_of(model.generate([1], max_tokens=5, ignore_eos=True))
-        assert model._session.coordinator.trace is None
+        assert model._replicas.sessions[0].coordinator.trace is None
         assert [d.trace_events(100) for d in fleet.devices] == [(b"", 0)] * 2
 
 
@@ -272,7 +272,7 @@ async def test_a_cancelled_block_leaves_a_whole_file(tiny: Path, tmp_path: Path)
                         scope.cancel()
         assert scope.cancelled_caught
         assert len({e["args"]["step"] for e in events_of(path)[CARD]}) >= 30
-        assert model._session.coordinator.trace is None
+        assert model._replicas.sessions[0].coordinator.trace is None
         # And the next one works.
         async with fleet.trace(path) as trace:
             await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))

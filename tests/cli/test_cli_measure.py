@@ -97,11 +97,13 @@ def test_bench_makes_up_a_prompt_of_any_length(tiny: str) -> None:
 
 def test_info_foretells_what_loading_does(tiny: str) -> None:
     options = ("--model", tiny, "--cards", "3")
-    told, ran, shown, plain = batch(
+    told, ran, shown, plain, replicas, beside = batch(
         ("info", *options, "--json"),
         ("run", "x", *options, "--json"),
         ("info", *options),
         ("info",),
+        ("info", *options, "--plan", "dp3"),
+        ("run", "x", *options, "--plan", "dp3", "--max-tokens", "4"),
     )
     foretold, done = told.json(), ran.json()
     assert foretold["model"]["plan"] == done["plan"]
@@ -113,6 +115,12 @@ def test_info_foretells_what_loading_does(tiny: str) -> None:
     assert set(answers) >= {"attn_q", "ffn_down", "output"}
     assert "pick_strategy" in shown.out and "tensor-parallel" in shown.out
     assert "instructions" in plain.out
+    assert "replica" not in shown.out and "replica" not in ran.err
+    for text in (replicas.out, beside.err):
+        (header,) = [line for line in text.splitlines() if line.startswith("card")]
+        assert header.split()[:2] == ["card", "replica"]
+        rows = [line.split()[:2] for line in text.splitlines() if "layers 0-1" in line]
+        assert rows == [["0", "0"], ["1", "1"], ["2", "2"]]
 
 
 def test_pull_lists_models_and_prints_the_path_of_a_cached_one(smollm2_path: Path) -> None:

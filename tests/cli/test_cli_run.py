@@ -53,7 +53,8 @@ async def test_one_and_three_cards_print_the_librarys_answer(smollm2_path: Path)
         assert card["link_sent_bytes"] > 0
         assert 0 < card["ddr_used_bytes"] < one["cards"][0]["ddr_used_bytes"]
     assert three["plan"]["name"] == "tp3"
-    assert [s["heads"] for s in three["plan"]["stages"][0]["shares"]] == [[0, 3], [3, 6], [6, 9]]
+    (replica,) = three["plan"]["replicas"]
+    assert [s["heads"] for s in replica["stages"][0]["shares"]] == [[0, 3], [3, 6], [6, 9]]
     assert all(v > 0 for v in three["timings"].values())
 
 
@@ -87,11 +88,12 @@ def test_a_trace_changes_nothing_else(tiny: str, tmp_path: Path) -> None:
     assert json.loads(path.read_text())["otherData"]["steps"] == 9
 
 
-def test_everything_fits_into_80_columns(tiny: str) -> None:
+@pytest.mark.parametrize("plan", ["auto", "dp3"])
+def test_everything_fits_into_80_columns(tiny: str, plan: str) -> None:
     with (
         terminal(80) as screen,
         started(
-            *("run", "Once", "--model", tiny, "--max-tokens", "4"),
+            *("run", "Once", "--model", tiny, "--max-tokens", "4", "--plan", plan),
             *("--cards", "soft:2@scalar,soft:1:100MB"),
             stderr=screen.device,
         ) as running,

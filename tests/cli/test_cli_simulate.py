@@ -79,12 +79,29 @@ def test_the_table_says_what_waits_for_what(tmp_path: Path) -> None:
     assert "decode     -: 0 tokens" in one.out and "busiest links" not in one.out
 
 
+def test_replicas_are_told_apart() -> None:
+    args = (*SHAPE, "--cards", "4", "--plan", "dp2xtp2", "--batch", "3")
+    shown, first, second = batch(args, (*args, "--json"), (*args, "--json"))
+    assert shown.code == 0 and "plan       dp2xtp2: as asked" in shown.out
+    rows = [line.split()[:2] for line in shown.out.splitlines() if "each other" in line]
+    assert "replica  cards" in shown.out and ["0", "0-1"] in rows
+    found = first.json()
+    assert first.out == second.out
+    assert [card["replica"] for card in found["cards"]] == [0, 0, 1, 1]
+    cards = [
+        [share["card"] for stage in replica["stages"] for share in stage["shares"]]
+        for replica in found["plan"]["replicas"]
+    ]
+    assert cards == [[0, 1], [2, 3]]
+
+
 def test_what_cannot_be_is_said_on_one_line() -> None:
     cases = {
         ("simulate",): (2, "either a MODEL or a --shape"),
         ("simulate", "smollm2", "--shape", "tinyllama"): (2, "either a MODEL or a --shape"),
         ("simulate", "--shape", "nonsense"): (1, "no shape 'nonsense': expected one of smollm2"),
         (*SHAPE, "--plan", "tp2"): (1, "plan tp2 uses 2 cards"),
+        (*SHAPE, "--plan", "dp2xtp2"): (1, "plan dp2xtp2 uses 4 cards"),
         (*SHAPE, "--cards", "1:32MiB"): (1, "of DDR free"),
         (*SHAPE, "--cards", "65"): (1, "65 cards are too many"),
         (*SHAPE, "--ctx", "5"): (1, "prompt has 9 tokens"),

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Four cards on two workers: exchanges over every link at once, queued, traced, aborted and torn down
  * at any moment.  Runs under ThreadSanitizer too. */
+#include <math.h>
 #include <pthread.h>
 
 #include "card_test.h"
@@ -466,6 +467,82 @@ static void counters_may_be_read_meanwhile(void)
     fleet_destroy(&f);
 }
 
+/* Cards may leave an epoch one by one; what counts is that those who exchange agree. */
+static void cards_meet_in_one_epoch_from_different_ones(void)
+{
+    static const uint32_t epochs[][CARDS] = {
+        {3, 3, 1, 1}, /* two of them went on, the others follow */
+        {3, 3, 3, 3},
+        {4, 7, 5, 6}, /* each has one of its own, all enter a later one */
+        {9, 9, 9, 9},
+        {9, 9, 9, 12},
+        {12, 12, 12, 12},
+    };
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    for (uint32_t i = 0; i < sizeof epochs / sizeof *epochs; i++) {
+        bool agreed = true;
+        CASE("epochs, row %u", i);
+        for (int card = 0; card < CARDS; card++) {
+            struct spk_counters now;
+            spk_card_counters(f.cards[card], &now);
+            if (epochs[i][card] > now.epoch)
+                CHECK_EQUAL(spk_card_abort(f.cards[card], epochs[i][card]), SPK_OK);
+            agreed = agreed && epochs[i][card] == epochs[i][0];
+            while (now.epoch != epochs[i][card]) /* an idle card enters it all the same */
+                spk_card_counters(f.cards[card], &now);
+        }
+        for (uint32_t step = 0; agreed && step < 3; step++)
+            whole_step(&f, step, ROWS);
+    }
+    fleet_destroy(&f);
+}
+
+/* Whoever has seen a fault may submit at once: only what was queued before is aborted with it. */
+static void a_step_may_be_submitted_as_soon_as_a_fault_is_known(void)
+{
+    enum { ROUNDS = 2000 };
+    struct fleet f = fleet_create(CHUNK, 1);
+    struct builder p = new_program(1, 0, 1);
+    struct step step = new_step(1, 0, 0, 0, 1);
+    uint32_t bad_program, good_program, bad, blocks;
+    uint64_t fence;
+    char why[256];
+    float *nans = exact(CHUNK * 4);
+    CASE("a fault");
+    CHECK_EQUAL(spk_card_alloc(f.cards[0], CHUNK / 32 * 34, &blocks), SPK_OK);
+    struct spk_command *c = append(&p, SPK_OP_QUANTIZE);
+    c->ref[0] = ref_at(f.gathered[0], row_bytes(&f), 0);
+    c->ref[3] = ref_at(blocks, CHUNK / 32 * 34, 0);
+    c->arg[0] = CHUNK;
+    CHECK_EQUAL(load(f.cards[0], &p, &bad_program, &bad, why), SPK_OK);
+    p.commands[0].ref[0].buffer = f.increment[0];
+    p.commands[0].ref[0].stride = CHUNK * 4;
+    CHECK_EQUAL(load(f.cards[0], &p, &good_program, &bad, why), SPK_OK);
+    for (int i = 0; i < CHUNK; i++)
+        nans[i] = NAN;
+    CHECK_EQUAL(spk_card_write(f.cards[0], f.gathered[0], 0, nans, CHUNK * 4), SPK_OK);
+    for (int round = 0; round < ROUNDS; round++) {
+        struct spk_completion done;
+        bool two = round % 2;
+        CASE("a fault, round %d", round);
+        CHECK_EQUAL(submit(f.cards[0], bad_program, &step, &fence), SPK_OK);
+        /* Behind it in good faith: aborted, unless the fault was known by then. */
+        if (two)
+            CHECK_EQUAL(submit(f.cards[0], good_program, &step, &fence), SPK_OK);
+        while (!spk_card_completion(f.cards[0], &done))
+            ;
+        CHECK_EQUAL(done.status, SPK_E_NONFINITE);
+        CHECK_EQUAL(submit(f.cards[0], good_program, &step, &fence), SPK_OK);
+        if (two) {
+            int status = wait_status(f.cards[0]);
+            CHECK(status == SPK_E_ABORTED || status == SPK_OK);
+        }
+        CHECK_EQUAL(wait_status(f.cards[0]), SPK_OK);
+    }
+    free(nans);
+    fleet_destroy(&f);
+}
+
 int main(void)
 {
     gathers_carry_the_right_data();
@@ -478,6 +555,8 @@ int main(void)
     a_fleet_may_be_destroyed_while_it_runs();
     a_dead_card_answers_and_the_others_can_be_aborted();
     counters_may_be_read_meanwhile();
+    cards_meet_in_one_epoch_from_different_ones();
+    a_step_may_be_submitted_as_soon_as_a_fault_is_known();
     puts("ok threads_links");
     return 0;
 }

@@ -74,7 +74,7 @@ async def test_every_card_holds_what_its_plan_says_and_no_card_holds_everything(
 
     async with spanker.open_fleet("soft:4") as fleet:
         model = await fleet.load(smollm2_path, ctx=256, prompt_chunk=64)
-        loaded = model._loaded
+        (loaded,) = (s.loaded for s in model._replicas.sessions)
         stats = await fleet.stats()
         used = [card.ddr_used_bytes for card in stats.cards]
         limits, shape = loaded.limits, loaded.model.shape

@@ -11,7 +11,16 @@ import pytest
 from model_shapes import SHAPES, make_shape, uneven_layers
 
 from spanker.errors import PlanError
-from spanker.sched.plan import CardShare, ModelShape, Plan, tensor_pipeline
+from spanker.sched.plan import (
+    CardShare,
+    FleetPlan,
+    ModelShape,
+    Plan,
+    check_fleet_plan,
+    on_cards,
+    side_by_side,
+    tensor_pipeline,
+)
 from spanker.sched.shares import Share
 
 CARDS = range(1, 17)
@@ -187,3 +196,41 @@ def test_kv_heads_of_a_card_without_heads_are_none() -> None:
     nothing = Share(0, 0)
     share = CardShare(0, Share(9, 9), nothing, nothing, nothing, nothing)
     assert share.kv_heads(3) == nothing
+
+
+# --- replicas ----------------------------------------------------------------------------
+
+
+def test_replicas_are_the_same_plan_on_cards_of_their_own() -> None:
+    shape = make_shape(layers=4)
+    one = tensor_pipeline(shape, 2, 2)
+    plan = side_by_side(one, 3)
+    assert plan.cards == tuple(range(12)) and plan.parallel
+    assert [p.cards for p in plan.replicas] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert [plan.replica_of(card) for card in (0, 3, 4, 11, 12)] == [0, 0, 1, 2, None]
+    for number, replica in enumerate(plan.replicas):
+        assert on_cards(replica, [0] * 4 * number + [0, 1, 2, 3]) == one
+    assert side_by_side(one, 1) == FleetPlan.of(one) and not side_by_side(one, 1).parallel
+    check_fleet_plan(shape, plan, 12)
+
+
+def test_replicas_may_differ_and_leave_cards_idle() -> None:
+    shape = make_shape(layers=4)
+    big, small = tensor_pipeline(shape, 2, 2), tensor_pipeline(shape, 1, 1)
+    plan = FleetPlan("mixed", (on_cards(big, [7, 0, 3, 4]), on_cards(small, [2])))
+    check_fleet_plan(shape, plan, 8)
+    assert plan.cards == (7, 0, 3, 4, 2)
+
+
+def test_fleet_plans_that_cannot_be_are_refused() -> None:
+    shape = make_shape(layers=4)
+    one = tensor_pipeline(shape, 2, 1)
+    for plan, message in (
+        (FleetPlan("none", ()), "plan none has no replicas"),
+        (FleetPlan("same", (one, on_cards(one, [1, 2]))), "replicas share cards"),
+        (FleetPlan("far", (one, on_cards(one, [2, 4]))), "uses card 4, the fleet has cards 0 to 3"),
+        (FleetPlan("below", (on_cards(one, [-1, 0]),)), "uses card -1"),
+        (FleetPlan.of(tensor_pipeline(make_shape(layers=3), 2, 1)), "the model 4"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            check_fleet_plan(shape, plan, 4)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing a plan: by name, and by the answer that covers more weight bytes."""
+"""Plans by name and from files, and what `pick_strategy` says of whole models."""
 
 from __future__ import annotations
 
-import attrs
 import pytest
-from model_shapes import SHAPES, make_shape, weight
+from model_shapes import SHAPES, make_shape
 
 from spanker.errors import PlanError
-from spanker.sched.bandwidth import NATIVE, PROFILES, REV_A, Profile
+from spanker.sched.bandwidth import PROFILES, Profile
 from spanker.sched.decision import Strategy, decide
-from spanker.sched.plan import tensor_pipeline
+from spanker.sched.plan import check_fleet_plan
 from spanker.sched.planner import make_plan
 
 TP, PP = Strategy.TENSOR_PARALLEL, Strategy.MODEL_PARALLEL
@@ -36,15 +35,22 @@ def turning_at(k: int) -> Profile:
         (" TP2xPP2 ", 4, "tp2xpp2"),
         ("tp1xpp2", 2, "pp2"),
         ("tp3xpp1", 3, "tp3"),
-        ("auto", 1, "tp1"),
+        ("dp3", 3, "dp3"),
+        ("dp1", 1, "tp1"),
+        ("dp1xtp2", 2, "tp2"),
+        ("dp2xtp2", 4, "dp2xtp2"),
+        ("dp3xpp2", 6, "dp3xpp2"),
+        ("DP2xtp2xpp2", 8, "dp2xtp2xpp2"),
+        ("dp2xtp1xpp1", 2, "dp2"),
     ],
 )
 def test_plans_by_name(spec: str, cards: int, name: str) -> None:
     shape = make_shape()
-    plan = make_plan(spec, shape, cards, NATIVE)
+    plan = make_plan(spec, shape, cards)
     assert plan.name == name
-    assert len(plan.cards) == cards
-    assert plan.reason
+    assert plan.cards == tuple(range(cards))
+    assert plan.reason and all(replica.reason for replica in plan.replicas)
+    check_fleet_plan(shape, plan, cards)
 
 
 @pytest.mark.parametrize(
@@ -62,25 +68,42 @@ def test_plans_by_name(spec: str, cards: int, name: str) -> None:
         "tp-1",
         "tp2.0",
         "tp12345",
+        "dp",
+        "dp2x",
+        "dp2xdp2",
+        "dp2tp2",
+        "tp2xdp2",
+        "pp2xdp2",
+        "dp2xx",
+        "dp12345",
     ],
 )
 def test_unknown_plans_are_refused_by_name(spec: str) -> None:
     with pytest.raises(PlanError, match="expected auto, tp, pp, or tpAxppB") as caught:
-        make_plan(spec, make_shape(), 2, NATIVE)
+        make_plan(spec, make_shape(), 2)
     assert repr(spec) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("spec", "uses"), [("tp3", 3), ("tp2xpp2", 4), ("pp1", 1), ("tp0", 0), ("tp0xpp2", 0)]
+    ("spec", "uses"),
+    [
+        ("tp3", 3),
+        ("tp2xpp2", 4),
+        ("pp1", 1),
+        ("tp0", 0),
+        ("tp0xpp2", 0),
+        ("dp2xtp2", 4),
+        ("dp0", 0),
+    ],
 )
 def test_plans_for_another_number_of_cards_are_refused(spec: str, uses: int) -> None:
     with pytest.raises(PlanError, match=f"plan {spec} uses {uses} cards, the fleet has 2"):
-        make_plan(spec, make_shape(), 2, NATIVE)
+        make_plan(spec, make_shape(), 2)
 
 
 def test_too_many_stages_are_refused() -> None:
     with pytest.raises(PlanError, match="the model has 2"):
-        make_plan("pp", make_shape(layers=2), 3, NATIVE)
+        make_plan("pp", make_shape(layers=2), 3)
 
 
 # --- decisions -----------------------------------------------------------------------------
@@ -109,48 +132,3 @@ def test_a_decision_is_the_rule_at_one_token_with_the_profiles_bandwidths() -> N
     assert all(d.strategy is PP for d in decide(shape, 2, turning_at(129)))
     # One card has nothing to decide.
     assert all(d.strategy is TP for d in decide(shape, 1, turning_at(129)))
-
-
-# --- auto ------------------------------------------------------------------------------------
-
-
-def test_auto_takes_the_answer_for_more_weight_bytes() -> None:
-    # ffn_down alone is tensor parallel: 2 of 3 matrices of the FFN speak for model parallel.
-    small = make_shape(hidden=64, ffn=128)
-    plan = make_plan("auto", small, 2, turning_at(65))
-    assert plan.name == "pp2"
-    decisions = decide(small, 2, turning_at(65))
-    tensor = sum(d.weight_bytes for d in decisions if d.strategy is TP)
-    total = sum(d.weight_bytes for d in decisions)
-    assert f"model parallel for {100 * (total - tensor) / total:.0f} %" in plan.reason
-    assert "turning" in plan.reason
-    # All but the attention output (k = 32) speak for tensor parallel.
-    narrow = make_shape(hidden=64, heads=1, kv_heads=1, head_dim=32, ffn=256)
-    plan = make_plan("auto", narrow, 2, turning_at(64))
-    assert plan.name == "tp2" and "tensor parallel for" in plan.reason
-
-
-def test_auto_counts_bytes_and_not_matrices() -> None:
-    # Only ffn_down has k = 128: one matrix of seven, but as floats it is most of the bytes.
-    shape = make_shape(hidden=64, ffn=128, vocabulary=16)
-    assert make_plan("auto", shape, 2, turning_at(128)).name == "pp2"
-    layers = tuple(
-        attrs.evolve(layer, ffn_down=weight(layer.ffn_down.name, 64, 128, "f32"))
-        for layer in shape.layers
-    )
-    shape = attrs.evolve(shape, layers=layers)
-    tensor = [d for d in decide(shape, 2, turning_at(128)) if d.strategy is TP]
-    assert [d.name for d in tensor] == ["ffn_down"]
-    assert make_plan("auto", shape, 2, turning_at(128)).name == "tp2"
-
-
-def test_auto_turns_to_tensor_parallel_where_layers_cannot_fill_the_stages() -> None:
-    plan = make_plan("auto", make_shape(layers=2), 5, turning_at(1000))
-    assert plan.name == "tp5"
-    assert "2 layers cannot fill 5 pipeline stages" in plan.reason
-
-
-def test_auto_for_a_real_model_is_tensor_parallel_under_both_profiles() -> None:
-    shape = SHAPES["smollm2"]
-    for profile in (NATIVE, REV_A):
-        assert make_plan("auto", shape, 3, profile).stages == tensor_pipeline(shape, 3, 1).stages

@@ -142,7 +142,7 @@ async def test_a_bug_in_the_fleet_itself_reaches_whoever_opened_it(
     with trio.fail_after(5), pytest.raises(RuntimeError, match="a bug"):
         async with spanker.open_fleet("soft:2") as fleet:
             model = await fleet.load(tiny_model)
-            monkeypatch.setattr(model._session, "_plan_batch", boom)
+            monkeypatch.setattr(model._replicas.sessions[0], "_plan_batch", boom)
             model.generate("Hello")
             await trio.sleep_forever()
 

@@ -17,7 +17,8 @@ class Request:
     """What to plan: a model on the cards of a topology, at the speeds of a profile.
 
     `free_bytes`: memory of each card by number.  `limits`: of the steps and contexts that the cards
-    must have memory for; its `kv_pages` are set here, a full context for each sequence.  Decoding
+    must have memory for; its `kv_pages` are set here: for `kv_tokens` positions in each replica, or
+    else a full context for each sequence.  Decoding
     of `batch` sequences at `position` positions each is to be fast.  At most `keep` candidates come
     out.
     """
@@ -29,6 +30,7 @@ class Request:
     limits: Limits
     batch: int = 1
     position: int = 512
+    kv_tokens: int | None = None
     keep: int = 20
 
     def __attrs_post_init__(self) -> None:
@@ -45,8 +47,11 @@ class Request:
 
     def limits_for(self, sequences: int) -> Limits:
         """The limits with KV memory for so many full contexts."""
-        pages = -(-self.limits.context // self.limits.page_positions)
-        return attrs.evolve(self.limits, kv_pages=max(sequences, 1) * pages)
+        page = self.limits.page_positions
+        pages = max(sequences, 1) * -(-self.limits.context // page)
+        if self.kv_tokens is not None:
+            pages = -(-self.kv_tokens // page)
+        return attrs.evolve(self.limits, kv_pages=pages)
 
 
 @attrs.frozen

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The replicas of one model: each sequence runs on one of them, from its start to its end.
+
+A replica has cards, KV pages and steps of its own (session.py), so replicas neither wait for each
+other nor fail together.  Which one a sequence gets changes nothing in what comes out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import attrs
+import trio
+
+from spanker.actors.session import Sequence, Session, SessionStats
+from spanker.ggml.sampling import SamplingParams
+
+
+class Replicas:
+    """The sessions of one model, one for each replica of its plan."""
+
+    def __init__(self, sessions: Seq[Session]) -> None:
+        self.sessions = tuple(sessions)
+
+    def add(
+        self,
+        prompt: Seq[int],
+        tokens_max: int,
+        params: SamplingParams,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        want_logits: bool = False,
+        score: bool = False,
+    ) -> Sequence:
+        """Enter a sequence where there are the fewest, of equal ones in the first; as
+        `Session.add`.  Where all have failed, the failure of the first."""
+        alive = [s for s in self.sessions if s.failure is None]
+        return min(alive or self.sessions[:1], key=lambda session: session.unfinished).add(
+            prompt,
+            tokens_max,
+            params,
+            stop_ids=stop_ids,
+            want_logits=want_logits,
+            score=score,
+        )
+
+    async def run(self) -> None:
+        """Make steps, of all replicas at the same time, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for session in self.sessions:
+                nursery.start_soon(session.run)
+
+    @property
+    def stats(self) -> SessionStats:
+        """Counts of all replicas together."""
+        of = [session.stats for session in self.sessions]
+        names = [field.name for field in attrs.fields(SessionStats)]
+        return SessionStats(**{name: sum(getattr(s, name) for s in of) for name in names})
