@@ -519,7 +519,6 @@ class Fleet:
             batch=batch,
             position=min(PLANNED_POSITION, limits.context),
             kv_tokens=kv_tokens,
-            keep=1,
         )
         return plan_for(plan, request)
 

@@ -23,9 +23,6 @@ from spanker.device.virtual.card import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_S, to_s
 from spanker.errors import ConfigError
 from spanker.fleet import (
-    DEFAULT_CONTEXT,
-    DEFAULT_PROMPT_CHUNK,
-    PAGE_POSITIONS,
     Fleet,
     Generation,
     Model,
@@ -37,8 +34,17 @@ from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.sched.bandwidth import REV_A, Profile
+from spanker.sched.limits import (
+    DEFAULT_CONTEXT,
+    DEFAULT_PROMPT_CHUNK,
+    PAGE_POSITIONS,
+    step_limits,
+)
 from spanker.sched.plan import FleetPlan, ModelShape
+from spanker.sched.planner import plan_for
+from spanker.sched.planning import Request
 from spanker.sched.shapes import named_shape
+from spanker.sched.topology import Topology
 
 BATCH_MAX = 64
 # Long steps are no hung cards: a prompt of a large model takes minutes.  What waits for what never
@@ -224,15 +230,16 @@ async def _load(fleet: Fleet, scenario: Scenario, report: Callable[[int, int], N
 
 def _plan(scenario: Scenario, context: int) -> FleetPlan:
     shape = _shape(scenario)
+    limits = step_limits(shape, scenario.ctx or min(context, shape.context), scenario.prompt_chunk)
     request = Request(
         shape,
         scenario.profile,
         Topology.with_mock(scenario.cards),
         (scenario.ddr_bytes,) * scenario.cards,
-        step_limits(shape, scenario.ctx or min(context, shape.context), scenario.prompt_chunk),
+        limits,
         batch=scenario.batch,
         # In the middle of the decoding.
-        position=min(scenario.prompt_tokens + scenario.tokens // 2, shape.context),
+        position=min(scenario.prompt_tokens + scenario.tokens // 2, limits.context),
     )
     return plan_for(scenario.plan, request)
 
