@@ -31,7 +31,7 @@ Table = Callable[[int, int, int], float]
 """(card, start, units) -> seconds."""
 
 WAYS_MAX = 7000
-_LIMITS = 48
+_LIMITS = 24
 _MOVES_MAX = 64
 _MOVED_CARDS_MAX = 16
 
@@ -176,9 +176,10 @@ class Division:
             if units % group == 0:
                 ways.append(tuple(group * u for u in _even(units // group, n)))
             ways += _packed(units, n, group)
-        if self.alike:
-            return np.array(sorted(set(ways)), np.int64)
         total = np.sum([phase.seconds[:, 0, :] for phase in self.phases], axis=0)
+        if (total == total[0]).all():
+            # Equally fast: what keeps a limit is even.
+            return np.array(sorted(set(ways)), np.int64)
         least, most = self._least_limit(total), float(total[:, -(-units // n)].max())
         for limit in np.linspace(least, max(most, least), _LIMITS):
             caps = (total <= limit).sum(axis=1) - 1

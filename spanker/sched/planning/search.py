@@ -59,7 +59,7 @@ def search(request: Request) -> Outcome:
     return Outcome(
         request,
         chosen,
-        (chosen, *candidates[1 : request.keep]),
+        (chosen, *candidates[1:]),
         gap,
         why,
         time.perf_counter() - begin,
@@ -85,8 +85,11 @@ class _Search:
         found += self._replicated()
         found += (self._priced(plan) for plan in self._named() if self._fits(plan))
         found.sort(key=lambda c: (-c.tokens_per_second, len(c.plan.cards), c.plan.name))
-        seen: set[tuple[object, ...]] = set()
-        return [c for c in found if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+        # Of plans that differ in nothing that shows, one.
+        first: dict[tuple[str, int, str], Candidate] = {}
+        for c in found:
+            first.setdefault((c.plan.name, len(c.plan.cards), f"{c.tokens_per_second:.9g}"), c)
+        return list(first.values())
 
     def _priced(self, plan: FleetPlan | Row) -> Candidate:
         request = self._request
