@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
@@ -83,7 +83,7 @@ class Dimensions:
         like: Sequence[int],
         tables: dict[object, F64],
     ) -> None:
-        self._shape, self._pieces = pieces.shape, pieces
+        self._shape, self.pieces = pieces.shape, pieces
         self._candidates = candidates
         self._gather = gather
         self._cards, self._like = tuple(cards), tuple(like)
@@ -106,15 +106,27 @@ class Dimensions:
             )
             unit = self._whole if aligned else 1
             parts = _parts(heads.units, unit, shape.heads), hidden.units
-            found.append((heads.seconds + hidden.seconds, aligned, *parts))
-        _, aligned, heads_parts, hidden_units = min(found, key=lambda way: way[0])
+            found.append((heads.seconds + hidden.seconds, *parts))
+        _, heads_parts, hidden_units = min(found, key=lambda way: way[0])
         return Shares(
             heads=heads_parts,
             hidden=_parts(hidden_units, TILE_ROWS, shape.hidden),
             ffn=_parts(self._ffn(layer).solve().units, Q8_BLOCK, shape.ffn),
             vocabulary=_parts(self._vocabulary().solve().units, LOGIT_CHUNK, shape.vocabulary),
             columns=_parts(self._columns().solve().units, self._columns_unit, shape.hidden),
-            aligned=aligned,
+            aligned=self._is_aligned(heads_parts),
+        )
+
+    def ends(self) -> tuple[list[Parts], list[Parts]] | None:
+        """Shares of the columns and of the vocabulary that can be best once it counts which cards
+        have any, as it does where the next token is chosen; None where those are not known."""
+        columns, vocabulary = self._columns().by_users, self._vocabulary().by_users
+        if columns is None or vocabulary is None:
+            return None
+        shape = self._shape
+        return (
+            [_parts(way.units, self._columns_unit, shape.hidden) for way in columns],
+            [_parts(way.units, LOGIT_CHUNK, shape.vocabulary) for way in vocabulary],
         )
 
     def by_weight(self, weights: Sequence[float]) -> Shares:
@@ -131,34 +143,31 @@ class Dimensions:
             ffn=parts(shape.ffn, Q8_BLOCK),
             vocabulary=parts(shape.vocabulary, LOGIT_CHUNK),
             columns=parts(shape.hidden, self._columns_unit),
-            aligned=all(h.start % self._whole == h.size % self._whole == 0 for h in heads),
+            aligned=self._is_aligned(heads),
         )
+
+    def _is_aligned(self, heads: Parts) -> bool:
+        return all(h.start % self._whole == h.size % self._whole == 0 for h in heads)
 
     # --- prices -----------------------------------------------------------------------------
 
     def layer(self, shares: Shares, layer: LayerShape) -> LayerPrice:
         """A layer without what its EXCHANGEs take up."""
-        n, aligned = len(self._cards), shares.aligned
-        unit = self._whole if aligned else 1
-        rest = _price(self._hidden(layer, aligned), shares.hidden, TILE_ROWS)
-        rest += _price(self._ffn(layer), shares.ffn, Q8_BLOCK)
-        with_add, without = (
-            _price(self._heads(layer, aligned, add=add), shares.heads, unit) + rest
-            for add in (True, False)
-        )
-        others = [a for a in self._alignments(layer) if a != aligned] if n > 1 else []
-        if others:
-            # Heads and hidden go together: the bound is that of the better alignment.
-            ffn = self._ffn(layer).solve().bound
-            least = min(
-                self._heads(layer, a).solve().bound + self._hidden(layer, a).solve().bound
-                for a in self._alignments(layer)
-            )
-            lower = min(with_add.bound, least + ffn)
-            saved = with_add.bound - lower
-            with_add = Price(with_add.seconds, lower)
-            without = Price(without.seconds, without.bound - saved)
-        return LayerPrice(with_add, without)
+        unit = self._whole if shares.aligned else 1
+        hidden = _price(self._hidden(layer, shares.aligned), shares.hidden, TILE_ROWS)
+        ffn = _price(self._ffn(layer), shares.ffn, Q8_BLOCK)
+
+        def price(add: bool) -> Price:
+            # Heads and hidden go together: their bound is that of the better alignment.
+            heads = _price(self._heads(layer, shares.aligned, add=add), shares.heads, unit)
+            both = heads + hidden
+            for aligned in self._alignments(layer):
+                least = self._heads(layer, aligned, add=add).solve().bound
+                least += self._hidden(layer, aligned).solve().bound
+                both = Price(both.seconds, min(both.bound, least))
+            return both + ffn
+
+        return LayerPrice(price(True), price(False))
 
     def embed(self, shares: Shares) -> Price:
         """The embedding and its gather, without what the EXCHANGE takes up."""
@@ -177,7 +186,7 @@ class Dimensions:
         return (True,) if self._whole == 1 or len(self._cards) == 1 else (True, False)
 
     def _heads(self, layer: LayerShape, aligned: bool, *, add: bool = True) -> Division:
-        shape, pieces = self._shape, self._pieces
+        shape, pieces = self._shape, self.pieces
         unit = self._whole if aligned else 1
         q8 = aligned and layer.attn_output.quantized
         units = shape.heads // unit
@@ -191,72 +200,91 @@ class Dimensions:
 
         key = ("heads", aligned, add, *_like(layer.attn_q, layer.attn_k, layer.attn_v), q8)
         nbytes = pieces.attention_gather(Share(0, unit), q8)
-        return self._division(units, [(key, group, seconds, nbytes)])
+        # Heads that do fill blocks would be gathered as such.
+        quantized = layer.attn_output.quantized and not aligned
+        avoid = self._whole if quantized and shape.heads % self._whole == 0 else 0
+        return self._division(units, [_Phase(key, seconds, nbytes, group)], avoid=avoid)
 
     def _hidden(self, layer: LayerShape, aligned: bool) -> Division:
-        pieces, total = self._pieces, self._shape.hidden
-        phases = (
-            self._projection(layer.attn_output, layer.attn_output.quantized and not aligned),
+        requantise = layer.attn_output.quantized and not aligned
+        phases = [
+            self._projection(layer.attn_output, requantise),
             self._projection(layer.ffn_down, False),
-        )
-        nbytes = pieces.project_gather(TILE_ROWS)
-        return self._division(
-            -(-total // TILE_ROWS), [(key, 1, seconds, nbytes) for key, seconds in phases]
-        )
+        ]
+        return self._division(-(-self._shape.hidden // TILE_ROWS), phases)
 
     def _projection(self, matrix: WeightShape, requantise: bool) -> _Phase:
-        total = self._shape.hidden
+        pieces = self.pieces
 
-        def seconds(card: int, start: int, count: int) -> float:
-            rows = min(count * TILE_ROWS, total)
-            return self._pieces.project(card, matrix, rows, requantise)
+        def seconds(card: int, rows: int) -> float:
+            return pieces.project(card, matrix, rows, requantise)
 
-        return ("hidden", requantise, *_like(matrix)), seconds
+        key = ("hidden", requantise, *_like(matrix))
+        return _sized(key, seconds, pieces.project_gather, TILE_ROWS, self._shape.hidden)
 
     def _ffn(self, layer: LayerShape) -> Division:
-        pieces, total = self._pieces, self._shape.ffn
+        pieces, total = self.pieces, self._shape.ffn
         q8 = layer.ffn_down.quantized
 
-        def seconds(card: int, start: int, count: int) -> float:
-            part = Share(0, min(count * Q8_BLOCK, total))
-            return pieces.add(card) + pieces.ffn(card, layer, part, q8)
+        def seconds(card: int, rows: int) -> float:
+            return pieces.add(card) + pieces.ffn(card, layer, Share(0, rows), q8)
+
+        def nbytes(rows: int) -> float:
+            return pieces.ffn_gather(Share(0, rows), q8)
 
         key = ("ffn", *_like(layer.ffn_gate, layer.ffn_up), q8)
-        nbytes = pieces.ffn_gather(Share(0, Q8_BLOCK), q8)
-        return self._division(-(-total // Q8_BLOCK), [(key, 1, seconds, nbytes)])
+        return self._division(
+            -(-total // Q8_BLOCK), [_sized(key, seconds, nbytes, Q8_BLOCK, total)]
+        )
 
     def _vocabulary(self) -> Division:
-        pieces, total = self._pieces, self._shape.vocabulary
+        pieces, total = self.pieces, self._shape.vocabulary
 
-        def seconds(card: int, start: int, count: int) -> float:
-            part = Share(0, min(count * LOGIT_CHUNK, total))
-            return pieces.add(card) + pieces.output(card, part, self._candidates)
+        def seconds(card: int, rows: int) -> float:
+            return pieces.add(card) + pieces.output(card, Share(0, rows), self._candidates)
 
-        return self._division(-(-total // LOGIT_CHUNK), [(("vocabulary",), 1, seconds, 0.0)])
+        def nbytes(rows: int) -> float:
+            return 0.0
+
+        phase = _sized(("vocabulary",), seconds, nbytes, LOGIT_CHUNK, total)
+        return self._division(-(-total // LOGIT_CHUNK), [phase])
 
     def _columns(self) -> Division:
-        pieces, total, unit = self._pieces, self._shape.hidden, self._columns_unit
+        pieces, total, unit = self.pieces, self._shape.hidden, self._columns_unit
 
-        def seconds(card: int, start: int, count: int) -> float:
-            return pieces.embed(card, Share(0, min(count * unit, total)))
+        def seconds(card: int, columns: int) -> float:
+            return pieces.embed(card, Share(0, columns))
 
-        nbytes = pieces.embed_gather(Share(0, unit))
-        return self._division(-(-total // unit), [(("columns",), 1, seconds, nbytes)])
+        def nbytes(columns: int) -> float:
+            return pieces.embed_gather(Share(0, columns))
 
-    def _division(self, units: int, phases: Sequence[tuple[_Key, int, Table, float]]) -> Division:
-        key = tuple(phase[0] for phase in phases)
+        return self._division(
+            -(-total // unit), [_sized(("columns",), seconds, nbytes, unit, total)]
+        )
+
+    def _division(self, units: int, phases: Sequence[_Phase], avoid: int = 0) -> Division:
+        key = (avoid, *(phase.key for phase in phases))
         found = self._divisions.get(key)
         if found is None:
             found = self._divisions[key] = Division(
                 units,
-                tuple(
-                    Phase(self._table(name, units, group, seconds), nbytes)
-                    for name, group, seconds, nbytes in phases
-                ),
+                tuple(self._phase(phase, units) for phase in phases),
                 self._gather,
                 len(set(self._like)) == 1,
+                avoid,
             )
         return found
+
+    def _phase(self, of: _Phase, units: int) -> Phase:
+        ending = None
+        if of.ending is not None:
+            ending = self._table((*of.key, "ending"), units, of.group, of.ending)
+        return Phase(
+            self._table(of.key, units, of.group, of.seconds),
+            of.unit_bytes,
+            ending,
+            of.less_bytes,
+        )
 
     def _table(self, key: _Key, units: int, group: int, seconds: Table) -> F64:
         """(cards, group, units + 1): what each card takes for so many units from a start on."""
@@ -272,7 +300,43 @@ class Dimensions:
 
 
 _Key = tuple[object, ...]
-_Phase = tuple[_Key, Table]
+
+
+@attrs.frozen
+class _Phase:
+    """How a `Phase` is made; those with the same key are the same."""
+
+    key: _Key
+    seconds: Table
+    unit_bytes: float
+    group: int = 1
+    ending: Table | None = None
+    less_bytes: float = 0.0
+
+
+def _sized(
+    key: _Key,
+    seconds: Callable[[int, int], float],
+    nbytes: Callable[[int], float],
+    unit: int,
+    total: int,
+) -> _Phase:
+    """Of a phase that takes as long wherever a share begins: by (card, size) and by size."""
+    missing = -total % unit
+
+    def whole(card: int, start: int, count: int) -> float:
+        return seconds(card, count * unit)
+
+    def ending(card: int, start: int, count: int) -> float:
+        return seconds(card, max(count * unit - missing, 0))
+
+    return _Phase(
+        key,
+        whole,
+        nbytes(unit),
+        ending=ending if missing else None,
+        less_bytes=nbytes(unit) - nbytes(unit - missing),
+    )
 
 
 def _parts(units: Sequence[int], unit: int, total: int) -> Parts:

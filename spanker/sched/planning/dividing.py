@@ -105,10 +105,26 @@ class Gather:
 @attrs.frozen(eq=False)
 class Phase:
     """`seconds[i, start % group, units]` is what card i takes with so many units from there on, and
-    then it sends `unit_bytes` for each of them to every other card."""
+    then it sends `unit_bytes` for each of them to every other card.
+
+    Where the last of all units is smaller than the others, whoever has it takes `ending` in place
+    of `seconds`, and sends `less_bytes` less.
+    """
 
     seconds: F64
     unit_bytes: float
+    ending: F64 | None = None
+    less_bytes: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return int(self.seconds.shape[1])
+
+    @functools.cached_property
+    def least(self) -> F64:
+        """(cards, units + 1): wherever they begin and end."""
+        least: F64 = self.seconds.min(axis=1)
+        return least if self.ending is None else np.minimum(least, self.ending.min(axis=1))
 
 
 @attrs.frozen
@@ -121,13 +137,17 @@ class Solution:
 
 
 class Division:
-    """`units` units for the cards of `gather`; `alike` says that all have the same seconds."""
+    """`units` units for the cards of `gather`; `alike` says that all have the same seconds.  Ways
+    in which every share is whole multiples of `avoid` are none, unless that is 0."""
 
-    def __init__(self, units: int, phases: Sequence[Phase], gather: Gather, alike: bool) -> None:
+    def __init__(
+        self, units: int, phases: Sequence[Phase], gather: Gather, alike: bool, avoid: int = 0
+    ) -> None:
         self.units = units
         self.phases = tuple(phases)
         self.gather = gather
         self.alike = alike
+        self.avoid = avoid
 
     @property
     def _cards(self) -> int:
@@ -138,11 +158,50 @@ class Division:
         total = np.zeros(len(ways))
         starts = np.cumsum(ways, axis=1) - ways
         columns = np.arange(self._cards)
+        has_last = (starts + ways == self.units) & (ways > 0)
         for phase in self.phases:
-            group = phase.seconds.shape[1]
-            total += phase.seconds[columns, starts % group, ways].max(axis=1)
-            total += self.gather.seconds(ways.astype(np.float64) * phase.unit_bytes)
+            seconds = phase.seconds[columns, starts % phase.group, ways]
+            nbytes = ways.astype(np.float64) * phase.unit_bytes
+            if phase.ending is not None:
+                ending = phase.ending[columns, starts % phase.group, ways]
+                seconds = np.where(has_last, ending, seconds)
+                nbytes = nbytes - has_last * phase.less_bytes
+            total += seconds.max(axis=1) + self.gather.seconds(nbytes)
+        if self.avoid:
+            total[(ways % self.avoid == 0).all(axis=1)] = np.inf
         return total
+
+    @functools.cached_property
+    def by_users(self) -> tuple[Solution, ...] | None:
+        """The best way for each set of cards that get any, leaving out those beside which a subset
+        is as fast; the fastest first.  None where that is not known.
+
+        Of cards that are alike only the first ones are considered.
+        """
+        n, units = self._cards, self.units
+        if self._even_is_best:
+            some = range(1, min(n, units) + 1)
+            ways = np.array([self._even(units, m) + (0,) * (n - m) for m in some])
+        elif math.comb(units + n - 1, n - 1) <= WAYS_MAX:
+            ways = _all_ways(units, n)
+        else:
+            return None
+        prices = self.price(ways)
+        # The fastest first, and of equal ones that with fewest users.
+        order = np.lexsort(((ways > 0).sum(axis=1), prices))
+        _, firsts = np.unique(ways[order] > 0, axis=0, return_index=True)
+        found: dict[frozenset[int], Solution] = {}
+        for index in order[np.sort(firsts)].tolist():
+            users = frozenset(np.flatnonzero(ways[index]).tolist())
+            if not any(known <= users for known in found):
+                price = float(prices[index])
+                found[users] = Solution(_row(ways, index), price, price)
+        return tuple(found.values())
+
+    @property
+    def _even_is_best(self) -> bool:
+        """With more units a card takes longer, and all cards are alike."""
+        return self.alike and not self.avoid and all(phase.group == 1 for phase in self.phases)
 
     def solve(self) -> Solution:
         """The best way, or a good one and a bound."""
@@ -154,9 +213,8 @@ class Division:
         if n == 1:
             price = float(self.price(np.array([[units]]))[0])
             return Solution((units,), price, price)
-        starts_matter = any(phase.seconds.shape[1] > 1 for phase in self.phases)
-        if self.alike and not starts_matter:
-            way = _even(units, n)
+        if self._even_is_best:
+            way = self._even(units, n)
             price = float(self.price(np.array([way]))[0])
             return Solution(way, price, price)
         if math.comb(units + n - 1, n - 1) <= WAYS_MAX:
@@ -167,14 +225,20 @@ class Division:
         way, price = self._improved(self._candidates())
         return Solution(way, price, min(self._bound(), price))
 
+    def _even(self, units: int, n: int) -> tuple[int, ...]:
+        """As equal as possible; who has a last unit that is smaller can have one more."""
+        last = any(phase.ending is not None for phase in self.phases)
+        more = units % n
+        return tuple(units // n + (i >= n - more if last else i < more) for i in range(n))
+
     def _candidates(self) -> I64:
         """Good ways: even, aligned with what the cards share, and for a row of limits to the
         slowest card the most equal way that keeps them."""
         n, units = self._cards, self.units
-        ways = [_even(units, n)]
-        for group in {phase.seconds.shape[1] for phase in self.phases} - {1}:
+        ways = [self._even(units, n)]
+        for group in {phase.group for phase in self.phases} - {1}:
             if units % group == 0:
-                ways.append(tuple(group * u for u in _even(units // group, n)))
+                ways.append(tuple(group * u for u in self._even(units // group, n)))
             ways += _packed(units, n, group)
         total = np.sum([phase.seconds[:, 0, :] for phase in self.phases], axis=0)
         if (total == total[0]).all():
@@ -182,7 +246,7 @@ class Division:
             return np.array(sorted(set(ways)), np.int64)
         least, most = self._least_limit(total), float(total[:, -(-units // n)].max())
         for limit in np.linspace(least, max(most, least), _LIMITS):
-            caps = (total <= limit).sum(axis=1) - 1
+            caps = _caps(total, limit)
             if (caps >= 0).all() and caps.sum() >= units:
                 ways.append(_within(units, caps))
         return np.array(sorted(set(ways)), np.int64)
@@ -193,7 +257,7 @@ class Division:
         low, high = 0, len(values) - 1
         while low < high:
             middle = (low + high) // 2
-            caps = (seconds <= values[middle]).sum(axis=1) - 1
+            caps = _caps(seconds, float(values[middle]))
             if (caps >= 0).all() and caps.sum() >= self.units:
                 high = middle
             else:
@@ -221,8 +285,8 @@ class Division:
 
     def _bound(self) -> float:
         return sum(
-            self._least_limit(phase.seconds.min(axis=1))
-            + self.gather.least(self.units * phase.unit_bytes)
+            self._least_limit(phase.least)
+            + self.gather.least(self.units * phase.unit_bytes - phase.less_bytes)
             for phase in self.phases
         )
 
@@ -237,8 +301,11 @@ def _row(ways: I64, index: int) -> tuple[int, ...]:
     return tuple(ways[index].tolist())
 
 
-def _even(units: int, n: int) -> tuple[int, ...]:
-    return tuple(units // n + (i < units % n) for i in range(n))
+def _caps(seconds: F64, limit: float) -> I64:
+    """The most units of each card that take no longer; -1 where not even none does."""
+    fits = seconds <= limit
+    most: I64 = seconds.shape[1] - 1 - fits[:, ::-1].argmax(axis=1)
+    return np.where(fits.any(axis=1), most, -1)
 
 
 def _packed(units: int, n: int, group: int) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@ The first `add` belongs to the layer before; the first layer of a stage has none
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import attrs
@@ -21,12 +22,16 @@ from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.pieces import Pieces, layer_kinds
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.layout import end_buffers, kv_page_bytes, layer_buffers, stage_work_buffers
-from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape, Plan
-from spanker.sched.planning.dimensions import Dimensions, Price, Shares
+from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape
+from spanker.sched.planning.dimensions import Dimensions, Parts, Price, Shares
 from spanker.sched.planning.dividing import F64, Gather
 from spanker.sched.shares import Share
 
+Cards = tuple[int, ...]
 Fits = npt.NDArray[np.bool_]
+Which = Callable[[Price], float]
+FitsAt = dict[tuple[bool, bool], Fits]
+"""[first, last][stop, begin]"""
 
 
 @attrs.frozen(eq=False)
@@ -62,12 +67,19 @@ class Times:
 @attrs.frozen(eq=False)
 class Option:
     """One way for a set of cards to be a stage: `shares` as if it were first and last, its times,
-    what no shares can beat, and what fits: `fits[first, last][stop, begin]`."""
+    what no shares can beat, what fits, and what might fit with other shares.
+
+    `bounding`: the bounds are for all shares, or, where `ends_settled`, for all in which the same
+    cards have columns and vocabulary.
+    """
 
     shares: tuple[CardShare, ...]
     times: Times
     bounds: Times
-    fits: dict[tuple[bool, bool], Fits]
+    fits: FitsAt
+    might_fit: FitsAt
+    bounding: bool
+    ends_settled: bool
 
     def through(self, entering: F64, lower: F64, first: bool) -> Through:
         """Behind this stage, where `entering[l]` is the time before it with l layers done."""
@@ -75,7 +87,7 @@ class Option:
         times[~self.fits[first, False]] = np.inf
         begin = times.argmin(axis=1)
         bounds = self._times(self.bounds, lower, first) + self.bounds.middle
-        bounds[~self.fits[first, False]] = np.inf
+        bounds[~self.might_fit[first, False] | (not self.bounding)] = np.inf
         return Through(times.min(axis=1), bounds.min(axis=1), begin)
 
     def to_the_end(self, entering: F64, lower: F64, first: bool) -> ToTheEnd:
@@ -83,7 +95,7 @@ class Option:
         times = self._last(self.times, entering, first)
         times[~fits] = np.inf
         bounds = self._last(self.bounds, lower, first)
-        bounds[~fits] = np.inf
+        bounds[~self.might_fit[first, True][-1] | (not self.bounding)] = np.inf
         begin = int(times.argmin())
         return ToTheEnd(float(times[begin]), float(bounds.min()), begin)
 
@@ -97,6 +109,15 @@ class Option:
         before = entering - of.layers - of.saved + (of.embed if first else 0.0)
         times: F64 = before + (of.layers[-1] + of.output)
         return times
+
+
+@attrs.frozen
+class First:
+    """A set of cards as the first stage: `option` where more stages follow, `only` where none does;
+    the same cards have columns of the embedding in all of them."""
+
+    option: Option
+    only: tuple[Option, ...]
 
 
 class Options:
@@ -122,29 +143,41 @@ class Options:
         kinds, self.samples = layer_kinds(shape)
         self.kinds = np.array(kinds)
         self.usual = self.samples[int(np.bincount(self.kinds).argmax())]
-        profile = machine.profile
-        self._shared = profile.cores is not None or profile.shared_bytes_per_s is not None
-        self._alone = Pieces(shape, machine, rows)
+        self.candidates = min(limits.candidates, shape.vocabulary)
+        self.alone = Pieces(shape, machine, rows)
         self._tables: dict[tuple[int, ...], dict[object, F64]] = {}
-        self._found: dict[tuple[int, ...], tuple[Option, ...]] = {}
+        self._stages: dict[tuple[int, ...], _Stage] = {}
+        # What no choice of a token takes longer than.
+        self.choose_most_s = self.alone.choose(machine.cards, machine.cards)
 
     def of(self, cards: tuple[int, ...]) -> tuple[Option, ...]:
         """The options of a set of cards: the fastest shares, and shares by memory where those
         might not fit."""
-        found = self._found.get(cards)
+        return self._stage(cards).options
+
+    def firsts(self, cards: tuple[int, ...]) -> tuple[First, ...]:
+        """The options of a first stage, by which cards have columns of the embedding."""
+        return self._stage(cards).firsts
+
+    def lasts(self, cards: tuple[int, ...]) -> tuple[Option, ...]:
+        """The options of a last stage, by which cards have rows of the vocabulary."""
+        return self._stage(cards).lasts
+
+    def _stage(self, cards: tuple[int, ...]) -> _Stage:
+        found = self._stages.get(cards)
         if found is None:
-            found = self._found[cards] = tuple(_Stage(self, cards).options())
+            found = self._stages[cards] = _Stage(self, cards)
         return found
 
     def pieces(self, cards: tuple[int, ...]) -> Pieces:
         """Prices where these cards compute at the same time."""
-        if not self._shared:
-            return self._alone
+        if not self.machine.contended:
+            return self.alone
         return Pieces(self.shape, self.machine, self._rows, cards)
 
     def tables(self, cards: tuple[int, ...]) -> dict[object, F64]:
         """Where prices of single cards are kept: for all sets of cards, if they do not matter."""
-        return self._tables.setdefault(cards if self._shared else (), {})
+        return self._tables.setdefault(cards if self.machine.contended else (), {})
 
     def layer_bytes(self, share: CardShare) -> list[int]:
         """Memory of a card for each layer: weights and KV pages."""
@@ -156,24 +189,28 @@ class Options:
         ]
         return [weights[kind] + -(-kv // DDR_ALIGN) * DDR_ALIGN for kind in kinds]
 
-    def end_bytes(self, share: CardShare, first: bool, last: bool) -> int:
-        """Memory of a card for all else.  How many cards vote is not known yet: as many as can."""
+    def end_bytes(self, share: CardShare, first: bool, last: bool, voters: int) -> int:
+        """Memory of a card for all else, where so many cards vote."""
         share = attrs.evolve(
             share,
             columns=share.columns if first else Share(0, 0),
             vocabulary=share.vocabulary if last else Share(0, 0),
         )
-        lists = len(self.cards) if first or last else 0
+        lists = 0 if share.columns.empty and share.vocabulary.empty else voters
         work = stage_work_buffers(self.shape, share, self.limits, last=last, lists=lists)
         embedding, output = end_buffers(self.shape, share)
         return sum(b.ddr_bytes for b in (*work, *embedding, *output))
 
-    def handover(self, sources: Sequence[int], targets: Sequence[int]) -> float:
-        return self._alone.handover(sources, targets)
+    def handover(self, sources: tuple[int, ...], targets: Sequence[int]) -> float:
+        return self.pieces(sources).handover(sources, targets)
 
-    def choose(self, plan: Plan) -> float:
-        """What joins the last stage to the first."""
-        return self._alone.choose(plan.voters, plan.embedders)
+    def choose(self, embedders: Sequence[int], voters: Sequence[int], last: Cards) -> float:
+        """What joins the `last` stage to the first."""
+        return self.pieces(last).choose(voters, embedders)
+
+    def least_choose(self, first: Cards, last: Cards) -> float:
+        """The least that can take, whoever votes and embeds."""
+        return min(self.alone.choose((voter,), (card,)) for voter in last for card in first)
 
 
 class _Stage:
@@ -182,68 +219,150 @@ class _Stage:
     def __init__(self, of: Options, cards: tuple[int, ...]) -> None:
         self._of, self._cards = of, cards
         self._pieces = of.pieces(cards)
-        self._dimensions = Dimensions(
-            self._pieces,
-            of.limits.candidates,
-            Gather(of.machine, cards),
-            cards,
-            [of.like[card] for card in cards],
-            of.tables(cards),
+        self._might_fit = self._fits_at_all()
+        self._dimensions = self._dimensions_of(self._pieces, of.tables(cards))
+        # Cards in each other's way are no faster than each would be alone.
+        self._bounding = self._dimensions
+        if of.machine.contended:
+            self._bounding = self._dimensions_of(of.alone, of.tables(()))
+
+    def _dimensions_of(self, pieces: Pieces, tables: dict[object, F64]) -> Dimensions:
+        of, cards = self._of, self._cards
+        like = [of.like[card] for card in cards]
+        return Dimensions(pieces, of.candidates, Gather(of.machine, cards), cards, like, tables)
+
+    @functools.cached_property
+    def options(self) -> tuple[Option, ...]:
+        fast = self._option(self._fast)
+        return (fast, *self._by_memory(fast))
+
+    @functools.cached_property
+    def firsts(self) -> tuple[First, ...]:
+        found = [
+            tuple(
+                self._option(attrs.evolve(self._fast, columns=c, vocabulary=v), settled=True)
+                for v in self._ends[1]
+            )
+            for c in self._ends[0]
+        ]
+        if not found:
+            return tuple(First(option, (option,)) for option in self.options)
+        others = [(option,) for option in self._by_memory(found[0][0])]
+        return tuple(First(only[0], only) for only in (*found, *others))
+
+    @functools.cached_property
+    def lasts(self) -> tuple[Option, ...]:
+        firsts = self.firsts
+        return (*firsts[0].only, *(first.option for first in firsts if not first.option.bounding))
+
+    @functools.cached_property
+    def _fast(self) -> Shares:
+        return self._dimensions.best(self._of.usual)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[list[Parts], list[Parts]]:
+        """The shares of columns and vocabulary that can be best; none where those are not known."""
+        found = None if self._of.machine.contended else self._dimensions.ends()
+        if found is None:
+            return [], []
+        fast, most_s = self._fast, self._of.choose_most_s
+        columns = [
+            (c, self._dimensions.embed(attrs.evolve(fast, columns=c)).seconds) for c in found[0]
+        ]
+        vocabulary = [
+            (v, self._dimensions.output(attrs.evolve(fast, vocabulary=v)).seconds) for v in found[1]
+        ]
+        return (
+            [parts for parts, seconds in columns if seconds <= columns[0][1] + most_s],
+            [parts for parts, seconds in vocabulary if seconds <= vocabulary[0][1] + most_s],
         )
 
-    def options(self) -> Iterator[Option]:
-        fast = self._option(self._dimensions.best(self._of.usual))
-        yield fast
+    def _by_memory(self, fast: Option) -> Iterator[Option]:
         free = [self._of.free_bytes[card] for card in self._cards]
         if len(set(free)) > 1 and not fast.fits[True, True][-1, 0]:
-            yield self._option(self._dimensions.by_weight(free))
+            yield self._option(self._dimensions.by_weight(free), bounding=False)
 
-    def _option(self, shares: Shares) -> Option:
-        of, dimensions = self._of, self._dimensions
-        exchange_s = self._pieces.exchange_s(len(self._cards))
-        layers = [dimensions.layer(shares, sample) for sample in of.samples]
-        embed, output = dimensions.embed(shares), dimensions.output(shares)
-        add = max(map(self._pieces.add, self._cards))
-
-        def times(which: Callable[[Price], float]) -> Times:
-            with_add = np.array([which(layer.whole) for layer in layers])[of.kinds]
-            saved = np.array([which(x.whole) - which(x.without_add) for x in layers])[of.kinds]
-            return Times(
-                layers=np.concatenate(([0.0], np.cumsum(with_add + 4 * exchange_s))),
-                saved=np.append(saved, 0.0),
-                embed=which(embed) + exchange_s,
-                middle=add,
-                output=which(output),
-            )
-
+    def _option(self, shares: Shares, *, settled: bool = False, bounding: bool = True) -> Option:
+        own = shares.of_cards(self._cards)
         return Option(
-            shares=shares.of_cards(self._cards),
-            times=times(lambda price: price.seconds),
-            bounds=times(lambda price: price.bound),
-            fits=self._fits(shares.of_cards(self._cards)),
+            shares=own,
+            times=self._times(self._dimensions, shares, lambda price: price.seconds),
+            bounds=self._times(
+                self._bounding,
+                shares,
+                lambda price: price.bound,
+                # Of the same ends none are faster than these.
+                (lambda price: price.seconds) if settled else None,
+            ),
+            fits=self._fits(own),
+            might_fit=self._might_fit,
+            bounding=bounding,
+            ends_settled=settled,
         )
 
-    def _fits(self, shares: tuple[CardShare, ...]) -> dict[tuple[bool, bool], Fits]:
-        """[first, last][stop, begin]: whether layers begin to stop fit into every card."""
-        of, count = self._of, self._of.layers
-        order = np.arange(count + 1)
-        forward = order[:, None] > order[None, :]
-        found = {(a, b): forward.copy() for a in (False, True) for b in (False, True)}
+    def _times(
+        self, dimensions: Dimensions, shares: Shares, which: Which, ends: Which | None = None
+    ) -> Times:
+        of, pieces = self._of, dimensions.pieces
+        exchange_s = pieces.exchange_s(len(self._cards))
+        layers = [dimensions.layer(shares, sample) for sample in of.samples]
+        with_add = np.array([which(layer.whole) for layer in layers])[of.kinds]
+        saved = np.array([which(x.whole) - which(x.without_add) for x in layers])[of.kinds]
+        end = ends or which
+        return Times(
+            layers=np.concatenate(([0.0], np.cumsum(with_add + 4 * exchange_s))),
+            saved=np.append(saved, 0.0),
+            embed=end(dimensions.embed(shares)) + exchange_s,
+            middle=max(map(pieces.add, self._cards)),
+            output=end(dimensions.output(shares)),
+        )
+
+    def _fits(self, shares: tuple[CardShare, ...]) -> FitsAt:
+        """Whether layers begin to stop fit into every card."""
+        of = self._of
+        found = _all_spans(of.layers)
+        # How many cards vote is not known where the last stage is another one: as many as can.
+        voters = sum(not share.vocabulary.empty for share in shares)
         seen = set()
         for share in shares:
             room = of.free_bytes[share.card]
-            sizes = (
-                of.like[share.card],
-                *(s.size for s in attrs.astuple(share, recurse=False)[1:]),
-            )
-            if sizes in seen:
+            sizes = tuple(s.size for s in attrs.astuple(share, recurse=False)[1:])
+            key = of.like[share.card], share.kv_heads(of.shape.group).size, sizes
+            if key in seen:
                 continue
-            seen.add(sizes)
+            seen.add(key)
             layers = _before(of.layer_bytes(share))
             spans = layers[:, None] - layers[None, :]
             for first, last in found:
-                found[first, last] &= spans + of.end_bytes(share, first, last) <= room
+                lists = voters if last else len(of.cards)
+                found[first, last] &= spans + of.end_bytes(share, first, last, lists) <= room
         return found
+
+    def _fits_at_all(self) -> FitsAt:
+        """Whether some shares of layers begin to stop might fit: what every card has, and together
+        what is cut."""
+        of, cards = self._of, self._cards
+        found = _all_spans(of.layers)
+        shape = of.shape
+        none = CardShare(cards[0], *(Share(0, 0),) * 5)
+        sizes = shape.heads, shape.hidden, shape.ffn, shape.vocabulary, shape.hidden
+        whole = CardShare(cards[0], *(Share(0, size) for size in sizes))
+        fixed, divided = _before(of.layer_bytes(none)), _before(of.layer_bytes(whole))
+        every = fixed[:, None] - fixed[None, :]
+        cut = divided[:, None] - divided[None, :] - every
+        for first, last in found:
+            needs = every + of.end_bytes(none, first, last, 0)
+            rooms = [of.free_bytes[card] - needs for card in cards]
+            ends = of.end_bytes(whole, first, last, 1) - of.end_bytes(none, first, last, 0)
+            fit = np.all([room >= 0 for room in rooms], axis=0)
+            found[first, last] &= fit & (sum(rooms) >= cut + ends)
+        return found
+
+
+def _all_spans(layers: int) -> FitsAt:
+    order = np.arange(layers + 1)
+    forward = order[:, None] > order[None, :]
+    return {(a, b): forward.copy() for a in (False, True) for b in (False, True)}
 
 
 def _before(values: Sequence[float]) -> F64:

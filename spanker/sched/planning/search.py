@@ -26,8 +26,9 @@ from spanker.sched.planning.options import Options
 from spanker.sched.planning.partitions import Groups, deals, every_deal
 from spanker.sched.planning.pools import Pool, classes
 from spanker.sched.planning.request import Candidate, Outcome, Request
-from spanker.sched.planning.stages import Row, Stages
+from spanker.sched.planning.stages import Row, Rows, Stages
 from spanker.sched.planning.words import reason
+from spanker.sched.shares import split
 
 # Sets of cards that can be the first stage, up to which each is tried for itself.
 _FIRSTS_MAX = 40
@@ -73,7 +74,7 @@ class _Search:
         self._groups: Groups = classes(self._machine, request.free_bytes)
         self._like = {card: i for i, group in enumerate(self._groups) for card in group}
         self._options: dict[int, Options] = {}
-        self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], list[Row]] = {}
+        self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], Rows] = {}
         # Tokens per second that no plan can beat.
         self.rate_bound = math.inf
         self._whole_bound = 0.0
@@ -107,33 +108,37 @@ class _Search:
 
     # --- one replica ------------------------------------------------------------------------
 
-    def _whole(self) -> list[Row]:
+    def _whole(self) -> Sequence[Row]:
         """The best rows of stages for the whole batch, and what bounds the speed of any plan."""
-        request = self._request
-        rows = self._rows_of(self._groups, request.batch, request.keep)
-        self.rate_bound = self._rate_bound(rows)
-        return rows
+        found = self._rows_of(self._groups, self._request.batch, self._request.keep)
+        self._whole_bound = self._rate(self._request.batch, found)
+        self.rate_bound = max(self._whole_bound, self._replicas_bound())
+        return found.rows
 
-    def _rate_bound(self, rows: Sequence[Row]) -> float:
-        """What no plan can beat: in one replica what the rows of stages are bounded by, in several
-        what all cards together read and multiply, however they are grouped."""
-        request, profile = self._request, self._request.profile
-        bound = 0.0
-        if rows:
-            least_s = min(row.bound for row in rows) + profile.step_s
-            bound = self._whole_bound = request.batch / least_s
-        most = min(request.batch, len(self._machine.cards))
-        if most < 2:
-            return bound
+    def _rate(self, sequences: int, found: Rows) -> float:
+        """Tokens per second that no row of stages can beat."""
+        if found.bound == math.inf:
+            return 0.0
+        by_rows = sequences / max(found.bound + self._request.profile.step_s, 1e-300)
+        return min(by_rows, self._work_bound(sequences, 1))
+
+    def _replicas_bound(self) -> float:
+        """The same for replicas: what all cards together read and multiply, however they are
+        grouped."""
+        batch = self._request.batch
+        most = min(batch, len(self._machine.cards))
+        return max((self._work_bound(-(-batch // n), n) for n in range(2, most + 1)), default=0.0)
+
+    def _work_bound(self, part: int, replicas: int) -> float:
+        """Tokens per second of replicas that have at most so many sequences each."""
+        profile = self._request.profile
         speeds = [profile.card(card) for card in self._machine.cards]
         memory = profile.local_ddr_bytes_per_s * sum(speed.memory for speed in speeds)
-        memory = min(memory, profile.shared_bytes_per_s or memory)
+        if profile.shared_bytes_per_s is not None:
+            memory = min(memory, replicas * profile.shared_bytes_per_s)
         multiply = profile.int8_madds_per_s * sum(speed.compute for speed in speeds)
-        for part in {-(-request.batch // n) for n in range(2, most + 1)}:
-            nbytes, madds = self._work(part)
-            by_bytes, by_madds = part * memory / nbytes, part * multiply / max(madds, 1.0)
-            bound = max(bound, min(by_bytes, by_madds))
-        return bound
+        nbytes, madds = self._work(part)
+        return part * min(memory / nbytes, multiply / max(madds, 1.0))
 
     def _work(self, sequences: int) -> tuple[float, float]:
         """Bytes and quantised multiply-adds of a step, at least, however it is spread."""
@@ -142,14 +147,14 @@ class _Search:
         rows = StepRows.decode(sequences, request.position)
         pieces = Pieces(request.shape, self._machine, rows)
         nbytes = madds = 0.0
-        for phase in phases(pieces, whole, 0, request.limits.candidates):
+        for phase in phases(pieces, whole, 0, self._options_for(sequences).candidates):
             for command_bytes, work, rate in phase.runs[0]:
                 nbytes += phase.count * command_bytes
                 madds += phase.count * work if rate == INT8 else 0.0
         return nbytes, madds
 
-    def _rows_of(self, groups: Groups, sequences: int, most: int = 1) -> list[Row]:
-        """The best row for every number of cards of each class; its cards are of `groups`."""
+    def _rows_of(self, groups: Groups, sequences: int, most: int = 1) -> Rows:
+        """The best rows, each of other numbers of cards of each class; all are of `groups`."""
         signature = tuple((self._like[group[0]], len(group)) for group in groups)
         known = self._rows.get((signature, sequences, most))
         representatives = tuple(self._groups[like][:count] for like, count in signature)
@@ -164,25 +169,30 @@ class _Search:
             for old, new in zip(mine, theirs, strict=True)
         }
         cards = [names.get(card, card) for card in range(max(self._machine.cards) + 1)]
-        return [attrs.evolve(row, plan=on_cards(row.plan, cards)) for row in known]
+        rows = tuple(attrs.evolve(row, plan=on_cards(row.plan, cards)) for row in known.rows)
+        return Rows(rows, known.bound)
 
-    def _find_rows(self, groups: Groups, sequences: int, most: int) -> list[Row]:
+    def _find_rows(self, groups: Groups, sequences: int, most: int) -> Rows:
         pool, options = Pool(groups), self._options_for(sequences)
-        rows = Stages(pool, options).rows(most)
-        if not rows or not _only_choice(rows[0]):
-            return rows
+        found = Stages(pool, options).rows(most)
+        if not pool.complete:
+            # Other rows than were looked at may be faster.
+            return Rows(found.rows, 0.0)
         firsts = [kind for used, kind in pool.pairs() if used == pool.empty]
-        if not pool.complete or len(firsts) > _FIRSTS_MAX:
-            return rows
+        if not _only_choice(found) or len(firsts) > _FIRSTS_MAX:
+            return found
         # What the choice of the token takes depends on the first stage: try each.
         best: dict[tuple[int, ...], Row] = {}
-        for first in firsts:
-            for row in Stages(pool, options, first).rows(most):
-                used = tuple(sorted(row.plan.cards))
-                known = best.get(used, row)
-                better = min(known, row, key=lambda r: r.seconds)
-                best[used] = attrs.evolve(better, bound=min(known.bound, row.bound))
-        return sorted(best.values(), key=lambda row: row.seconds)
+        bound = math.inf
+        for kind in firsts:
+            for first in options.firsts(kind.cards):
+                mine = Stages(pool, options, kind, first).rows(most)
+                bound = min(bound, mine.bound)
+                for row in mine.rows:
+                    used = tuple(sorted(row.plan.cards))
+                    best[used] = min(best.get(used, row), row, key=lambda r: r.seconds)
+        rows = sorted(best.values(), key=lambda row: row.seconds)
+        return Rows(tuple(rows[:most]), bound)
 
     def _options_for(self, sequences: int) -> Options:
         if sequences not in self._options:
@@ -211,31 +221,36 @@ class _Search:
             if every
             else (deals(self._groups, count) for count in _counts(most, cards))
         )
-        best, sure = 0.0, every
+        bound = 0.0
         for groups in dealt:
             for found in self._side_by_side(groups, every):
-                sure = sure and all(row.seconds <= row.bound * (1 + _ROUNDING) for row in found)
-                plans = tuple(row.plan for row in found)
-                candidate = self._priced(FleetPlan(fleet_name(plans), plans))
-                best = max(best, candidate.tokens_per_second)
-                yield candidate
-        if sure:
-            self.rate_bound = max(self._whole_bound, best)
+                sizes = [part.size for part in split(request.batch, len(found))]
+                bound = max(bound, sum(map(self._rate, sizes, found)))
+                if all(replica.rows for replica in found):
+                    plans = tuple(replica.rows[0].plan for replica in found)
+                    yield self._priced(FleetPlan(fleet_name(plans), plans))
+        if every:
+            self.rate_bound = min(self.rate_bound, max(self._whole_bound, bound))
 
-    def _side_by_side(self, replicas: Sequence[Groups], every: bool) -> Iterator[list[Row]]:
-        """The best row of stages on each replica's cards.  Where the batch does not go evenly the
-        fastest get one more, or, if `every` way is to be tried, any."""
+    def _side_by_side(self, replicas: Sequence[Groups], every: bool) -> Iterator[list[Rows]]:
+        """The best rows of stages on each replica's cards, in order of the parts of the batch.
+        Where it does not go evenly the fastest get one more, or, if `every` way is to be tried,
+        any."""
         batch, count = self._request.batch, len(replicas)
-        larger, rest = divmod(batch, count)
-        whole = [self._rows_of(groups, larger + (rest > 0)) for groups in replicas]
-        if not all(whole):
+        size, rest = divmod(batch, count)
+        usual = [self._rows_of(groups, size) for groups in replicas]
+        if not all(found.bound < math.inf for found in usual):
             return
-        by_speed = sorted(range(count), key=lambda i: whole[i][0].seconds)
+
+        def seconds(i: int) -> float:
+            return usual[i].rows[0].seconds if usual[i].rows else math.inf
+
+        by_speed = sorted(range(count), key=seconds)
         lucky = itertools.combinations(by_speed, rest) if every else [tuple(by_speed[:rest])]
         for more in lucky:
             # Those with one more come first, as the batch is dealt in order.
-            order = [*more, *(i for i in by_speed if i not in more)]
-            yield [self._rows_of(replicas[i], larger + (i in more))[0] for i in order]
+            larger = [self._rows_of(replicas[i], size + 1) for i in more]
+            yield [*larger, *(usual[i] for i in by_speed if i not in more)]
 
     # --- by name ----------------------------------------------------------------------------
 
@@ -257,7 +272,12 @@ class _Search:
                 for share in stage.shares:
                     room = request.free_bytes[share.card]
                     own = share.heads, share.hidden, share.ffn, share.vocabulary, share.columns
-                    alike = (number, room, *(part.size for part in own), share.heads.start % 8)
+                    alike = (
+                        number,
+                        room,
+                        *(part.size for part in own),
+                        share.heads.start % request.shape.group,
+                    )
                     if alike in seen:
                         continue
                     seen.add(alike)
@@ -266,9 +286,12 @@ class _Search:
         return True
 
 
-def _only_choice(row: Row) -> bool:
-    """Whether only the choice of the token stands between a row and its bound."""
-    return row.bound * (1 + _ROUNDING) < row.seconds <= (row.bound + row.choose_s) * (1 + _ROUNDING)
+def _only_choice(found: Rows) -> bool:
+    """Whether only the choice of the token stands between the best row and the bound."""
+    if not found.rows:
+        return False
+    best, most = found.rows[0], found.bound * (1 + _ROUNDING)
+    return most < best.seconds <= most + best.choose_s * (1 + _ROUNDING)
 
 
 def _counts(most: int, cards: int) -> list[int]:

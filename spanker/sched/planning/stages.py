@@ -10,6 +10,8 @@ stage is: it is priced once a row is whole, and the bound goes without.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from spanker.sched.plan import CardShare, Plan, Stage
 from spanker.sched.planning.dividing import F64
 from spanker.sched.planning.naming import plan_name
-from spanker.sched.planning.options import Options
+from spanker.sched.planning.options import First, Option, Options
 from spanker.sched.planning.pools import Kind, Pool, State, after
 from spanker.sched.shares import Share
 
@@ -28,12 +30,19 @@ _NOTHING = Share(0, 0)
 @attrs.frozen
 class Row:
     """A row of stages.  `seconds` is the time of one step through it, `choose_s` of it for the
-    choice of the token; `bound` is what no row that uses as many cards of each class can beat."""
+    choice of the token."""
 
     plan: Plan
     seconds: float
-    bound: float
     choose_s: float
+
+
+@attrs.frozen
+class Rows:
+    """Rows of stages, first the fastest, and the seconds that no row can beat."""
+
+    rows: tuple[Row, ...]
+    bound: float
 
 
 @attrs.frozen(eq=False)
@@ -41,12 +50,13 @@ class _Reached:
     """All ways to have `kind` for the last stage so far, when `used` was used before it.
 
     By layers done, this stage's included: `seconds` and a `bound`, and where the best comes from:
-    `begin`, the layers before, and `option`.  `previous[before[l]]` is the stage before where l
-    layers are done before this one.
+    `begin`, the layers before, and which of the `options`.  `previous[before[l]]` is the stage
+    before where l layers are done before this one.
     """
 
     used: State
     kind: Kind
+    options: tuple[Option, ...]
     seconds: F64
     bound: F64
     begin: I64
@@ -57,49 +67,52 @@ class _Reached:
 
 @attrs.frozen(eq=False)
 class _End:
-    """The same as the last stage of all: for all layers."""
+    """The same as the last stage of all, by `option`: for all layers, without the choice of the
+    token, and what that takes if the first stage is given, or nothing, and at least."""
 
     reached: _Reached
+    option: Option
+    begin: int
     seconds: float
     bound: float
-    begin: int
-    option: int
+    choose_s: float
+    least_choose_s: float
 
 
 class Stages:
-    """The rows of stages of one pool of cards, for one size of step; those with a certain `first`
-    stage, or all."""
+    """The rows of stages of one pool of cards, for one size of step; those that begin with the
+    cards `kind` as `first`, or all."""
 
-    def __init__(self, pool: Pool, options: Options, first: Kind | None = None) -> None:
-        self._pool, self._options, self._first = pool, options, first
+    def __init__(
+        self, pool: Pool, options: Options, kind: Kind | None = None, first: First | None = None
+    ) -> None:
+        self._pool, self._options = pool, options
+        self._first_kind, self._first = kind, first
         self._layers = options.layers
         self._handovers: dict[tuple[int, ...], float] = {}
         # By what is used in all, then by the last stage's counts.
         self._reached: dict[State, dict[State, _Reached]] = {}
         self._ends: dict[State, list[_End]] = {}
 
-    def rows(self, most: int) -> list[Row]:
+    def rows(self, most: int) -> Rows:
         """The best row for every number of cards of each class that can be used; of these the
-        fastest, at most so many, first the fastest of all."""
+        fastest, at most so many.  Where the first stage is not given they are the best but for the
+        choice of the token, and nothing bounds that."""
         for used, kind in self._pool.pairs():
             if used in self._reached or (
-                used == self._pool.empty and (self._first is None or kind == self._first)
+                used == self._pool.empty and self._first_kind in (None, kind)
             ):
                 self._extend(used, kind)
-        found = sorted(self._ends.values(), key=lambda ends: min(end.seconds for end in ends))
-        rows = [self._best_row(ends) for ends in found[:most]]
-        return sorted(rows, key=lambda row: row.seconds)
-
-    def _best_row(self, ends: list[_End]) -> Row:
-        """Of rows that use the same cards; the choice counts where the first stage is given."""
-        if self._first is None:
-            row = self._row(min(ends, key=lambda end: end.seconds))
-            bound = min(end.bound for end in ends)
-        else:
-            rows = [self._row(end) for end in ends]
-            row = min(rows, key=lambda row: row.seconds)
-            bound = min(row.bound for row in rows)
-        return attrs.evolve(row, bound=min(bound, row.seconds))
+        ends = [end for ends in self._ends.values() for end in ends]
+        bound = min((end.bound + end.least_choose_s for end in ends), default=math.inf)
+        best = [
+            min(ends, key=lambda end: end.seconds + end.choose_s) for ends in self._ends.values()
+        ]
+        best = sorted(
+            (e for e in best if e.seconds < math.inf), key=lambda e: e.seconds + e.choose_s
+        )
+        rows = sorted((self._row(end) for end in best[:most]), key=lambda row: row.seconds)
+        return Rows(tuple(rows), bound)
 
     # --- the dynamic programme --------------------------------------------------------------
 
@@ -119,7 +132,11 @@ class Stages:
             times = np.stack([entries[k].seconds for k in previous]) + hand
             before, entering = times.argmin(axis=0), times.min(axis=0)
             lower = (np.stack([entries[k].bound for k in previous]) + hand).min(axis=0)
-        options = self._options.of(kind.cards)
+        lasts = options = self._options.of(kind.cards)
+        if self._first is not None and first:
+            options, lasts = (self._first.option,), self._first.only
+        elif self._first is not None:
+            lasts = self._options.lasts(kind.cards)
         middles = [option.through(entering, lower, first) for option in options]
         seconds = np.stack([m.seconds for m in middles])
         option = seconds.argmin(axis=0)
@@ -127,6 +144,7 @@ class Stages:
         reached = _Reached(
             used=used,
             kind=kind,
+            options=options,
             seconds=seconds[option, at],
             bound=np.stack([m.bound for m in middles]).min(axis=0),
             begin=np.stack([m.begin for m in middles])[option, at],
@@ -135,22 +153,43 @@ class Stages:
             before=before,
         )
         total = after(used, kind)
-        if np.isfinite(reached.seconds).any():
+        if np.isfinite(reached.seconds).any() or np.isfinite(reached.bound).any():
             self._reached.setdefault(total, {})[kind.counts] = reached
-        lasts = [option.to_the_end(entering, lower, first) for option in options]
-        best = min(range(len(lasts)), key=lambda i: lasts[i].seconds)
-        if np.isfinite(lasts[best].seconds):
-            bound = min(last.bound for last in lasts)
-            end = _End(reached, lasts[best].seconds, bound, lasts[best].begin, best)
-            self._ends.setdefault(total, []).append(end)
+        for last in lasts:
+            done = last.to_the_end(entering, lower, first)
+            if np.isfinite(done.seconds) or np.isfinite(done.bound):
+                end = _End(
+                    reached,
+                    last,
+                    done.begin,
+                    done.seconds,
+                    done.bound,
+                    *self._choice(last, reached),
+                )
+                self._ends.setdefault(total, []).append(end)
+
+    def _choice(self, last: Option, reached: _Reached) -> tuple[float, float]:
+        """What the choice of the token takes, and what it takes at least."""
+        if self._first is None or self._first_kind is None:
+            return 0.0, 0.0
+        cards = self._pool.cards_of(reached.used, reached.kind)
+        first = self._first.option
+        embedders = [share.card for share in first.shares if not share.columns.empty]
+        voters = [
+            card for card, s in zip(cards, last.shares, strict=True) if not s.vocabulary.empty
+        ]
+        seconds = self._options.choose(embedders, voters, cards)
+        if first.ends_settled and last.ends_settled:
+            return seconds, seconds
+        return seconds, self._options.least_choose(self._first_kind.cards, cards)
 
     def _handover(self, source: Kind, target: Kind) -> float:
         """From a stage to the next.  Where all links are alike, only the numbers of cards count:
         how many each card of the one has to serve, and how many links that are their own."""
         a, b = source.cards, target.cards
-        if not self._options.uniform:
-            # Whoever stands for its class may be in both; then it is not itself.
-            return self._options.handover(a, b)
+        if self._options.machine.contended or not self._options.uniform:
+            # Of a class of which both have some, the one has those behind the other's.
+            return self._options.handover(a, self._pool.cards_of(source.counts, target))
         key = (-(-len(b) // len(a)),)
         if key not in self._handovers:
             cards = self._options.cards
@@ -161,30 +200,25 @@ class Stages:
 
     def _row(self, end: _End) -> Row:
         """The plan of an end, and its whole price."""
-        found: list[tuple[_Reached, int, int, int]] = []
-        reached, begin, option, stop = end.reached, end.begin, end.option, self._layers
+        found: list[tuple[_Reached, Option, Share]] = []
+        reached, option, begin, stop = end.reached, end.option, end.begin, self._layers
         while True:
-            found.append((reached, begin, stop, option))
+            found.append((reached, option, Share(begin, stop)))
             if not reached.previous:
                 break
             stop = begin
             reached = self._reached[reached.used][reached.previous[reached.before[stop]]]
-            begin, option = int(reached.begin[stop]), int(reached.option[stop])
+            begin, option = int(reached.begin[stop]), reached.options[reached.option[stop]]
         found.reverse()
         stages = []
-        for number, (part, begin, stop, which) in enumerate(found):
+        for number, (part, option, layers) in enumerate(found):
             cards = self._pool.cards_of(part.used, part.kind)
-            shares = self._options.of(part.kind.cards)[which].shares
             first, last = number == 0, number == len(found) - 1
-            stages.append(
-                Stage(
-                    Share(begin, stop),
-                    tuple(_placed(*x, first, last) for x in zip(cards, shares, strict=True)),
-                )
-            )
+            own = zip(cards, option.shares, strict=True)
+            stages.append(Stage(layers, tuple(_placed(*x, first, last) for x in own)))
         plan = Plan(plan_name([len(stage.shares) for stage in stages]), tuple(stages))
-        choose_s = self._options.choose(plan)
-        return Row(plan, end.seconds + choose_s, end.bound + choose_s, choose_s)
+        choose_s = self._options.choose(plan.embedders, plan.voters, stages[-1].cards)
+        return Row(plan, end.seconds + choose_s, choose_s)
 
 
 def _placed(card: int, share: CardShare, first: bool, last: bool) -> CardShare:
