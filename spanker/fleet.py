@@ -12,6 +12,7 @@ It runs under trio; `spanker.aio` is the same for asyncio.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import (
@@ -23,28 +24,22 @@ from collections.abc import (
     Sequence,
 )
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from spanker.actors import calibration
 from spanker.actors import session as sessions
-from spanker.actors.collectives import Collectives
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
 from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
-from spanker.actors.trace import Trace
-from spanker.actors.tracer import Tracer
-from spanker.actors.virtual_time import alongside, drive, now_ps
-from spanker.card_arrays import CardArrays
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
-from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
-from spanker.device.virtual.engine import Usage as FleetUsage
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import (
     ConfigError,
     PlanError,
@@ -76,6 +71,16 @@ from spanker.sched.plan import (
 )
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
+
+if TYPE_CHECKING:
+    # What not every fleet needs is imported where it is used: a first token should not wait for it.
+    from spanker.actors import calibration
+    from spanker.actors.collectives import Collectives
+    from spanker.actors.trace import Trace
+    from spanker.actors.tracer import Tracer
+    from spanker.card_arrays import CardArrays
+    from spanker.device.virtual.card import VirtualRig
+    from spanker.device.virtual.engine import Usage as FleetUsage
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -393,7 +398,12 @@ class Fleet:
         self._nursery = nursery
         self._models: list[Model] = []
         self._load_lock = trio.Lock()
-        self._collectives = Collectives(coordinator)
+
+    @functools.cached_property
+    def _collectives(self) -> Collectives:
+        from spanker.actors.collectives import Collectives
+
+        return Collectives(self._coordinator)
 
     @property
     def topology(self) -> Topology:
@@ -545,7 +555,8 @@ class Fleet:
         # One at a time: other models may be on the cards already, or on their way.
         async with self._load_lock:
             # What collectives hold for next time, the model may need.
-            await self._collectives.trim()
+            if "_collectives" in self.__dict__:
+                await self._collectives.trim()
             counters = await self._coordinator.counters()
             free = tuple(c.ddr_total_bytes - c.ddr_used_bytes for c in counters)
             made = self._plan(plan, shape, limits, free, batch, kv_tokens)
@@ -577,6 +588,8 @@ class Fleet:
         copied; elsewhere they stay on the cards, and are read and written.  `async with` or
         `aclose` gives them back.  Raises CollectiveError, CardMemoryError.
         """
+        from spanker.card_arrays import CardArrays
+
         return await CardArrays.allocate(self._collectives, shape, dtype)
 
     @contextlib.asynccontextmanager
@@ -599,6 +612,8 @@ class Fleet:
         await tracer.stop()
 
     async def _start_trace(self, path: str | os.PathLike[str]) -> Tracer:
+        from spanker.actors.tracer import Tracer
+
         tracer = Tracer(self._coordinator, path)
         await tracer.start()
         self._nursery.start_soon(tracer.run)
@@ -618,6 +633,8 @@ class Fleet:
         that `open_fleet` takes.  Raises ConfigError and CardError.
         """
         async with self._load_lock:
+            from spanker.actors import calibration
+
             return await calibration.calibrate(
                 self._coordinator, name=name, seconds=seconds, progress=progress
             )
@@ -741,6 +758,9 @@ def _rig(
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:
         raise ConfigError("virtual cards keep the profile's speeds anyway: leave throttle out")
+    from spanker.actors.virtual_time import now_ps
+    from spanker.device.virtual.card import VirtualRig
+
     return VirtualRig(virtual, profile, now_ps)
 
 
@@ -750,6 +770,8 @@ async def _passing_time(rig: SoftRig | VirtualRig) -> AsyncIterator[None]:
     if isinstance(rig, SoftRig):
         yield
         return
+    from spanker.actors.virtual_time import alongside, drive
+
     async with alongside(lambda: drive(rig)):
         yield
 

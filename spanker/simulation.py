@@ -19,7 +19,7 @@ import trio
 
 from spanker.actors.virtual_time import now_ps, run_virtual
 from spanker.device.soft import DEFAULT_DDR_BYTES
-from spanker.device.virtual.card import VirtualCardSpec
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_S, to_s
 from spanker.errors import ConfigError
 from spanker.fleet import (

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import numpy as np
@@ -30,7 +30,6 @@ from spanker.actors.channel import (
     unix_channel_pair,
 )
 from spanker.actors.client import CardClient
-from spanker.actors.host_link import HostLink
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
@@ -48,10 +47,7 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
-from spanker.actors.paced import PacedLink
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
-from spanker.actors.trace import Trace
-from spanker.actors.virtual_time import alongside
 from spanker.device.base import CardDevice
 from spanker.errors import (
     CardError,
@@ -68,6 +64,11 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
+
+if TYPE_CHECKING:
+    from spanker.actors.host_link import HostLink
+    from spanker.actors.paced import PacedLink
+    from spanker.actors.trace import Trace
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -504,7 +505,8 @@ class _Channels:
 
 @contextlib.asynccontextmanager
 async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIterator[_Channels]:
-    """How messages travel within the block."""
+    """How messages travel within the block.  Links that most fleets do not have are imported where
+    they are made: a first token should not wait for them."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")
     rate, latency_s = profile.host_link_bytes_per_s, profile.host_link_latency_s
@@ -512,10 +514,15 @@ async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIter
         make = unix_channel_pair if channel == "unix" else memory_channel_pair
         yield _Channels(lambda name: make(name=name))
     elif modelled:
+        from spanker.actors.paced import PacedLink
+        from spanker.actors.virtual_time import alongside
+
         paced = PacedLink(rate, latency_s)
         async with alongside(paced.run):
             yield _Channels(lambda name: paced.channel_pair(name=name), paced)
     else:
+        from spanker.actors.host_link import HostLink
+
         link = HostLink(rate, latency_s)
 
         def stream_pair(name: str) -> tuple[Channel, Channel]:
