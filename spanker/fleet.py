@@ -391,8 +391,10 @@ class Fleet:
         rig: SoftRig | VirtualRig,
         profile: Profile,
         nursery: trio.Nursery,
+        default_plan: str,
     ) -> None:
         self.profile = profile
+        self._default_plan = default_plan
         self._coordinator = coordinator
         self._rig = rig
         self._nursery = nursery
@@ -441,7 +443,7 @@ class Fleet:
         self,
         model: str | os.PathLike[str],
         *,
-        plan: str | Plan | FleetPlan = "auto",
+        plan: str | Plan | FleetPlan | None = None,
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
@@ -453,7 +455,7 @@ class Fleet:
         `plan` is auto, the one that decodes `batch` sequences side by side fastest by the cost
         model and the fleet's profile (it may leave cards idle); or tp, pp, tpAxppB or, for D
         replicas side by side, dpDxtpAxppB, each of which takes all cards; or the FILE.json of a
-        plan, or a plan as a value.  `ctx` is the positions
+        plan, or a plan as a value; by default that of the fleet.  `ctx` is the positions
         per sequence (default: the model's, at most 4096); `prompt_chunk` the most prompt tokens per
         step; `kv_tokens` the positions of all sequences of a replica together (default: 8 contexts,
         or what fits); `progress(done, total)` counts bytes.  Raises ModelError, PlanError,
@@ -480,7 +482,7 @@ class Fleet:
         self,
         shape: str | ModelShape,
         *,
-        plan: str | Plan | FleetPlan = "auto",
+        plan: str | Plan | FleetPlan | None = None,
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
@@ -500,7 +502,7 @@ class Fleet:
 
     def _plan(
         self,
-        plan: str | Plan | FleetPlan,
+        plan: str | Plan | FleetPlan | None,
         shape: ModelShape,
         limits: Limits,
         free_bytes: Sequence[int],
@@ -509,6 +511,7 @@ class Fleet:
     ) -> FleetPlan:
         """The plan that a name or a value stands for on this fleet; PlanError where none does."""
         cards = len(self.cards)
+        plan = self._default_plan if plan is None else plan
         if not isinstance(plan, str):
             plan = FleetPlan.of(plan) if isinstance(plan, Plan) else plan
             check_fleet_plan(shape, plan, cards)
@@ -536,7 +539,7 @@ class Fleet:
         self,
         parsed: llama.LlamaModel,
         gguf: GGUFFile | None,
-        plan: str | Plan | FleetPlan,
+        plan: str | Plan | FleetPlan | None,
         ctx: int | None,
         prompt_chunk: int,
         kv_tokens: int | None,
@@ -706,6 +709,7 @@ async def open_fleet(
     channel: str = "memory",
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
+    plan: str = "auto",
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -715,7 +719,8 @@ async def open_fleet(
     the cards and the links between them do, as far as the machine is faster (`pace` of a device
     tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
     card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
-    taken for hung.  Raises ConfigError and CardError.
+    taken for hung; `plan` is that of models that are loaded without one.  Raises ConfigError and
+    CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -734,7 +739,7 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery)
+                yield Fleet(coordinator, rig, chosen, nursery, plan)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

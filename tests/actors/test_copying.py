@@ -47,7 +47,7 @@ def shape(tiny: Path) -> ModelShape:
 
 
 def test_counterparts_are_a_chain_where_the_host_link_is_slow(shape: ModelShape) -> None:
-    plan = make_plan("dp3xtp2", shape, 6, NATIVE)
+    plan = make_plan("dp3xtp2", shape, 6)
     assert copying.chains(plan, REV_A) == (
         ((0, 0), (1, 2), (2, 4)),
         ((0, 1), (1, 3), (2, 5)),
@@ -126,7 +126,7 @@ async def opened(cards: int, profile: Profile) -> AsyncIterator[tuple[Coordinato
 async def load(coordinator: Coordinator, path: Path, plan: str) -> tuple[LoadedModel, ...]:
     with GGUFFile(path) as gguf:
         model = llama.read_model(gguf)
-        made = make_plan(plan, model.shape, len(coordinator.cards), coordinator.profile)
+        made = make_plan(plan, model.shape, len(coordinator.cards))
         return await coordinator.load(model, gguf, made, LIMITS)
 
 
