@@ -75,7 +75,7 @@ class Programs:
 
     def _prepare(self, nbytes: int) -> list[tuple[int, int, np.ndarray]]:
         work = Work(Kind.ALL_REDUCE, Element.F32, nbytes // 4, ReduceOp.SUM)
-        made, works = [], build(work, Topology.with_mock(len(self._rig.cards)))
+        made, works = [], build(work, Topology.with_mock(len(self._rig.cards)), meet=True)
         for card, one in zip(self._rig.cards, works, strict=True):
             window = card.window(nbytes)
             handles = {"data": window} | {n: card.alloc(b) for n, b in one.own_bytes.items()}

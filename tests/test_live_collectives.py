@@ -444,7 +444,7 @@ async def test_many_callers_take_turns() -> None:
 async def test_what_is_prepared_is_given_up_for_a_model(tiny_model: Path) -> None:
     async with spanker.open_fleet(2) as fleet:
         before = [c.ddr_used_bytes for c in (await fleet.stats()).cards]
-        await spanker.all_reduce(fleet, [np.zeros(LARGE, np.float32) for _ in range(2)])
+        await spanker.reduce_scatter(fleet, [np.zeros(LARGE, np.float32) for _ in range(2)])
         assert [c.ddr_used_bytes for c in (await fleet.stats()).cards] > before
         model = await fleet.load(tiny_model)
         assert not fleet._collectives._prepared
@@ -633,4 +633,4 @@ async def test_a_trace_tells_of_them(tmp_path: Path, tiny_model: Path) -> None:
             await model.generate("x", max_tokens=2).collect()
         assert trace.commands and not trace.lost
         text = (tmp_path / "trace.json").read_text()
-        assert '"reduce"' in text and '"exchange"' in text
+        assert '"all_reduce"' in text and '"exchange"' in text

@@ -282,6 +282,7 @@ class CardActor:
             ddr_bytes=info.ddr_bytes,
             max_programs=info.programs_max,
             max_windows=info.windows_max,
+            meets=info.meets,
         )
 
     async def _collect(self) -> None:

@@ -119,6 +119,7 @@ class Collectives:
         self.lends = all(client.shares_memory for client in self._clients) and all(
             info.max_windows > 1 for info in coordinator.cards
         )
+        self._meet = all(info.meets for info in coordinator.cards)
 
     @property
     def cards(self) -> int:
@@ -266,7 +267,7 @@ class Collectives:
         return prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
-        works = build(key.work, self._coordinator.topology)
+        works = build(key.work, self._coordinator.topology, meet=self._meet)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=True)

@@ -37,7 +37,7 @@ from spanker.actors.frame import (
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -260,6 +260,7 @@ class CardInfo(Message):
     ddr_bytes: U64
     max_programs: U32
     max_windows: U32 = 0
+    meets: U32 = 0
 
 
 @_wire(0x83, buffers=1)

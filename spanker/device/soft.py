@@ -105,6 +105,7 @@ class SoftCard(CardDevice):
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
             windows_max=lib.SPK_WINDOWS_MAX,
+            meets=int(not rig.throttled),
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")

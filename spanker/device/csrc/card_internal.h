@@ -44,6 +44,16 @@ struct link {
     _Atomic uint64_t tx_bytes, rx_bytes;
 };
 
+/* What a card lets its peers see of the meeting that it is in: meeting.c. */
+struct meeting {
+    _Alignas(64) _Atomic uint64_t open; /* the key under which peers may work on `memory`, or 0 */
+    _Atomic uint64_t done;              /* the key of the last meeting that it has done its share of */
+    uint8_t *memory;
+    const struct spk_command *work;
+    uint32_t number; /* of meetings in this epoch */
+    _Alignas(64) _Atomic uint32_t inside; /* it works on its peers' memory */
+};
+
 struct submission {
     struct program *program;
     uint8_t *params; /* owned */
@@ -117,6 +127,7 @@ struct spk_card {
     size_t scratch_bytes;
 
     struct link *links; /* SPK_CARDS_MAX of them, by peer number */
+    struct meeting *meeting;
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
@@ -164,6 +175,14 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting);
 int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 void link_release(struct spk_card *c);
+
+/* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */
+int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *waiting);
+/* Closes the card's memory to its peers; false as long as one of them may still work on it. */
+bool meeting_left(struct spk_card *c);
+/* Of a card's scratch, and the first so many arguments must be alike on all cards. */
+#define SPK_MEETING_SCRATCH 4096u
+#define MEETING_ARGS_ALIKE 5
 
 /* pages.c */
 #define SPK_HUGE_PAGE ((uint64_t)2 << 20)

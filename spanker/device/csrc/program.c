@@ -12,12 +12,12 @@
 static const char *const op_names[] = {
     "?",      "embed", "rmsnorm", "quantize",    "matmul", "rope",     "kv_append", "attention",
     "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
-    "best",   "choose", "reduce", "copy",        "divide",
+    "best",   "choose", "reduce", "copy",        "divide", "all_reduce",
 };
 
 /* Bit r: the operation has operand r. */
 static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9,
-                                  9, 9,  0,  1, 8,  9, 9,  9,  9,  8};
+                                  9, 9,  0,  1, 8,  9, 9,  9,  9,  8, 8};
 
 /* One operand: rows of row_bytes. */
 struct operand {
@@ -148,6 +148,32 @@ static int check_bulk(const struct spk_command *cmd, const char *op, char *why, 
     if (from->buffer == into->buffer && from->offset < into->offset + *bytes &&
         into->offset < from->offset + *bytes)
         return refuse(why, op, "has operands that overlap");
+    return SPK_OK;
+}
+
+/* All cards that are linked take part in a meeting, so that all of them count meetings alike. */
+static int check_meeting(const struct spk_card *c, const struct spk_command *cmd, const char *op,
+                         char *why, uint64_t *bytes, uint32_t *align)
+{
+    uint32_t cards = cmd->arg[4], own = cmd->arg[5];
+    *align = (uint32_t)spk_element_bytes(cmd->format);
+    if (!*align)
+        return refuse(why, op, "has an unknown kind of element");
+    if (!mul(bulk_count(cmd, 0), *align, bytes))
+        return refuse(why, op, "has more elements than any card");
+    if (cmd->arg[2] >= SPK_REDUCE_COUNT)
+        return refuse(why, op, "folds in no known way");
+    if (!cmd->arg[3] || cmd->arg[3] > 65536)
+        return refuse(why, op, "divides by 1 to 65536");
+    if (cmd->flags)
+        return refuse(why, op, "runs once per step and takes no flags");
+    if (c->pace)
+        return refuse(why, op, "takes no time in the model of a throttled card");
+    if (cards > SPK_CARDS_MAX || own >= cards)
+        return refuse(why, op, "needs the card's number among at most 256");
+    for (uint32_t i = 0; i < SPK_CARDS_MAX; i++)
+        if ((c->links[i].tx != NULL) != (i < cards && i != own))
+            return refuse(why, op, "is done by all cards together, each linked to all others");
     return SPK_OK;
 }
 
@@ -311,6 +337,12 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             o[count++] = (struct operand){0, 1, bytes, align};
         o[count++] = (struct operand){3, 1, bytes, align};
         break;
+    case SPK_OP_ALL_REDUCE:
+        status = check_meeting(c, cmd, op, why, &bytes, &align);
+        if (status != SPK_OK)
+            return status;
+        o[count++] = (struct operand){3, 1, bytes, align};
+        break;
     }
     for (int j = 0; j < count; j++) {
         status = check_operand(c, cmd, &o[j], op, why);
@@ -318,7 +350,7 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             return status;
         if (!c->buffers[cmd->ref[o[j].ref].buffer].window)
             continue;
-        if (!is_bulk(cmd) && !transfer)
+        if (!is_bulk(cmd) && !transfer && cmd->op != SPK_OP_ALL_REDUCE)
             return refuse(why, op, "takes no window");
         status = enter_window(p, cmd->ref[o[j].ref].buffer, o[j].align, op, why);
         if (status != SPK_OK)
@@ -353,6 +385,8 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
             if (!(refs_of[cmd->op] >> r & 1))
                 p->commands[i].ref[r] = (struct spk_ref){0};
         if (is_bulk(cmd))
+            bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
+        else if (cmd->op == SPK_OP_ALL_REDUCE)
             bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
         else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
             bulk_bytes += bulk_count(cmd, 1);
@@ -486,6 +520,8 @@ size_t program_scratch_bytes(const struct program *p)
             need = SPK_ATTENTION_ROWS * sizeof(float) *
                    (((size_t)p->header.positions_max + 15) / 16 * 16 + cmd->arg[1]);
         }
+        if (cmd->op == SPK_OP_ALL_REDUCE)
+            need = SPK_MEETING_SCRATCH;
         most = need > most ? need : most;
     }
     return align64(most);
