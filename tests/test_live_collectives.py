@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from waiting import until
 
 import spanker
@@ -602,6 +603,34 @@ async def test_a_call_takes_one_message_to_each_card_and_one_back(
         await spanker.all_reduce(fleet, arrays)
         assert sorted(sent) == ["RunLent"] * 3 + ["StepDone"] * 3
         monkeypatch.undo()
+
+
+async def test_a_small_call_wakes_nobody() -> None:
+    """Who calls does it all; sleeping until a thread wakes trio takes longer than that."""
+
+    class Steps(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.tasks: list[str] = []
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.tasks.append(task.name)
+
+    async with spanker.open_fleet(3) as fleet:
+        given = [position_data(card, 1000) for card in range(3)]
+        mine = [x.copy() for x in given]
+        await spanker.all_reduce(fleet, mine)
+        quiet = 0
+        for _ in range(20):
+            mine = [x.copy() for x in given]
+            await trio.testing.wait_all_tasks_blocked()
+            steps = Steps()
+            trio.lowlevel.add_instrument(steps)
+            await spanker.all_reduce(fleet, mine)
+            trio.lowlevel.remove_instrument(steps)
+            assert all(same(x, fold(given, "sum")) for x in mine)
+            # Where the machine is busy a worker may be quicker, and be waited for.
+            quiet += len(steps.tasks) == 1
+        assert quiet
 
 
 async def test_calls_leave_no_memory_behind() -> None:

@@ -15,6 +15,7 @@ something else.  Who may call what with which arrays is said in spanker/collecti
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -178,6 +179,9 @@ class Collectives:
                 except BaseException:
                     flight.forget(self.cards - number)
                     raise
+            if lent:
+                for client in self._clients:
+                    client.nudge()
             await self._settled(flight)
         finally:
             if not flight.settled.is_set() or flight.errors:
@@ -408,6 +412,7 @@ class Collectives:
                     nursery.start_soon(release, client, card)
 
 
+@functools.lru_cache(maxsize=256)
 def _lendable(work: Work, cards: int) -> bool:
     """Whether one message can lend all of a card's arrays."""
     elements = sum(work.array_elements(name, 0, cards) for name in work.arrays)
