@@ -109,8 +109,10 @@ static void submit_all(struct fleet *f, uint32_t round)
         struct spk_lent lent = {.window = f->window[card],
                                 .memory = f->lent[card],
                                 .nbytes = TOTAL * 4};
-        CHECK_EQUAL(spk_card_submit_lending(f->cards[card], f->program[card], &s, step_bytes(&s),
-                                            NULL, 0, &lent, 1, &fence, why),
+        /* Every other time the thread that submits may stay and lend a hand. */
+        CHECK_EQUAL((round % 2 ? spk_card_submit_helping : spk_card_submit_lending)(
+                        f->cards[card], f->program[card], &s, step_bytes(&s), NULL, 0, &lent, 1,
+                        &fence, why),
                     SPK_OK);
     }
 }
@@ -223,6 +225,8 @@ static uint32_t load_little(struct fleet *f, int card, uint32_t window, bool mee
     }
     CHECK_EQUAL(load(f->cards[card], &p, &program, &bad, why), SPK_OK);
     CHECK(f->cards[card]->programs[program]->quick);
+    const struct program *large = f->cards[card]->programs[f->program[card]];
+    CHECK(!large->quick && large->brief == meet);
     return program;
 }
 

@@ -570,12 +570,14 @@ int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *par
     return status;
 }
 
-static bool is_quick(struct spk_card *c, uint32_t handle)
+/* Whether a host thread may do a program itself, or `beside` workers. */
+static bool is_quick(struct spk_card *c, uint32_t handle, bool *beside)
 {
     pthread_mutex_lock(&c->mutex);
+    const struct program *p = handle < SPK_PROGRAMS_MAX ? c->programs[handle] : NULL;
     /* A throttled card ends its commands when it is their time, which is for a worker to wait for. */
-    bool quick = !c->pace && handle < SPK_PROGRAMS_MAX && c->programs[handle] &&
-                 c->programs[handle]->quick;
+    bool quick = !c->pace && p && (p->quick || p->brief);
+    *beside = quick && !p->quick;
     pthread_mutex_unlock(&c->mutex);
     return quick;
 }
@@ -585,11 +587,11 @@ int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *par
                             const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
                             char *why)
 {
-    bool help = is_quick(c, handle) && pool_hush(c);
+    bool beside, help = is_quick(c, handle, &beside) && pool_hush(c, beside);
     int status = spk_card_submit_lending(c, handle, params, nbytes, reads, read_count, lent,
                                          lent_count, fence, why);
     if (help)
-        pool_help(c);
+        pool_help(c, beside);
     return status;
 }
 

@@ -25,6 +25,7 @@ struct program {
     uint32_t page_positions;
     uint32_t users;          /* submissions queued or running */
     bool quick;              /* bulk operations on little: quicker done than handed to a worker */
+    bool brief;              /* meetings alone, over in a millisecond: sooner than a host thread sleeps */
     uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
 };
 
@@ -180,6 +181,8 @@ void link_release(struct spk_card *c);
 int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *waiting);
 /* Closes the card's memory to its peers; false as long as one of them may still work on it. */
 bool meeting_left(struct spk_card *c);
+/* Whether these cards are all in the same meeting, or have just been. */
+bool meeting_is_on(struct spk_card *const *cards, size_t count);
 /* Of a card's scratch, and the first so many arguments must be alike on all cards. */
 #define SPK_MEETING_SCRATCH 4096u
 #define MEETING_ARGS_ALIKE 5
@@ -207,9 +210,11 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
 void pool_notify(struct spk_card *c);
 /* The card has pages to collapse: its pool will see to it some time after the last large write. */
 void pool_settle(struct spk_card *c);
-/* Until `pool_help` no worker of the card's pool is woken.  False where someone helps already. */
-bool pool_hush(struct spk_card *c);
-/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest. */
-void pool_help(struct spk_card *c);
+/* Until `pool_help` no worker of the card's pool is woken or, `beside` workers, only others than the
+ * card's own.  False where someone helps already. */
+bool pool_hush(struct spk_card *c, bool beside);
+/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest.
+ * `beside` workers it stays until the meeting that is on is over. */
+void pool_help(struct spk_card *c, bool beside);
 
 #endif

@@ -201,11 +201,13 @@ int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *wa
     switch (run->cursor) {
     case ARRIVING:
         open_memory(c, cmd);
-        tell_all(c, cards);
+        key = key_of(c);
         run->cursor = WAITING_FOR_ALL;
+        /* The others need to know of the last one, who is whoever finds all open. */
+        if (missing_from(c, cards, key) < 0)
+            tell_all(c, cards);
         /* fall through */
     case WAITING_FOR_ALL:
-        key = key_of(c);
         waits_for = missing_from(c, cards, key);
         if (waits_for >= 0)
             break;
@@ -248,4 +250,13 @@ bool meeting_left(struct spk_card *c)
             return false;
     }
     return true;
+}
+
+bool meeting_is_on(struct spk_card *const *cards, size_t count)
+{
+    uint64_t key = atomic_load(&cards[0]->meeting->open);
+    for (size_t i = 1; i < count; i++)
+        if (atomic_load(&cards[i]->meeting->open) != key)
+            return false;
+    return key != 0;
 }

@@ -30,6 +30,10 @@ struct operand {
 
 /* Of all bulk operations and transfers of a program that a host thread may do itself: some 20 us. */
 #define QUICK_BYTES (256u << 10)
+/* The same of all arrays of a meeting, which one thread folds as fast as its cache is: some 40 us. */
+#define QUICK_MEETING_BYTES (1u << 20)
+/* Of the meetings of a program that a host thread stays for, beside workers: less than a ms. */
+#define BRIEF_BYTES (16u << 20)
 
 static bool mul(uint64_t a, uint64_t b, uint64_t *out)
 {
@@ -371,7 +375,8 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         return SPK_E_ARG;
     }
     uint32_t transfers = 0; /* left of the exchange in progress */
-    uint64_t bulk_bytes = 0;
+    uint64_t bulk_bytes = 0, met_bytes = 0;
+    bool only_meets = true;
     p->quick = true;
     for (uint32_t i = 0; i < h->commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
@@ -387,16 +392,18 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         if (is_bulk(cmd))
             bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
         else if (cmd->op == SPK_OP_ALL_REDUCE)
-            bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
+            met_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format) * cmd->arg[4];
         else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
             bulk_bytes += bulk_count(cmd, 1);
         else if (cmd->op != SPK_OP_EXCHANGE)
             p->quick = false;
-        p->quick &= bulk_bytes <= QUICK_BYTES;
+        p->quick &= bulk_bytes <= QUICK_BYTES && met_bytes <= QUICK_MEETING_BYTES;
+        only_meets &= cmd->op == SPK_OP_ALL_REDUCE && met_bytes <= BRIEF_BYTES;
         if (is_transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
         transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
     }
+    p->brief = only_meets;
     return SPK_OK;
 }
 
