@@ -24,10 +24,9 @@ from spanker.actors.frame import (
     Frame,
     FrameDecoder,
     FrameLimits,
-    check_frame,
     encode_frame,
 )
-from spanker.actors.message import Message, decode, encode
+from spanker.actors.message import Message, check, decode, encode
 from spanker.actors.threads import WorkThreads
 from spanker.errors import ChannelClosedError, RemoteProtocolError
 
@@ -106,7 +105,7 @@ class MemoryChannel(Channel):
     """A channel within one process.  Messages and their raw buffers arrive as the very objects that
     were sent.
 
-    Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
+    Messages are checked as if they were encoded, so that both kinds accept and refuse the same.
     A cancelled `send` has sent nothing.
     """
 
@@ -136,7 +135,7 @@ class MemoryChannel(Channel):
         self._peer, peer._peer = peer, self
 
     async def send(self, message: Message, request_id: int) -> None:
-        check_frame(encode(message, request_id), self._limits)
+        check(message, request_id, self._limits)
         self._count(1)
         try:
             await self._sending.send((request_id, message))
@@ -147,7 +146,7 @@ class MemoryChannel(Channel):
             raise
 
     def try_send(self, message: Message, request_id: int) -> bool:
-        check_frame(encode(message, request_id), self._limits)
+        check(message, request_id, self._limits)
         if self.reaches_listener():
             assert self._peer is not None and self._peer._listener is not None
             if self._peer._listener(request_id, message):

@@ -60,7 +60,7 @@ _REDUCTIONS = {
 }
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Work:
     """A collective to be done: `elements` is the length of DATA.  Equal works have equal programs.
 

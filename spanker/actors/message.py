@@ -30,7 +30,9 @@ from spanker.actors.frame import (
     DEFAULT_LIMITS,
     Buffer,
     Frame,
+    FrameLimits,
     RawBuffer,
+    check_frame,
     flat_buffer,
     repr_sizes,
 )
@@ -198,10 +200,18 @@ class _Codec:
     checks: tuple[Any, ...]
     values: Callable[[Message], tuple[object, ...]]
 
+    @property
+    def short(self) -> bool:
+        """Whether its body is numbers alone, of SHORT_BYTES at most."""
+        return all(type(check) in (UInt, OptionalUInt, UInts) for check in self.checks)
+
 
 _BY_KIND: dict[int, _Codec] = {}
 _BY_CLASS: dict[type[Message], _Codec] = {}
 _REPLIES: dict[type[Message], type[Message]] = {}
+# Those with a short body: one array of numbers, and a few numbers.
+_SHORT: set[type[Message]] = set()
+SHORT_BYTES = 1024
 
 KINDS: Mapping[int, _Codec] = MappingProxyType(_BY_KIND)
 """Every message of the protocol by its kind number."""
@@ -231,6 +241,8 @@ def _wire(
         assert kind not in _BY_KIND, f"kind {kind} is taken"
         _BY_KIND[kind] = codec
         _BY_CLASS[message_class] = codec
+        if codec.short and sum(type(check) is UInts for check in checks) < 2:
+            _SHORT.add(message_class)
         if issubclass(message_class, Request):
             (_REPLIES[message_class],) = get_args(message_class.__orig_bases__[0])  # type: ignore[attr-defined]
         return message_class
@@ -500,6 +512,20 @@ def encode(message: Message, request_id: int) -> Frame:
             f"outgoing {codec.message_class.__name__}: text cannot be encoded: {error}"
         ) from None
     return Frame(codec.kind, body, tuple(map(flat_buffer, message.buffers)))
+
+
+def check(message: Message, request_id: int, limits: FrameLimits = DEFAULT_LIMITS) -> None:
+    """Raise LocalProtocolError for what `encode`, or `check_frame` of its frame, would refuse;
+    without making a body where it is short anyway."""
+    if type(message) in _SHORT and limits.body_bytes_max >= SHORT_BYTES:
+        codec, buffers = _BY_CLASS[type(message)], message.buffers
+        problem = _problem(codec, request_id, codec.values(message), len(buffers))
+        if problem:
+            raise LocalProtocolError(f"outgoing {problem}")
+        raw_bytes = sum([len(flat_buffer(buffer)) for buffer in buffers]) if buffers else 0
+        if raw_bytes <= limits.raw_bytes_max and len(buffers) <= limits.buffers_max:
+            return
+    check_frame(encode(message, request_id), limits)
 
 
 def decode(frame: Frame) -> tuple[int, Message]:
