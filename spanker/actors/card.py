@@ -195,8 +195,10 @@ class CardActor:
         try:
             windows = _windows(request)
             fence = self._queue.submit_nowait(request.program, request.buffers[0], windows)
-        except (SpankerError, trio.WouldBlock):
-            return False  # what is wrong is found again, and answered, where requests are received
+        except Exception:
+            # Whatever is wrong is found again where requests are received: there it is answered, or
+            # ends this actor and not the task of whoever asks.
+            return False
         self._pending.append(_Pending(request_id, fence))
         self._submitted.set()
         return True

@@ -271,7 +271,7 @@ class Collectives:
                 prepared = self._prepared.get(key)
                 if prepared is None:
                     prepared = await self._prepare(key)
-        with contextlib.suppress(KeyError):
+        if key in self._prepared:
             self._prepared.move_to_end(key)
         return prepared
 
