@@ -183,8 +183,7 @@ int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *wa
 bool meeting_left(struct spk_card *c);
 /* Whether these cards are all in the same meeting, or have just been. */
 bool meeting_is_on(struct spk_card *const *cards, size_t count);
-/* Of a card's scratch, and the first so many arguments must be alike on all cards. */
-#define SPK_MEETING_SCRATCH 4096u
+/* The first so many arguments must be alike on all cards. */
 #define MEETING_ARGS_ALIKE 5
 
 /* pages.c */

@@ -16,8 +16,9 @@
 
 /* Bytes that a card reads or writes in one slice, some 50 us: so long an abort waits. */
 #define SLICE_BYTES (1u << 20)
-/* A block of every array, the next of each, and the sum are in a core's first cache together. */
-#define BLOCK_BYTES_MAX SPK_MEETING_SCRATCH
+/* A block of every array and the next of each are in a core's first cache together; longer ones ask
+ * for more lines at once than a core can wait for, and take a fifth longer (measured). */
+#define BLOCK_BYTES_MAX (1u << 10)
 #define BLOCKS_BYTES (16u << 10)
 #define LINE 64u
 
@@ -137,13 +138,12 @@ static void fold(struct spk_card *c, const struct spk_command *cmd, uint8_t *con
         n = end - at < block ? end - at : block;
         uint64_t left = end - at - n;
         prefetch(arrays, cards, at + n, left < block ? left : block);
-        memcpy(c->scratch, arrays[0] + at, n);
         for (uint32_t i = 1; i < cards; i++)
-            k->reduce(cmd->format, (int)cmd->arg[2], c->scratch, arrays[i] + at, n / size);
+            k->reduce(cmd->format, (int)cmd->arg[2], arrays[0] + at, arrays[i] + at, n / size);
         if (by > 1)
-            k->divide(cmd->format, c->scratch, by, n / size);
-        for (uint32_t i = 0; i < cards; i++)
-            memcpy(arrays[i] + at, c->scratch, n);
+            k->divide(cmd->format, arrays[0] + at, by, n / size);
+        for (uint32_t i = 1; i < cards; i++)
+            memcpy(arrays[i] + at, arrays[0] + at, n);
     }
 }
 

@@ -527,8 +527,6 @@ size_t program_scratch_bytes(const struct program *p)
             need = SPK_ATTENTION_ROWS * sizeof(float) *
                    (((size_t)p->header.positions_max + 15) / 16 * 16 + cmd->arg[1]);
         }
-        if (cmd->op == SPK_OP_ALL_REDUCE)
-            need = SPK_MEETING_SCRATCH;
         most = need > most ? need : most;
     }
     return align64(most);
