@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import attrs
 import trio
@@ -120,8 +121,7 @@ class KernelQueue:
                 return done
 
 
-@attrs.frozen
-class _Pending:
+class _Pending(NamedTuple):
     request_id: int
     fence: int
 
@@ -374,7 +374,8 @@ def _is_quick(request: WriteBuffers) -> bool:
 
 def _windows(request: RunLent) -> tuple[Lent, ...]:
     lent = request.buffers[1:]
-    if len(lent) != len(request.windows) or any(memoryview(m).readonly for m in lent):
+    read_only = [m for m in lent if memoryview(m).readonly]
+    if len(lent) != len(request.windows) or read_only:
         raise CardCommandError(
             f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
             f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"

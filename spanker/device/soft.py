@@ -244,13 +244,13 @@ class SoftCard(CardDevice):
         if status != lib.SPK_OK:
             self._check(status, f"step of program {program} refused", self._reason())
         number = int(fence[0])
-        self._reads.append((tuple(nbytes for _, _, nbytes in reads), memory))
+        self._reads.append((tuple([nbytes for _, _, nbytes in reads]), memory))
         return number
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
-        c = self._completion
-        while lib.spk_card_completion(self.handle, c):
+        c, handle = self._completion, self.handle
+        while lib.spk_card_completion(handle, c):
             sizes, _ = self._reads.popleft()
             if c.status != lib.SPK_OK:
                 out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
