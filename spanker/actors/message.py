@@ -9,7 +9,7 @@ Numbers, fields and versioning rules are specified in docs/api/wire-protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import (
@@ -209,8 +209,8 @@ class _Codec:
 _BY_KIND: dict[int, _Codec] = {}
 _BY_CLASS: dict[type[Message], _Codec] = {}
 _REPLIES: dict[type[Message], type[Message]] = {}
-# Those with a short body: one array of numbers, and a few numbers.
-_SHORT: set[type[Message]] = set()
+# Those with a short body, one array of numbers and a few numbers; and what accepts each field.
+_SHORT: dict[type[Message], tuple[_Codec, tuple[Callable[[object], bool], ...]]] = {}
 SHORT_BYTES = 1024
 
 KINDS: Mapping[int, _Codec] = MappingProxyType(_BY_KIND)
@@ -242,7 +242,7 @@ def _wire(
         _BY_KIND[kind] = codec
         _BY_CLASS[message_class] = codec
         if codec.short and sum(type(check) is UInts for check in checks) < 2:
-            _SHORT.add(message_class)
+            _SHORT[message_class] = codec, tuple(check.accepts for check in checks)
         if issubclass(message_class, Request):
             (_REPLIES[message_class],) = get_args(message_class.__orig_bases__[0])  # type: ignore[attr-defined]
         return message_class
@@ -517,15 +517,34 @@ def encode(message: Message, request_id: int) -> Frame:
 def check(message: Message, request_id: int, limits: FrameLimits = DEFAULT_LIMITS) -> None:
     """Raise LocalProtocolError for what `encode`, or `check_frame` of its frame, would refuse;
     without making a body where it is short anyway."""
-    if type(message) in _SHORT and limits.body_bytes_max >= SHORT_BYTES:
-        codec, buffers = _BY_CLASS[type(message)], message.buffers
-        problem = _problem(codec, request_id, codec.values(message), len(buffers))
-        if problem:
-            raise LocalProtocolError(f"outgoing {problem}")
-        raw_bytes = sum([len(flat_buffer(buffer)) for buffer in buffers]) if buffers else 0
-        if raw_bytes <= limits.raw_bytes_max and len(buffers) <= limits.buffers_max:
-            return
-    check_frame(encode(message, request_id), limits)
+    short = _SHORT.get(type(message))
+    if short is None or not _is_fine(*short, message, request_id, limits):
+        check_frame(encode(message, request_id), limits)
+
+
+def _is_fine(
+    codec: _Codec,
+    accepts: Sequence[Callable[[object], bool]],
+    message: Message,
+    request_id: int,
+    limits: FrameLimits,
+) -> bool:
+    """Whether nothing is wrong with a short message; what is, others say."""
+    if type(request_id) is not int or not 0 <= request_id <= 0xFFFF_FFFF:
+        return False
+    for accept, value in zip(accepts, codec.values(message), strict=True):
+        if not accept(value):
+            return False
+    buffers, raw_bytes = message.buffers, 0
+    if not codec.buffers_min <= len(buffers) <= codec.buffers_max:
+        return False
+    for buffer in buffers:
+        raw_bytes += len(flat_buffer(buffer))
+    return (
+        len(buffers) <= limits.buffers_max
+        and raw_bytes <= limits.raw_bytes_max
+        and limits.body_bytes_max >= SHORT_BYTES
+    )
 
 
 def decode(frame: Frame) -> tuple[int, Message]:
