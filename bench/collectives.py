@@ -6,8 +6,10 @@
 In every round, for every size, each takes its turn with some tens of calls; the medians of the
 turns, and of these over the rounds, count.  `program`: inside a card program, nothing of Python;
 `api`: `await spanker.all_reduce(fleet, arrays)` on numpy arrays; `mpi` and `gloo`: one process a
-rank.  All sum in place.  The peers run in an interpreter that has mpi4py (with an mpirun in the
-path) and torch; whoever is missing is left out.
+rank.  All sum in place.  `wake`, in the same rounds: from the end of a card's work to the trio
+task that waits for it, which a call costs at least that sleeps until it is done.  The peers run
+in an interpreter that has mpi4py (with an mpirun in the path) and torch; whoever is missing is
+left out.
 
 Prints a table and writes bench/results/collectives.json, the machine beside the figures.
 """
@@ -35,9 +37,10 @@ import trio
 
 import spanker
 from spanker.actors.collective_programs import Work, build
+from spanker.device.base import unpack_events
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.kernels.elements import Element
-from spanker.kernels.program import encode_step
+from spanker.kernels.program import Program, Ref, copy, encode_step
 from spanker.sched.collectives.plan import Kind, ReduceOp
 from spanker.sched.topology import Topology
 
@@ -48,6 +51,9 @@ ENGINES = ("program", "api", "mpi", "gloo")
 TURN_S = 0.1
 CALLS_MIN, CALLS_MAX = 5, 300
 LOOK_S = 0.5
+WAKES = 100
+# Long enough for trio's thread to sleep before it is done.
+WAKE_BYTES = 4 << 20
 PEER = Path(__file__).resolve().parent / "collective_peer.py"
 STEP = encode_step([])
 
@@ -75,7 +81,7 @@ class Programs:
 
     def _prepare(self, nbytes: int) -> list[tuple[int, int, np.ndarray]]:
         work = Work(Kind.ALL_REDUCE, Element.F32, nbytes // 4, ReduceOp.SUM)
-        made, works = [], build(work, Topology.with_mock(len(self._rig.cards)))
+        made, works = [], build(work, Topology.with_mock(len(self._rig.cards)), meet=True)
         for card, one in zip(self._rig.cards, works, strict=True):
             window = card.window(nbytes)
             handles = {"data": window} | {n: card.alloc(b) for n, b in one.own_bytes.items()}
@@ -122,6 +128,38 @@ async def api_turn(fleet: spanker.Fleet, nbytes: int, calls: int) -> list[float]
         await spanker.all_reduce(fleet, arrays)
         times.append(time.perf_counter() - begin)
     return times
+
+
+class Wake:
+    """A card that does something long enough for trio to sleep; its trace says when it was done."""
+
+    def __init__(self) -> None:
+        self._rig = SoftRig([SoftCardSpec()])
+        self._card = self._rig.cards[0]
+        handles = {name: self._card.alloc(WAKE_BYTES) for name in ("from", "into")}
+        work = copy(Element.F32, Ref("into"), Ref("from"), count=WAKE_BYTES // 4)
+        self._program = self._card.load_program(Program((work,), 1, 1, 1).encode(handles))
+        self._card.trace(16)
+
+    def __enter__(self) -> Wake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rig.close()
+
+    async def turn(self) -> list[float]:
+        return [await self._run() for _ in range(WAKES)]
+
+    async def _run(self) -> float:
+        fd = self._card.completion_fd
+        assert fd is not None
+        self._card.submit(self._program, STEP)
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            woken_ns = time.monotonic_ns()
+            if self._card.completions():
+                data, _ = self._card.trace_events(16)
+                return (woken_ns - unpack_events(data)[-1].end_ns) / 1e9
 
 
 # --- the peers ---------------------------------------------------------------------------
@@ -240,6 +278,7 @@ async def measure(
     bystanders, seen = report.Bystanders(), list[dict[str, float]]()
     with ExitStack() as stack:
         programs = stack.enter_context(Programs(ranks))
+        wake, wakes = stack.enter_context(Wake()), list[float]()
         peers: dict[str, Turn] = {}
         for name in ("mpi", "gloo") if python else ():
             started = stack.enter_context(peer(name, str(python), ranks))
@@ -249,6 +288,9 @@ async def measure(
         async with spanker.open_fleet(ranks) as fleet:
             last: dict[tuple[int, str], list[float]] = {}
             for number in range(rounds + 1):  # round 0 warms up
+                woken = report.median(await wake.turn())
+                assert woken is not None
+                wakes += [woken * 1e6] if number else []
                 for size in sizes:
                     calls = {name: calls_for(last.get((size, name), ())) for name in ENGINES}
                     found = {"program": programs.turn(size, calls["program"])}
@@ -268,6 +310,7 @@ async def measure(
                     seen.append(bystanders.cores())
                     say(f"  {ranks} ranks, round {number} of {rounds}: {seen[-1]}")
     out["bystanders"] = seen
+    out["wake_us"] = {"median": report.median(wakes), "best": min(wakes), "turns": wakes}
     out["sizes"] = {
         str(size): {
             "median_us": {name: report.median(times) for name, times in turns[size].items()},
@@ -288,6 +331,12 @@ def show(record: dict[str, Any]) -> None:
             f"all-reduce of float32, {result['ranks']} ranks, us a call (medians)",
             ["bytes", *ENGINES],
             rows,
+        )
+        wake_us = result["wake_us"]["median"]
+        small = next(iter(result["sizes"].values()))["median_us"]
+        print(
+            f"One wake of trio by a native worker: {wake_us:.0f} us. The smallest call takes "
+            f"{small['api'] - small['program']:.0f} us more than inside a program.\n"
         )
 
 

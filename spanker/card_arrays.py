@@ -195,4 +195,6 @@ class CardArrays:
 
 def flat(array: Array) -> memoryview:
     """The bytes of a C-contiguous array."""
+    if array.ndim and array.size and array.dtype.isnative:
+        return array.data.cast("B")  # a fifth of the time
     return array.reshape(-1).view(np.uint8).data

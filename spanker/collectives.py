@@ -33,7 +33,6 @@ import numpy.typing as npt
 import trio
 
 from spanker.actors.collective_programs import Work
-from spanker.actors.collectives import Memory
 from spanker.card_arrays import Array, CardArrays, element_of, flat
 from spanker.errors import CollectiveError, ShapeMismatchError, TopologyMismatchError
 from spanker.fleet import Fleet
@@ -254,12 +253,13 @@ class _Given:
             return
         # Only what is written must be writable; a card takes nothing that is not.
         inputs_too = len(sides) == 1
-        memory: list[list[tuple[int, Memory]]] = []
+        used: list[list[Array]] = []
         for place, side in enumerate(sides):
             written = inputs_too or place > 0
-            memory.append([_memory(a, written, sail) for sail, a in enumerate(side.arrays)])
-        _refuse_shared_memory(memory)
-        await self._collectives.run(work, [[m for _, m in rows] for rows in memory])
+            used.append([_usable(a, written, sail) for sail, a in enumerate(side.arrays)])
+        _refuse_shared_memory(used)
+        memory = [[flat(a) if a.size else None for a in rows] for rows in used]
+        await self._collectives.run(work, memory)
 
 
 class _Outputs:
@@ -283,29 +283,30 @@ def _checked(array: Any, sail: int) -> Array:
     return array
 
 
-def _memory(array: Array, written: bool, sail: int) -> tuple[int, Memory]:
-    """The address and the bytes of an array that a card may work on."""
-    if not array.size:
-        return 0, None
-    if not array.flags.writeable:
+def _usable(array: Array, written: bool, sail: int) -> Array:
+    """An array that a card may work on, or a copy of it."""
+    if not array.flags.writeable and array.size:
         if written:
             raise CollectiveError(f"array of card {sail} is read-only, and would be written to")
         array = array.copy()
-    address = int(array.__array_interface__["data"][0])
-    if address % array.itemsize:
+    if not array.flags.aligned and array.size:
         raise CollectiveError(
             f"array of card {sail}: expected elements aligned to {array.itemsize} bytes; copy it"
         )
-    return address, flat(array)
+    return array
 
 
-def _refuse_shared_memory(memory: Sequence[Sequence[tuple[int, Memory]]]) -> None:
+def _refuse_shared_memory(used: Sequence[Sequence[Array]]) -> None:
     """Two cards that write to the same memory would undo each other's work."""
+    every = [array for rows in used for array in rows]
+    # Arrays with memory of their own are apart; where others are costs more to find out.
+    if all(array.flags.owndata for array in every) and len({*map(id, every)}) == len(every):
+        return
     spans = sorted(
-        (at, m.nbytes, sail)
-        for rows in memory
-        for sail, (at, m) in enumerate(rows)
-        if m is not None
+        (int(array.__array_interface__["data"][0]), array.nbytes, sail)
+        for rows in used
+        for sail, array in enumerate(rows)
+        if array.size
     )
     for (at, nbytes, sail), (next_at, _, other) in itertools.pairwise(spans):
         if at + nbytes > next_at:

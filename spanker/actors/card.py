@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import attrs
 import trio
@@ -82,6 +83,16 @@ class KernelQueue:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
             await self._slots.acquire()
+        return self._submit(program, parameters, reads, lent)
+
+    def submit_nowait(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> int:
+        """As submit; raises trio.WouldBlock where it would wait."""
+        self._slots.acquire_nowait()
+        return self._submit(program, parameters, (), lent)
+
+    def _submit(
+        self, program: int, parameters: Buffer, reads: Sequence[Read], lent: Sequence[Lent]
+    ) -> int:
         try:
             if lent:
                 return self._device.submit(program, parameters, reads, lent)
@@ -89,6 +100,13 @@ class KernelQueue:
         except BaseException:
             self._slots.release()
             raise
+
+    def completed_nowait(self) -> tuple[Completion, ...]:
+        """Those that have finished, in order."""
+        done = tuple(self._device.completions())
+        for _ in done:
+            self._slots.release()
+        return done
 
     async def completed(self) -> tuple[Completion, ...]:
         """Wait until submissions finish; return them in order."""
@@ -98,15 +116,12 @@ class KernelQueue:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(fd)
-            done = tuple(self._device.completions())
+            done = self.completed_nowait()
             if done:
-                for _ in done:
-                    self._slots.release()
                 return done
 
 
-@attrs.frozen
-class _Pending:
+class _Pending(NamedTuple):
     request_id: int
     fence: int
 
@@ -120,12 +135,15 @@ class CardActor:
         self._queue = KernelQueue(device)
         self._pending: deque[_Pending] = deque()
         self._submitted = trio.Event()
+        # While completions have been collected that are yet to be answered.
+        self._answers = False
         self._writers = WorkThreads("spanker-writer", WRITES_MAX)
         self._free_writers = trio.Semaphore(WRITES_MAX)
         self._waiting_for_writes = trio.lowlevel.ParkingLot()
 
     async def serve(self) -> None:
         """Serve until Stop or the end of the channel."""
+        self._channel.listen(self._take_at_once, self._look)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect)
             try:
@@ -169,19 +187,28 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
+    def _take_at_once(self, request_id: int, request: Message) -> bool:
+        """A run on lent memory, in the task of whoever asks for it: a small one is done sooner than
+        a task is woken."""
+        if type(request) is not RunLent or self._free_writers.value < WRITES_MAX:
+            return False
+        try:
+            windows = _windows(request)
+            fence = self._queue.submit_nowait(request.program, request.buffers[0], windows)
+        except Exception:
+            # Whatever is wrong is found again where requests are received: there it is answered, or
+            # ends this actor and not the task of whoever asks.
+            return False
+        self._pending.append(_Pending(request_id, fence))
+        self._submitted.set()
+        return True
+
     async def _submit(self, request: RunStep | RunLent) -> int:
         parameters = request.buffers[0]
         if isinstance(request, RunStep):
             _check_reply_bytes(request, sum(request.reply_sizes()))
             return await self._queue.submit(request.program, parameters, request.reads)
-        lent = request.buffers[1:]
-        if len(lent) != len(request.windows) or any(memoryview(m).readonly for m in lent):
-            raise CardCommandError(
-                f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
-                f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"
-            )
-        windows = tuple(zip(request.windows, lent, strict=True))
-        return await self._queue.submit(request.program, parameters, lent=windows)
+        return await self._queue.submit(request.program, parameters, lent=_windows(request))
 
     def _answer(self, request: Message) -> Message:
         device = self._device
@@ -282,6 +309,7 @@ class CardActor:
             ddr_bytes=info.ddr_bytes,
             max_programs=info.programs_max,
             max_windows=info.windows_max,
+            meets=info.meets,
         )
 
     async def _collect(self) -> None:
@@ -291,25 +319,42 @@ class CardActor:
             if not self._pending and self._device.completion_fd is None:
                 self._submitted = trio.Event()
                 await self._submitted.wait()
-            for completion in await self._queue.completed():
-                pending = self._pending.popleft()
-                if completion.fence != pending.fence:
-                    raise CardError(
-                        f"card {self._device.number}: fence {completion.fence} completed, "
-                        f"{pending.fence} was next",
-                        card=self._device.number,
-                    )
-                reply: Message
-                if isinstance(completion.error, SpankerError):
-                    reply = failed(completion.error, self._device.number)
-                elif completion.error is not None:
-                    raise completion.error
-                else:
-                    reply = StepDone(completion.fence, completion.busy_ns, buffers=completion.data)
+            done = await self._queue.completed()
+            self._answers = True
+            for completion in done:
+                request_id, reply = self._answer_to(completion)
                 try:
-                    await self._send(reply, pending.request_id)
+                    await self._send(reply, request_id)
                 except ChannelClosedError:
                     return
+            self._answers = False
+
+    def _answer_to(self, completion: Completion) -> tuple[int, Message]:
+        pending = self._pending.popleft()
+        if completion.fence != pending.fence:
+            raise CardError(
+                f"card {self._device.number}: fence {completion.fence} completed, "
+                f"{pending.fence} was next",
+                card=self._device.number,
+            )
+        if isinstance(completion.error, SpankerError):
+            return pending.request_id, failed(completion.error, self._device.number)
+        if completion.error is not None:
+            raise completion.error
+        reply = StepDone(completion.fence, completion.busy_ns, buffers=completion.data)
+        return pending.request_id, reply
+
+    def _look(self) -> None:
+        """Answer what is complete already, in the task of whoever waits for it, unless answers
+        wait to be sent: they come in order."""
+        if self._answers or not self._pending or not self._channel.reaches_listener():
+            return
+        try:
+            for completion in self._queue.completed_nowait():
+                request_id, reply = self._answer_to(completion)
+                self._channel.try_send(reply, request_id)
+        except SpankerError:
+            return  # the card or the channel is closed, which `_collect` or `_serve` meets too
 
     async def _send(self, reply: Message, request_id: int) -> None:
         try:
@@ -325,6 +370,17 @@ def _is_quick(request: WriteBuffers) -> bool:
     if any(isinstance(buffer, Deferred) for buffer in request.buffers):
         return False
     return sum(nbytes for _, _, nbytes in request.writes) < LARGE_WRITE_BYTES
+
+
+def _windows(request: RunLent) -> tuple[Lent, ...]:
+    lent = request.buffers[1:]
+    read_only = [m for m in lent if memoryview(m).readonly]
+    if len(lent) != len(request.windows) or read_only:
+        raise CardCommandError(
+            f"RunLent: expected writable memory for each of {len(request.windows)} windows, "
+            f"got {len(lent)} raw buffers; a stream carries copies, which nobody would see"
+        )
+    return tuple(zip(request.windows, lent, strict=True))
 
 
 def _check_reply_bytes(request: Message, nbytes: int) -> None:

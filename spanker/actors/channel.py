@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import trio
@@ -24,10 +24,9 @@ from spanker.actors.frame import (
     Frame,
     FrameDecoder,
     FrameLimits,
-    check_frame,
     encode_frame,
 )
-from spanker.actors.message import Message, decode, encode
+from spanker.actors.message import Message, check, decode, encode
 from spanker.actors.threads import WorkThreads
 from spanker.errors import ChannelClosedError, RemoteProtocolError
 
@@ -37,6 +36,10 @@ _JOIN_BYTES_MAX = 16 << 10
 # A read allocates what it asks for, so it asks for more only while a large buffer is under way.
 _READ_BYTES_MIN = 64 << 10
 _READ_BYTES_MAX = 1 << 20
+
+
+Listener = Callable[[int, Message], bool]
+"""Takes a request id and a message at once, or says False and leaves them."""
 
 
 class Channel(trio.abc.AsyncResource):
@@ -65,6 +68,18 @@ class Channel(trio.abc.AsyncResource):
         """
         return False
 
+    def listen(self, listener: Listener, nudged: Callable[[], None] | None = None) -> None:
+        """Have messages that find this end idle offered to a function first, where that is
+        possible: in the sender's task, and without waking one of this side.  What it takes is not
+        received.  `nudged` is called when the peer nudges."""
+
+    def reaches_listener(self) -> bool:
+        """Whether the peer listens, and nothing sent before waits to be received."""
+        return False
+
+    def nudge(self) -> None:
+        """Ask the peer to look whether it has something to say, before anybody sleeps.  A hint."""
+
     @abstractmethod
     async def receive(self) -> tuple[int, Message]:
         """Wait for the next message; return its request id and itself.  A checkpoint.
@@ -90,7 +105,7 @@ class MemoryChannel(Channel):
     """A channel within one process.  Messages and their raw buffers arrive as the very objects that
     were sent.
 
-    Bodies are encoded all the same, so that both kinds accept and refuse the same messages.
+    Messages are checked as if they were encoded, so that both kinds accept and refuse the same.
     A cancelled `send` has sent nothing.
     """
 
@@ -107,36 +122,81 @@ class MemoryChannel(Channel):
         self._sending = sending
         self._receiving = receiving
         self._limits = limits
+        self._peer: MemoryChannel | None = None
+        self._listener: Listener | None = None
+        self._nudged: Callable[[], None] | None = None
+        self._receives = False
+        # Messages to this end that nobody has received, or at least that are being sent.
+        self._on_their_way = 0
         self.name = name
 
+    def join(self, peer: MemoryChannel) -> None:
+        """Tell each end of the other."""
+        self._peer, peer._peer = peer, self
+
     async def send(self, message: Message, request_id: int) -> None:
-        check_frame(encode(message, request_id), self._limits)
+        check(message, request_id, self._limits)
+        self._count(1)
         try:
             await self._sending.send((request_id, message))
-        except _GONE as error:
-            raise self._gone(error) from None
+        except BaseException as error:
+            self._count(-1)
+            if isinstance(error, _GONE):
+                raise self._gone(error) from None
+            raise
 
     def try_send(self, message: Message, request_id: int) -> bool:
-        check_frame(encode(message, request_id), self._limits)
+        check(message, request_id, self._limits)
+        if self.reaches_listener():
+            assert self._peer is not None and self._peer._listener is not None
+            if self._peer._listener(request_id, message):
+                return True
         try:
             self._sending.send_nowait((request_id, message))
         except trio.WouldBlock:
             return False
         except _GONE as error:
             raise self._gone(error) from None
+        self._count(1)
         return True
 
+    def listen(self, listener: Listener, nudged: Callable[[], None] | None = None) -> None:
+        self._listener, self._nudged = listener, nudged
+
+    def nudge(self) -> None:
+        if self._peer is not None and self._peer._nudged is not None:
+            self._peer._nudged()
+
+    def reaches_listener(self) -> bool:
+        peer = self._peer
+        return (
+            peer is not None
+            and peer._listener is not None
+            and peer._receives
+            and not peer._on_their_way
+        )
+
+    def _count(self, messages: int) -> None:
+        if self._peer is not None:
+            self._peer._on_their_way += messages
+
     async def receive(self) -> tuple[int, Message]:
+        self._receives = True
         try:
-            return await self._receiving.receive()
+            letter = await self._receiving.receive()
         except _GONE as error:
             raise self._gone(error) from None
+        finally:
+            self._receives = False
+        self._on_their_way -= 1
+        return letter
 
     def _gone(self, error: Exception) -> ChannelClosedError:
         here = isinstance(error, trio.ClosedResourceError)
         return closed_error(self.name, "on this side" if here else "by the peer")
 
     async def aclose(self) -> None:
+        self._listener = self._nudged = self._peer = None
         self._sending.close()
         self._receiving.close()
         await trio.lowlevel.checkpoint()
@@ -148,10 +208,10 @@ def memory_channel_pair(
     """Two connected ends; at most `capacity` messages wait in each direction."""
     a_to_b = trio.open_memory_channel[_Letter](capacity)
     b_to_a = trio.open_memory_channel[_Letter](capacity)
-    return (
-        MemoryChannel(a_to_b[0], b_to_a[1], name=name, limits=limits),
-        MemoryChannel(b_to_a[0], a_to_b[1], name=name, limits=limits),
-    )
+    a = MemoryChannel(a_to_b[0], b_to_a[1], name=name, limits=limits)
+    b = MemoryChannel(b_to_a[0], a_to_b[1], name=name, limits=limits)
+    a.join(b)
+    return a, b
 
 
 # --- over a byte stream --------------------------------------------------------------

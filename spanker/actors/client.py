@@ -42,6 +42,7 @@ class CardClient:
         self._unwritten = 0
         # Without room: a request is either with its caller or being written.
         self._to_write, self._writing = trio.open_memory_channel[tuple[Request[Message], int]](0)
+        channel.listen(self._arrived)
 
     @property
     def failure(self) -> SpankerError | None:
@@ -83,20 +84,26 @@ class CardClient:
         try:
             while True:
                 request_id, reply = await self._channel.receive()
-                if request_id not in self._waiting:
+                if not self._arrived(request_id, reply):
                     raise RemoteProtocolError(
                         f"card {self.number}: reply {type(reply).__name__} to request "
                         f"{request_id}, which nobody made"
                     )
-                request, callback = self._waiting.pop(request_id)
-                try:
-                    callback(request.check_reply(reply))
-                except SpankerError as error:
-                    callback(error.with_traceback(None))
-                del request, reply, callback  # which refer to memory of whoever asked
+                del reply  # which refers to memory of whoever asked
         except SpankerError as error:
             self.fail(error)
             await self._channel.aclose()
+
+    def _arrived(self, request_id: int, reply: Message) -> bool:
+        """Give a reply to who asked; False where nobody did."""
+        if request_id not in self._waiting:
+            return False
+        request, callback = self._waiting.pop(request_id)
+        try:
+            callback(request.check_reply(reply))
+        except SpankerError as error:
+            callback(error.with_traceback(None))
+        return True
 
     def fail(self, error: SpankerError) -> None:
         """The card is gone: everything waiting, and every later request, gets this error."""
@@ -113,7 +120,8 @@ class CardClient:
             callback(again(self._failure))
 
     async def post(self, request: Request[ReplyT], callback: Callback) -> None:
-        """Send a request; `callback` gets the reply or the error, once, in a task of the client.
+        """Send a request; `callback` gets the reply or the error, once, in a task of the client
+        or, where the card need not be waited for, before this returns.
 
         Blocks while the card is behind, and is no checkpoint where nothing needs to wait.  A
         failure to send reaches the callback too.  Cancelled, it has sent nothing, and the callback
@@ -143,6 +151,10 @@ class CardClient:
             self._unwritten -= 1
             self._waiting.pop(request_id, None)
             raise
+
+    def nudge(self) -> None:
+        """Have what the card has done already answered at once, where that is possible."""
+        self._channel.nudge()
 
     async def request(self, request: Request[ReplyT]) -> ReplyT:
         """Send a request and wait for its reply.  Raises what the card reports.

@@ -60,7 +60,7 @@ _REDUCTIONS = {
 }
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Work:
     """A collective to be done: `elements` is the length of DATA.  Equal works have equal programs.
 
@@ -106,9 +106,8 @@ class Work:
 
     def array_elements(self, name: str, card: int, cards: int) -> int:
         """The length of one of the caller's arrays."""
-        share = self.shares(cards)[card].size
         if (self.kind, name) in ((Kind.ALL_GATHER, "in"), (Kind.REDUCE_SCATTER, "out")):
-            return share
+            return self.shares(cards)[card].size
         return self.elements
 
 
@@ -144,10 +143,32 @@ def plans(work: Work, topology: Topology) -> Iterator[tuple[int, CollectivePlan]
         )
 
 
-def build(work: Work, topology: Topology) -> list[CardWork]:
-    """The programs of all cards of a topology, which are numbered from 0."""
-    made, cards = list(plans(work, topology)), len(topology.cards)
+def build(work: Work, topology: Topology, *, meet: bool = False) -> list[CardWork]:
+    """The programs of all cards of a topology, which are numbered from 0.
+
+    `meet`: cards reach each other's memory, and do an all-reduce as one command.
+    """
+    cards = len(topology.cards)
+    if meet and work.kind is Kind.ALL_REDUCE and cards > 1 and work.elements:
+        return [_meeting(work, cards, card) for card in range(cards)]
+    made = list(plans(work, topology))
     return [_Builder(work, cards, card, made).build() for card in range(cards)]
+
+
+def _meeting(work: Work, cards: int, card: int) -> CardWork:
+    """All contributions folded in card order, as 'owner' does, and any other plan for what need not
+    be in order: the same bits."""
+    assert work.op is not None
+    command = op.all_reduce(
+        work.element,
+        _REDUCTIONS[work.op],
+        Ref("data"),
+        count=work.elements,
+        by=cards if work.op is ReduceOp.AVG else 1,
+        cards=cards,
+        own=card,
+    )
+    return CardWork(Program((command,), 1, 1, 1), {"data": work.elements * work.element.nbytes}, {})
 
 
 @attrs.frozen

@@ -15,9 +15,10 @@ something else.  Who may call what with which arrays is said in spanker/collecti
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -87,6 +88,9 @@ class _Card:
     program: int | None = None
     handles: dict[str, int] = attrs.Factory(dict)
     own: list[int] = attrs.Factory(list)
+    # Its windows, and which of the work's arrays each of them shows.
+    windows: tuple[int, ...] = ()
+    shown: tuple[int, ...] = ()
 
 
 @attrs.define(eq=False)
@@ -107,6 +111,7 @@ class Collectives:
         self.lends = all(client.shares_memory for client in self._clients) and all(
             info.max_windows > 1 for info in coordinator.cards
         )
+        self._meet = all(info.meets for info in coordinator.cards)
 
     @property
     def cards(self) -> int:
@@ -147,24 +152,29 @@ class Collectives:
         try:
             for number, client in enumerate(self._clients):
                 card = prepared.cards[number]
-                arrays = {
-                    name: data
-                    for name, rows in zip(work.arrays, memory, strict=False)
-                    if (data := rows[number]) is not None
-                }
                 if card.program is None:
                     flight.absent(number)
                     continue
                 try:
+                    request: Request[StepDone]
                     if lent:
-                        request: Request[StepDone] = _lending(card, card.program, arrays)
+                        shown: list[Any] = [memory[i][number] for i in card.shown]
+                        request = RunLent(card.program, card.windows, buffers=(STEP, *shown))
                     else:
+                        arrays = {
+                            name: data
+                            for name, rows in zip(work.arrays, memory, strict=False)
+                            if (data := rows[number]) is not None
+                        }
                         await self._send_inputs(client, card, work, arrays, flight)
                         request = _reading_back(card, card.program, work, arrays)
                     await client.post(request, flight.callback(number))
                 except BaseException:
                     flight.forget(self.cards - number)
                     raise
+            if lent:
+                for client in self._clients:
+                    client.nudge()
             await settled(self._coordinator, flight, range(self.cards))
         finally:
             if not flight.settled.is_set() or flight.errors:
@@ -236,12 +246,12 @@ class Collectives:
                 prepared = self._prepared.get(key)
                 if prepared is None:
                     prepared = await self._prepare(key)
-        with contextlib.suppress(KeyError):
+        if key in self._prepared:
             self._prepared.move_to_end(key)
         return prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
-        works = build(key.work, self._coordinator.topology)
+        works = build(key.work, self._coordinator.topology, meet=self._meet)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=True)
@@ -297,6 +307,10 @@ class Collectives:
                 card.handles.update(zip(names, reply.handles, strict=True))
         for name, array in resident.items():
             card.handles[name] = array.handles[client.number]
+        if key.lent:
+            known = [name for name in key.work.arrays if name in card.handles]
+            card.windows = tuple([card.handles[name] for name in known])
+            card.shown = tuple([key.work.arrays.index(name) for name in known])
         program = work.program.encode(card.handles)
         loaded = await self._coordinator.owning(client, LoadProgram(buffers=(program,)))
         card.program = loaded.program
@@ -382,17 +396,11 @@ class Collectives:
                     nursery.start_soon(release, client, card)
 
 
+@functools.lru_cache(maxsize=256)
 def _lendable(work: Work, cards: int) -> bool:
     """Whether one message can lend all of a card's arrays."""
     elements = sum(work.array_elements(name, 0, cards) for name in work.arrays)
     return elements * work.element.nbytes <= LENT_BYTES_MAX
-
-
-def _lending(card: _Card, program: int, arrays: Mapping[str, memoryview]) -> RunLent:
-    """Run on the caller's memory."""
-    names = [name for name in arrays if name in card.handles]
-    windows = tuple([card.handles[name] for name in names])
-    return RunLent(program, windows, buffers=(STEP, *[arrays[name] for name in names]))
 
 
 def _reading_back(

@@ -9,7 +9,7 @@ Numbers, fields and versioning rules are specified in docs/api/wire-protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import (
@@ -30,14 +30,16 @@ from spanker.actors.frame import (
     DEFAULT_LIMITS,
     Buffer,
     Frame,
+    FrameLimits,
     RawBuffer,
+    check_frame,
     flat_buffer,
     repr_sizes,
 )
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -198,10 +200,18 @@ class _Codec:
     checks: tuple[Any, ...]
     values: Callable[[Message], tuple[object, ...]]
 
+    @property
+    def short(self) -> bool:
+        """Whether its body is numbers alone, of SHORT_BYTES at most."""
+        return all(type(check) in (UInt, OptionalUInt, UInts) for check in self.checks)
+
 
 _BY_KIND: dict[int, _Codec] = {}
 _BY_CLASS: dict[type[Message], _Codec] = {}
 _REPLIES: dict[type[Message], type[Message]] = {}
+# Those with a short body, one array of numbers and a few numbers; and what accepts each field.
+_SHORT: dict[type[Message], tuple[_Codec, tuple[Callable[[object], bool], ...]]] = {}
+SHORT_BYTES = 1024
 
 KINDS: Mapping[int, _Codec] = MappingProxyType(_BY_KIND)
 """Every message of the protocol by its kind number."""
@@ -231,6 +241,8 @@ def _wire(
         assert kind not in _BY_KIND, f"kind {kind} is taken"
         _BY_KIND[kind] = codec
         _BY_CLASS[message_class] = codec
+        if codec.short and sum(type(check) is UInts for check in checks) < 2:
+            _SHORT[message_class] = codec, tuple(check.accepts for check in checks)
         if issubclass(message_class, Request):
             (_REPLIES[message_class],) = get_args(message_class.__orig_bases__[0])  # type: ignore[attr-defined]
         return message_class
@@ -260,6 +272,7 @@ class CardInfo(Message):
     ddr_bytes: U64
     max_programs: U32
     max_windows: U32 = 0
+    meets: U32 = 0
 
 
 @_wire(0x83, buffers=1)
@@ -499,6 +512,39 @@ def encode(message: Message, request_id: int) -> Frame:
             f"outgoing {codec.message_class.__name__}: text cannot be encoded: {error}"
         ) from None
     return Frame(codec.kind, body, tuple(map(flat_buffer, message.buffers)))
+
+
+def check(message: Message, request_id: int, limits: FrameLimits = DEFAULT_LIMITS) -> None:
+    """Raise LocalProtocolError for what `encode`, or `check_frame` of its frame, would refuse;
+    without making a body where it is short anyway."""
+    short = _SHORT.get(type(message))
+    if short is None or not _is_fine(*short, message, request_id, limits):
+        check_frame(encode(message, request_id), limits)
+
+
+def _is_fine(
+    codec: _Codec,
+    accepts: Sequence[Callable[[object], bool]],
+    message: Message,
+    request_id: int,
+    limits: FrameLimits,
+) -> bool:
+    """Whether nothing is wrong with a short message; what is, others say."""
+    if type(request_id) is not int or not 0 <= request_id <= 0xFFFF_FFFF:
+        return False
+    for accept, value in zip(accepts, codec.values(message), strict=True):
+        if not accept(value):
+            return False
+    buffers, raw_bytes = message.buffers, 0
+    if not codec.buffers_min <= len(buffers) <= codec.buffers_max:
+        return False
+    for buffer in buffers:
+        raw_bytes += len(flat_buffer(buffer))
+    return (
+        len(buffers) <= limits.buffers_max
+        and raw_bytes <= limits.raw_bytes_max
+        and limits.body_bytes_max >= SHORT_BYTES
+    )
 
 
 def decode(frame: Frame) -> tuple[int, Message]:

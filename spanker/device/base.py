@@ -55,7 +55,8 @@ def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
 @attrs.frozen
 class DeviceInfo:
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
-    `windows_max` windows onto the host's memory fit into a program, 0 where there are none."""
+    `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
+    `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does."""
 
     name: str
     serial: int
@@ -64,6 +65,7 @@ class DeviceInfo:
     ddr_bytes: int
     programs_max: int
     windows_max: int = 0
+    meets: int = 0
 
 
 @attrs.frozen

@@ -105,12 +105,14 @@ class SoftCard(CardDevice):
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
             windows_max=lib.SPK_WINDOWS_MAX,
+            meets=int(not rig.throttled),
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
         # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
         self._reads: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
+        self._lent = ffi.new("struct spk_lent[]", lib.SPK_WINDOWS_MAX)
 
     @property
     def handle(self) -> Any:
@@ -218,12 +220,13 @@ class SoftCard(CardDevice):
         memory = tuple([ffi.from_buffer("char[]", m, require_writable=True) for _, m in lent])
         shown: Any = ffi.NULL
         if lent:
-            for handle, _ in lent:
+            shown = self._lent
+            if len(lent) > lib.SPK_WINDOWS_MAX:
+                shown = ffi.new("struct spk_lent[]", len(lent))
+            for place, ((handle, _), m) in enumerate(zip(lent, memory, strict=True)):
                 self._u32(handle, "window")
-            shown = ffi.new(
-                "struct spk_lent[]",
-                [(h, 0, m, len(m)) for (h, _), m in zip(lent, memory, strict=True)],
-            )
+                entry = shown[place]
+                entry.window, entry.memory, entry.nbytes = handle, m, len(m)
         fence = self._fence
         view = ffi.from_buffer("char[]", parameters)
         status = lib.spk_card_submit_helping(
@@ -241,13 +244,13 @@ class SoftCard(CardDevice):
         if status != lib.SPK_OK:
             self._check(status, f"step of program {program} refused", self._reason())
         number = int(fence[0])
-        self._reads.append((tuple(nbytes for _, _, nbytes in reads), memory))
+        self._reads.append((tuple([nbytes for _, _, nbytes in reads]), memory))
         return number
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
-        c = self._completion
-        while lib.spk_card_completion(self.handle, c):
+        c, handle = self._completion, self.handle
+        while lib.spk_card_completion(handle, c):
             sizes, _ = self._reads.popleft()
             if c.status != lib.SPK_OK:
                 out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
@@ -352,7 +355,7 @@ class SoftCard(CardDevice):
 
     def _unsigned(self, value: int, what: str, bits: int) -> None:
         """Numbers come from the other end of a channel; the native card takes fixed widths."""
-        if not 0 <= value < 1 << bits:
+        if value < 0 or value >> bits:
             raise CardCommandError(
                 f"card {self.number}: no {what} {value}: expected 0 to 2**{bits} - 1",
                 card=self.number,

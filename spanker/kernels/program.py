@@ -61,6 +61,7 @@ class Op(enum.IntEnum):
     REDUCE = 18
     COPY = 19
     DIVIDE = 20
+    ALL_REDUCE = 21
 
 
 @attrs.frozen
@@ -234,6 +235,16 @@ def copy(element: Element, into: Ref, operand: Ref, *, count: int) -> Command:
 def divide(element: Element, into: Ref, *, count: int, by: int) -> Command:
     """into = into / by, element by element; 1 <= by <= 65536."""
     return Command(Op.DIVIDE, ((3, into),), (*_halves(count), by), element)
+
+
+def all_reduce(
+    element: Element, how: Reduction, data: Ref, *, count: int, by: int, cards: int, own: int
+) -> Command:
+    """Fold the `count` elements of `data` of all `cards` in their order, divide by `by`, and leave
+    that in all of them; `own` is this card's number.  All cards that are linked run it together.
+    Only where cards reach each other's memory (`DeviceInfo.meets`)."""
+    args = (*_halves(count), int(how), by, cards, own)
+    return Command(Op.ALL_REDUCE, ((3, data),), args, element)
 
 
 # --- links ------------------------------------------------------------------------------

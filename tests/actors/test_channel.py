@@ -409,6 +409,67 @@ async def test_try_send_sends_now_or_not_at_all(pair: Pair) -> None:
     assert await b.receive() == (99, Ok())
 
 
+async def test_a_listener_changes_nothing_but_who_takes_a_message(pair: Pair) -> None:
+    """Each arrives once and in order, be the receiver idle, busy, or behind."""
+    a, b = pair
+    arrived: list[int] = []
+    rng = random.Random(47)
+
+    def listener(request_id: int, message: object) -> bool:
+        if rng.random() < 0.3:
+            return False
+        arrived.append(request_id)
+        return True
+
+    async def receive() -> None:
+        while True:
+            request_id, _ = await b.receive()
+            arrived.append(request_id)
+            if rng.random() < 0.3:
+                await trio.sleep(0.0001)
+
+    b.listen(listener)
+    a.nudge()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        for number in range(400):
+            if rng.random() < 0.5 or not a.try_send(Ok(), number):
+                await a.send(Ok(), number)
+            if rng.random() < 0.1:
+                await trio.testing.wait_all_tasks_blocked()
+        await until(lambda: len(arrived) == 400)
+        nursery.cancel_scope.cancel()
+    assert arrived == list(range(400))
+
+
+async def test_a_memory_channel_offers_messages_to_an_idle_listener_only() -> None:
+    a, b = memory_channel_pair()
+    heard: list[int] = []
+    nudges: list[int] = []
+
+    def listener(request_id: int, message: object) -> bool:
+        heard.append(request_id)
+        return True
+
+    b.listen(listener, lambda: nudges.append(1))
+    assert a.try_send(Ok(), 1) and not a.reaches_listener() and not heard
+    assert await b.receive() == (1, Ok())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        assert a.reaches_listener() and a.try_send(Ok(), 2) and heard == [2]
+        with pytest.raises(LocalProtocolError):
+            a.try_send(Abort(-1), 3)
+        a.nudge()
+        assert nudges == [1]
+        await a.send(Ok(), 4)
+    await a.aclose()
+    a.nudge()
+    with pytest.raises(ChannelClosedError):
+        a.try_send(Ok(), 5)
+    assert heard == [2] and nudges == [1]
+
+
 async def test_try_send_does_not_overtake_who_waits_to_send(pair: Pair) -> None:
     a, b = pair
     posted: list[int] = []

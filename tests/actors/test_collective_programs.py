@@ -98,6 +98,21 @@ def test_a_large_all_reduce_is_cut_into_tiles_that_cover_it() -> None:
     assert tmp <= TILE_BYTES
 
 
+def test_cards_that_meet_do_an_all_reduce_as_one_command() -> None:
+    for reduction, by in ((ReduceOp.SUM, 1), (ReduceOp.AVG, 3), (ReduceOp.MAX, 1)):
+        work = Work(Kind.ALL_REDUCE, Element.F16, 1000, reduction)
+        for card, made in enumerate(build(work, Topology.with_mock(3), meet=True)):
+            (command,) = made.program.commands
+            assert command.op is Op.ALL_REDUCE and command.format is Element.F16
+            assert command.args[0] == 1000 and command.args[3:] == (by, 3, card)
+            assert made.array_bytes == {"data": 2000} and not made.own_bytes
+    for other in works(1000):
+        for cards in (1, 3):
+            if cards == 1 or other.kind is not Kind.ALL_REDUCE:
+                topology = Topology.with_mock(cards)
+                assert build(other, topology, meet=True) == build(other, topology)
+
+
 def test_floats_are_summed_in_order_and_nothing_else_must_be() -> None:
     for element, op in itertools.product(Element, ReduceOp):
         work = Work(Kind.ALL_REDUCE, element, 10, op)

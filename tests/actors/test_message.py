@@ -5,17 +5,26 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spanker import errors
 from spanker.actors import message as m
-from spanker.actors.frame import Frame, FrameDecoder, encode_frame
+from spanker.actors.frame import (
+    DEFAULT_LIMITS,
+    Frame,
+    FrameDecoder,
+    FrameLimits,
+    check_frame,
+    encode_frame,
+)
 from spanker.errors import LocalProtocolError, RemoteProtocolError
 
 U32 = (1 << 32) - 1
@@ -71,6 +80,45 @@ def test_the_examples_cover_every_message_class() -> None:
     assert {type(message) for message in MESSAGES} == {
         codec.message_class for codec in m.KINDS.values()
     }
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_check_refuses_what_encoding_would(message: m.Message) -> None:
+    """Of the message, and of the message with something wrong, in the same words."""
+
+    def refusal(check: Callable[[m.Message, int], object], what: m.Message, number: int) -> str:
+        try:
+            check(what, number)
+        except LocalProtocolError as error:
+            return str(error)
+        return ""
+
+    for limits in (
+        DEFAULT_LIMITS,
+        FrameLimits(body_bytes_max=5),
+        FrameLimits(raw_bytes_max=6),
+        FrameLimits(buffers_max=1),
+    ):
+
+        def encoded(what: m.Message, number: int, limits: FrameLimits = limits) -> None:
+            check_frame(m.encode(what, number), limits)
+
+        def checked(what: m.Message, number: int, limits: FrameLimits = limits) -> None:
+            m.check(what, number, limits)
+
+        numbers = [f.name for f in attrs.fields(type(message)) if f.type in ("U32", "U64")]
+        variants = [
+            message,
+            attrs.evolve(message, buffers=(*message.buffers, b"")),
+            attrs.evolve(message, buffers=(np.zeros(3),)),
+            attrs.evolve(message, buffers=(memoryview(bytes(8))[::2],)),
+            attrs.evolve(message, buffers=(b"12345678",) * 70),
+            *(attrs.evolve(message, **{name: -1}) for name in numbers),
+        ]
+        for what in variants:
+            for number in (0, U32, U32 + 1, -1):
+                assert refusal(checked, what, number) == refusal(encoded, what, number)
+        assert len(message.buffers) or refusal(checked, variants[4], 0)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)

@@ -111,9 +111,9 @@ def test_a_matmul_reads_whole_tiles_once(
 
 
 def test_every_operation_has_a_cost() -> None:
-    """Whoever adds an operation says what it takes."""
+    """Whoever adds an operation says what it takes; modelled cards send messages and never meet."""
     covered = {*TABLE, Op.MATMUL, Op.EXCHANGE, Op.LINK_SEND, Op.LINK_RECV}
-    assert covered == set(Op)
+    assert covered == set(Op) - {Op.ALL_REDUCE}
 
 
 def test_memory_and_arithmetic_overlap_and_commands_do_not() -> None:

@@ -242,6 +242,121 @@ static void an_aborted_step_lets_go(void)
     CHECK_EQUAL(spk_card_unload_program(card, handle), SPK_OK);
 }
 
+/* --- meetings ------------------------------------------------------------------------------- */
+
+static struct builder meeting_of(uint32_t buffer, uint32_t own, uint32_t count)
+{
+    struct builder p = new_program(1, 0, 1);
+    struct spk_command *c = append(&p, SPK_OP_ALL_REDUCE);
+    c->format = SPK_F32;
+    c->ref[3] = ref_at(buffer, 0, 0);
+    c->arg[0] = count, c->arg[3] = 1, c->arg[4] = 2, c->arg[5] = own;
+    return p;
+}
+
+#define REFUSES_MEETING(status, change)                                                        \
+    do {                                                                                       \
+        CASE("%s", #change);                                                                   \
+        struct builder p = meeting_of(window, 0, ELEMENTS);                                    \
+        struct spk_command *c = p.commands;                                                    \
+        change;                                                                                \
+        CHECK_EQUAL(load(card, &p, &handle, &bad, why), status);                               \
+    } while (0)
+
+static void refuses_meetings_that_make_no_sense(void)
+{
+    uint32_t handle, bad;
+    REFUSES_MEETING(SPK_OK, (void)c);
+    CHECK_EQUAL(spk_card_unload_program(card, handle), SPK_OK);
+    REFUSES_MEETING(SPK_E_ARG, c->format = SPK_Q4_0);
+    REFUSES_MEETING(SPK_E_ARG, c->flags = SPK_FLAG_BULK);
+    REFUSES_MEETING(SPK_E_ARG, c->flags = SPK_FLAG_OUTPUTS);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[1] = UINT32_MAX);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[2] = SPK_REDUCE_COUNT);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[3] = 0);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[3] = 65537);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[4] = 0);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[4] = 1);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[4] = 3);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[4] = UINT32_MAX);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[5] = 1);
+    REFUSES_MEETING(SPK_E_ARG, c->arg[5] = UINT32_MAX);
+    REFUSES_MEETING(SPK_E_ARG, c->ref[3].offset = 2);
+    REFUSES_MEETING(SPK_E_BOUNDS, c->arg[0] = ELEMENTS + 1);
+    REFUSES_MEETING(SPK_E_HANDLE, c->ref[3].buffer = 77);
+}
+
+static void run_both(void)
+{
+    while (spk_card_step(card) == SPK_STEP_RAN || spk_card_step(peer) == SPK_STEP_RAN)
+        ;
+}
+
+static uint64_t submit_to(struct spk_card *c, uint32_t program)
+{
+    struct step s = new_step(0, 0, 0, 0, 0);
+    uint64_t fence;
+    memset(why, 0, sizeof why);
+    CHECK_EQUAL(spk_card_submit(c, program, &s, step_bytes(&s), NULL, 0, &fence, why), SPK_OK);
+    return fence;
+}
+
+/* Who finds that the others ask for something else gets an error, they wait until they are aborted,
+ * and nobody's memory is touched. */
+static void cards_that_meet_must_want_the_same(void)
+{
+    uint32_t there, bad, epoch = card->epoch > peer->epoch ? card->epoch : peer->epoch;
+    CHECK_EQUAL(spk_card_alloc(peer, BYTES, &there), SPK_OK);
+    for (uint32_t wrong = 0; wrong < 6; wrong++) {
+        uint32_t here_program, there_program;
+        float ones[ELEMENTS], got[ELEMENTS];
+        struct spk_completion done;
+        CASE("meeting, wrong %u", wrong);
+        for (int i = 0; i < ELEMENTS; i++)
+            ones[i] = 1;
+        CHECK_EQUAL(spk_card_write(card, x, 0, ones, BYTES), SPK_OK);
+        CHECK_EQUAL(spk_card_write(peer, there, 0, ones, BYTES), SPK_OK);
+        struct builder p = meeting_of(x, 0, ELEMENTS), q = meeting_of(there, 1, ELEMENTS);
+        if (wrong == 1)
+            q.commands[0].arg[0]--;
+        if (wrong == 2)
+            q.commands[0].arg[2] = 1;
+        if (wrong == 3)
+            q.commands[0].arg[3] = 2;
+        if (wrong == 4)
+            q.commands[0].format = SPK_I32;
+        CHECK_EQUAL(load(card, &p, &here_program, &bad, why), SPK_OK);
+        CHECK_EQUAL(load(peer, &q, &there_program, &bad, why), SPK_OK);
+        /* Both begin to count again; in the last round one of them alone, and they never meet. */
+        epoch++;
+        CHECK_EQUAL(spk_card_abort(card, epoch), SPK_OK);
+        if (wrong != 5)
+            CHECK_EQUAL(spk_card_abort(peer, epoch), SPK_OK);
+        run_both();
+        submit_to(card, here_program), submit_to(peer, there_program);
+        run_both();
+        if (wrong) {
+            CHECK(!spk_card_completion(card, &done));
+            CHECK_EQUAL(spk_card_completion(peer, &done), wrong != 5);
+            CHECK(wrong == 5 || done.status == SPK_E_LINK);
+            epoch++;
+            CHECK_EQUAL(spk_card_abort(card, epoch), SPK_OK);
+            CHECK_EQUAL(spk_card_abort(peer, epoch), SPK_OK);
+            run_both();
+        }
+        int expected = wrong == 0 ? SPK_OK : SPK_E_ABORTED;
+        CHECK(spk_card_completion(card, &done) && done.status == expected);
+        if (wrong == 0 || wrong == 5)
+            CHECK(spk_card_completion(peer, &done) && done.status == expected);
+        CHECK_EQUAL(spk_card_read(card, x, 0, got, BYTES), SPK_OK);
+        CHECK(got[0] == (wrong ? 1 : 2) && got[ELEMENTS - 1] == got[0]);
+        CHECK_EQUAL(spk_card_read(peer, there, 0, got, BYTES), SPK_OK);
+        CHECK(got[0] == (wrong ? 1 : 2) && got[ELEMENTS - 1] == got[0]);
+        CHECK_EQUAL(spk_card_unload_program(card, here_program), SPK_OK);
+        CHECK_EQUAL(spk_card_unload_program(peer, there_program), SPK_OK);
+    }
+}
+
 int main(void)
 {
     int status;
@@ -260,6 +375,8 @@ int main(void)
     what_is_lent_must_fit();
     a_step_works_on_what_it_was_lent();
     an_aborted_step_lets_go();
+    refuses_meetings_that_make_no_sense();
+    cards_that_meet_must_want_the_same();
     spk_card_destroy(card), spk_card_destroy(peer);
     puts("ok card collectives");
     return 0;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Four cards on two workers fold memory that they are lent, of more bytes than a ring holds.  It is
+/* Four cards on two workers fold memory that they are lent, of more bytes than a ring holds: by
+ * messages, and where it lies.  It is
  * freed as soon as its completion is there, aborts at any moment included: whoever still touches it
  * then is found by AddressSanitizer, whoever touches it unordered by ThreadSanitizer. */
 #include <pthread.h>
@@ -52,7 +53,25 @@ static void load_all_reduce(struct fleet *f, int card)
     CHECK_EQUAL(load(f->cards[card], &p, &f->program[card], &bad, why), SPK_OK);
 }
 
-static struct fleet fleet_create(void)
+/* The same as one command. */
+static void meeting(struct builder *p, int card, uint32_t window, uint32_t count)
+{
+    struct spk_command *c = append(p, SPK_OP_ALL_REDUCE);
+    c->format = SPK_F32;
+    c->ref[3] = ref_at(window, 0, 0);
+    c->arg[0] = count, c->arg[3] = 1, c->arg[4] = CARDS, c->arg[5] = (uint32_t)card;
+}
+
+static void load_meeting(struct fleet *f, int card)
+{
+    struct builder p = new_program(1, 0, 1);
+    uint32_t bad;
+    char why[256];
+    meeting(&p, card, f->window[card], TOTAL);
+    CHECK_EQUAL(load(f->cards[card], &p, &f->program[card], &bad, why), SPK_OK);
+}
+
+static struct fleet fleet_create(bool meet)
 {
     struct fleet f = {0};
     int status;
@@ -66,7 +85,7 @@ static struct fleet fleet_create(void)
         for (uint32_t j = i + 1; j < CARDS; j++)
             CHECK_EQUAL(spk_link_connect(f.cards[i], i, f.cards[j], j, RING_BYTES), SPK_OK);
     for (int i = 0; i < CARDS; i++)
-        load_all_reduce(&f, i);
+        (meet ? load_meeting : load_all_reduce)(&f, i);
     f.pool = spk_pool_create(f.cards, CARDS, WORKERS, &status);
     CHECK(f.pool && status == SPK_OK);
     return f;
@@ -90,8 +109,10 @@ static void submit_all(struct fleet *f, uint32_t round)
         struct spk_lent lent = {.window = f->window[card],
                                 .memory = f->lent[card],
                                 .nbytes = TOTAL * 4};
-        CHECK_EQUAL(spk_card_submit_lending(f->cards[card], f->program[card], &s, step_bytes(&s),
-                                            NULL, 0, &lent, 1, &fence, why),
+        /* Every other time the thread that submits may stay and lend a hand. */
+        CHECK_EQUAL((round % 2 ? spk_card_submit_helping : spk_card_submit_lending)(
+                        f->cards[card], f->program[card], &s, step_bytes(&s), NULL, 0, &lent, 1,
+                        &fence, why),
                     SPK_OK);
     }
 }
@@ -114,9 +135,9 @@ static int take(struct fleet *f, int card, uint32_t round)
     return done.status;
 }
 
-static void folds_are_right(void)
+static void folds_are_right(bool meet)
 {
-    struct fleet f = fleet_create();
+    struct fleet f = fleet_create(meet);
     for (uint32_t round = 0; round < 4; round++) {
         CASE("round %u", round);
         submit_all(&f, round);
@@ -128,16 +149,16 @@ static void folds_are_right(void)
         spk_card_destroy(f.cards[i]);
 }
 
-static void an_abort_at_any_moment_lets_go_of_everything(void)
+static void an_abort_at_any_moment_lets_go_of_everything(bool meet)
 {
     enum { ROUNDS = 25, SEED = 41 };
     struct rng r = {.state = SEED};
-    struct fleet f = fleet_create();
+    struct fleet f = fleet_create(meet);
     int aborted = 0;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         CASE("abort, round %u, seed %d", round, SEED);
         submit_all(&f, round);
-        sleep_ns(rng_below(&r, 4) ? rng_below(&r, 3000000) : 0);
+        sleep_ns(rng_below(&r, 4) ? rng_below(&r, meet ? 300000 : 3000000) : 0);
         for (int i = 0; i < CARDS; i++)
             CHECK_EQUAL(spk_card_abort(f.cards[i], round + 2), SPK_OK);
         for (int card = 0; card < CARDS; card++)
@@ -154,13 +175,13 @@ static void an_abort_at_any_moment_lets_go_of_everything(void)
         spk_card_destroy(f.cards[i]);
 }
 
-static void a_dead_card_lets_go_too(void)
+static void a_dead_card_lets_go_too(bool meet)
 {
     for (uint32_t round = 0; round < 6; round++) {
-        struct fleet f = fleet_create();
+        struct fleet f = fleet_create(meet);
         CASE("a dead card, round %u", round);
         submit_all(&f, round);
-        sleep_ns(round * 300000);
+        sleep_ns(round * (meet ? 60000 : 300000));
         spk_card_plant(f.cards[round % CARDS], SPK_PLANT_DIE);
         for (int i = 0; i < CARDS; i++)
             CHECK_EQUAL(spk_card_abort(f.cards[i], 2), SPK_OK);
@@ -179,20 +200,23 @@ static void a_dead_card_lets_go_too(void)
 enum { LITTLE = 50 };
 
 /* Everybody sends everything to everybody, and folds. */
-static uint32_t load_little(struct fleet *f, int card, uint32_t window)
+static uint32_t load_little(struct fleet *f, int card, uint32_t window, bool meet)
 {
     struct builder p = new_program(1, 0, 1);
     uint32_t bad, program;
     char why[256];
-    append(&p, SPK_OP_EXCHANGE)->arg[0] = 2 * (CARDS - 1);
-    for (int i = 1; i < CARDS; i++) {
+    if (meet)
+        meeting(&p, card, window, LITTLE);
+    else
+        append(&p, SPK_OP_EXCHANGE)->arg[0] = 2 * (CARDS - 1);
+    for (int i = 1; i < CARDS && !meet; i++) {
         int peer = (card + i) % CARDS;
         transfer(&p, SPK_OP_LINK_SEND, peer, ref_at(window, 0, 0));
         p.commands[p.header.commands - 1].arg[1] = LITTLE * 4;
         transfer(&p, SPK_OP_LINK_RECV, peer, ref_at(f->rooms[card], 0, (uint64_t)i * LITTLE * 4));
         p.commands[p.header.commands - 1].arg[1] = LITTLE * 4;
     }
-    for (int i = 1; i < CARDS; i++) {
+    for (int i = 1; i < CARDS && !meet; i++) {
         struct spk_command *c = append(&p, SPK_OP_REDUCE);
         c->format = SPK_F32;
         c->ref[0] = ref_at(f->rooms[card], 0, (uint64_t)i * LITTLE * 4);
@@ -201,22 +225,23 @@ static uint32_t load_little(struct fleet *f, int card, uint32_t window)
     }
     CHECK_EQUAL(load(f->cards[card], &p, &program, &bad, why), SPK_OK);
     CHECK(f->cards[card]->programs[program]->quick);
-    CHECK(!f->cards[card]->programs[f->program[card]]->quick);
+    const struct program *large = f->cards[card]->programs[f->program[card]];
+    CHECK(!large->quick && large->brief == meet);
     return program;
 }
 
 /* Workers are asleep, or still awake from something else, or busy with the step before. */
-static void little_is_done_by_whoever_submits(void)
+static void little_is_done_by_whoever_submits(bool meet)
 {
     enum { ROUNDS = 400, SEED = 43 };
     struct rng r = {.state = SEED};
-    struct fleet f = fleet_create();
+    struct fleet f = fleet_create(meet);
     struct step s = new_step(0, 0, 0, 0, 0);
     uint32_t window[CARDS], little[CARDS], epoch = 1;
     for (int i = 0; i < CARDS; i++)
         CHECK_EQUAL(spk_card_window(f.cards[i], LITTLE * 4, &window[i]), SPK_OK);
     for (int i = 0; i < CARDS; i++)
-        little[i] = load_little(&f, i, window[i]);
+        little[i] = load_little(&f, i, window[i], meet);
     for (uint32_t round = 0; round < ROUNDS; round++) {
         CASE("little, round %u, seed %d", round, SEED);
         bool behind = rng_below(&r, 8) == 0, aborted = rng_below(&r, 8) == 0;
@@ -272,10 +297,12 @@ static void little_is_done_by_whoever_submits(void)
 
 int main(void)
 {
-    folds_are_right();
-    an_abort_at_any_moment_lets_go_of_everything();
-    a_dead_card_lets_go_too();
-    little_is_done_by_whoever_submits();
+    for (int meet = 0; meet < 2; meet++) {
+        folds_are_right(meet);
+        an_abort_at_any_moment_lets_go_of_everything(meet);
+        a_dead_card_lets_go_too(meet);
+        little_is_done_by_whoever_submits(meet);
+    }
     puts("ok threads_collectives");
     return 0;
 }

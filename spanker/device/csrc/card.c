@@ -58,8 +58,10 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
     if (!pages_reserve(c))
         goto fail;
     c->links = calloc(SPK_CARDS_MAX, sizeof *c->links);
-    if (!c->links)
+    c->meeting = aligned_alloc(_Alignof(struct meeting), sizeof *c->meeting);
+    if (!c->links || !c->meeting)
         goto fail;
+    memset(c->meeting, 0, sizeof *c->meeting);
     c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (c->event_fd < 0)
         goto fail;
@@ -100,6 +102,7 @@ void spk_card_destroy(struct spk_card *c)
     if (c->links)
         link_release(c);
     free(c->links);
+    free(c->meeting);
     free(c->buffers);
     free(c->scratch);
     if (c->event_fd >= 0)
@@ -567,12 +570,14 @@ int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *par
     return status;
 }
 
-static bool is_quick(struct spk_card *c, uint32_t handle)
+/* Whether a host thread may do a program itself, or `beside` workers. */
+static bool is_quick(struct spk_card *c, uint32_t handle, bool *beside)
 {
     pthread_mutex_lock(&c->mutex);
+    const struct program *p = handle < SPK_PROGRAMS_MAX ? c->programs[handle] : NULL;
     /* A throttled card ends its commands when it is their time, which is for a worker to wait for. */
-    bool quick = !c->pace && handle < SPK_PROGRAMS_MAX && c->programs[handle] &&
-                 c->programs[handle]->quick;
+    bool quick = !c->pace && p && (p->quick || p->brief);
+    *beside = quick && !p->quick;
     pthread_mutex_unlock(&c->mutex);
     return quick;
 }
@@ -582,11 +587,11 @@ int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *par
                             const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
                             char *why)
 {
-    bool help = is_quick(c, handle) && pool_hush(c);
+    bool beside, help = is_quick(c, handle, &beside) && pool_hush(c, beside);
     int status = spk_card_submit_lending(c, handle, params, nbytes, reads, read_count, lent,
                                          lent_count, fence, why);
     if (help)
-        pool_help(c);
+        pool_help(c, beside);
     return status;
 }
 
@@ -854,6 +859,10 @@ static bool has_work(struct spk_card *c, int *result)
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
     *result = SPK_STEP_IDLE;
+    if ((plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
+        *result = SPK_STEP_RAN; /* a slice of somebody else's, whose end rings no doorbell */
+        return false;
+    }
     if (plant == SPK_PLANT_DIE) {
         flush(c, SPK_E_LOST, UINT32_MAX);
         return false;
@@ -912,6 +921,8 @@ int spk_card_step(struct spk_card *c)
         else
             status = execute_slice(c, &done, &waiting);
         if (status != SPK_OK) {
+            /* A meeting fails before anybody works on anything. */
+            meeting_left(c);
             complete(c, status);
             flush_behind(c);
             return SPK_STEP_RAN;

@@ -25,6 +25,7 @@ struct program {
     uint32_t page_positions;
     uint32_t users;          /* submissions queued or running */
     bool quick;              /* bulk operations on little: quicker done than handed to a worker */
+    bool brief;              /* meetings alone, over in a millisecond: sooner than a host thread sleeps */
     uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
 };
 
@@ -42,6 +43,16 @@ struct link {
     _Atomic uint32_t *refs; /* cards that still use the pair of rings */
     uint64_t tx_sequence, rx_sequence;
     _Atomic uint64_t tx_bytes, rx_bytes;
+};
+
+/* What a card lets its peers see of the meeting that it is in: meeting.c. */
+struct meeting {
+    _Alignas(64) _Atomic uint64_t open; /* the key under which peers may work on `memory`, or 0 */
+    _Atomic uint64_t done;              /* the key of the last meeting that it has done its share of */
+    uint8_t *memory;
+    const struct spk_command *work;
+    uint32_t number; /* of meetings in this epoch */
+    _Alignas(64) _Atomic uint32_t inside; /* it works on its peers' memory */
 };
 
 struct submission {
@@ -117,6 +128,7 @@ struct spk_card {
     size_t scratch_bytes;
 
     struct link *links; /* SPK_CARDS_MAX of them, by peer number */
+    struct meeting *meeting;
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
@@ -165,6 +177,15 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 void link_release(struct spk_card *c);
 
+/* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */
+int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *waiting);
+/* Closes the card's memory to its peers; false as long as one of them may still work on it. */
+bool meeting_left(struct spk_card *c);
+/* Whether these cards are all in the same meeting, or have just been. */
+bool meeting_is_on(struct spk_card *const *cards, size_t count);
+/* The first so many arguments must be alike on all cards. */
+#define MEETING_ARGS_ALIKE 5
+
 /* pages.c */
 #define SPK_HUGE_PAGE ((uint64_t)2 << 20)
 bool pages_reserve(struct spk_card *c);
@@ -188,9 +209,11 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
 void pool_notify(struct spk_card *c);
 /* The card has pages to collapse: its pool will see to it some time after the last large write. */
 void pool_settle(struct spk_card *c);
-/* Until `pool_help` no worker of the card's pool is woken.  False where someone helps already. */
-bool pool_hush(struct spk_card *c);
-/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest. */
-void pool_help(struct spk_card *c);
+/* Until `pool_help` no worker of the card's pool is woken or, `beside` workers, only others than the
+ * card's own.  False where someone helps already. */
+bool pool_hush(struct spk_card *c, bool beside);
+/* Steps the cards of the pool that can be stepped, for a while, and wakes workers for the rest.
+ * `beside` workers it stays until the meeting that is on is over. */
+void pool_help(struct spk_card *c, bool beside);
 
 #endif

@@ -284,6 +284,8 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting)
 
     if (cmd->op == SPK_OP_EXCHANGE)
         return link_exchange(c, done, waiting);
+    if (cmd->op == SPK_OP_ALL_REDUCE)
+        return meet(c, cmd, done, waiting);
     if (is_bulk(cmd)) {
         bulk_slice(c, cmd, done);
         return SPK_OK;

@@ -120,6 +120,7 @@ void link_new_epoch(struct spk_card *c)
 {
     for (int i = 0; i < SPK_CARDS_MAX; i++)
         c->links[i].tx_sequence = c->links[i].rx_sequence = 0;
+    c->meeting->number = 0;
     memset(c->transfers, 0, sizeof c->transfers);
 }
 

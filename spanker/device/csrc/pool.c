@@ -28,6 +28,9 @@
 /* The last bit of a throttled card's wait: sleeping takes longer than that. */
 #define PACE_SPIN_NS 20000u
 #define HELP_NS 100000u
+#define HELP_BESIDE_NS 1000000u
+
+enum { ALONE = 1, BESIDE = 2 };
 
 struct worker {
     struct spk_pool *pool;
@@ -42,7 +45,9 @@ struct spk_pool {
     size_t card_count, worker_count;
     _Atomic int stop;
     struct worker *settler; /* behind the workers, without cards; NULL until it runs */
-    _Atomic int helped; /* a host thread steps cards: no worker is woken for what it will find */
+    /* A host thread steps cards: no worker is woken for what it will find (ALONE), or not the one
+     * in whose place it is (its number above BESIDE). */
+    _Atomic uint64_t helped;
     struct worker workers[];
 };
 
@@ -86,12 +91,13 @@ void pool_notify(struct spk_card *c)
     if (!owner)
         return;
     atomic_store(&c->ready, 1);
-    if (atomic_load(&owner->pool->helped))
+    uint64_t helped = atomic_load(&owner->pool->helped);
+    if (helped == ALONE || helped == BESIDE + owner->number)
         return; /* whoever helps looks at `ready` when it stops */
     ring(owner);
     /* An owner of several cards may be busy with another one: someone idle can take this one. */
     struct spk_pool *p = owner->pool;
-    if (p->card_count == p->worker_count || atomic_load(&owner->sleeping))
+    if (p->card_count == p->worker_count || helped || atomic_load(&owner->sleeping))
         return;
     for (size_t i = 0; i < p->worker_count; i++) {
         if (atomic_load(&p->workers[i].sleeping)) {
@@ -140,21 +146,42 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_
 
 /* --- a host thread that lends a hand ------------------------------------------------------- */
 
-bool pool_hush(struct spk_card *c)
+bool pool_hush(struct spk_card *c, bool beside)
 {
-    return c->owner && !atomic_exchange(&c->owner->pool->helped, 1);
+    uint64_t nobody = 0;
+    if (!c->owner)
+        return false;
+    return atomic_compare_exchange_strong(&c->owner->pool->helped, &nobody,
+                                          beside ? BESIDE + c->owner->number : ALONE);
 }
 
-void pool_help(struct spk_card *c)
+static bool any_busy(struct spk_pool *p)
+{
+    bool busy = false;
+    for (size_t i = 0; i < p->card_count && !busy; i++) {
+        pthread_mutex_lock(&p->cards[i]->mutex);
+        busy = p->cards[i]->queue_count > 0;
+        pthread_mutex_unlock(&p->cards[i]->mutex);
+    }
+    return busy;
+}
+
+void pool_help(struct spk_card *c, bool beside)
 {
     struct spk_pool *p = c->owner->pool;
     uint64_t saved = spk_fp_enter(), begin = now_ns();
-    bool ran = true;
-    while (ran && now_ns() - begin < HELP_NS) {
-        ran = false;
+    uint64_t most = beside ? HELP_BESIDE_NS : HELP_NS;
+    bool on = true;
+    while (on && now_ns() - begin < most) {
+        /* This card first: a worker may be on its way to the others. */
+        on = atomic_load(&c->ready) && try_step(c) == SPK_STEP_RAN;
         for (size_t i = 0; i < p->card_count; i++)
             if (atomic_load(&p->cards[i]->ready))
-                ran |= try_step(p->cards[i]) == SPK_STEP_RAN;
+                on |= try_step(p->cards[i]) == SPK_STEP_RAN;
+        if (!on && beside) {
+            relax();
+            on = meeting_is_on(p->cards, p->card_count) && any_busy(p);
+        }
     }
     spk_fp_leave(saved);
     atomic_store(&p->helped, 0);

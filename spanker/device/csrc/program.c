@@ -12,12 +12,12 @@
 static const char *const op_names[] = {
     "?",      "embed", "rmsnorm", "quantize",    "matmul", "rope",     "kv_append", "attention",
     "swiglu", "add",   "select",  "logit_stats", "top_k",  "exchange", "link_send", "link_recv",
-    "best",   "choose", "reduce", "copy",        "divide",
+    "best",   "choose", "reduce", "copy",        "divide", "all_reduce",
 };
 
 /* Bit r: the operation has operand r. */
 static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9,
-                                  9, 9,  0,  1, 8,  9, 9,  9,  9,  8};
+                                  9, 9,  0,  1, 8,  9, 9,  9,  9,  8, 8};
 
 /* One operand: rows of row_bytes. */
 struct operand {
@@ -30,6 +30,10 @@ struct operand {
 
 /* Of all bulk operations and transfers of a program that a host thread may do itself: some 20 us. */
 #define QUICK_BYTES (256u << 10)
+/* The same of all arrays of a meeting, which one thread folds as fast as its cache is: some 40 us. */
+#define QUICK_MEETING_BYTES (1u << 20)
+/* Of the meetings of a program that a host thread stays for, beside workers: less than a ms. */
+#define BRIEF_BYTES (16u << 20)
 
 static bool mul(uint64_t a, uint64_t b, uint64_t *out)
 {
@@ -148,6 +152,32 @@ static int check_bulk(const struct spk_command *cmd, const char *op, char *why, 
     if (from->buffer == into->buffer && from->offset < into->offset + *bytes &&
         into->offset < from->offset + *bytes)
         return refuse(why, op, "has operands that overlap");
+    return SPK_OK;
+}
+
+/* All cards that are linked take part in a meeting, so that all of them count meetings alike. */
+static int check_meeting(const struct spk_card *c, const struct spk_command *cmd, const char *op,
+                         char *why, uint64_t *bytes, uint32_t *align)
+{
+    uint32_t cards = cmd->arg[4], own = cmd->arg[5];
+    *align = (uint32_t)spk_element_bytes(cmd->format);
+    if (!*align)
+        return refuse(why, op, "has an unknown kind of element");
+    if (!mul(bulk_count(cmd, 0), *align, bytes))
+        return refuse(why, op, "has more elements than any card");
+    if (cmd->arg[2] >= SPK_REDUCE_COUNT)
+        return refuse(why, op, "folds in no known way");
+    if (!cmd->arg[3] || cmd->arg[3] > 65536)
+        return refuse(why, op, "divides by 1 to 65536");
+    if (cmd->flags)
+        return refuse(why, op, "runs once per step and takes no flags");
+    if (c->pace)
+        return refuse(why, op, "takes no time in the model of a throttled card");
+    if (cards > SPK_CARDS_MAX || own >= cards)
+        return refuse(why, op, "needs the card's number among at most 256");
+    for (uint32_t i = 0; i < SPK_CARDS_MAX; i++)
+        if ((c->links[i].tx != NULL) != (i < cards && i != own))
+            return refuse(why, op, "is done by all cards together, each linked to all others");
     return SPK_OK;
 }
 
@@ -311,6 +341,12 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             o[count++] = (struct operand){0, 1, bytes, align};
         o[count++] = (struct operand){3, 1, bytes, align};
         break;
+    case SPK_OP_ALL_REDUCE:
+        status = check_meeting(c, cmd, op, why, &bytes, &align);
+        if (status != SPK_OK)
+            return status;
+        o[count++] = (struct operand){3, 1, bytes, align};
+        break;
     }
     for (int j = 0; j < count; j++) {
         status = check_operand(c, cmd, &o[j], op, why);
@@ -318,7 +354,7 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
             return status;
         if (!c->buffers[cmd->ref[o[j].ref].buffer].window)
             continue;
-        if (!is_bulk(cmd) && !transfer)
+        if (!is_bulk(cmd) && !transfer && cmd->op != SPK_OP_ALL_REDUCE)
             return refuse(why, op, "takes no window");
         status = enter_window(p, cmd->ref[o[j].ref].buffer, o[j].align, op, why);
         if (status != SPK_OK)
@@ -339,7 +375,8 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
         return SPK_E_ARG;
     }
     uint32_t transfers = 0; /* left of the exchange in progress */
-    uint64_t bulk_bytes = 0;
+    uint64_t bulk_bytes = 0, met_bytes = 0;
+    bool only_meets = true;
     p->quick = true;
     for (uint32_t i = 0; i < h->commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
@@ -354,15 +391,19 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
                 p->commands[i].ref[r] = (struct spk_ref){0};
         if (is_bulk(cmd))
             bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
+        else if (cmd->op == SPK_OP_ALL_REDUCE)
+            met_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format) * cmd->arg[4];
         else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
             bulk_bytes += bulk_count(cmd, 1);
         else if (cmd->op != SPK_OP_EXCHANGE)
             p->quick = false;
-        p->quick &= bulk_bytes <= QUICK_BYTES;
+        p->quick &= bulk_bytes <= QUICK_BYTES && met_bytes <= QUICK_MEETING_BYTES;
+        only_meets &= cmd->op == SPK_OP_ALL_REDUCE && met_bytes <= BRIEF_BYTES;
         if (is_transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
         transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
     }
+    p->brief = only_meets;
     return SPK_OK;
 }
 

@@ -53,6 +53,7 @@
 #define SPK_OP_REDUCE 18
 #define SPK_OP_COPY 19
 #define SPK_OP_DIVIDE 20
+#define SPK_OP_ALL_REDUCE 21
 
 /* In place of a token id: the token that CHOOSE left for output i of an earlier step.  So a step
  * can be queued before anyone has seen the token it begins with. */

@@ -44,7 +44,7 @@ class VirtualCard(SoftCard):
         super().__init__(rig, number, SoftCardSpec(spec.isa, spec.ddr_bytes))
         self.hollow = spec.hollow
         # What a card says of itself takes time on the host link, wherever and however it computes.
-        self._info = attrs.evolve(self._info, isa="virtual", windows_max=0)
+        self._info = attrs.evolve(self._info, isa="virtual", windows_max=0, meets=0)
         self.rig = rig
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._programs: dict[int, ProgramCosts] = {}
