@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import attrs
 
@@ -109,7 +108,7 @@ class Case:
 
     def made_plan(self) -> Plan:
         if isinstance(self.plan, str):
-            return make_plan(self.plan, shape(self.shape), self.cards)
+            return make_plan(self.plan, shape(self.shape), self.cards).replicas[0]
         return weighted_plan(shape(self.shape), self.plan)
 
     def limits(self) -> Limits:
@@ -272,18 +271,17 @@ def closed_form(case: Case) -> Figures:
 def event_by_event(case: Case) -> Figures:
     """What the simulator says."""
     scenario = Scenario(
-        shape=shape(case.shape),  # type: ignore[arg-type]
+        shape=shape(case.shape),
         cards=case.cards,
         profile=case.profile,
+        plan=case.made_plan(),
         prompt_tokens=case.prompt,
         tokens=case.tokens,
         batch=case.batch,
         ctx=case.context,
         prompt_chunk=case.chunk,
     )
-    # A scenario names its plan, and some of these have no name.
-    with mock.patch("spanker.fleet.make_plan", return_value=case.made_plan()):
-        found = simulate(scenario)
+    found = simulate(scenario)
     decode = found.decode_tokens_per_second if case.together else None
     return Figures(decode, found.prefill_tokens_per_second, found.load_s)
 

@@ -37,11 +37,12 @@ from spanker.errors import SpankerError
 from spanker.fleet import Fleet, Model
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
-from spanker.sched import profiles
+from spanker.sched import cost, profiles
 from spanker.sched.bandwidth import Profile
-from spanker.sched.plan import FleetPlan
+from spanker.sched.plan import Plan
 from spanker.sched.planner import make_plan
 from spanker.sched.topology import Topology
+from spanker.simulation import Scenario, simulate
 
 MODELS = Path("build/bench")
 # The largest difference between a prediction and the throttled fleet that is no failure.
@@ -142,18 +143,14 @@ def _paces(fleet: Fleet) -> list[Pace]:
 # --- predicted --------------------------------------------------------------------------
 
 
-def _shape_and_plan(case: Case, profile: Profile) -> tuple[llama.LlamaModel, FleetPlan]:
+def _shape_and_plan(case: Case, profile: Profile) -> tuple[llama.LlamaModel, Plan]:
     with GGUFFile(case.path()) as gguf:
         model = llama.read_model(gguf)
-    return model, make_plan(case.plan, model.shape, case.cards)
+    return model, make_plan(case.plan, model.shape, case.cards).replicas[0]
 
 
-def cost_model(case: Case) -> Rates | None:
+def cost_model(case: Case) -> Rates:
     """What the cost model says: one expression per step."""
-    try:
-        from spanker.sched import cost
-    except ImportError:
-        return None
     profile = profiles.find(case.profile)
     model, plan = _shape_and_plan(case, profile)
     topology = Topology.with_mock(case.cards)
@@ -166,10 +163,6 @@ def cost_model(case: Case) -> Rates | None:
 
 def simulator(case: Case) -> Rates | None:
     """What a fleet of virtual cards does: the real coordinator, event by event."""
-    try:
-        from spanker.simulation import Scenario, simulate
-    except ImportError:
-        return None
     result = simulate(
         Scenario(
             model=str(case.path()),

@@ -56,8 +56,8 @@ Progress = Callable[[str, int, int], None]
 
 @attrs.frozen
 class Scenario:
-    """What to simulate: `model`, a name or file as for `Fleet.load`, or `shape`, a name as for
-    `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
+    """What to simulate: `model`, a name or file as for `Fleet.load`, or `shape`, a name or a
+    value as for `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side, spread over the
     replicas of the plan, a name as for `Fleet.load` or a value.  `ctx` is the positions per
@@ -67,7 +67,7 @@ class Scenario:
     """
 
     model: str | None = None
-    shape: str | None = None
+    shape: str | ModelShape | None = None
     cards: int = 1
     profile: Profile = REV_A
     plan: str | Plan | FleetPlan = "auto"
@@ -251,8 +251,10 @@ def _plan(scenario: Scenario, context: int) -> FleetPlan:
 
 
 def _shape(scenario: Scenario) -> ModelShape:
-    if scenario.shape is not None:
+    if isinstance(scenario.shape, str):
         return named_shape(scenario.shape)
+    if scenario.shape is not None:
+        return scenario.shape
     assert scenario.model is not None
     with GGUFFile(catalog.resolve(scenario.model)) as gguf:
         return llama.read_model(gguf).shape

@@ -655,7 +655,7 @@ async def test_calls_leave_no_memory_behind() -> None:
 
 
 async def test_a_trace_tells_of_them(tmp_path: Path, tiny_model: Path) -> None:
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny_model)
         async with fleet.trace(tmp_path / "trace.json") as trace:
             await spanker.all_reduce(fleet, [np.ones(100_000, np.float32) for _ in range(2)])
