@@ -201,31 +201,33 @@ class Division:
 
     def _of_users(self, users: tuple[int, ...]) -> Solution:
         """The best way to divide among these cards; all others of the stage wait."""
-        n, units, own = self._cards, self.units, list(users)
-        if len(users) == 1:
+        units, own, count = self.units, list(users), len(users)
+        ways = None
+        if count == 1:
             ways = np.array([[units]])
         elif self._even_is_best:
-            ways = np.array([self._even(units, len(users))])
-        elif math.comb(units + len(users) - 1, len(users) - 1) <= WAYS_MAX:
-            ways = _all_ways(units, len(users))
-        else:
-            ways = self._only(own)._candidates()
-        whole = np.zeros((len(ways), n), np.int64)
-        whole[:, own] = ways
-        exact = len(users) == 1 or self._even_is_best or ways is _all_ways(units, len(users))
-        if exact:
+            ways = np.array([self._even(units, count)])
+        elif math.comb(units + count - 1, count - 1) <= WAYS_MAX:
+            ways = _all_ways(units, count)
+        if ways is not None:
+            whole = self._spread(ways, own)
             prices = self.price(whole)
             best = int(prices.argmin())
             return Solution(_row(whole, best), float(prices[best]), float(prices[best]))
-        way, price = self._improved(whole, own)
-        others = [i for i in range(n) if i not in users]
+        way, price = self._improved(self._spread(self._only(own)._candidates(), own), own)
+        others = [i for i in range(self._cards) if i not in users]
         bound = 0.0
         for phase in self.phases:
-            least = self._least_limit(phase.least[own])
             waits = float(phase.least[others, 0].max()) if others else 0.0
             nbytes = units * phase.unit_bytes - phase.less_bytes
-            bound += max(least, waits) + self.gather.least(nbytes)
+            bound += max(self._least_limit(phase.least[own]), waits) + self.gather.least(nbytes)
         return Solution(way, price, min(bound, price))
+
+    def _spread(self, ways: I64, users: list[int]) -> I64:
+        """Ways of some of the cards as ways of all."""
+        whole = np.zeros((len(ways), self._cards), np.int64)
+        whole[:, users] = ways
+        return whole
 
     def _only(self, users: list[int]) -> Division:
         """The same for some of the cards."""
