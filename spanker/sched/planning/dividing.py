@@ -6,7 +6,8 @@ its slowest card takes and then an all-gather.  Phases of different divisions ne
 division can be solved alone.
 
     exact       all ways, where there are at most WAYS_MAX; and equal cards whose time depends only
-                on how many units they have: as equal as possible
+                on how many units they have: as equal as possible, the last of all units, which may
+                be smaller, with those that have one more
     otherwise   for a row of limits to the slowest card the least exchange, then single units
                 moved as long as that helps; `Solution.bound` is what no way can beat
 """

@@ -77,6 +77,7 @@ class _Search:
         self._like = {card: i for i, group in enumerate(self._groups) for card in group}
         self._options: dict[int, Options] = {}
         self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], Rows] = {}
+        self._works: dict[int, tuple[float, float]] = {}
         self._ideal: _Search | None = None
         # Tokens per second that no plan can beat.
         self.rate_bound = math.inf
@@ -137,7 +138,9 @@ class _Search:
         if profile.shared_bytes_per_s is not None:
             memory = min(memory, replicas * profile.shared_bytes_per_s)
         multiply = profile.int8_madds_per_s * sum(speed.compute for speed in speeds)
-        nbytes, madds = self._work(part)
+        if part not in self._works:
+            self._works[part] = self._work(part)
+        nbytes, madds = self._works[part]
         return part * min(memory / nbytes, multiply / max(madds, 1.0))
 
     def _work(self, sequences: int) -> tuple[float, float]:
@@ -236,8 +239,9 @@ class _Search:
         bound = 0.0
         for groups in dealt:
             for found in self._side_by_side(groups, every):
-                sizes = [part.size for part in split(request.batch, len(found))]
-                bound = max(bound, sum(map(self._rate, sizes, found)))
+                if every:
+                    sizes = [part.size for part in split(request.batch, len(found))]
+                    bound = max(bound, sum(map(self._rate, sizes, found)))
                 if all(replica.rows for replica in found):
                     plans = tuple(replica.rows[0].plan for replica in found)
                     yield self._priced(FleetPlan(fleet_name(plans), plans))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 
 import attrs
 import pytest
@@ -33,7 +34,7 @@ from spanker.sched.bandwidth import NATIVE, REV_A, CardSpeed, LinkSpeed, Profile
 from spanker.sched.cost import decode
 from spanker.sched.layout import card_bytes
 from spanker.sched.plan import CardShare, FleetPlan, ModelShape, Plan, Stage, check_plan, dimensions
-from spanker.sched.planning import Request, search
+from spanker.sched.planning import Request, dividing, pools, search
 from spanker.sched.shares import Share
 from spanker.sched.topology import Link, LinkState, Topology
 
@@ -235,6 +236,35 @@ def test_no_plan_is_faster_on_unequal_fleets_of_up_to_eight_cards(seed: int) -> 
 @pytest.mark.parametrize("seed", range(1000, 1200))
 def test_no_plan_is_faster_on_many_unequal_fleets(seed: int) -> None:
     check(unequal(seed, 8 if seed % 10 == 0 else 5))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_gap_holds_where_not_every_set_of_cards_is_looked_at(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print("seed", seed)
+    monkeypatch.setattr(pools, "PAIRS_MAX", 0)
+    check(unequal(seed, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gap_holds_where_not_every_way_to_divide_is_looked_at(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print("seed", seed)
+    monkeypatch.setattr(dividing, "WAYS_MAX", 0)
+    monkeypatch.setattr(dividing, "_USERS_MAX", seed % 5)
+    check(unequal(seed, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gap_holds_where_not_every_deal_is_tried(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print("seed", seed)
+    # The function hides the module of that name in the package.
+    monkeypatch.setattr(sys.modules["spanker.sched.planning.search"], "_DEALT_MAX", 0)
+    check(attrs.evolve(unequal(seed, 4), batch=3))
 
 
 def shared(seed: int) -> Request:
