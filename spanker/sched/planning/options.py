@@ -262,7 +262,7 @@ class _Stage:
         found = [tuple(self._with_ends(fast, c, v) for v in vocabulary) for c in columns]
         if not found:
             return tuple(First(option, (option,)) for option in self.options)
-        others = [(option,) for option in self._by_memory(found[0][0])]
+        others = [(option,) for option in self.options[1:]]
         return tuple(First(only[0], only) for only in (*found, *others))
 
     @functools.cached_property
@@ -301,7 +301,6 @@ class _Stage:
         order = np.arange(of.layers + 1)
         spans = np.where(self._might_fit[True, True], order[:, None] - order[None, :], 0)
         layers = max(int(spans.max()), 1)
-
         names = [name for name, _, _ in dimensions(shape, True, True)]
 
         def nbytes(field: str, size: int) -> float:
