@@ -306,9 +306,9 @@ def tight(seed: int) -> Request:
     )
     profile = rng.choice([SLOW, QUICK_LINKS, PROFILES["straggler"], REV_A])
     topology = Topology.of_pairs(n, rng.choice(connected_graphs(n)))
-    request = request_for(shape, profile, topology)
+    request = request_for(shape, profile, topology, batch=rng.randint(1, 3) if n == 2 else 1)
     plans = [random_plan(rng, request) for _ in range(3)]
-    limits = request.limits_for(1)
+    limits = request.limits_for(rng.randint(1, request.batch))
     sizes = [card_bytes(shape, plan, card, limits) for plan in plans for card in plan.cards]
     free = [rng.choice(sizes) + rng.choice([0, 0, 64, 4096]) for _ in range(n)]
     return attrs.evolve(request, free_bytes=tuple(free))
@@ -317,6 +317,10 @@ def tight(seed: int) -> Request:
 def check_memory(request: Request) -> bool:
     """Whether any plan fits at all."""
     possible = [FleetPlan.of(plan) for plan in every_plan(request)]
+    alone = [plan.replicas[0] for plan in possible if len(plan.cards) == 1]
+    if request.batch > 1:
+        pairs = itertools.permutations(alone, 2)
+        possible += [FleetPlan("", (a, b)) for a, b in pairs if a.cards != b.cards]
     possible = [plan for plan in possible if fits(request, plan)]
     best = max((priced(request, plan) for plan in possible), default=0.0)
     try:
@@ -342,7 +346,7 @@ def test_no_plan_that_fits_is_faster() -> None:
 def test_no_plan_that_fits_is_faster_in_many_cases() -> None:
     missed = [seed for seed in range(100, 300) if not check_memory(tight(seed))]
     print("no plan found, though one fits:", missed)
-    assert len(missed) < 20
+    assert len(missed) < 25
 
 
 def test_what_was_tried_is_what_there_is() -> None:
