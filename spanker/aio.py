@@ -525,10 +525,11 @@ class Fleet:
         self,
         model: str | os.PathLike[str],
         *,
-        plan: str | Plan | FleetPlan = "auto",
+        plan: str | Plan | FleetPlan | None = None,
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
         """Load a model by name or path onto the cards, as `spanker.Fleet.load` does.
@@ -549,6 +550,7 @@ class Fleet:
                 ctx=ctx,
                 prompt_chunk=prompt_chunk,
                 kv_tokens=kv_tokens,
+                batch=batch,
                 progress=report,
             )
         )
@@ -589,6 +591,7 @@ async def open_fleet(
     channel: str = "memory",
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
+    plan: str = "auto",
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -601,6 +604,7 @@ async def open_fleet(
             channel=channel,
             workers=workers,
             hang_timeout_s=hang_timeout_s,
+            plan=plan,
         )
     )
     try:

@@ -12,6 +12,7 @@ It runs under trio; `spanker.aio` is the same for asyncio.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import (
@@ -23,28 +24,22 @@ from collections.abc import (
     Sequence,
 )
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from spanker.actors import calibration
 from spanker.actors import session as sessions
-from spanker.actors.collectives import Collectives
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
 from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
-from spanker.actors.trace import Trace
-from spanker.actors.tracer import Tracer
-from spanker.actors.virtual_time import alongside, drive, now_ps
-from spanker.card_arrays import CardArrays
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
-from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
-from spanker.device.virtual.engine import Usage as FleetUsage
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import (
     ConfigError,
     PlanError,
@@ -76,6 +71,16 @@ from spanker.sched.plan import (
 )
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
+
+if TYPE_CHECKING:
+    # What not every fleet needs is imported where it is used: a first token should not wait for it.
+    from spanker.actors import calibration
+    from spanker.actors.collectives import Collectives
+    from spanker.actors.trace import Trace
+    from spanker.actors.tracer import Tracer
+    from spanker.card_arrays import CardArrays
+    from spanker.device.virtual.card import VirtualRig
+    from spanker.device.virtual.engine import Usage as FleetUsage
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -386,14 +391,21 @@ class Fleet:
         rig: SoftRig | VirtualRig,
         profile: Profile,
         nursery: trio.Nursery,
+        default_plan: str,
     ) -> None:
         self.profile = profile
+        self._default_plan = default_plan
         self._coordinator = coordinator
         self._rig = rig
         self._nursery = nursery
         self._models: list[Model] = []
         self._load_lock = trio.Lock()
-        self._collectives = Collectives(coordinator)
+
+    @functools.cached_property
+    def _collectives(self) -> Collectives:
+        from spanker.actors.collectives import Collectives
+
+        return Collectives(self._coordinator)
 
     @property
     def topology(self) -> Topology:
@@ -431,7 +443,7 @@ class Fleet:
         self,
         model: str | os.PathLike[str],
         *,
-        plan: str | Plan | FleetPlan = "auto",
+        plan: str | Plan | FleetPlan | None = None,
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
@@ -443,7 +455,7 @@ class Fleet:
         `plan` is auto, the one that decodes `batch` sequences side by side fastest by the cost
         model and the fleet's profile (it may leave cards idle); or tp, pp, tpAxppB or, for D
         replicas side by side, dpDxtpAxppB, each of which takes all cards; or the FILE.json of a
-        plan, or a plan as a value.  `ctx` is the positions
+        plan, or a plan as a value; by default that of the fleet.  `ctx` is the positions
         per sequence (default: the model's, at most 4096); `prompt_chunk` the most prompt tokens per
         step; `kv_tokens` the positions of all sequences of a replica together (default: 8 contexts,
         or what fits); `progress(done, total)` counts bytes.  Raises ModelError, PlanError,
@@ -470,7 +482,7 @@ class Fleet:
         self,
         shape: str | ModelShape,
         *,
-        plan: str | Plan | FleetPlan = "auto",
+        plan: str | Plan | FleetPlan | None = None,
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
@@ -490,7 +502,7 @@ class Fleet:
 
     def _plan(
         self,
-        plan: str | Plan | FleetPlan,
+        plan: str | Plan | FleetPlan | None,
         shape: ModelShape,
         limits: Limits,
         free_bytes: Sequence[int],
@@ -499,6 +511,7 @@ class Fleet:
     ) -> FleetPlan:
         """The plan that a name or a value stands for on this fleet; PlanError where none does."""
         cards = len(self.cards)
+        plan = self._default_plan if plan is None else plan
         if not isinstance(plan, str):
             plan = FleetPlan.of(plan) if isinstance(plan, Plan) else plan
             check_fleet_plan(shape, plan, cards)
@@ -519,7 +532,6 @@ class Fleet:
             batch=batch,
             position=min(PLANNED_POSITION, limits.context),
             kv_tokens=kv_tokens,
-            keep=1,
         )
         return plan_for(plan, request)
 
@@ -527,7 +539,7 @@ class Fleet:
         self,
         parsed: llama.LlamaModel,
         gguf: GGUFFile | None,
-        plan: str | Plan | FleetPlan,
+        plan: str | Plan | FleetPlan | None,
         ctx: int | None,
         prompt_chunk: int,
         kv_tokens: int | None,
@@ -546,7 +558,8 @@ class Fleet:
         # One at a time: other models may be on the cards already, or on their way.
         async with self._load_lock:
             # What collectives hold for next time, the model may need.
-            await self._collectives.trim()
+            if "_collectives" in self.__dict__:
+                await self._collectives.trim()
             counters = await self._coordinator.counters()
             free = tuple(c.ddr_total_bytes - c.ddr_used_bytes for c in counters)
             made = self._plan(plan, shape, limits, free, batch, kv_tokens)
@@ -578,6 +591,8 @@ class Fleet:
         copied; elsewhere they stay on the cards, and are read and written.  `async with` or
         `aclose` gives them back.  Raises CollectiveError, CardMemoryError.
         """
+        from spanker.card_arrays import CardArrays
+
         return await CardArrays.allocate(self._collectives, shape, dtype)
 
     @contextlib.asynccontextmanager
@@ -600,6 +615,8 @@ class Fleet:
         await tracer.stop()
 
     async def _start_trace(self, path: str | os.PathLike[str]) -> Tracer:
+        from spanker.actors.tracer import Tracer
+
         tracer = Tracer(self._coordinator, path)
         await tracer.start()
         self._nursery.start_soon(tracer.run)
@@ -619,6 +636,8 @@ class Fleet:
         that `open_fleet` takes.  Raises ConfigError and CardError.
         """
         async with self._load_lock:
+            from spanker.actors import calibration
+
             return await calibration.calibrate(
                 self._coordinator, name=name, seconds=seconds, progress=progress
             )
@@ -690,6 +709,7 @@ async def open_fleet(
     channel: str = "memory",
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
+    plan: str = "auto",
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -699,7 +719,8 @@ async def open_fleet(
     the cards and the links between them do, as far as the machine is faster (`pace` of a device
     tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
     card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
-    taken for hung.  Raises ConfigError and CardError.
+    taken for hung; `plan` is that of models that are loaded without one.  Raises ConfigError and
+    CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -718,7 +739,7 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery)
+                yield Fleet(coordinator, rig, chosen, nursery, plan)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)
@@ -742,6 +763,9 @@ def _rig(
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:
         raise ConfigError("virtual cards keep the profile's speeds anyway: leave throttle out")
+    from spanker.actors.virtual_time import now_ps
+    from spanker.device.virtual.card import VirtualRig
+
     return VirtualRig(virtual, profile, now_ps)
 
 
@@ -751,6 +775,8 @@ async def _passing_time(rig: SoftRig | VirtualRig) -> AsyncIterator[None]:
     if isinstance(rig, SoftRig):
         yield
         return
+    from spanker.actors.virtual_time import alongside, drive
+
     async with alongside(lambda: drive(rig)):
         yield
 

@@ -19,13 +19,10 @@ import trio
 
 from spanker.actors.virtual_time import now_ps, run_virtual
 from spanker.device.soft import DEFAULT_DDR_BYTES
-from spanker.device.virtual.card import VirtualCardSpec
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_S, to_s
 from spanker.errors import ConfigError
 from spanker.fleet import (
-    DEFAULT_CONTEXT,
-    DEFAULT_PROMPT_CHUNK,
-    PAGE_POSITIONS,
     Fleet,
     Generation,
     Model,
@@ -37,8 +34,17 @@ from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.sched.bandwidth import REV_A, Profile
-from spanker.sched.plan import FleetPlan, ModelShape
+from spanker.sched.limits import (
+    DEFAULT_CONTEXT,
+    DEFAULT_PROMPT_CHUNK,
+    PAGE_POSITIONS,
+    step_limits,
+)
+from spanker.sched.plan import FleetPlan, ModelShape, Plan
+from spanker.sched.planner import plan_for
+from spanker.sched.planning import Request
 from spanker.sched.shapes import named_shape
+from spanker.sched.topology import Topology
 
 BATCH_MAX = 64
 # Long steps are no hung cards: a prompt of a large model takes minutes.  What waits for what never
@@ -54,8 +60,8 @@ class Scenario:
     `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side, spread over the
-    replicas of the plan.  `ctx` is the
-    positions per sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the
+    replicas of the plan, a name as for `Fleet.load` or a value.  `ctx` is the positions per
+    sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the
     cards compute what soft cards would; that takes as long as it takes, and changes no time in the
     result.  `seed` decides in what order the host does what it could do at the same time.
     """
@@ -64,7 +70,7 @@ class Scenario:
     shape: str | None = None
     cards: int = 1
     profile: Profile = REV_A
-    plan: str = "auto"
+    plan: str | Plan | FleetPlan = "auto"
     prompt_tokens: int = 128
     tokens: int = 32
     batch: int = 1
@@ -128,7 +134,9 @@ class Simulation:
 
     `first_token_s` is from the request to the first token of the last sequence to have one;
     decoding is from there to the last token, and `decode_tokens_per_second` counts the tokens of
-    all sequences in it (None where there are none).  `steps` is how many all of it took.
+    all sequences in it (None where there are none).  `sequence_rates`: tokens per second of each
+    sequence from its own first token to its last, of which unlike replicas have unlike ones.
+    `steps` is how many all of it took.
     """
 
     scenario: Scenario
@@ -141,6 +149,7 @@ class Simulation:
     decode_tokens: int
     steps: int
     token_ids: tuple[tuple[int, ...], ...]
+    sequence_rates: tuple[float | None, ...]
     cards: tuple[CardTime, ...]
     links: tuple[LinkTime, ...]
     host_link: HostLinkTime
@@ -195,6 +204,7 @@ async def run(
             decode_tokens=generating.decode_tokens,
             steps=model.stats.steps,
             token_ids=tuple(tuple(ids) for ids in generating.ids),
+            sequence_rates=generating.rates(),
             cards=spent.by_cards(model.plan, ddr_used),
             links=spent.by_links(),
             host_link=spent.by_host_link(scenario.profile),
@@ -223,16 +233,19 @@ async def _load(fleet: Fleet, scenario: Scenario, report: Callable[[int, int], N
 
 
 def _plan(scenario: Scenario, context: int) -> FleetPlan:
+    if not isinstance(scenario.plan, str):
+        return FleetPlan.of(scenario.plan) if isinstance(scenario.plan, Plan) else scenario.plan
     shape = _shape(scenario)
+    limits = step_limits(shape, scenario.ctx or min(context, shape.context), scenario.prompt_chunk)
     request = Request(
         shape,
         scenario.profile,
         Topology.with_mock(scenario.cards),
         (scenario.ddr_bytes,) * scenario.cards,
-        step_limits(shape, scenario.ctx or min(context, shape.context), scenario.prompt_chunk),
+        limits,
         batch=scenario.batch,
         # In the middle of the decoding.
-        position=min(scenario.prompt_tokens + scenario.tokens // 2, shape.context),
+        position=min(scenario.prompt_tokens + scenario.tokens // 2, limits.context),
     )
     return plan_for(scenario.plan, request)
 
@@ -256,6 +269,8 @@ class _Generating:
         report: Callable[[int, int], None],
     ) -> None:
         self.ids: list[list[int]] = [[] for _ in range(scenario.batch)]
+        # Of each sequence, when its first token came and its newest.
+        self._spans: list[tuple[int, int]] = [(0, 0)] * scenario.batch
         self.first_ps = self.last_ps = 0
         self.decode_tokens = 0
         self.decoding: Usage | None = None
@@ -288,7 +303,17 @@ class _Generating:
         async for token in generation:
             if token.id is not None:
                 self.ids[number].append(token.id)
+                now = now_ps()
+                first = self._spans[number][0] if len(self.ids[number]) > 1 else now
+                self._spans[number] = first, now
                 self._count()
+
+    def rates(self) -> tuple[float | None, ...]:
+        """Tokens per second of each sequence behind its first token."""
+        return tuple(
+            (len(ids) - 1) / to_s(last - first) if last > first else None
+            for ids, (first, last) in zip(self.ids, self._spans, strict=True)
+        )
 
     def _count(self) -> None:
         """One token more has come."""

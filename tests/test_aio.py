@@ -101,12 +101,12 @@ async def answers(model: Any) -> tuple[object, ...]:
 
 def test_every_answer_equals_that_of_the_trio_api(tiny_model: Path):
     async def under_trio() -> tuple[object, ...]:
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model, plan="tp", prompt_chunk=64)
             return (fleet.cards, fleet.plan, fleet.profile, facts(model), await answers(model))
 
     async def under_asyncio() -> tuple[object, ...]:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model, plan="tp", prompt_chunk=64)
             return (fleet.cards, fleet.plan, fleet.profile, facts(model), await answers(model))
 
@@ -117,7 +117,7 @@ def test_a_trace_is_that_of_the_trio_api(tiny_model: Path, tmp_path: Path):
     path = tmp_path / "trace.json"
 
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             expected = await model.generate(PROMPT, max_tokens=9, ignore_eos=True).collect()
             async with fleet.trace(path) as trace:
@@ -158,7 +158,7 @@ async def traced_for_ever(fleet: aio.Fleet, model: aio.Model, path: Path) -> Non
 def test_stats_and_progress_arrive_in_the_event_loop(tiny_model: Path):
     async def main() -> None:
         calls: list[tuple[int, int, object]] = []
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(
                 tiny_model, progress=lambda *sent: calls.append((*sent, asyncio.current_task()))
             )
@@ -177,7 +177,7 @@ def test_concurrent_generations_share_steps(tiny_model: Path):
     prompts = [[seed, 5, seed * 7 % 256] for seed in range(6)]
 
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
 
             async def one(prompt: list[int]) -> list[int]:
@@ -195,7 +195,7 @@ def test_concurrent_generations_share_steps(tiny_model: Path):
 
 def test_the_event_loop_goes_on_while_the_fleet_works(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             generation = asyncio.ensure_future(
                 model.generate(PROMPT, max_tokens=200, ignore_eos=True).collect()
@@ -214,7 +214,7 @@ def test_the_event_loop_goes_on_while_the_fleet_works(tiny_model: Path):
 
 def test_a_cancelled_generation_is_over_and_the_others_go_on(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             expected = await model.generate([9], max_tokens=100, ignore_eos=True).collect()
             other = asyncio.ensure_future(
@@ -237,7 +237,7 @@ def test_a_cancelled_generation_is_over_and_the_others_go_on(tiny_model: Path):
 
 def test_wait_for_stops_a_generation(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             hang(fleet, 1)
             start = time.monotonic()
@@ -250,7 +250,7 @@ def test_wait_for_stops_a_generation(tiny_model: Path):
 
 def test_a_cancelled_load_has_freed_its_memory_when_it_returns(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:3") as fleet:
+        async with aio.open_fleet("soft:3", plan="tp") as fleet:
             empty = await fleet.stats()
             task = asyncio.ensure_future(
                 fleet.load(tiny_model, progress=lambda done, _: done and task.cancel())
@@ -266,7 +266,7 @@ def test_a_cancelled_load_has_freed_its_memory_when_it_returns(tiny_model: Path)
 
 def test_impatient_cancelling_still_waits_for_the_end(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             cancelled = 0
             for turn in range(20):
@@ -287,7 +287,7 @@ def test_impatient_cancelling_still_waits_for_the_end(tiny_model: Path):
 
 def test_opening_can_be_cancelled_at_any_moment():
     async def open_and_stay() -> None:
-        async with aio.open_fleet("soft:3"):
+        async with aio.open_fleet("soft:3", plan="tp"):
             await asyncio.sleep(3600)
 
     async def main() -> None:
@@ -305,7 +305,7 @@ def test_opening_can_be_cancelled_at_any_moment():
 
 def test_leaving_the_block_ends_what_other_tasks_wait_for(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             hang(fleet, 0)
             waiting = model.generate(PROMPT)
@@ -340,7 +340,7 @@ def test_calls_that_come_while_the_fleet_closes_end_too(tiny_model: Path):
             return count
 
         for _ in range(5):
-            async with aio.open_fleet("soft:2") as fleet:
+            async with aio.open_fleet("soft:2", plan="tp") as fleet:
                 tasks = [asyncio.ensure_future(ask(fleet)) for _ in range(5)]
                 await asyncio.sleep(0.01)
             assert sum(await asyncio.gather(*tasks)) > 0
@@ -350,7 +350,7 @@ def test_calls_that_come_while_the_fleet_closes_end_too(tiny_model: Path):
 
 def test_a_dropped_generation_is_released(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             async for _ in model.generate(PROMPT, max_tokens=200, ignore_eos=True):
                 break
@@ -367,7 +367,7 @@ def test_a_dropped_generation_is_released(tiny_model: Path):
 
 def test_a_score_that_is_not_read_to_its_end_is_released(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model, prompt_chunk=64)
             pieces = model.score(list(range(200)))
             await anext(pieces)
@@ -384,7 +384,7 @@ def test_a_score_that_is_not_read_to_its_end_is_released(tiny_model: Path):
 def test_a_loop_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
     """Nobody leaves the block: the loop is gone."""
     loop = asyncio.new_event_loop()
-    manager = aio.open_fleet("soft:2")
+    manager = aio.open_fleet("soft:2", plan="tp")
     fleet = loop.run_until_complete(manager.__aenter__())
     model = loop.run_until_complete(fleet.load(tiny_model))
     model.generate(PROMPT, max_tokens=200, ignore_eos=True)
@@ -402,7 +402,7 @@ def test_a_coroutine_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
     entered = asyncio.Event()
 
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             await fleet.load(tiny_model)
             entered.set()
             await asyncio.sleep(3600)
@@ -419,7 +419,7 @@ def test_a_coroutine_that_is_closed_under_way_ends_the_thread(tiny_model: Path):
 
 def test_keyboard_interrupt_ends_everything(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             async for _ in model.generate(PROMPT, max_tokens=200, ignore_eos=True):
                 signal.raise_signal(signal.SIGINT)
@@ -454,7 +454,7 @@ def test_errors_come_out_as_they_are(
     attempt: Callable[[aio.Fleet], Awaitable[None]], kind: type[Exception]
 ):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             await attempt(fleet)
 
     with pytest.raises(kind):
@@ -475,7 +475,7 @@ def test_a_fleet_that_cannot_be_opened_says_why(options: dict[str, Any]):
 
 def test_a_request_that_is_not_possible_fails_when_it_is_iterated(tiny_model: Path):
     async def main() -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             with pytest.raises(ContextLengthError, match="the prompt has 300 tokens"):
                 await model.generate([1] * 300).collect()
@@ -497,7 +497,7 @@ def test_a_failing_card_is_named_to_every_task(
     fault: Callable[[aio.Fleet, int], None], kind: type[CardLostError], tiny_model: Path
 ):
     async def main() -> None:
-        async with aio.open_fleet("soft:2", hang_timeout_s=0.3) as fleet:
+        async with aio.open_fleet("soft:2", plan="tp", hang_timeout_s=0.3) as fleet:
             model = await fleet.load(tiny_model)
             generations = [
                 model.generate(PROMPT, max_tokens=200, ignore_eos=True) for _ in range(3)
@@ -519,7 +519,7 @@ def test_a_bug_in_the_fleet_is_the_cause_of_what_callers_get(tiny_model: Path):
         raise RuntimeError("a bug")
 
     async def main(wait: bool) -> None:
-        async with aio.open_fleet("soft:2") as fleet:
+        async with aio.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             model._model._replicas.sessions[0]._plan_batch = boom  # type: ignore[method-assign,assignment]
             with pytest.raises(RequestError, match="the fleet is closed"):
@@ -542,7 +542,7 @@ def test_the_first_exception_wins_over_a_cancellation_while_closing():
     async def main() -> None:
         task = asyncio.current_task()
         assert task is not None
-        async with aio.open_fleet("soft:2"):
+        async with aio.open_fleet("soft:2", plan="tp"):
             asyncio.get_running_loop().call_soon(task.cancel)
             raise KeyError("first")
 
@@ -555,7 +555,7 @@ def test_asyncio_timeout_around_a_fleet(tiny_model: Path):
     async def main() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                async with aio.open_fleet("soft:2") as fleet:
+                async with aio.open_fleet("soft:2", plan="tp") as fleet:
                     model = await fleet.load(tiny_model)
                     while True:
                         await model.generate(PROMPT, max_tokens=50).collect()

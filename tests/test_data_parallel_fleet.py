@@ -470,6 +470,17 @@ def test_two_replicas_make_twice_the_tokens_of_one() -> None:
     }
 
 
+def test_replicas_load_from_each_other_over_a_slow_host_link() -> None:
+    alone = Scenario(shape="smollm2-135m", plan="tp", prompt_tokens=4, tokens=1)
+    four = attrs.evolve(alone, cards=4, plan="dp4")
+    one_s, four_s = simulate(alone).load_s, simulate(four).load_s
+    # Behind the load of the first the weights go through a chain of links, five times as fast, and
+    # the last of each run twice more.
+    assert 1.2 * one_s < four_s < 1.35 * one_s
+    slow = attrs.evolve(REV_A, intercard_bytes_per_s=REV_A.host_link_bytes_per_s)
+    assert simulate(attrs.evolve(four, profile=slow)).load_s == pytest.approx(4 * one_s, rel=0.02)
+
+
 def test_a_batch_fits_where_its_part_does() -> None:
     """KV memory for the sequences that a replica gets, and no more."""
     base = Scenario(shape="smollm2-135m", cards=3, plan="dp3", prompt_tokens=60, tokens=8, batch=7)

@@ -55,6 +55,14 @@ def test_several_prompts_share_steps() -> None:
     assert 24 <= steps <= 30
 
 
+@pytest.mark.usefixtures("smollm2_path")
+def test_own_plan() -> None:
+    out = run("own_plan.py")
+    assert "two to one: " in out and "tokens/s predicted, bound by memory" in out
+    assert "tp3: " in out and "  card 0: layers 0-29, 5 heads, 768 ffn" in out
+    assert "the same answer: True" in out
+
+
 def test_all_reduce() -> None:
     out = run("all_reduce.py")
     assert "the same bits on every card: True" in out

@@ -12,11 +12,11 @@ import trio
 from reference_model import forward
 
 import spanker
-from spanker.actors import coordinator as coordinators
+from spanker.actors import host_link
 from spanker.actors.channel import StreamChannel
 from spanker.actors.frame import frame_bytes
 from spanker.actors.host_link import HostLink
-from spanker.actors.message import Message, encode
+from spanker.actors.message import Message, Request, encode
 from spanker.sched.bandwidth import REV_A
 from spanker.testing.models import tiny_llama
 
@@ -38,7 +38,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> list[HostLink]:
         made.append(HostLink(*args))
         return made[-1]
 
-    monkeypatch.setattr(coordinators, "HostLink", make)
+    monkeypatch.setattr(host_link, "HostLink", make)
     return made
 
 
@@ -50,7 +50,7 @@ def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     async def counted(self: StreamChannel, message: Message, request_id: int) -> None:
         nbytes = frame_bytes(encode(message, request_id))
-        is_request = isinstance(message, coordinators.Request)
+        is_request = isinstance(message, Request)
         await send(self, message, request_id)
         counts["to cards" if is_request else "to host"] += nbytes
 
@@ -102,7 +102,7 @@ async def test_the_profile_decides_what_is_planned_with(path: Path) -> None:
     async with spanker.open_fleet("soft:2", profile="rev-a") as fleet:
         assert fleet.profile is REV_A
         await fleet.load(path, ctx=64, kv_tokens=64)
-        assert "rev-a bandwidths" in fleet.plan.reason
+        assert "with the rev-a figures" in fleet.plan.reason
 
 
 async def test_a_fleet_without_a_throttled_link_has_none(path: Path, link: list[HostLink]) -> None:

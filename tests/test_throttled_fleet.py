@@ -102,7 +102,7 @@ async def test_a_profile_comes_from_a_file(path: Path, tmp_path: Path) -> None:
         assert fleet.profile == BOARD
         assert all(device.pace is not None for device in fleet.devices)
         await fleet.load(path, ctx=64)
-        assert "board bandwidths" in fleet.plan.reason
+        assert "with the board figures" in fleet.plan.reason
 
 
 def test_asyncio_has_it_too() -> None:

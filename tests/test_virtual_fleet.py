@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import spanker
-from spanker.actors import coordinator
+from spanker.actors import paced as paced_links
 from spanker.actors.channel import StreamChannel
 from spanker.actors.host_link import HostLink
 from spanker.actors.virtual_time import run_virtual
@@ -238,7 +238,7 @@ def test_messages_by_reference_take_the_time_of_their_bytes(
             return [trio.current_time(), *await token_times(model)]
 
     paced = run_virtual(main)
-    monkeypatch.setattr(coordinator, "PacedLink", _RealLink)
+    monkeypatch.setattr(paced_links, "PacedLink", _RealLink)
     real = run_virtual(main)
     # Of several cards another one may go first: then the link idles at other moments of a load.
     assert paced[0] == pytest.approx(real[0], rel=1e-6 if cards == 1 else 0.1)

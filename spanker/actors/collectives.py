@@ -40,7 +40,7 @@ from spanker.actors.message import (
     UnloadProgram,
     WriteBuffers,
 )
-from spanker.actors.steps import WATCH_S, Flight, ProgressWatch
+from spanker.actors.steps import Flight, settled
 from spanker.errors import CardError, CardMemoryError, SpankerError
 from spanker.kernels.program import encode_step
 
@@ -96,18 +96,6 @@ class _Prepared:
     users: int = 0
 
 
-class CollectiveRun:
-    """One run under way."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        cards = len(coordinator.clients)
-        self.flight = Flight(coordinator.count_step(), 0, cards, coordinator.trace)
-
-    async def all_back(self) -> None:
-        """Wait until every card has answered."""
-        await self.flight.all_back.wait()
-
-
 class Collectives:
     """The collectives of one fleet, and what they hold on its cards."""
 
@@ -154,8 +142,8 @@ class Collectives:
     async def _run(
         self, work: Work, prepared: _Prepared, lent: bool, memory: Sequence[Sequence[Memory]]
     ) -> None:
-        run = CollectiveRun(self._coordinator)
-        flight = run.flight
+        coordinator = self._coordinator
+        flight = Flight(coordinator.count_step(), 0, self.cards, coordinator.trace)
         try:
             for number, client in enumerate(self._clients):
                 card = prepared.cards[number]
@@ -177,11 +165,11 @@ class Collectives:
                 except BaseException:
                     flight.forget(self.cards - number)
                     raise
-            await self._settled(flight)
+            await settled(self._coordinator, flight, range(self.cards))
         finally:
             if not flight.settled.is_set() or flight.errors:
                 with trio.CancelScope(shield=True):
-                    await self._coordinator.abort(run)
+                    await coordinator.abort(flight.all_back.wait)
         if flight.errors:
             raise flight.cause()
         if not lent:
@@ -237,19 +225,6 @@ class Collectives:
                     nbytes = min(PIECE_BYTES, data.nbytes - at)
                     reply = await client.request(ReadBuffer(handle, at, nbytes))
                     data[at : at + nbytes] = reply.buffers[0]
-
-    async def _settled(self, flight: Flight) -> None:
-        cards = range(self.cards)
-        watch: ProgressWatch | None = None
-        timeout_s = self._coordinator.hang_timeout_s
-        if flight.settled.is_set():
-            await trio.lowlevel.checkpoint()
-        while not flight.settled.is_set():
-            with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
-                await flight.settled.wait()
-            if not flight.settled.is_set():
-                watch = watch or ProgressWatch(self._coordinator, cards, timeout_s)
-                await watch.look()
 
     # --- what is on the cards ---------------------------------------------------------
 

@@ -20,7 +20,7 @@ import attrs
 import numpy as np
 import trio
 
-from spanker.actors import loading
+from spanker.actors import copying, loading
 from spanker.actors.card import CardActor
 from spanker.actors.card_locks import CardLocks
 from spanker.actors.channel import (
@@ -30,7 +30,6 @@ from spanker.actors.channel import (
     unix_channel_pair,
 )
 from spanker.actors.client import CardClient
-from spanker.actors.host_link import HostLink
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
@@ -48,10 +47,7 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
-from spanker.actors.paced import PacedLink
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
-from spanker.actors.trace import Trace
-from spanker.actors.virtual_time import alongside
 from spanker.device.base import CardDevice
 from spanker.errors import (
     CardError,
@@ -70,7 +66,9 @@ from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
 
 if TYPE_CHECKING:
-    from spanker.actors.collectives import CollectiveRun
+    from spanker.actors.host_link import HostLink
+    from spanker.actors.paced import PacedLink
+    from spanker.actors.trace import Trace
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -169,15 +167,15 @@ class Coordinator:
             LoadedModel(model, replica, limits, {c: {} for c in replica.cards}, {})
             for replica in plan.replicas
         )
+        chains = copying.chains(plan, self.profile)
         todo = {
-            card: llama.uploads(model, gguf, replica, card, limits)
-            for replica in plan.replicas
-            for card in replica.cards
+            card: llama.uploads(model, gguf, plan.replicas[number], card, limits)
+            for (number, card), *_ in chains
         }
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
         # All cards together as many as there are cores to make the bytes.
-        at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(plan.cards))
+        at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(chains))
 
         def sent(nbytes: int) -> None:
             nonlocal done
@@ -185,27 +183,36 @@ class Coordinator:
             if progress is not None:
                 progress(done, total)
 
-        async def load_card(loaded: LoadedModel, card: int) -> None:
-            client, handles = self.clients[card], loaded.handles[card]
-            buffers = card_buffers(model.shape, loaded.plan, card, limits)
-            for specs in loading.batched(buffers, loading.BATCH_MAX):
-                # A card moves its tables only while no step of another model runs.
-                new = await self.allocate(card, tuple(spec.nbytes for spec in specs))
-                handles.update(zip((spec.name for spec in specs), new, strict=True))
-            await loading.upload(client, todo[card], handles, at_once, sent)
-            program = llama.build_program(model, loaded.plan, card, limits).encode(handles)
-            loaded.programs[card] = await self.load_program(card, program)
+        async def load_chain(chain: copying.Chain) -> None:
+            """From the host to the first card, from there to the others."""
+            for number, card in chain:
+                handles = replicas[number].handles[card]
+                buffers = card_buffers(model.shape, plan.replicas[number], card, limits)
+                for specs in loading.batched(buffers, loading.BATCH_MAX):
+                    # A card moves its tables only while no step of another model runs.
+                    new = await self.allocate(card, tuple(spec.nbytes for spec in specs))
+                    handles.update(zip((spec.name for spec in specs), new, strict=True))
+            number, first = chain[0]
+            handles = replicas[number].handles[first]
+            await loading.upload(self.clients[first], todo[first], handles, at_once, sent)
+            if len(chain) > 1:
+                names = {upload.buffer for upload in todo[first]}
+                buffers = card_buffers(model.shape, plan.replicas[number], first, limits)
+                await copying.copy(
+                    self,
+                    {card: replicas[number].handles[card] for number, card in chain},
+                    [buffer for buffer in buffers if buffer.name in names],
+                )
+            for number, card in chain:
+                loaded = replicas[number]
+                made = llama.build_program(model, loaded.plan, card, limits)
+                program = made.encode(loaded.handles[card])
+                loaded.programs[card] = await self.load_program(card, program)
 
         sent(0)
         before = await self._memory_used(plan)
         try:
-            await loading.run_all(
-                [
-                    functools.partial(load_card, loaded, card)
-                    for loaded in replicas
-                    for card in loaded.plan.cards
-                ]
-            )
+            await loading.run_all([functools.partial(load_chain, chain) for chain in chains])
             self._check_memory(replicas, before, await self._memory_used(plan))
         except BaseException:
             with trio.move_on_after(STOP_S, shield=True):
@@ -301,7 +308,7 @@ class Coordinator:
             finally:
                 if pipe.in_flight:
                     with trio.CancelScope(shield=True), self.span("abort", pipe.oldest):
-                        await self.abort(pipe, loaded.plan.cards)
+                        await self.abort(pipe.all_back, loaded.plan.cards)
 
     async def step(
         self, loaded: LoadedModel, sequences: Sequence[SequenceStep], *, logits: bool = False
@@ -326,19 +333,20 @@ class Coordinator:
         async with self._load_lock, self.between_steps():
             yield
 
-    async def take_cards(self) -> None:
-        """Wait until no step of anybody is queued; then only the caller may queue some, until it
-        gives the cards back.  No checkpoint where they are free."""
-        await self._locks.take(self._every_card)
+    async def take_cards(self, cards: Sequence[int] | None = None) -> None:
+        """Wait until no step of anybody is queued on these cards, or all; then only the caller may
+        queue some, until it gives them back.  No checkpoint where they are free."""
+        cards = self._every_card if cards is None else cards
+        await self._locks.take(cards)
         try:
-            await self._agree(self._every_card)
+            await self._agree(cards)
         except BaseException:
-            self.give_cards_back()
+            self._locks.give_back(cards)
             raise
 
-    def give_cards_back(self) -> None:
+    def give_cards_back(self, cards: Sequence[int] | None = None) -> None:
         """The end of what `take_cards` began; the caller's steps are done."""
-        self._locks.give_back(self._every_card)
+        self._locks.give_back(self._every_card if cards is None else cards)
 
     @contextlib.asynccontextmanager
     async def between_steps(self) -> AsyncIterator[None]:
@@ -378,15 +386,15 @@ class Coordinator:
         return np.concatenate(parts)
 
     async def abort(
-        self, posted: StepPipe | CollectiveRun, cards: Sequence[int] | None = None
+        self, all_back: Callable[[], Awaitable[None]], cards: Sequence[int] | None = None
     ) -> None:
-        """Enter a new epoch on these cards, or all, and let what was posted come back; bounded in
-        time.  For who holds the cards between its own steps."""
+        """Enter a new epoch on these cards, or all, and wait until what was posted is back; bounded
+        in time.  For who holds the cards between its own steps."""
         with trio.move_on_after(STOP_S):
             async with trio.open_nursery() as nursery:
                 for entering in self._entering(self._every_card if cards is None else cards):
                     nursery.start_soon(_ignoring_errors, entering)
-            await posted.all_back()
+            await all_back()
 
     async def _agree(self, cards: Sequence[int]) -> None:
         """Bring cards that are about to work together into one epoch: those of a link drop or hold
@@ -497,7 +505,8 @@ class _Channels:
 
 @contextlib.asynccontextmanager
 async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIterator[_Channels]:
-    """How messages travel within the block."""
+    """How messages travel within the block.  Links that most fleets do not have are imported where
+    they are made: a first token should not wait for them."""
     if channel not in ("memory", "unix"):
         raise ConfigError(f"no channel {channel!r}: expected memory or unix")
     rate, latency_s = profile.host_link_bytes_per_s, profile.host_link_latency_s
@@ -505,10 +514,15 @@ async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIter
         make = unix_channel_pair if channel == "unix" else memory_channel_pair
         yield _Channels(lambda name: make(name=name))
     elif modelled:
+        from spanker.actors.paced import PacedLink
+        from spanker.actors.virtual_time import alongside
+
         paced = PacedLink(rate, latency_s)
         async with alongside(paced.run):
             yield _Channels(lambda name: paced.channel_pair(name=name), paced)
     else:
+        from spanker.actors.host_link import HostLink
+
         link = HostLink(rate, latency_s)
 
         def stream_pair(name: str) -> tuple[Channel, Channel]:

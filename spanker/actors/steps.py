@@ -272,6 +272,21 @@ class Flight:
         return self.errors[0]
 
 
+async def settled(coordinator: Coordinator, flight: Flight, cards: Sequence[int]) -> None:
+    """Wait until a run on these cards has settled; CardHungError when none makes progress for the
+    hang timeout."""
+    watch: ProgressWatch | None = None
+    timeout_s = coordinator.hang_timeout_s
+    if flight.settled.is_set():
+        await trio.lowlevel.checkpoint()
+    while not flight.settled.is_set():
+        with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
+            await flight.settled.wait()
+        if not flight.settled.is_set():
+            watch = watch or ProgressWatch(coordinator, cards, timeout_s)
+            await watch.look()
+
+
 class ProgressWatch:
     """Tells a slow step from a hung card: by progress, not by a fixed wait."""
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from spanker.device.virtual.card import VirtualRig
 from spanker.device.virtual.units import to_ps, to_s
+
+if TYPE_CHECKING:
+    from spanker.device.virtual.card import VirtualRig
 
 T = TypeVar("T")
 

@@ -401,6 +401,7 @@ def plan_best(
 @click.option(
     "--op", type=click.Choice(("sum", "avg", "max", "min")), default="sum", help="Of a reduction."
 )
+@click.option("--any-order", is_flag=True, help="Fold in any order, as integers may be.")
 @click.option(
     "--elements", type=click.IntRange(min=0), default=4096, help="Elements of a collective."
 )
@@ -416,6 +417,7 @@ def plan_show(
     links: str,
     algorithm: str,
     op: str,
+    any_order: bool,
     elements: int,
     svg: str | None,
     save: str | None,
@@ -441,6 +443,7 @@ def plan_show(
         links=links,
         algorithm=algorithm,
         op=op,
+        any_order=any_order,
         elements=elements,
     )
     work.show(asked, svg=svg, save=save, as_json=as_json)

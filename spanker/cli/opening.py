@@ -7,10 +7,10 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
-from spanker.actors.trace import Trace
 from spanker.cli.errors import Failure
 from spanker.cli.options import FleetOptions
 from spanker.cli.terminal import progress_bar
@@ -20,6 +20,9 @@ from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched.limits import DEFAULT_CONTEXT
+
+if TYPE_CHECKING:
+    from spanker.actors.trace import Trace
 
 
 @attrs.frozen

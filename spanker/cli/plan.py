@@ -7,6 +7,7 @@ All by the cost model; nothing is opened, and the cards need not exist.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -16,13 +17,14 @@ from spanker.cli import terminal
 from spanker.cli.errors import Failure
 from spanker.cli.opening import inspect
 from spanker.device.spec import parse_fleet
+from spanker.errors import CardMemoryError
 from spanker.sched import profiles
 from spanker.sched.cost import LoadCost, PrefillCost, StepCost
 from spanker.sched.decision import Decision, decide
 from spanker.sched.limits import step_limits
 from spanker.sched.plan import FleetPlan, ModelShape
 from spanker.sched.plan_json import to_json
-from spanker.sched.planning import Outcome, Request, search
+from spanker.sched.planning import Candidate, Outcome, Request, search
 from spanker.sched.planning.figures import Decode, Figures, figures, sizes
 from spanker.sched.planning.words import beside_the_rule, certainty, slowest, spent
 from spanker.sched.shapes import named_shape
@@ -97,7 +99,7 @@ def _report(asked: Asked, *, with_counts: bool) -> Report:
     at = sizes(request)
     rows = tuple(
         figures(request, candidate, at, asked.prompt_tokens)
-        for candidate in outcome.candidates[: asked.top]
+        for candidate in _varied(outcome.candidates, asked.top)
     )
     cards = len(request.topology.cards)
     counts = [n for n in _COUNTS if n < cards] if with_counts else []
@@ -105,6 +107,17 @@ def _report(asked: Asked, *, with_counts: bool) -> Report:
     by_cards.append(ByCards(cards, outcome.chosen.plan.name, outcome.chosen.tokens_per_second))
     answers = decide(shape, cards, request.profile)
     return Report(name, outcome, rows, answers, tuple(by_cards) if with_counts else ())
+
+
+def _varied(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
+    """The best of every form, by numbers of replicas and of stages, and then the best others."""
+    forms: dict[tuple[int, int], Candidate] = {}
+    for c in candidates:
+        forms.setdefault((len(c.plan.replicas), len(c.plan.replicas[0].stages)), c)
+    first = list(forms.values())
+    others = [c for c in candidates if c not in first]
+    shown = (first + others)[:most]
+    return sorted(shown, key=lambda c: -c.tokens_per_second)
 
 
 def _model(asked: Asked) -> tuple[str, ModelShape]:
@@ -132,8 +145,6 @@ def _request(asked: Asked, shape: ModelShape, cards: int | None = None) -> Reque
 
 
 def _by_cards(asked: Asked, shape: ModelShape, cards: int) -> ByCards:
-    from spanker.errors import CardMemoryError
-
     try:
         chosen = search(_request(asked, shape, cards)).chosen
     except CardMemoryError:

@@ -42,6 +42,7 @@ class Shown:
     links: str
     algorithm: str
     op: str
+    any_order: bool
     elements: int
 
 
@@ -96,10 +97,12 @@ def _topology(asked: Shown) -> Topology:
 
 def _collective(asked: Shown) -> tuple[CollectivePlan, str]:
     kind, topology, profile = Kind(asked.what), _topology(asked), profiles.find(asked.profile)
+    ordered = False if asked.any_order else None
+    elements = 0 if kind is Kind.BARRIER else asked.elements
     if asked.algorithm == "best":
-        found = search(kind, topology, asked.elements, profile, op=asked.op)
+        found = search(kind, topology, elements, profile, op=asked.op, ordered=ordered)
         return found.plan, report(found)
-    plan = make(kind, topology, asked.elements, algorithm=asked.algorithm, op=asked.op)
+    plan = make(kind, topology, elements, algorithm=asked.algorithm, op=asked.op, ordered=ordered)
     return plan, _checked(plan, topology, asked.profile)
 
 

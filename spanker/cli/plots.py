@@ -26,6 +26,7 @@ def check(path: str) -> None:
 def tokens_over_cards(path: str, title: str, points: Sequence[tuple[int, float | None]]) -> None:
     """Tokens per second over the number of cards, and what proportional growth would be."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     found = [(cards, rate) for cards, rate in points if rate is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -38,9 +39,10 @@ def tokens_over_cards(path: str, title: str, points: Sequence[tuple[int, float |
         [first_rate * n / first_cards for n in cards],
         linestyle=":",
         color="grey",
-        label=f"{first_cards} card{'s' * (first_cards > 1)}, times more",
+        label=f"in proportion to {first_cards} card{'s' * (first_cards > 1)}",
     )
     axes.set(title=title, xlabel="cards", ylabel="decode, tokens/s", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     try:

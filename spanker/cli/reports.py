@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from spanker.actors.trace import Trace
 from spanker.cli import terminal
 from spanker.fleet import CardStats, Fleet
 from spanker.sched.plan import CardShare, FleetPlan, Plan, Stage
@@ -15,6 +14,8 @@ from spanker.sched.shares import Share
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from spanker.actors.trace import Trace
 
 
 # Throttled cards that are so far behind do not show how fast the modelled ones are.

@@ -86,6 +86,7 @@ def _json(result: Simulation) -> dict[str, object]:
         "prefill_tokens_per_second": result.prefill_tokens_per_second,
         "decode_s": result.decode_s,
         "decode_tokens_per_second": result.decode_tokens_per_second,
+        "sequence_tokens_per_second": result.sequence_rates,
         "steps": result.steps,
         "tokens": result.token_ids if what.arithmetic else None,
         "cards": [_card_json(card) for card in result.cards],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec
-from spanker.device.virtual.card import VirtualCardSpec
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import ConfigError
 from spanker.native import isa_number
 

@@ -110,7 +110,10 @@ def svg(plan: FleetPlan) -> str:
         width = max(width, reached)
     height = y + 24
     title = f"plan {plan.name}: {_counts(plan)}"
-    legend = "  ".join(words for _, words in _NAMES)
+    legend = " ".join(
+        f'<tspan fill="{_COLOURS[name]}" font-weight="bold">{words}</tspan>,'
+        for name, words in _NAMES
+    ).rstrip(",")
     return "\n".join(
         [
             '<?xml version="1.0" encoding="UTF-8"?>',
@@ -120,8 +123,7 @@ def svg(plan: FleetPlan) -> str:
             f"<style>{_STYLE}</style>",
             f'<rect width="{width}" height="{height}" fill="#fff"/>',
             f'<text class="t" x="10" y="22">{escape(title)}</text>',
-            f'<text class="n" x="10" y="39">each bar is a dimension, filled where the card has '
-            f"its part: {legend}</text>",
+            f'<text x="10" y="39">filled is what a card has of the {legend}</text>',
             *body,
             "</svg>",
             "",

@@ -238,7 +238,7 @@ async def test_two_models_share_the_cards(tiny: Path, tmp_path: Path) -> None:
 
 
 async def test_a_second_model_gets_the_memory_that_the_first_has_left(tiny: Path) -> None:
-    async with spanker.open_fleet("soft:2:1800KiB") as fleet:
+    async with spanker.open_fleet("soft:2:1800KiB", plan="tp") as fleet:
         first = await fleet.load(tiny, kv_tokens=256)
         second = await fleet.load(tiny)
         assert 4 <= second.stats.kv_pages_total < 32

@@ -118,7 +118,7 @@ async def test_every_command_of_every_step_is_there(
 
 
 async def test_without_a_trace_nothing_is_recorded(tiny: Path) -> None:
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         await tokens_of(model.generate([1], max_tokens=5, ignore_eos=True))
         assert model._replicas.sessions[0].coordinator.trace is None
@@ -129,7 +129,7 @@ async def test_a_trace_may_begin_and_end_in_the_middle(tiny: Path, tmp_path: Pat
     """Generations of two models go on, before, during and after."""
     other = tiny_llama(format="q8_0", seed=5, layers=1).write(tmp_path / "other.gguf")
     paths = [tmp_path / f"{i}.json" for i in range(3)]
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         models = [await fleet.load(p) for p in (tiny, other)]
         alone = [await tokens_of(m.generate([1], max_tokens=240, ignore_eos=True)) for m in models]
         results: dict[int, list[int]] = {}
@@ -174,7 +174,7 @@ async def test_events_are_fetched_while_steps_run(
     monkeypatch.setattr(tracers, "FETCH_EVENTS_MAX", 128)
     monkeypatch.setattr(tracers, "FETCH_S", 0.001)
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         async with fleet.trace(path) as trace:
             await tokens_of(model.generate([1], max_tokens=200, ignore_eos=True))
@@ -192,7 +192,7 @@ async def test_what_was_lost_is_told(
     monkeypatch.setattr(tracers, "CARD_EVENTS_MAX", 100)
     monkeypatch.setattr(tracers, "FETCH_S", 1000.0)
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         commands = sum(c.commands for c in (await fleet.stats()).cards)
         async with fleet.trace(path) as trace:
@@ -216,7 +216,7 @@ async def test_a_fault_is_in_the_trace(tmp_path: Path) -> None:
         "blk.1.attn_q.weight", values.reshape(made.tensors["blk.1.attn_q.weight"].shape), "f32"
     )
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(made.write(tmp_path / "sick.gguf"))
         async with fleet.trace(path):
             for _ in range(2):
@@ -233,7 +233,7 @@ async def test_a_fault_is_in_the_trace(tmp_path: Path) -> None:
 
 async def test_a_trace_of_a_dying_fleet_is_written(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         with trio.fail_after(10), pytest.raises(CardLostError, match="card 1"):
             async with fleet.trace(path):
@@ -249,7 +249,7 @@ async def test_a_hung_card_does_not_keep_a_trace_from_its_end(
 ) -> None:
     monkeypatch.setattr(tracers, "STOP_S", 0.1)
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2, hang_timeout_s=100.0) as fleet:
+    async with spanker.open_fleet(2, plan="tp", hang_timeout_s=100.0) as fleet:
         model = await fleet.load(tiny)
         with trio.fail_after(5):
             async with fleet.trace(path):
@@ -263,7 +263,7 @@ async def test_a_hung_card_does_not_keep_a_trace_from_its_end(
 
 async def test_a_cancelled_block_leaves_a_whole_file(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         with trio.CancelScope() as scope:
             async with fleet.trace(path):
@@ -282,7 +282,7 @@ async def test_a_cancelled_block_leaves_a_whole_file(tiny: Path, tmp_path: Path)
 async def test_a_fleet_that_is_cancelled_leaves_a_whole_file(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with trio.CancelScope() as scope:
-        async with spanker.open_fleet(2) as fleet:
+        async with spanker.open_fleet(2, plan="tp") as fleet:
             model = await fleet.load(tiny)
             async with fleet.trace(path):
                 async for token in model.generate([1], max_tokens=200, ignore_eos=True):
@@ -332,7 +332,7 @@ async def test_one_trace_at_a_time(tiny: Path, tmp_path: Path) -> None:
 async def test_whoever_is_cancelled_while_a_trace_begins_leaves_none(
     tiny: Path, tmp_path: Path
 ) -> None:
-    async with spanker.open_fleet(3) as fleet:
+    async with spanker.open_fleet(3, plan="tp") as fleet:
         model = await fleet.load(tiny)
         for turns in range(12):
             with trio.CancelScope() as scope:
@@ -404,7 +404,7 @@ async def test_a_card_that_cannot_trace_ends_it_for_all(tmp_path: Path) -> None:
 
 async def test_fleets_say_how_to_trace(tiny: Path, tmp_path: Path) -> None:
     fleet: Fleet
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(tiny)
         async with fleet.trace(tmp_path / "trace.json"):
             await model.generate("Hello", max_tokens=3).collect()

@@ -11,7 +11,8 @@ import trio.testing
 
 from spanker.actors.card import KernelQueue
 from spanker.actors.virtual_time import alongside, drive, now_ps, run_virtual
-from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
+from spanker.device.virtual.card import VirtualRig
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.kernels import program as op
 from spanker.kernels.program import Program, Ref, SequenceStep, encode_step
 from spanker.sched.bandwidth import REV_A

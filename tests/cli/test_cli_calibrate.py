@@ -53,7 +53,7 @@ def test_what_is_measured_can_be_used(directory: Path) -> None:
         ("info", "--model", model, "--cards", "2", "--profile", out, "--json"),
     )
     assert planned.json()["tokens"] == plain.json()["tokens"]
-    assert "again bandwidths" in info.json()["model"]["plan"]["reason"]
+    assert "with the again figures" in info.json()["model"]["plan"]["reason"]
 
 
 def test_throttled_cards_say_the_same(directory: Path) -> None:

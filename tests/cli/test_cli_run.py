@@ -62,7 +62,7 @@ def test_the_text_alone_goes_to_stdout_and_the_summary_to_stderr(smollm2_path: P
     done = good("run", PROMPT, "--model", str(smollm2_path), "--max-tokens", "8", "--cards", "3")
     assert done.stdout.startswith(b" Paris.") and not done.stdout.endswith(b"tokens")
     summary = done.stderr.decode()
-    for row in ("0  layers 0-29", "1  layers 0-29", "2  layers 0-29", "plan tp3: pick_strategy"):
+    for row in ("0  layers 0-29", "1  layers 0-29", "2  layers 0-29", "plan tp3: "):
         assert row in summary
     assert "prompt 5 tokens, " in summary and "; loaded in " in summary
     assert "generated 8 tokens, " in summary and "--max-tokens reached" in summary
@@ -71,7 +71,19 @@ def test_the_text_alone_goes_to_stdout_and_the_summary_to_stderr(smollm2_path: P
 def test_a_trace_changes_nothing_else(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text("an older one")
-    args = ("run", PROMPT, "--model", tiny, "--max-tokens", "9", "--ignore-eos", "--cards", "3")
+    args = (
+        "run",
+        PROMPT,
+        "--model",
+        tiny,
+        "--max-tokens",
+        "9",
+        "--ignore-eos",
+        "--cards",
+        "3",
+        "--plan",
+        "tp",
+    )
     plain, traced, silent = batch(args, (*args, "--trace", str(path)), (*args, "--json"))
     assert plain.code == traced.code == 0 and traced.out == plain.out
     assert "trace of " not in plain.err

@@ -12,6 +12,7 @@ from cli_process import batch, good
 from spanker import __version__, fleet
 from spanker.cli import options
 from spanker.cli.commands import group
+from spanker.sched import limits
 from spanker.sched.bandwidth import PROFILES
 
 HEAVY = ("numpy", "trio", "rich", "msgpack", "tokenizers", "jinja2", "spanker.fleet")
@@ -34,9 +35,9 @@ def test_the_version_is_the_packages() -> None:
 
 def test_repeated_defaults_are_those_of_the_library() -> None:
     assert options.DEFAULT_MAX_TOKENS == fleet.DEFAULT_MAX_TOKENS
-    assert options.DEFAULT_PROMPT_CHUNK == fleet.DEFAULT_PROMPT_CHUNK
+    assert options.DEFAULT_PROMPT_CHUNK == limits.DEFAULT_PROMPT_CHUNK
     assert list(options.PROFILES) == [p.name for p in PROFILES]
-    assert str(fleet.DEFAULT_CONTEXT) in str(options_of("run")["ctx"].show_default)
+    assert str(limits.DEFAULT_CONTEXT) in str(options_of("run")["ctx"].show_default)
 
 
 def options_of(command: str) -> dict[str, object]:

@@ -21,7 +21,8 @@ import pytest
 from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
 from spanker.device.soft import SoftCardSpec, SoftRig
-from spanker.device.virtual.card import VirtualCard, VirtualCardSpec, VirtualRig
+from spanker.device.virtual.card import VirtualCard, VirtualRig
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_NS, to_ps
 from spanker.kernels import program as op
 from spanker.kernels.program import (

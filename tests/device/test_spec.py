@@ -7,7 +7,7 @@ import pytest
 
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_bytes, parse_fleet
-from spanker.device.virtual.card import VirtualCardSpec
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import ConfigError
 from spanker.native import isas
 

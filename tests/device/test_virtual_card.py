@@ -20,7 +20,8 @@ from conformance_rigs import (
 
 from spanker.device.base import CardDevice
 from spanker.device.soft import CARDS_MAX
-from spanker.device.virtual.card import VirtualCardSpec, VirtualRig
+from spanker.device.virtual.card import VirtualRig
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import to_ps
 from spanker.errors import CardAbortedError, CardCommandError, CardFaultError, ConfigError
 from spanker.kernels import program as op

@@ -97,6 +97,14 @@ def test_a_slow_link_holds_up_its_gather_and_no_other() -> None:
     assert machine(links=links).gather_s((1, 2), (30, 30)) == 30 / 100 + 0.25
 
 
+def test_a_link_far_away_and_a_slow_one_are_no_sum() -> None:
+    links = (LinkSpeed(0, 1, 10, latency_s=0.0), LinkSpeed(1, 0, 1e9, latency_s=2.0))
+    found = machine(links=links, port_bytes_per_s=None).gather_s((0, 1), (30, 30))
+    assert found == pytest.approx(3.0)
+    # What a card receives has come when the farthest of it has.
+    assert machine(3, links=links).moves_s([(1, 0, 75), (2, 0, 75)]) == pytest.approx(1 + 2.0)
+
+
 def test_cards_without_a_link_are_relayed_over_the_host_link() -> None:
     line = Machine(PROFILE, Topology.line(3))
     assert line.relays((0, 1, 2)) == [(0, 2), (2, 0)]

@@ -78,7 +78,9 @@ async def test_every_generation_hears_of_it(
     phase: str, fault: Fault, kind: type[CardError], long_model: Path
 ):
     async def scenario(cards: int, card: int) -> None:
-        async with spanker.open_fleet(f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        async with spanker.open_fleet(
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+        ) as fleet:
             model = await fleet.load(long_model, plan="tp", prompt_chunk=16)
             blow = Blow(fleet, fault, card)
             if phase == "idle":
@@ -117,7 +119,9 @@ async def test_every_generation_hears_of_it(
 
 async def test_a_card_killed_during_a_load_fails_the_load_and_frees_the_others(long_model: Path):
     async def scenario(cards: int, card: int) -> None:
-        async with spanker.open_fleet(f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        async with spanker.open_fleet(
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+        ) as fleet:
             blow = Blow(fleet, kill, card)
 
             def progress(done: int, total: int) -> None:
@@ -139,7 +143,9 @@ async def test_a_card_killed_during_a_load_fails_the_load_and_frees_the_others(l
 
 async def test_a_card_that_hangs_during_a_load_fails_the_first_generation(long_model: Path):
     async def scenario(cards: int, card: int) -> None:
-        async with spanker.open_fleet(f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        async with spanker.open_fleet(
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+        ) as fleet:
             # A hung card still answers, so that the load itself can go on.
             hang(fleet, card)
             model = await fleet.load(long_model, plan="tp")
@@ -155,7 +161,9 @@ async def test_a_card_that_hangs_during_a_load_fails_the_first_generation(long_m
 async def test_it_makes_no_difference_how_messages_travel(
     options: dict[str, str], fault: Fault, kind: type[CardError], long_model: Path
 ):
-    async with spanker.open_fleet("soft:2", hang_timeout_s=HANG_TIMEOUT_S, **options) as fleet:
+    async with spanker.open_fleet(
+        "soft:2", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", **options
+    ) as fleet:
         model = await fleet.load(long_model)
         generation = model.generate([1, 2], max_tokens=500, ignore_eos=True)
         await anext(generation)
@@ -177,7 +185,7 @@ async def test_a_slow_card_is_not_taken_for_hung(tmp_path: Path):
 
 
 async def test_faults_refuse_a_card_that_is_not_there():
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         for fault in (kill, hang):
             with pytest.raises(ValueError, match="no card 2: the fleet has cards 0 to 1"):
                 fault(fleet, 2)

@@ -44,7 +44,7 @@ async def test_a_crash_of_a_card_actor_names_card_and_cause(
     method: str, options: dict[str, str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with trio.fail_after(5):
-        async with spanker.open_fleet("soft:2", **options) as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp", **options) as fleet:
             model = await fleet.load(tiny_model)
             monkeypatch.setattr(fleet.devices[1], method, boom)
             with pytest.raises(CardLostError) as caught:
@@ -63,7 +63,7 @@ async def test_a_crash_of_a_card_actor_fails_a_load(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with trio.fail_after(5):
-        async with spanker.open_fleet("soft:3") as fleet:
+        async with spanker.open_fleet("soft:3", plan="tp") as fleet:
             monkeypatch.setattr(fleet.devices[2], "fill", boom)
             with pytest.raises(CardLostError, match=r"card 2 is lost: .* RuntimeError: a bug"):
                 await fleet.load(tiny_model)
@@ -75,7 +75,7 @@ async def test_a_failed_load_leaves_no_file_open(tiny_model: Path, monkeypatch: 
     gc.collect()
     gc.disable()
     try:
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             monkeypatch.setattr(fleet.devices[1], "fill", boom)
             before = os.listdir("/proc/self/fd")
             try:
@@ -103,7 +103,7 @@ async def test_a_failed_load_leaves_no_file_open(tiny_model: Path, monkeypatch: 
 async def test_an_error_in_the_block_comes_out_unchanged(error: BaseException, tiny_model: Path):
     caught: BaseException | None = None
     try:
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             await anext(model.generate("Hello"))
             raise error
@@ -115,13 +115,13 @@ async def test_an_error_in_the_block_comes_out_unchanged(error: BaseException, t
 
 async def test_an_error_of_a_model_comes_out_of_the_block_as_it_is():
     with pytest.raises(ModelNotFoundError):
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             await fleet.load("/no/such/model.gguf")
 
 
 async def test_a_fleet_that_cannot_be_opened_says_so():
     with pytest.raises(ConfigError, match="no channel 'pigeon'"):
-        async with spanker.open_fleet("soft:2", channel="pigeon"):
+        async with spanker.open_fleet("soft:2", plan="tp", channel="pigeon"):
             raise AssertionError("not reached")
 
 
@@ -130,7 +130,7 @@ async def test_a_progress_callback_that_raises_ends_the_load(tiny_model: Path):
         if done:
             raise KeyError("mine")
 
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         with pytest.raises(KeyError, match="mine"):
             await fleet.load(tiny_model, progress=progress)
         await fleet.load(tiny_model)
@@ -140,7 +140,7 @@ async def test_a_bug_in_the_fleet_itself_reaches_whoever_opened_it(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with trio.fail_after(5), pytest.raises(RuntimeError, match="a bug"):
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load(tiny_model)
             monkeypatch.setattr(model._replicas.sessions[0], "_plan_batch", boom)
             model.generate("Hello")
@@ -185,7 +185,7 @@ async def test_the_fleet_can_be_cancelled_from_outside(
 
         if phase == "open":
             cancel()
-        async with spanker.open_fleet("soft:3", **options) as fleet:
+        async with spanker.open_fleet("soft:3", plan="tp", **options) as fleet:
             await reach(phase, fleet, long_model, cancel)
             raise AssertionError("not reached")
     assert scope.cancelled_caught
@@ -197,7 +197,7 @@ async def test_cancelling_a_fleet_with_a_hung_card_does_not_wait_for_the_card(
     phase: str, long_model: Path
 ):
     with trio.CancelScope() as scope:
-        async with spanker.open_fleet("soft:2", hang_timeout_s=60) as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp", hang_timeout_s=60) as fleet:
 
             def strike() -> None:
                 spanker.testing.hang(fleet, 1)
@@ -218,7 +218,7 @@ async def test_leaving_the_block_ends_generations_that_run_outside_of_it(tiny_mo
 
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
-            async with spanker.open_fleet("soft:2") as fleet:
+            async with spanker.open_fleet("soft:2", plan="tp") as fleet:
                 model = await fleet.load(tiny_model, kv_tokens=256)
                 # The second waits for the pages of the first.
                 for _ in range(2):
@@ -239,7 +239,7 @@ async def test_a_cancelled_load_leaves_the_fleet_as_it_was(
     seed = 20
     print("seed", seed)
     rng = random.Random(seed)
-    async with spanker.open_fleet("soft:3", **options) as fleet:
+    async with spanker.open_fleet("soft:3", plan="tp", **options) as fleet:
         other = await fleet.load(tiny_model)
         empty = [card.ddr_used_bytes for card in (await fleet.stats()).cards]
         expected = other.generate("Hello", max_tokens=50, ignore_eos=True)
@@ -268,7 +268,7 @@ async def test_generations_that_are_cancelled_at_any_time_leave_no_trace(tiny_mo
     seed = 21
     print("seed", seed)
     rng = random.Random(seed)
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(tiny_model, prompt_chunk=16)
         expected = model.generate([1, 2], max_tokens=20, ignore_eos=True)
         await expected.collect()
@@ -294,7 +294,7 @@ async def test_generations_that_are_cancelled_at_any_time_leave_no_trace(tiny_mo
 
 
 async def test_closing_a_fleet_with_dropped_generations_is_quick(tiny_model: Path):
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(tiny_model)
         for _ in range(20):
             model.generate("Hello", max_tokens=200)

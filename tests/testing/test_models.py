@@ -122,7 +122,7 @@ async def test_every_format_loads_and_depends_on_every_token(
     format: str, tied: bool, tmp_path: Path
 ):
     path = write_tiny_llama(tmp_path / "tiny.gguf", format=format, tied=tied)
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(path)
         generation = model.generate("Hello", max_tokens=40)
         await generation.collect()
@@ -136,7 +136,7 @@ async def test_every_format_loads_and_depends_on_every_token(
 
 async def test_a_model_with_a_sentencepiece_tokenizer_loads_and_generates(tmp_path: Path):
     path = write_tiny_llama(tmp_path / "tiny.gguf", tokenizer="spm", seed=4)
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(path)
         prompt = model.tokenizer.encode("hello there")
         generation = model.generate("hello there", max_tokens=40)

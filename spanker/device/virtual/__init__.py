@@ -5,6 +5,7 @@
     costs      what each command of a program takes
     flows      what is on its way over links and ports, and at what rate
     engine     which card does what when
+    spec       how to make one
     recorder   executed commands, for traces
     card       the card itself, with the arithmetic of the native card or hollow
     zeros      what a hollow card answers

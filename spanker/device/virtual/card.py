@@ -21,25 +21,16 @@ from types import TracebackType
 import attrs
 
 from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, Fill, Lent, Read
-from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCard, SoftCardSpec, link_all
+from spanker.device.soft import CARDS_MAX, SoftCard, SoftCardSpec, link_all
 from spanker.device.virtual.costs import ProgramCosts, step_size
 from spanker.device.virtual.engine import Engine, Outcome, Usage, Work
 from spanker.device.virtual.recorder import Recorder
+from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_NS
 from spanker.device.virtual.zeros import answer
 from spanker.errors import CardCommandError, ConfigError
 from spanker.native import lib, status_error
 from spanker.sched.bandwidth import Profile
-
-
-@attrs.frozen
-class VirtualCardSpec:
-    """How to make one virtual card.  `isa` as for soft cards; a `hollow` one does no arithmetic and
-    keeps no bytes."""
-
-    isa: str | None = None
-    ddr_bytes: int = DEFAULT_DDR_BYTES
-    hollow: bool = False
 
 
 class VirtualCard(SoftCard):

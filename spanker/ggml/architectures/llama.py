@@ -31,8 +31,8 @@ from spanker.kernels import program as op
 from spanker.kernels.formats import Format, pack, row_bytes
 from spanker.kernels.program import Command, Program, Ref, Transfer
 from spanker.kernels.reference import dequantize_row
-from spanker.sched.collectives import direct
 from spanker.sched.layout import chunks, embeds_from_output, layer_rows, q8_bytes
+from spanker.sched.moves import Move, all_gather_of, handover
 from spanker.sched.plan import (
     Q8_BLOCK,
     CardShare,
@@ -525,7 +525,7 @@ class _Builder:
 
     # --- exchanges ---
 
-    def _transfers(self, moves: Sequence[direct.Move], row: _Row) -> tuple[Command, ...]:
+    def _transfers(self, moves: Sequence[Move], row: _Row) -> tuple[Command, ...]:
         transfers = []
         for move in moves:
             if self.card in (move.source, move.target):
@@ -544,12 +544,12 @@ class _Builder:
         shares = tuple(share_of(s) for s in self.stage.shares)
         key = row.name, shares
         if key not in self.gathers:
-            moves = direct.all_gather_of(self.card, self.stage.cards, shares)
+            moves = all_gather_of(self.card, self.stage.cards, shares)
             self.gathers[key] = self._transfers(moves, row)
         return self.gathers[key]
 
     def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
-        moves = direct.handover(source.cards, target.cards, self.shape.hidden)
+        moves = handover(source.cards, target.cards, self.shape.hidden)
         return self._transfers(moves, self.x)
 
     # --- pieces of the model ---

@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Direct algorithms on a full mesh: every card sends its part straight to every other.
 
-    all-gather       1 step    (n - 1)/n of DATA leaves each card; every link carries one share
-    reduce-scatter   1 step    the same, any order of folding
-    all-reduce       2 steps   twice that
-    broadcast        1 step    the root sends DATA n - 1 times
-    all-to-all       1 step    (n - 1)/n of DATA leaves each card
-    barrier          1 step    n - 1 tokens leave each card
-
-`Move` and what makes them serve the steps of a model, which gather many rows at once.  handover:
-1 step, one row per link.
+all-gather       1 step    (n - 1)/n of DATA leaves each card; every link carries one share
+reduce-scatter   1 step    the same, any order of folding
+all-reduce       2 steps   twice that
+broadcast        1 step    the root sends DATA n - 1 times
+all-to-all       1 step    (n - 1)/n of DATA leaves each card
+barrier          1 step    n - 1 tokens leave each card
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
-import attrs
-
 from spanker.sched.collectives.compose import averaged_shares, move, tokens, transposed
 from spanker.sched.collectives.plan import Buffer, Copy, Phase, Region, Send
 from spanker.sched.collectives.task import Task
-from spanker.sched.shares import Share
 
 
 def gather(task: Task) -> list[Phase]:
@@ -66,41 +57,3 @@ def kept(task: Task) -> tuple[Copy, ...]:
 
 def _pairs(n: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(n) for b in range(n) if a != b]
-
-
-# --- moves of a model's step --------------------------------------------------------
-
-
-@attrs.frozen
-class Move:
-    """Elements [part.start, part.stop) of every row go from card `source` to card `target`,
-    to the same place."""
-
-    source: int
-    target: int
-    part: Share
-
-
-@functools.lru_cache(maxsize=64)
-def all_gather(cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move, ...]:
-    """After it every card holds the whole row; card cards[i] contributes shares[i]."""
-    return tuple(
-        Move(source, target, share)
-        for source, share in zip(cards, shares, strict=True)
-        if not share.empty
-        for target in cards
-        if target != source
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def all_gather_of(card: int, cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move, ...]:
-    """The moves of `all_gather` that one card takes part in; a model asks for each many times."""
-    return tuple(m for m in all_gather(cards, shares) if card in (m.source, m.target))
-
-
-def handover(sources: Sequence[int], targets: Sequence[int], row: int) -> tuple[Move, ...]:
-    """Every target gets the whole row of `row` elements that each source holds."""
-    return tuple(
-        Move(sources[i % len(sources)], target, Share(0, row)) for i, target in enumerate(targets)
-    )

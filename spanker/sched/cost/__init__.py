@@ -4,7 +4,14 @@
 `Pieces` prices what one card does between two exchanges, `Machine` an exchange.  What a plan takes
 is the sum of those pieces and of nothing else, so who makes the pieces smaller makes the plan
 faster.  No I/O, no clock, no events: `spanker.simulation` has those, and shares no expression with
-this package.  Seconds and bytes throughout.
+this package (bench/cost_vs_simulator.py lays them side by side).  Seconds and bytes throughout.
+
+What a sum of pieces does not see, it prices too high rather than too low: the cards of a stage are
+taken to wait for each other in every exchange, so that the latency of one counts even where the
+slowest card has had the others' bytes long before; a card that is slow in one phase and quick in
+the next gains nothing.  Where emulated cards share cores or memory, exchanges of one card beside
+the computing of another are seen only on the average.  Messages of the host that take longer than
+half a millisecond of its link may be held up by those of the next step: they are not here.
 """
 
 from __future__ import annotations

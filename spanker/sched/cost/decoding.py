@@ -95,7 +95,7 @@ def decode(
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
     rows = StepRows.decode(batch, context)
-    by_stage = stage_pieces(shape, plan, machine, rows, lambda n: plan.stages[n].cards)
+    by_stage = stage_pieces(shape, plan, machine, rows)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     handovers = handover_times(by_stage, plan)
     choose_s = by_stage[-1].choose(plan.voters, plan.embedders)

@@ -109,12 +109,10 @@ class Machine:
     def moves_s(self, moves: Sequence[tuple[int, int, float]]) -> float:
         """Any exchange: (source, target, bytes) side by side.
 
-        The longest of any link's bytes, any port's, and the relayed ones, and then the largest
-        latency of a link that was used.
+        The longest of what any link, any port that sends and any that receives takes for its bytes,
+        each with its own latency, a port's being the largest of its links; and the relayed bytes.
         """
         links: dict[tuple[int, int], float] = {}
-        sent: dict[int, float] = {}
-        received: dict[int, float] = {}
         relayed = 0.0
         for source, target, nbytes in moves:
             if source == target or not nbytes:
@@ -124,16 +122,18 @@ class Machine:
                 continue
             ends = source, target
             links[ends] = links.get(ends, 0) + nbytes
-            sent[source] = sent.get(source, 0) + nbytes
-            received[target] = received.get(target, 0) + nbytes
-        direct_s = 0.0
-        if links:
-            speeds = {ends: self.profile.link(*ends) for ends in links}
-            link_s = max(nbytes / speeds[ends].bytes_per_s for ends, nbytes in links.items())
-            port_bytes = max(*sent.values(), *received.values())
-            latency_s = max(speed.latency_s for speed in speeds.values())
-            direct_s = max(link_s, port_bytes * self._port_s) + latency_s
-        return max(direct_s, self._relay_s(relayed)) if relayed else direct_s
+        longest = self._relay_s(relayed) if relayed else 0.0
+        # Of each port: bytes, and the largest latency.
+        ports: dict[tuple[str, int], tuple[float, float]] = {}
+        for (source, target), nbytes in links.items():
+            speed = self.profile.link(source, target)
+            longest = max(longest, nbytes / speed.bytes_per_s + speed.latency_s)
+            for port in (("out", source), ("in", target)):
+                sum_bytes, latency_s = ports.get(port, (0.0, 0.0))
+                ports[port] = sum_bytes + nbytes, max(latency_s, speed.latency_s)
+        for nbytes, latency_s in ports.values():
+            longest = max(longest, nbytes * self._port_s + latency_s)
+        return longest
 
     def relays(self, cards: Sequence[int]) -> list[tuple[int, int]]:
         """(source, target) of each two cards with no link from one to the other."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -129,6 +129,14 @@ class StagePrice:
     computing: float
     spent: dict[Bound, float]
 
+    def plus(self, other: StagePrice, factor: float) -> StagePrice:
+        """This price and `factor` times another."""
+        return StagePrice(
+            self.seconds + factor * other.seconds,
+            self.computing + factor * other.computing,
+            {bound: s + factor * other.spent[bound] for bound, s in self.spent.items()},
+        )
+
 
 def price_stage(pieces: Pieces, plan: Plan, number: int, candidates: int) -> StagePrice:
     """The sum of a stage's phases."""
@@ -190,16 +198,10 @@ def spent_on(pieces: Pieces, card: int, run: Commands) -> dict[Bound, float]:
 
 
 def stage_pieces(
-    shape: ModelShape,
-    plan: Plan,
-    machine: Machine,
-    rows: StepRows,
-    together: Callable[[int], Sequence[int]],
+    shape: ModelShape, plan: Plan, machine: Machine, rows: StepRows
 ) -> tuple[Pieces, ...]:
-    """The pieces of each stage, while the cards `together(stage)` compute; one and the same where
-    they are never in each other's way."""
-    stages = range(len(plan.stages))
-    profile = machine.profile
-    if profile.cores is None and profile.shared_bytes_per_s is None:
-        return (Pieces(shape, machine, rows),) * len(stages)
-    return tuple(Pieces(shape, machine, rows, together(number)) for number in stages)
+    """The pieces of each stage while its own cards compute; one and the same where cards are never
+    in each other's way."""
+    if not machine.contended:
+        return (Pieces(shape, machine, rows),) * len(plan.stages)
+    return tuple(Pieces(shape, machine, rows, stage.cards) for stage in plan.stages)

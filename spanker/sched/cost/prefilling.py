@@ -19,6 +19,7 @@ from spanker.sched.cost.decoding import CANDIDATES, STEPS_AHEAD, check_fits, han
 from spanker.sched.cost.host import HostMessages, step_messages
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound, StagePrice, price_stage, stage_pieces
+from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.plan import ModelShape, Plan
 from spanker.sched.topology import Topology
@@ -80,11 +81,11 @@ def prefill(
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
-    sizes = list(prompt_steps(batch, tokens, chunk))
-    steps = [
-        _price(shape, plan, machine, size, (number == 0, number == len(sizes) - 1), candidates)
-        for number, size in enumerate(sizes)
-    ]
+    steps: list[_Step] = []
+    for size in prompt_steps(batch, tokens, chunk):
+        # What follows a chunk with outputs waits for its tokens.
+        follows = bool(steps) and not steps[-1].chooses
+        steps.append(_price(shape, plan, machine, size, follows, candidates))
     seconds = _run(profile, steps)
     stages = tuple(sum(step.stages[n].seconds for step in steps) for n in range(len(plan.stages)))
     busiest = stages.index(max(stages))
@@ -132,20 +133,15 @@ def _price(
     plan: Plan,
     machine: Machine,
     size: tuple[StepRows, int, int],
-    ends: tuple[bool, bool],
+    follows: bool,
     candidates: int,
 ) -> _Step:
-    """One step; `ends` are whether it is the first one, and the last."""
+    """One step; `follows` the one before, which is still under way."""
     rows, sequences, context = size
-    by_stage = stage_pieces(shape, plan, machine, rows, lambda n: plan.stages[n].cards)
+    by_stage = stage_pieces(shape, plan, machine, rows)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     if machine.contended and len(stages) > 1:
-        both = stage_pieces(shape, plan, machine, rows, lambda n: _together(plan, n))
-        beside = [price_stage(p, plan, n, candidates) for n, p in enumerate(both)]
-        stages = [
-            _beside(alone, other, len(stages), n, ends)
-            for n, (alone, other) in enumerate(zip(stages, beside, strict=True))
-        ]
+        stages = _beside_another(shape, plan, machine, rows, stages, follows, candidates)
     return _Step(
         stages=stages,
         handovers=handover_times(by_stage, plan),
@@ -155,30 +151,37 @@ def _price(
     )
 
 
-def _together(plan: Plan, number: int) -> tuple[int, ...]:
-    """Cards that may compute at the same time: with two chunks under way those of two stages."""
-    other = number + 1 if number + 1 < len(plan.stages) else number - 1
-    return plan.stages[number].cards + plan.stages[other].cards
-
-
-def _beside(
-    alone: StagePrice, beside: StagePrice, stages: int, number: int, ends: tuple[bool, bool]
-) -> StagePrice:
-    """A stage's price while another one has the other chunk: in its way for as much of the time as
-    it computes itself.  The first chunk is alone on its way in, the last one on its way out."""
-    first, last = ends
-    if (first and number < stages / 2) or (last and number >= stages / 2):
-        return alone
-    part = alone.computing / alone.seconds
-
-    def between(a: float, b: float) -> float:
-        return a + part * (b - a)
-
-    return StagePrice(
-        seconds=between(alone.seconds, beside.seconds),
-        computing=between(alone.computing, beside.computing),
-        spent={bound: between(s, beside.spent[bound]) for bound, s in alone.spent.items()},
-    )
+def _beside_another(
+    shape: ModelShape,
+    plan: Plan,
+    machine: Machine,
+    rows: StepRows,
+    alone: list[StagePrice],
+    follows: bool,
+    candidates: int,
+) -> list[StagePrice]:
+    """Prices of stages while another one has the other chunk: in the way of each for as much of the
+    time as it computes.  A chunk that follows none is alone on its way in, and one that none can
+    follow on its way out."""
+    # How far apart chunks are: the slowest stage, or two of them take turns with all.
+    times = [stage.seconds for stage in alone]
+    apart_s = max(max(times), sum(times) / STEPS_AHEAD)
+    prices = []
+    for n, price in enumerate(alone):
+        way_out = 2 * n >= len(alone)
+        if rows.outputs if way_out else not follows:
+            prices.append(price)
+            continue
+        parts = [0.0 if m == n else other.computing / apart_s for m, other in enumerate(alone)]
+        most = max(sum(parts), 1.0)
+        mixed = price
+        for m, part in enumerate(parts):
+            if part:
+                both = plan.stages[n].cards + plan.stages[m].cards
+                beside = price_stage(Pieces(shape, machine, rows, both), plan, n, candidates)
+                mixed = mixed.plus(beside, part / most).plus(price, -part / most)
+        prices.append(mixed)
+    return prices
 
 
 def _run(profile: Profile, steps: Sequence[_Step]) -> float:

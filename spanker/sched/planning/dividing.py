@@ -32,7 +32,7 @@ Table = Callable[[int, int, int], float]
 """(card, start, units) -> seconds."""
 
 WAYS_MAX = 7000
-_LIMITS = 48
+_LIMITS = 24
 _MOVES_MAX = 64
 _MOVED_CARDS_MAX = 16
 # Cards up to which every set of them is tried as the only ones that get any.
@@ -43,46 +43,45 @@ class Gather:
     """`Machine.gather_s` for many ways at once; rows of `nbytes` are ways, columns cards."""
 
     def __init__(self, machine: Machine, cards: Sequence[int]) -> None:
-        n = len(cards)
-        up = ~np.eye(n, dtype=bool)
-        rates, latencies = np.full((n, n), np.inf), np.zeros((n, n))
-        for i, a in enumerate(cards):
-            for j, b in enumerate(cards):
-                if i != j:
-                    link = machine.profile.link(a, b)
-                    up[i, j] = machine.topology.is_up(a, b)
-                    rates[i, j], latencies[i, j] = link.bytes_per_s, link.latency_s
-                if machine.uniform and i == 0 and j == 1:
-                    rates[:], latencies[:] = rates[0, 1], latencies[0, 1]
-                    break
-            if machine.uniform:
-                break
-        # Of each card: its slowest link, the largest latency, how many it has, how many it lacks.
-        self._rates = np.where(up, rates, np.inf).min(axis=1)
-        self._latencies = np.where(up, latencies, 0.0).max(axis=1)
-        self._links = up.sum(axis=1)
-        self._relays = n - 1 - self._links
-        self._up = None if self._relays.sum() == 0 else up.astype(np.float64)
-        self._port = machine.profile.port_bytes_per_s or math.inf
+        n, profile = len(cards), machine.profile
+        self._cards, self._uniform = n, machine.uniform
+        self._link_s = 1 / profile.intercard_bytes_per_s
+        self._latency_s = profile.intercard_latency_s
+        self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
         self._host_s_per_byte = machine.host_s_per_byte
-        self._host_latency_s = machine.profile.host_link_latency_s
+        self._host_latency_s = profile.host_link_latency_s
+        self._up = ~np.eye(n, dtype=bool)
+        # [source, target]: seconds a byte, and latencies.
+        self._links_s, self._latencies = np.zeros((n, n)), np.zeros((n, n))
+        if not machine.uniform:
+            for (i, a), (j, b) in itertools.permutations(enumerate(cards), 2):
+                link = profile.link(a, b)
+                self._up[i, j] = machine.topology.is_up(a, b)
+                self._links_s[i, j] = 1 / link.bytes_per_s
+                self._latencies[i, j] = link.latency_s
+        self._links = self._up.sum(axis=1)
+        self._relays = n - 1 - self._links
 
     def seconds(self, nbytes: F64) -> F64:
         """(ways,): how long each way's exchange takes."""
-        n = len(self._rates)
+        n = self._cards
         if n == 1:
             return np.zeros(len(nbytes))
-        if self._up is None:
+        if self._uniform:
+            most = nbytes.max(axis=1)
             received = nbytes.sum(axis=1) - nbytes.min(axis=1)
-        else:
-            received = (nbytes @ self._up).max(axis=1)
-        slowest: F64 = (nbytes / self._rates).max(axis=1)
-        slowest = np.maximum(slowest, (nbytes * self._links).max(axis=1) / self._port)
-        slowest = np.maximum(slowest, received / self._port)
-        slowest += np.where(nbytes > 0, self._latencies, 0.0).max(axis=1)
-        if self._up is None:
-            return slowest
-        return np.maximum(slowest, self._relay_s(nbytes @ self._relays))
+            port_bytes = np.maximum(most * (n - 1), received)
+            taken = np.maximum(most * self._link_s, port_bytes * self._port_s) + self._latency_s
+            return np.where(most > 0, taken, 0.0)
+        # (ways, sources, targets): over which link something goes.
+        used = (nbytes > 0)[:, :, None] & self._up
+        latencies = np.where(used, self._latencies, 0.0)
+        sent = np.where(used, nbytes[:, :, None], 0.0)
+        longest: F64 = (sent * self._links_s + latencies).max(axis=(1, 2))
+        for axis in (1, 2):
+            ports = sent.sum(axis=axis) * self._port_s + latencies.max(axis=axis)
+            longest = np.maximum(longest, ports.max(axis=1))
+        return np.maximum(longest, self._relay_s(nbytes @ self._relays))
 
     def _relay_s(self, relayed: F64) -> F64:
         seconds: F64 = 2 * (relayed * self._host_s_per_byte + self._host_latency_s)
@@ -90,17 +89,20 @@ class Gather:
 
     def least(self, total: float) -> float:
         """What no way of dividing so many bytes can beat."""
-        n = len(self._rates)
+        n = self._cards
         if n == 1 or not total:
             return 0.0
+        if self._uniform:
+            longest = max(total / n * self._link_s, total * (n - 1) / n * self._port_s)
+            return longest + self._latency_s
         relay = float(self._relay_s(np.array([total * self._relays.min()]))[0])
         if not self._links.all():
             return relay
-        # Whoever sends most: over its link, in proportion to the speeds; over its port; and all
-        # that is sent directly is received through somebody's.
-        links = total / self._rates.sum() if np.isfinite(self._rates).all() else 0.0
-        port = total * float(self._links.min()) / n / self._port
-        return max(max(links, port) + float(self._latencies.min()), relay)
+        # Each card's own part takes at least its slowest link and its port.
+        slowest = np.where(self._up, self._links_s, 0.0).max(axis=1)
+        per_byte = np.maximum(slowest, self._links * self._port_s)
+        direct = total / float((1 / per_byte).sum()) if per_byte.all() else 0.0
+        return max(direct + float(self._latencies[self._up].min()), relay)
 
 
 @attrs.frozen(eq=False)
@@ -284,9 +286,10 @@ class Division:
             if units % group == 0:
                 ways.append(tuple(group * u for u in self._even(units // group, n)))
             ways += _packed(units, n, group)
-        if self.alike:
-            return np.array(sorted(set(ways)), np.int64)
         total = np.sum([phase.seconds[:, 0, :] for phase in self.phases], axis=0)
+        if (total == total[0]).all():
+            # Equally fast: what keeps a limit is even.
+            return np.array(sorted(set(ways)), np.int64)
         least, most = self._least_limit(total), float(total[:, -(-units // n)].max())
         for limit in np.linspace(least, max(most, least), _LIMITS):
             caps = _caps(total, limit)

@@ -19,8 +19,8 @@ class Request:
     `free_bytes`: memory of each card by number.  `limits`: of the steps and contexts that the cards
     must have memory for; its `kv_pages` are set here: for `kv_tokens` positions in each replica, or
     else a full context for each sequence.  Decoding
-    of `batch` sequences at `position` positions each is to be fast.  At most `keep` candidates come
-    out.
+    of `batch` sequences at `position` positions each is to be fast.  Of rows of stages,
+    the `keep` fastest come out.
     """
 
     shape: ModelShape
@@ -64,11 +64,6 @@ class Candidate:
     @property
     def tokens_per_second(self) -> float:
         return self.cost.tokens_per_second
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The same for plans that differ in name and reason only."""
-        return tuple(replica.stages for replica in self.plan.replicas)
 
     @property
     def seconds(self) -> float:

@@ -20,8 +20,8 @@ from spanker.sched.bandwidth import CardSpeed
 from spanker.sched.cost import Machine, Pieces, StepRows, decode_fleet
 from spanker.sched.cost.commands import INT8
 from spanker.sched.cost.phases import phases
-from spanker.sched.layout import card_bytes
-from spanker.sched.plan import FleetPlan, Plan, tensor_pipeline
+from spanker.sched.layout import card_bytes, fit_kv_pages
+from spanker.sched.plan import FleetPlan, on_cards, tensor_pipeline
 from spanker.sched.planning.naming import fleet_name
 from spanker.sched.planning.options import Options
 from spanker.sched.planning.partitions import Groups, deals, every_deal
@@ -54,7 +54,7 @@ def search(request: Request) -> Outcome:
     chosen = candidates[0]
     gap = max(found.rate_bound / chosen.tokens_per_second - 1, 0.0)
     gap = 0.0 if gap < _ROUNDING else gap
-    why = reason(request.profile, candidates, gap)
+    why = reason(request.profile, len(request.topology.cards), candidates, gap)
     plan = attrs.evolve(chosen.plan, reason=why)
     if len(plan.replicas) == 1:
         plan = attrs.evolve(plan, replicas=(attrs.evolve(plan.replicas[0], reason=why),))
@@ -62,7 +62,7 @@ def search(request: Request) -> Outcome:
     return Outcome(
         request,
         chosen,
-        (chosen, *candidates[1 : request.keep]),
+        (chosen, *candidates[1:]),
         gap,
         why,
         time.perf_counter() - begin,
@@ -90,8 +90,11 @@ class _Search:
         found += self._replicated()
         found += (self._priced(plan) for plan in self._named() if self._fits(plan))
         found.sort(key=lambda c: (-c.tokens_per_second, len(c.plan.cards), c.plan.name))
-        seen: set[tuple[object, ...]] = set()
-        return [c for c in found if not (c.key in seen or seen.add(c.key))]  # type: ignore[func-returns-value]
+        # Of plans that differ in nothing that shows, one.
+        first: dict[tuple[str, int, str], Candidate] = {}
+        for c in found:
+            first.setdefault((c.plan.name, len(c.plan.cards), f"{c.tokens_per_second:.9g}"), c)
+        return list(first.values())
 
     def _priced(self, plan: FleetPlan | Row) -> Candidate:
         request = self._request
@@ -171,7 +174,8 @@ class _Search:
             for mine, theirs in zip(representatives, groups, strict=True)
             for old, new in zip(mine, theirs, strict=True)
         }
-        rows = tuple(attrs.evolve(row, plan=_renamed(row.plan, names)) for row in known.rows)
+        cards = [names.get(card, card) for card in range(max(self._machine.cards) + 1)]
+        rows = tuple(attrs.evolve(row, plan=on_cards(row.plan, cards)) for row in known.rows)
         return Rows(rows, known.bound)
 
     def _find_rows(self, groups: Groups, sequences: int, most: int) -> Rows:
@@ -278,7 +282,7 @@ class _Search:
             if rest or stages > len(shape.layers):
                 continue
             plan = tensor_pipeline(shape, tensor, stages)
-            yield FleetPlan.of(_renamed(plan, dict(enumerate(cards))))
+            yield FleetPlan.of(on_cards(plan, cards))
 
     def _fits(self, plan: FleetPlan) -> bool:
         request, limits = self._request, self._request.limits_for(self._request.batch)
@@ -333,19 +337,6 @@ def _idealised(request: Request) -> Request:
     )
 
 
-def _renamed(plan: Plan, names: dict[int, int]) -> Plan:
-    """The same plan on other cards."""
-    return attrs.evolve(
-        plan,
-        stages=tuple(
-            attrs.evolve(
-                stage, shares=tuple(attrs.evolve(s, card=names[s.card]) for s in stage.shares)
-            )
-            for stage in plan.stages
-        ),
-    )
-
-
 def _only_choice(found: Rows) -> bool:
     """Whether only the choice of the token stands between the best row and the bound."""
     if not found.rows:
@@ -365,11 +356,13 @@ def _does_not_fit(request: Request) -> CardMemoryError:
     """Says by how much, for the plan that cuts the model most evenly."""
     cards = request.topology.cards
     plan = tensor_pipeline(request.shape, len(cards), 1)
+    plan = on_cards(plan, cards)
     limits = request.limits_for(request.batch)
-    need = max(card_bytes(request.shape, plan, card, limits) for card in plan.cards)
-    have = min(request.free_bytes[card] for card in cards)
+    try:
+        fit_kv_pages(request.shape, plan, limits, request.free_bytes, limits.kv_pages)
+    except CardMemoryError as error:
+        return error
     return CardMemoryError(
-        f"no plan fits: even cut into {len(cards)} the model needs {need:,} bytes of DDR on a card "
-        f"with {request.batch} contexts of {limits.context:,}, but one has only {have:,} free: use "
-        f"more cards, a shorter --ctx or --prompt-chunk, or more memory per card"
+        f"no plan fits into {len(cards)} cards with KV memory for {request.batch} contexts of "
+        f"{limits.context:,}: use more cards, a shorter --ctx or --prompt-chunk, or fewer sequences"
     )

@@ -11,14 +11,17 @@ from spanker.sched.decision import Decision, Strategy
 from spanker.sched.planning.request import Candidate
 
 
-def reason(profile: Profile, candidates: Sequence[Candidate], gap: float) -> str:
+def reason(profile: Profile, cards: int, candidates: Sequence[Candidate], gap: float) -> str:
     """One sentence about the first of the candidates: what it does, what bounds it, what comes
     next, how sure that is."""
     chosen = candidates[0]
+    idle = cards - len(chosen.plan.cards)
     parts = [
         f"{chosen.tokens_per_second:.3g} tokens/s predicted with the {profile.name} figures, "
         f"{spent(slowest(chosen))}"
     ]
+    if idle:
+        parts.append(f"{idle} card{'s stay' if idle > 1 else ' stays'} idle")
     other = _next(candidates)
     if other is not None:
         slower = chosen.tokens_per_second / other.tokens_per_second - 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from spanker.sched.collectives.direct import Move, all_gather, handover
+from spanker.sched.moves import Move, all_gather, handover
 from spanker.sched.shares import Share, split
 
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a replica to those like it: what one card has got from the host its counterparts get from
+each other, where the links between cards are faster than the one to the host.
+
+A chain of cards hands on one buffer after the other, all its links at the same time.  How long that
+takes is said in docs/api/timing-model.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from spanker.actors.message import RunStep, UnloadProgram
+from spanker.actors.steps import Flight, settled
+from spanker.errors import CardError
+from spanker.kernels import program as op
+from spanker.kernels.program import Command, Program, Ref, Transfer, encode_step
+from spanker.sched.bandwidth import Profile
+from spanker.sched.layout import BufferSpec
+from spanker.sched.plan import FleetPlan, Plan
+
+if TYPE_CHECKING:
+    from spanker.actors.coordinator import Coordinator
+
+# After so many bytes others get their turn with the cards.
+RUN_BYTES = 64 << 20
+# How long giving programs back may take where nobody can be told that it failed.
+RELEASE_S = 2.0
+
+Chain = tuple[tuple[int, int], ...]
+"""Cards that get the same bytes, each from the one before, the first from the host: as (number of
+the replica, card)."""
+
+
+def chains(plan: FleetPlan, profile: Profile) -> tuple[Chain, ...]:
+    """Every card of a plan once, in order of the first cards' replicas."""
+    host = profile.host_link_bytes_per_s
+    slow = host is not None and host < profile.intercard_bytes_per_s
+    alike: dict[object, list[int]] = {}
+    for number, replica in enumerate(plan.replicas):
+        alike.setdefault(_form(replica) if slow else number, []).append(number)
+    return tuple(
+        tuple((number, plan.replicas[number].cards[i]) for number in numbers)
+        for numbers in alike.values()
+        for i in range(len(plan.replicas[numbers[0]].cards))
+    )
+
+
+def _form(plan: Plan) -> object:
+    """What plans have in common that differ in their cards alone."""
+    return tuple(
+        (stage.layers, tuple(attrs.evolve(share, card=0) for share in stage.shares))
+        for stage in plan.stages
+    )
+
+
+async def copy(
+    coordinator: Coordinator,
+    handles: Mapping[int, Mapping[str, int]],
+    buffers: Sequence[BufferSpec],
+) -> None:
+    """Copy buffers along a chain of cards: `handles` are those of each, in order of the chain.
+
+    Waits while others have the cards, and lets them in between.  Raises what the cards report.
+    """
+    for batch in _runs(buffers):
+        programs: dict[int, int] = {}
+        try:
+            for card, made in zip(handles, build(tuple(handles), batch), strict=True):
+                data = made.encode(handles[card])
+                programs[card] = await coordinator.load_program(card, data)
+            await _run(coordinator, programs)
+        finally:
+            with trio.move_on_after(RELEASE_S, shield=True):
+                for card, program in programs.items():
+                    await _unload(coordinator, card, program)
+
+
+def _runs(buffers: Sequence[BufferSpec]) -> Iterator[Sequence[BufferSpec]]:
+    """The buffers in order, as many at a time as make RUN_BYTES."""
+    batch: list[BufferSpec] = []
+    for buffer in buffers:
+        batch.append(buffer)
+        if sum(b.nbytes for b in batch) >= RUN_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def build(cards: Sequence[int], buffers: Sequence[BufferSpec]) -> tuple[Program, ...]:
+    """The program of each card of a chain: it receives a buffer while it sends the one before."""
+    return tuple(
+        Program(tuple(_commands(cards, place, buffers)), 1, 1, 1) for place in range(len(cards))
+    )
+
+
+def _commands(cards: Sequence[int], place: int, buffers: Sequence[BufferSpec]) -> Iterator[Command]:
+    for arrives, leaves in zip((*buffers, None), (None, *buffers), strict=True):
+        transfers = []
+        if arrives is not None and place > 0:
+            transfers.append(_transfer(False, cards[place - 1], arrives))
+        if leaves is not None and place < len(cards) - 1:
+            transfers.append(_transfer(True, cards[place + 1], leaves))
+        yield from op.exchange(transfers)
+
+
+def _transfer(send: bool, peer: int, buffer: BufferSpec) -> Transfer:
+    return Transfer(send, peer, Ref(buffer.name), buffer.nbytes, bulk=True)
+
+
+async def _run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
+    """Run these programs, by card, together."""
+    cards = tuple(programs)
+    await coordinator.take_cards(cards)
+    try:
+        flight = Flight(coordinator.count_step(), 0, len(cards), coordinator.trace)
+        posted = 0
+        try:
+            for card in cards:
+                request = RunStep(programs[card], buffers=(encode_step([]),))
+                await coordinator.clients[card].post(request, flight.callback(card))
+                posted += 1
+            await settled(coordinator, flight, cards)
+        finally:
+            flight.forget(len(cards) - posted)
+            if not flight.settled.is_set() or flight.errors:
+                with trio.CancelScope(shield=True):
+                    await coordinator.abort(flight.all_back.wait, cards)
+        if flight.errors:
+            raise flight.cause()
+    finally:
+        coordinator.give_cards_back(cards)
+
+
+async def _unload(coordinator: Coordinator, card: int, program: int) -> None:
+    # A card that is lost has nothing to give back.
+    with contextlib.suppress(CardError):
+        await coordinator.clients[card].request(UnloadProgram(program))
