@@ -14,8 +14,9 @@
 
 A plan's price is the sum of its stages' phases, in each of which the slowest card counts and then
 the exchange.  So shares can be chosen stage by stage and dimension by dimension, and stages by
-dynamic programming, without losing the best plan; where the search looks at less than everything it
-says how far from a bound the result can be.
+dynamic programming, without losing the best plan.  Only the choice of the next token joins the ends
+of a row: which cards have columns of the embedding and which have vocabulary is tried with it.
+Where the search looks at less than everything it says how far from a bound the result can be.
 """
 
 from __future__ import annotations

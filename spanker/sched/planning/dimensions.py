@@ -27,7 +27,7 @@ from spanker.sched.plan import (
     LayerShape,
     WeightShape,
 )
-from spanker.sched.planning.dividing import F64, Division, Gather, Phase, Table
+from spanker.sched.planning.dividing import F64, Division, Gather, Phase, Solution, Table
 from spanker.sched.shares import Share, split
 
 Parts = tuple[Share, ...]
@@ -70,6 +70,15 @@ class LayerPrice:
     without_add: Price
 
 
+@attrs.frozen
+class Ending:
+    """Shares of columns or of the vocabulary, and what they take; the bound is for all in which
+    no other cards have any."""
+
+    parts: Parts
+    price: Price
+
+
 class Dimensions:
     """The divisions of one set of cards.  `like` says which cards are alike; `tables` keeps what
     single cards take, and may be shared with other sets of cards."""
@@ -105,28 +114,34 @@ class Dimensions:
                 self._hidden(layer, aligned).solve(),
             )
             unit = self._whole if aligned else 1
-            parts = _parts(heads.units, unit, shape.heads), hidden.units
+            parts = parts_of(heads.units, unit, shape.heads), hidden.units
             found.append((heads.seconds + hidden.seconds, *parts))
         _, heads_parts, hidden_units = min(found, key=lambda way: way[0])
-        return Shares(
-            heads=heads_parts,
-            hidden=_parts(hidden_units, TILE_ROWS, shape.hidden),
-            ffn=_parts(self._ffn(layer).solve().units, Q8_BLOCK, shape.ffn),
-            vocabulary=_parts(self._vocabulary().solve().units, LOGIT_CHUNK, shape.vocabulary),
-            columns=_parts(self._columns().solve().units, self._columns_unit, shape.hidden),
-            aligned=self._is_aligned(heads_parts),
+        return self.shares(
+            heads_parts,
+            parts_of(hidden_units, TILE_ROWS, shape.hidden),
+            parts_of(self._ffn(layer).solve().units, Q8_BLOCK, shape.ffn),
+            parts_of(self._vocabulary().solve().units, LOGIT_CHUNK, shape.vocabulary),
+            parts_of(self._columns().solve().units, self._columns_unit, shape.hidden),
         )
 
-    def ends(self) -> tuple[list[Parts], list[Parts]] | None:
+    def ends(self) -> tuple[list[Ending], list[Ending]] | None:
         """Shares of the columns and of the vocabulary that can be best once it counts which cards
-        have any, as it does where the next token is chosen; None where those are not known."""
+        have any, as it does where the next token is chosen; the fastest first.  None where those
+        are not known."""
         columns, vocabulary = self._columns().by_users, self._vocabulary().by_users
         if columns is None or vocabulary is None:
             return None
-        shape = self._shape
+
+        def endings(ways: Sequence[Solution], unit: int, total: int) -> list[Ending]:
+            return [
+                Ending(parts_of(way.units, unit, total), Price(way.seconds, way.bound))
+                for way in ways
+            ]
+
         return (
-            [_parts(way.units, self._columns_unit, shape.hidden) for way in columns],
-            [_parts(way.units, LOGIT_CHUNK, shape.vocabulary) for way in vocabulary],
+            endings(columns, self._columns_unit, self._shape.hidden),
+            endings(vocabulary, LOGIT_CHUNK, self._shape.vocabulary),
         )
 
     def by_weight(self, weights: Sequence[float]) -> Shares:
@@ -136,15 +151,19 @@ class Dimensions:
         def parts(total: int, unit: int) -> Parts:
             return split(total, n, unit=unit, weights=weights)
 
-        heads = parts(shape.heads, 1)
-        return Shares(
-            heads=heads,
-            hidden=parts(shape.hidden, TILE_ROWS),
-            ffn=parts(shape.ffn, Q8_BLOCK),
-            vocabulary=parts(shape.vocabulary, LOGIT_CHUNK),
-            columns=parts(shape.hidden, self._columns_unit),
-            aligned=self._is_aligned(heads),
+        return self.shares(
+            parts(shape.heads, 1),
+            parts(shape.hidden, TILE_ROWS),
+            parts(shape.ffn, Q8_BLOCK),
+            parts(shape.vocabulary, LOGIT_CHUNK),
+            parts(shape.hidden, self._columns_unit),
         )
+
+    def shares(
+        self, heads: Parts, hidden: Parts, ffn: Parts, vocabulary: Parts, columns: Parts
+    ) -> Shares:
+        """Any shares."""
+        return Shares(heads, hidden, ffn, vocabulary, columns, self._is_aligned(heads))
 
     def _is_aligned(self, heads: Parts) -> bool:
         return all(h.start % self._whole == h.size % self._whole == 0 for h in heads)
@@ -339,7 +358,7 @@ def _sized(
     )
 
 
-def _parts(units: Sequence[int], unit: int, total: int) -> Parts:
+def parts_of(units: Sequence[int], unit: int, total: int) -> Parts:
     """Shares of so many units each; the last of all units may be partial."""
     edges = [min(unit * sum(units[:i]), total) for i in range(len(units) + 1)]
     return tuple(Share(a, b) for a, b in itertools.pairwise(edges))

@@ -6,7 +6,8 @@ its slowest card takes and then an all-gather.  Phases of different divisions ne
 division can be solved alone.
 
     exact       all ways, where there are at most WAYS_MAX; and equal cards whose time depends only
-                on how many units they have: as equal as possible
+                on how many units they have: as equal as possible, the last of all units, which may
+                be smaller, with those that have one more
     otherwise   for a row of limits to the slowest card the least exchange, then single units
                 moved as long as that helps; `Solution.bound` is what no way can beat
 """
@@ -34,6 +35,8 @@ WAYS_MAX = 7000
 _LIMITS = 24
 _MOVES_MAX = 64
 _MOVED_CARDS_MAX = 16
+# Cards up to which every set of them is tried as the only ones that get any.
+_USERS_MAX = 5
 
 
 class Gather:
@@ -174,29 +177,72 @@ class Division:
     @functools.cached_property
     def by_users(self) -> tuple[Solution, ...] | None:
         """The best way for each set of cards that get any, leaving out those beside which a subset
-        is as fast; the fastest first.  None where that is not known.
+        is as fast; the fastest first.  None where there are too many sets.
 
         Of cards that are alike only the first ones are considered.
         """
-        n, units = self._cards, self.units
+        n = self._cards
         if self._even_is_best:
-            some = range(1, min(n, units) + 1)
-            ways = np.array([self._even(units, m) + (0,) * (n - m) for m in some])
-        elif math.comb(units + n - 1, n - 1) <= WAYS_MAX:
-            ways = _all_ways(units, n)
+            sets = [tuple(range(count)) for count in range(1, min(n, self.units) + 1)]
+        elif n <= _USERS_MAX:
+            sets = [
+                users
+                for count in range(1, min(n, self.units) + 1)
+                for users in itertools.combinations(range(n), count)
+            ]
         else:
             return None
-        prices = self.price(ways)
-        # The fastest first, and of equal ones that with fewest users.
-        order = np.lexsort(((ways > 0).sum(axis=1), prices))
-        _, firsts = np.unique(ways[order] > 0, axis=0, return_index=True)
-        found: dict[frozenset[int], Solution] = {}
-        for index in order[np.sort(firsts)].tolist():
-            users = frozenset(np.flatnonzero(ways[index]).tolist())
-            if not any(known <= users for known in found):
-                price = float(prices[index])
-                found[users] = Solution(_row(ways, index), price, price)
-        return tuple(found.values())
+        ways = [self._of_users(users) for users in sets]
+        found: list[tuple[frozenset[int], Solution]] = []
+        # A set of fewer comes first, so that of equal ones the smaller one stays.
+        for users, way in sorted(
+            zip(map(frozenset, sets), ways, strict=True), key=lambda x: (x[1].seconds, len(x[0]))
+        ):
+            if not any(known <= users and best.seconds <= way.bound for known, best in found):
+                found.append((users, way))
+        return tuple(way for _, way in found)
+
+    def _of_users(self, users: tuple[int, ...]) -> Solution:
+        """The best way to divide among these cards; all others of the stage wait."""
+        units, own, count = self.units, list(users), len(users)
+        ways = None
+        if count == 1:
+            ways = np.array([[units]])
+        elif self._even_is_best:
+            ways = np.array([self._even(units, count)])
+        elif math.comb(units + count - 1, count - 1) <= WAYS_MAX:
+            ways = _all_ways(units, count)
+        if ways is not None:
+            whole = self._spread(ways, own)
+            prices = self.price(whole)
+            best = int(prices.argmin())
+            return Solution(_row(whole, best), float(prices[best]), float(prices[best]))
+        way, price = self._improved(self._spread(self._only(own)._candidates(), own), own)
+        others = [i for i in range(self._cards) if i not in users]
+        bound = 0.0
+        for phase in self.phases:
+            waits = float(phase.least[others, 0].max()) if others else 0.0
+            nbytes = units * phase.unit_bytes - phase.less_bytes
+            bound += max(self._least_limit(phase.least[own]), waits) + self.gather.least(nbytes)
+        return Solution(way, price, min(bound, price))
+
+    def _spread(self, ways: I64, users: list[int]) -> I64:
+        """Ways of some of the cards as ways of all."""
+        whole = np.zeros((len(ways), self._cards), np.int64)
+        whole[:, users] = ways
+        return whole
+
+    def _only(self, users: list[int]) -> Division:
+        """The same for some of the cards."""
+        phases = [
+            attrs.evolve(
+                phase,
+                seconds=phase.seconds[users],
+                ending=None if phase.ending is None else phase.ending[users],
+            )
+            for phase in self.phases
+        ]
+        return Division(self.units, phases, self.gather, self.alike, self.avoid)
 
     @property
     def _even_is_best(self) -> bool:
@@ -264,7 +310,9 @@ class Division:
                 low = middle + 1
         return float(values[low])
 
-    def _improved(self, ways: I64) -> tuple[tuple[int, ...], float]:
+    def _improved(
+        self, ways: I64, among: Sequence[int] | None = None
+    ) -> tuple[tuple[int, ...], float]:
         """The best of the ways, with single units moved as long as that helps."""
         prices = self.price(ways)
         best = int(prices.argmin())
@@ -272,7 +320,8 @@ class Division:
         n = self._cards
         if n > _MOVED_CARDS_MAX:
             return tuple(way.tolist()), price
-        steps = np.array([_move(n, a, b) for a, b in itertools.permutations(range(n), 2)])
+        pairs = itertools.permutations(range(n) if among is None else among, 2)
+        steps = np.array([_move(n, a, b) for a, b in pairs])
         for _ in range(_MOVES_MAX):
             moved = way + steps
             moved = moved[(moved >= 0).all(axis=1)]

@@ -22,10 +22,13 @@ from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.pieces import Pieces, layer_kinds
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.layout import end_buffers, kv_page_bytes, layer_buffers, stage_work_buffers
-from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape
-from spanker.sched.planning.dimensions import Dimensions, Parts, Price, Shares
+from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape, dimensions
+from spanker.sched.planning.dimensions import Dimensions, Ending, Price, Shares, parts_of
 from spanker.sched.planning.dividing import F64, Gather
 from spanker.sched.shares import Share
+
+# Cards of a stage for which shares are looked for that fit, where all have as much memory.
+_FILLED_CARDS_MAX = 8
 
 Cards = tuple[int, ...]
 Fits = npt.NDArray[np.bool_]
@@ -146,6 +149,8 @@ class Options:
         self.candidates = min(limits.candidates, shape.vocabulary)
         self.alone = Pieces(shape, machine, rows)
         self._tables: dict[tuple[int, ...], dict[object, F64]] = {}
+        self._layer_bytes: dict[tuple[int, ...], list[int]] = {}
+        self._end_bytes: dict[tuple[int, ...], int] = {}
         self._stages: dict[tuple[int, ...], _Stage] = {}
         # What no choice of a token takes longer than.
         self.choose_most_s = self.alone.choose(machine.cards, machine.cards)
@@ -181,6 +186,14 @@ class Options:
 
     def layer_bytes(self, share: CardShare) -> list[int]:
         """Memory of a card for each layer: weights and KV pages."""
+        kv_heads = share.kv_heads(self.shape.group).size
+        key = share.heads.size, kv_heads, share.hidden.size, share.ffn.size
+        found = self._layer_bytes.get(key)
+        if found is None:
+            found = self._layer_bytes[key] = self._find_layer_bytes(share)
+        return found
+
+    def _find_layer_bytes(self, share: CardShare) -> list[int]:
         kv = self.limits.kv_pages * kv_page_bytes(self.shape, share, self.limits)
         kinds = self.kinds.tolist()
         weights = [
@@ -191,11 +204,17 @@ class Options:
 
     def end_bytes(self, share: CardShare, first: bool, last: bool, voters: int) -> int:
         """Memory of a card for all else, where so many cards vote."""
-        share = attrs.evolve(
-            share,
-            columns=share.columns if first else Share(0, 0),
-            vocabulary=share.vocabulary if last else Share(0, 0),
-        )
+        columns = share.columns.size if first else 0
+        vocabulary = share.vocabulary.size if last else 0
+        kv_heads = share.kv_heads(self.shape.group).size
+        key = share.heads.size, kv_heads, share.ffn.size, columns, vocabulary, last, voters
+        found = self._end_bytes.get(key)
+        if found is None:
+            ends = attrs.evolve(share, columns=Share(0, columns), vocabulary=Share(0, vocabulary))
+            found = self._end_bytes[key] = self._find_end_bytes(ends, last, voters)
+        return found
+
+    def _find_end_bytes(self, share: CardShare, last: bool, voters: int) -> int:
         lists = 0 if share.columns.empty and share.vocabulary.empty else voters
         work = stage_work_buffers(self.shape, share, self.limits, last=last, lists=lists)
         embedding, output = end_buffers(self.shape, share)
@@ -238,16 +257,12 @@ class _Stage:
 
     @functools.cached_property
     def firsts(self) -> tuple[First, ...]:
-        found = [
-            tuple(
-                self._option(attrs.evolve(self._fast, columns=c, vocabulary=v), settled=True)
-                for v in self._ends[1]
-            )
-            for c in self._ends[0]
-        ]
+        fast = self.options[0]
+        columns, vocabulary = self._ends
+        found = [tuple(self._with_ends(fast, c, v) for v in vocabulary) for c in columns]
         if not found:
             return tuple(First(option, (option,)) for option in self.options)
-        others = [(option,) for option in self._by_memory(found[0][0])]
+        others = [(option,) for option in self.options[1:]]
         return tuple(First(only[0], only) for only in (*found, *others))
 
     @functools.cached_property
@@ -260,61 +275,94 @@ class _Stage:
         return self._dimensions.best(self._of.usual)
 
     @functools.cached_property
-    def _ends(self) -> tuple[list[Parts], list[Parts]]:
+    def _ends(self) -> tuple[list[Ending], list[Ending]]:
         """The shares of columns and vocabulary that can be best; none where those are not known."""
         found = None if self._of.machine.contended else self._dimensions.ends()
         if found is None:
             return [], []
-        fast, most_s = self._fast, self._of.choose_most_s
-        columns = [
-            (c, self._dimensions.embed(attrs.evolve(fast, columns=c)).seconds) for c in found[0]
-        ]
-        vocabulary = [
-            (v, self._dimensions.output(attrs.evolve(fast, vocabulary=v)).seconds) for v in found[1]
-        ]
-        return (
-            [parts for parts, seconds in columns if seconds <= columns[0][1] + most_s],
-            [parts for parts, seconds in vocabulary if seconds <= vocabulary[0][1] + most_s],
-        )
+        return self._worth(found[0]), self._worth(found[1])
+
+    def _worth(self, ends: list[Ending]) -> list[Ending]:
+        """Without those that take more than the choice of the token can save."""
+        most_s = ends[0].price.seconds + self._of.choose_most_s
+        return [end for end in ends if end.price.bound <= most_s]
 
     def _by_memory(self, fast: Option) -> Iterator[Option]:
         free = [self._of.free_bytes[card] for card in self._cards]
-        if len(set(free)) > 1 and not fast.fits[True, True][-1, 0]:
+        short = any((self._might_fit[at] & ~fast.fits[at]).any() for at in fast.fits)
+        if short and (len(set(free)) > 1 or len(free) <= _FILLED_CARDS_MAX):
             yield self._option(self._dimensions.by_weight(free), bounding=False)
+            yield self._option(self._filling(free), bounding=False)
 
-    def _option(self, shares: Shares, *, settled: bool = False, bounding: bool = True) -> Option:
+    def _filling(self, free: Sequence[int]) -> Shares:
+        """Shares that leave the cards room as alike as can be, with as many layers as might fit:
+        each unit, the largest first, goes where there is most."""
+        of, shape, n = self._of, self._of.shape, len(self._cards)
+        order = np.arange(of.layers + 1)
+        spans = np.where(self._might_fit[True, True], order[:, None] - order[None, :], 0)
+        layers = max(int(spans.max()), 1)
+        names = [name for name, _, _ in dimensions(shape, True, True)]
+
+        def nbytes(field: str, size: int) -> float:
+            own = {name: Share(0, size if name == field else 0) for name in names}
+            share = CardShare(self._cards[0], **own)
+            return sum(of.layer_bytes(share)[:layers]) + of.end_bytes(share, True, True, n)
+
+        rooms = np.array(free) - nbytes("heads", 0)
+        units = []
+        for field, unit, total in dimensions(shape, True, True):
+            # Cards that share a KV head both have all of it.
+            unit = shape.group if field == "heads" and shape.kv_heads >= n else unit
+            units.append((nbytes(field, unit) - nbytes(field, 0), field, unit, total))
+        parts = {}
+        for size, field, unit, total in sorted(units, reverse=True):
+            counts = [0] * n
+            for _ in range(-(-total // unit)):
+                most = int(rooms.argmax())
+                counts[most] += 1
+                rooms[most] -= size
+            parts[field] = parts_of(counts, unit, total)
+        return self._dimensions.shares(**parts)
+
+    def _option(self, shares: Shares, *, bounding: bool = True) -> Option:
         own = shares.of_cards(self._cards)
         return Option(
             shares=own,
             times=self._times(self._dimensions, shares, lambda price: price.seconds),
-            bounds=self._times(
-                self._bounding,
-                shares,
-                lambda price: price.bound,
-                # Of the same ends none are faster than these.
-                (lambda price: price.seconds) if settled else None,
-            ),
+            bounds=self._times(self._bounding, shares, lambda price: price.bound),
             fits=self._fits(own),
             might_fit=self._might_fit,
             bounding=bounding,
-            ends_settled=settled,
+            ends_settled=False,
         )
 
-    def _times(
-        self, dimensions: Dimensions, shares: Shares, which: Which, ends: Which | None = None
-    ) -> Times:
+    def _with_ends(self, fast: Option, columns: Ending, vocabulary: Ending) -> Option:
+        """The fastest shares but for these; none with the same users of them are faster."""
+        shares = attrs.evolve(self._fast, columns=columns.parts, vocabulary=vocabulary.parts)
+        own = shares.of_cards(self._cards)
+        embed, output = columns.price, vocabulary.price
+        exchange_s = self._pieces.exchange_s(len(self._cards))
+        return attrs.evolve(
+            fast,
+            shares=own,
+            times=attrs.evolve(fast.times, embed=embed.seconds + exchange_s, output=output.seconds),
+            bounds=attrs.evolve(fast.bounds, embed=embed.bound + exchange_s, output=output.bound),
+            fits=self._fits(own),
+            ends_settled=True,
+        )
+
+    def _times(self, dimensions: Dimensions, shares: Shares, which: Which) -> Times:
         of, pieces = self._of, dimensions.pieces
         exchange_s = pieces.exchange_s(len(self._cards))
         layers = [dimensions.layer(shares, sample) for sample in of.samples]
         with_add = np.array([which(layer.whole) for layer in layers])[of.kinds]
         saved = np.array([which(x.whole) - which(x.without_add) for x in layers])[of.kinds]
-        end = ends or which
         return Times(
             layers=np.concatenate(([0.0], np.cumsum(with_add + 4 * exchange_s))),
             saved=np.append(saved, 0.0),
-            embed=end(dimensions.embed(shares)) + exchange_s,
+            embed=which(dimensions.embed(shares)) + exchange_s,
             middle=max(map(pieces.add, self._cards)),
-            output=end(dimensions.output(shares)),
+            output=which(dimensions.output(shares)),
         )
 
     def _fits(self, shares: tuple[CardShare, ...]) -> FitsAt:
@@ -344,7 +392,7 @@ class _Stage:
         of, cards = self._of, self._cards
         found = _all_spans(of.layers)
         shape = of.shape
-        none = CardShare(cards[0], *(Share(0, 0),) * 5)
+        none = _nothing(cards[0])
         sizes = shape.heads, shape.hidden, shape.ffn, shape.vocabulary, shape.hidden
         whole = CardShare(cards[0], *(Share(0, size) for size in sizes))
         fixed, divided = _before(of.layer_bytes(none)), _before(of.layer_bytes(whole))
@@ -357,6 +405,10 @@ class _Stage:
             fit = np.all([room >= 0 for room in rooms], axis=0)
             found[first, last] &= fit & (sum(rooms) >= cut + ends)
         return found
+
+
+def _nothing(card: int) -> CardShare:
+    return CardShare(card, *(Share(0, 0),) * 5)
 
 
 def _all_spans(layers: int) -> FitsAt:

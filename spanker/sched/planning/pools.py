@@ -73,17 +73,15 @@ class Pool:
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
         self._groups = tuple(tuple(group) for group in groups if group)
         counts = [len(group) for group in self._groups]
-        self.complete = math.prod(math.comb(n + 2, 2) for n in counts) <= PAIRS_MAX
+        # Neighbours of cards that are all alike would be as many, and every set.
+        few = math.prod(math.comb(n + 2, 2) for n in counts) <= PAIRS_MAX
+        self.complete = few or len(counts) == 1
         if not self.complete:
             # Each card a class of its own, and only neighbours together.
             self._groups = tuple((card,) for group in self._groups for card in group)
         self.size = sum(counts)
         self.empty: State = (0,) * len(self._groups)
         self._kinds: dict[State, Kind] = {}
-
-    @property
-    def all_alike(self) -> bool:
-        return len(self._groups) <= 1
 
     def kind(self, counts: State) -> Kind:
         """The first cards of each class, so many."""

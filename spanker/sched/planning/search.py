@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from spanker.errors import CardMemoryError
+from spanker.sched.bandwidth import CardSpeed
 from spanker.sched.cost import Machine, Pieces, StepRows, decode_fleet
 from spanker.sched.cost.commands import INT8
 from spanker.sched.cost.phases import phases
@@ -29,6 +30,7 @@ from spanker.sched.planning.request import Candidate, Outcome, Request
 from spanker.sched.planning.stages import Row, Rows, Stages
 from spanker.sched.planning.words import reason
 from spanker.sched.shares import split
+from spanker.sched.topology import Link, LinkState, Topology
 
 # Sets of cards that can be the first stage, up to which each is tried for itself.
 _FIRSTS_MAX = 40
@@ -75,6 +77,8 @@ class _Search:
         self._like = {card: i for i, group in enumerate(self._groups) for card in group}
         self._options: dict[int, Options] = {}
         self._rows: dict[tuple[tuple[tuple[int, int], ...], int, int], Rows] = {}
+        self._works: dict[int, tuple[float, float]] = {}
+        self._ideal: _Search | None = None
         # Tokens per second that no plan can beat.
         self.rate_bound = math.inf
         self._whole_bound = 0.0
@@ -137,7 +141,9 @@ class _Search:
         if profile.shared_bytes_per_s is not None:
             memory = min(memory, replicas * profile.shared_bytes_per_s)
         multiply = profile.int8_madds_per_s * sum(speed.compute for speed in speeds)
-        nbytes, madds = self._work(part)
+        if part not in self._works:
+            self._works[part] = self._work(part)
+        nbytes, madds = self._works[part]
         return part * min(memory / nbytes, multiply / max(madds, 1.0))
 
     def _work(self, sequences: int) -> tuple[float, float]:
@@ -177,22 +183,35 @@ class _Search:
         found = Stages(pool, options).rows(most)
         if not pool.complete:
             # Other rows than were looked at may be faster.
-            return Rows(found.rows, 0.0)
+            return Rows(found.rows, self._ideal_bound(pool.size, sequences))
         firsts = [kind for used, kind in pool.pairs() if used == pool.empty]
         if not _only_choice(found) or len(firsts) > _FIRSTS_MAX:
             return found
-        # What the choice of the token takes depends on the first stage: try each.
-        best: dict[tuple[int, ...], Row] = {}
-        bound = math.inf
+        # What the choice of the token takes depends on the first stage: try each that may be best.
+        best = {tuple(sorted(row.plan.cards)): row for row in found.rows}
+        least, bound = found.rows[0].seconds, math.inf
         for kind in firsts:
+            begun = Stages(pool, options, kind).rows(1)
+            usual = options.of(kind.cards)[0]
             for first in options.firsts(kind.cards):
+                more_s = first.option.bounds.embed - usual.bounds.embed
+                if begun.bound + max(more_s, 0.0) >= least:
+                    continue
                 mine = Stages(pool, options, kind, first).rows(most)
                 bound = min(bound, mine.bound)
                 for row in mine.rows:
                     used = tuple(sorted(row.plan.cards))
                     best[used] = min(best.get(used, row), row, key=lambda r: r.seconds)
+                    least = min(least, row.seconds)
         rows = sorted(best.values(), key=lambda row: row.seconds)
-        return Rows(tuple(rows[:most]), bound)
+        return Rows(tuple(rows[:most]), min(bound, least))
+
+    def _ideal_bound(self, cards: int, sequences: int) -> float:
+        """What no row of so many cards can beat: if all cards and links were as the best."""
+        if self._ideal is None:
+            self._ideal = _Search(_idealised(self._request))
+        ideal = self._ideal
+        return ideal._rows_of((ideal._groups[0][:cards],), sequences).bound
 
     def _options_for(self, sequences: int) -> Options:
         if sequences not in self._options:
@@ -224,8 +243,9 @@ class _Search:
         bound = 0.0
         for groups in dealt:
             for found in self._side_by_side(groups, every):
-                sizes = [part.size for part in split(request.batch, len(found))]
-                bound = max(bound, sum(map(self._rate, sizes, found)))
+                if every:
+                    sizes = [part.size for part in split(request.batch, len(found))]
+                    bound = max(bound, sum(map(self._rate, sizes, found)))
                 if all(replica.rows for replica in found):
                     plans = tuple(replica.rows[0].plan for replica in found)
                     yield self._priced(FleetPlan(fleet_name(plans), plans))
@@ -284,6 +304,37 @@ class _Search:
                     if card_bytes(request.shape, replica, share.card, limits) > room:
                         return False
         return True
+
+
+def _idealised(request: Request) -> Request:
+    """The same with all cards alike, and all linked: nothing takes longer there."""
+    profile, cards = request.profile, request.topology.cards
+    speeds = [profile.card(card) for card in cards]
+    memory, compute = max(s.memory for s in speeds), max(s.compute for s in speeds)
+    links = [profile.link(a, b) for a in cards for b in cards if a != b]
+    rates, latencies = [x.bytes_per_s for x in links], [x.latency_s for x in links]
+    port = profile.port_bytes_per_s
+    if not request.topology.fully_meshed:
+        # What is relayed goes twice over the host link, and through no port.
+        relay = (profile.host_link_bytes_per_s or math.inf) / 2
+        rates.append(relay)
+        latencies.append(2 * profile.host_link_latency_s)
+        port = max(port, relay) if port else None
+    return attrs.evolve(
+        request,
+        profile=attrs.evolve(
+            profile,
+            cards=tuple(CardSpeed(card, memory, compute) for card in cards),
+            links=(),
+            intercard_bytes_per_s=max(rates),
+            intercard_latency_s=min(latencies),
+            port_bytes_per_s=port,
+        ),
+        topology=Topology(
+            cards, tuple(Link(a, b, LinkState.UP) for a in cards for b in cards if a != b)
+        ),
+        free_bytes=(max(request.free_bytes),) * len(request.free_bytes),
+    )
 
 
 def _only_choice(found: Rows) -> bool:
