@@ -21,7 +21,15 @@ import attrs
 
 from spanker.sched import cost
 from spanker.sched.bandwidth import NATIVE, REV_A, REV_B, CardSpeed, LinkSpeed, Profile
-from spanker.sched.plan import CardShare, Limits, ModelShape, Plan, Stage, dimensions
+from spanker.sched.plan import (
+    CardShare,
+    FleetPlan,
+    Limits,
+    ModelShape,
+    Plan,
+    Stage,
+    dimensions,
+)
 from spanker.sched.planner import make_plan
 from spanker.sched.shapes import Dimensions, named_shape, shape_of
 from spanker.sched.shares import Share, split
@@ -106,15 +114,16 @@ class Case:
         """Whether all sequences begin to decode in the same step."""
         return self.batch == 1 or self.batch * self.prompt <= self.chunk
 
-    def made_plan(self) -> Plan:
+    def made_plan(self) -> FleetPlan:
         if isinstance(self.plan, str):
-            return make_plan(self.plan, shape(self.shape), self.cards).replicas[0]
-        return weighted_plan(shape(self.shape), self.plan)
+            return make_plan(self.plan, shape(self.shape), self.cards)
+        return FleetPlan.of(weighted_plan(shape(self.shape), self.plan))
 
     def limits(self) -> Limits:
         """As `Fleet.load` has them for `Scenario.ctx`."""
         chunk = min(self.chunk, self.context)
-        pages = -(-self.context // PAGE_POSITIONS) * self.batch
+        sequences = -(-self.batch // len(self.made_plan().replicas))
+        pages = -(-self.context // PAGE_POSITIONS) * sequences
         return Limits(
             context=self.context,
             prompt_chunk=chunk,
@@ -235,6 +244,10 @@ CASES = (
     Case("two cores, three to one", "grouped", 2, ((3, 1),), _ONE_CORE),
     Case("no overhead", "small", 3, "tp", _NO_LATENCY),
     Case("memory only", "mixed", 2, "tp", _INFINITE, batch=16, prompt=10),
+    Case("two replicas", "grouped", 4, "dp2xtp2", REV_A, batch=2),
+    Case("three replicas, seven sequences", "small", 6, "dp3xpp2", REV_A, batch=7),
+    Case("four replicas, far host", "small", 4, "dp4", _FAR_HOST, batch=4),
+    Case("replicas of a whole model", "smollm2-135m", 4, "dp2xtp2", REV_B, batch=4),
 )
 
 
@@ -257,13 +270,16 @@ def closed_form(case: Case) -> Figures:
     machine = case.profile, Topology.with_mock(case.cards)
     # In the middle of the decoding; a token more costs a position more of attention.
     context = case.prompt + case.tokens // 2
-    decode = cost.decode(model, plan, *machine, batch=case.batch, context=context)
-    prefill = cost.prefill(
-        model, plan, *machine, tokens=case.prompt, chunk=case.chunk, batch=case.batch
+    decode = cost.decode_fleet(model, plan, *machine, batch=case.batch, context=context)
+    prefill_s = max(
+        cost.prefill(
+            model, replica, *machine, tokens=case.prompt, chunk=case.chunk, batch=part.size
+        ).seconds
+        for replica, part in zip(plan.replicas, split(case.batch, len(plan.replicas)), strict=True)
     )
     return Figures(
         decode.tokens_per_second if case.together else None,
-        prefill.tokens_per_second,
+        case.batch * case.prompt / prefill_s,
         cost.load(model, plan, *machine, case.limits()).seconds,
     )
 
@@ -282,7 +298,8 @@ def event_by_event(case: Case) -> Figures:
         prompt_chunk=case.chunk,
     )
     found = simulate(scenario)
-    decode = found.decode_tokens_per_second if case.together else None
+    rates = [rate for rate in found.sequence_rates if rate is not None]
+    decode = sum(rates) if case.together else None
     return Figures(decode, found.prefill_tokens_per_second, found.load_s)
 
 

@@ -56,8 +56,8 @@ Progress = Callable[[str, int, int], None]
 
 @attrs.frozen
 class Scenario:
-    """What to simulate: `model`, a name or file as for `Fleet.load`, or `shape`, a name or a
-    value as for `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
+    """What to simulate: `model`, a name or file as for `Fleet.load`, or `shape`, a name or a value
+    as for `Fleet.load_shape`, on `cards` cards of `ddr_bytes` each and the speeds of `profile`.
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side, spread over the
     replicas of the plan, a name as for `Fleet.load` or a value.  `ctx` is the positions per

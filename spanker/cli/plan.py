@@ -218,7 +218,7 @@ def _load_json(load: LoadCost) -> dict[str, object]:
     return {
         "seconds": load.seconds,
         "startup_s": load.startup_s,
-        "broadcast_s": load.broadcast_s,
+        "from_host_s": load.from_host_s,
     }
 
 

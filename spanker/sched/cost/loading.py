@@ -3,7 +3,7 @@
 
 Over the host link: allocate, write messages of about two megabytes, one at a time to each card,
 load the programs.  Cards take turns on the link; what a message's answer takes is hidden behind the
-turns of the others.
+turns of the others.  Replicas that are alike are filled from card to card where that is faster.
 """
 
 from __future__ import annotations
@@ -20,8 +20,23 @@ from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import phases
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
-from spanker.sched.layout import card_buffers, card_bytes, embeds_from_output, layer_rows
-from spanker.sched.plan import TILE_ROWS, CardShare, FleetPlan, Limits, ModelShape, Plan, Stage
+from spanker.sched.layout import (
+    card_buffers,
+    card_bytes,
+    embeds_from_output,
+    layer_rows,
+    weight_buffers,
+)
+from spanker.sched.plan import (
+    TILE_ROWS,
+    CardShare,
+    FleetPlan,
+    Limits,
+    ModelShape,
+    Plan,
+    Stage,
+    on_cards,
+)
 from spanker.sched.topology import Topology
 
 # Pieces of an upload, and messages of them, are of about this many bytes.
@@ -30,21 +45,24 @@ UPLOAD_BYTES = 2 << 20
 BATCH_MAX = 64
 # Times that every card is asked for its counters: one by one, twice before and once after.
 COUNTERS_READ = 3
+# A card's turn on the host link.
+TURN_S = 500e-6
+# Of what is handed on from card to card in one program, at least.
+RUN_BYTES = 64 << 20
 
 
 @attrs.frozen
 class LoadCost:
     """`seconds` from the request to when all cards can run steps; `startup_s`: finding the cards
-    before that.  `nbytes`: bytes over the host link by card.
+    before that.  `nbytes`: bytes of each card's buffers and program, with their messages.
 
-    `broadcast_s`: where one replica comes from the host and the others' cards get theirs from it
-    over the links between cards, meanwhile; `seconds` where there is one replica, or the links are
-    no help.
+    `from_host_s` is what it would take if replicas that are alike did not get their bytes from each
+    other over the links between cards, where these are faster than the host's.
     """
 
     seconds: float
     startup_s: float
-    broadcast_s: float
+    from_host_s: float
     nbytes: dict[int, int]
 
 
@@ -78,15 +96,21 @@ def load(
     machine, replicas = Machine(profile, topology), _replicas(plan)
     for p in replicas:
         check_fits(shape, p, machine)
-    uploads = [_uploads(shape, p, machine, limits) for p in replicas]
-    every = [u for of_replica in uploads for u in of_replica]
-    cards = len(topology.cards)
-    startup_s = cards * _round_trip_s(profile, 2 * messages.SMALL_BYTES + 24)
-    seconds = _load_s(profile, every, cards)
+    uploads = {u.card: u for p in replicas for u in _uploads(shape, p, machine, limits)}
+    cards, every = len(topology.cards), list(uploads.values())
+    chains = _chains(profile, replicas)
+    from_host_s = _load_s(profile, every, cards, len(every))
+    if len(chains) == len(every):
+        seconds = from_host_s
+    else:
+        firsts = [uploads[chain[0][1]] for chain in chains]
+        longest = max(map(len, chains))
+        seconds = _load_s(profile, firsts, cards, len(every), longest)
+        seconds += max(_copy_s(shape, machine, chain, limits) for chain in chains)
     return LoadCost(
         seconds=seconds,
-        startup_s=startup_s,
-        broadcast_s=min(seconds, _broadcast_s(machine, uploads, cards)),
+        startup_s=cards * _round_trip_s(profile, 2 * messages.SMALL_BYTES + 24),
+        from_host_s=from_host_s,
         nbytes={u.card: u.nbytes + u.program_bytes for u in every},
     )
 
@@ -104,44 +128,77 @@ def _round_trip_s(profile: Profile, nbytes: float) -> float:
     return nbytes / rate + 2 * profile.host_link_latency_s if rate else 0.0
 
 
-def _load_s(profile: Profile, uploads: Sequence[_Upload], cards: int) -> float:
+def _load_s(
+    profile: Profile, uploads: Sequence[_Upload], cards: int, used: int, chain: int = 1
+) -> float:
+    """All of these uploads at the same time, in a fleet of which so many cards are used; in chains
+    of up to so many, one after the other is told to allocate and to take its program."""
     rate = profile.host_link_bytes_per_s
     if not rate:
         return 0.0
-    n = len(uploads)
     counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
-    counters_s = ((COUNTERS_READ - 2) * cards + 2 * n) * _round_trip_s(profile, counters)
-    # Cards allocate one by one, and begin to be sent their bytes after the last round of that: each
-    # a round trip after the one before, which keeps them apart to the end.
+    counters_s = ((COUNTERS_READ - 2) * cards + 2 * used) * _round_trip_s(profile, counters)
     allocation_s = _round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
     rounds = max(u.allocations for u in uploads)
     answer_s = _round_trip_s(profile, messages.SMALL_BYTES)
     alone_s = max(u.nbytes / rate + u.messages * answer_s for u in uploads)
-    apart_s = alone_s + (n - 1) * allocation_s
-    shared_s = sum(u.nbytes for u in uploads) / rate + answer_s
-    programs_s = sum(u.program_bytes for u in uploads) / rate + answer_s
-    before_s = counters_s + ((rounds - 1) * n + 1) * allocation_s
-    return before_s + max(apart_s, shared_s) + programs_s
+    # They begin together and stay together: between two messages the link is idle for as long as an
+    # answer takes that the others' last turns do not hide.
+    idle_s = max(answer_s - (len(uploads) - 1) * TURN_S, 0.0)
+    between = max(u.messages for u in uploads) - 1
+    shared_s = sum(u.nbytes for u in uploads) / rate + answer_s + between * idle_s
+    programs_s = sum(u.program_bytes for u in uploads) / rate * used / len(uploads)
+    programs_s += chain * answer_s
+    return counters_s + chain * rounds * allocation_s + max(alone_s, shared_s) + programs_s
 
 
-def _broadcast_s(machine: Machine, uploads: Sequence[Sequence[_Upload]], cards: int) -> float:
-    """The largest replica from the host; the others, each behind the one before, as fast as their
-    cards take it, and a message later."""
-    profile, topology = machine.profile, machine.topology
-    ordered = sorted(uploads, key=lambda u: sum(part.nbytes for part in u), reverse=True)
-    host_s, copy_s, behind_s = _load_s(profile, ordered[0], cards), 0.0, 0.0
-    port = profile.port_bytes_per_s or float("inf")
-    for before, replica in itertools.pairwise(ordered):
-        rates = []
-        for upload in replica:
-            from_cards = [u.card for u in before if topology.is_up(u.card, upload.card)]
-            if not from_cards:
-                return float("inf")
-            rate = max(profile.link(card, upload.card).bytes_per_s for card in from_cards)
-            rates.append(min(rate, port))
-        copy_s = max(copy_s, *(u.nbytes / r for u, r in zip(replica, rates, strict=True)))
-        behind_s += UPLOAD_BYTES / min(rates) + profile.intercard_latency_s
-    return max(host_s, copy_s) + behind_s
+# --- from card to card ------------------------------------------------------------------
+
+
+def _chains(profile: Profile, replicas: Sequence[Plan]) -> list[list[tuple[Plan, int]]]:
+    """Cards that get the same bytes, the first from the host and each other one from the one
+    before: of replicas that are alike, where links are faster than the host's."""
+    host = profile.host_link_bytes_per_s
+    slow = host is not None and host < profile.intercard_bytes_per_s
+    alike: dict[object, list[Plan]] = {}
+    for number, plan in enumerate(replicas):
+        form = on_cards(plan, [0] * (max(plan.cards) + 1)).stages if slow else number
+        alike.setdefault(form, []).append(plan)
+    return [
+        [(plan, plan.cards[place]) for plan in plans]
+        for plans in alike.values()
+        for place in range(len(plans[0].cards))
+    ]
+
+
+def _copy_s(
+    shape: ModelShape, machine: Machine, chain: Sequence[tuple[Plan, int]], limits: Limits
+) -> float:
+    """Handing buffers on along a chain, in runs: every link at the same time, a buffer behind the
+    one that its source receives."""
+    profile, plan = machine.profile, chain[0][0]
+    if len(chain) == 1:
+        return 0.0
+    hops = list(itertools.pairwise(card for _, card in chain))
+    s_per_byte = max(machine.moves_s([(a, b, 1e9)]) for a, b in hops) / 1e9
+    latency_s = max(profile.link(a, b).latency_s for a, b in hops)
+    asked_s = _round_trip_s(profile, 2 * messages.SMALL_BYTES)
+    total, run = 0.0, []
+    sizes = [b.nbytes for b in weight_buffers(shape, plan, chain[0][1])]
+    sizes.append(limits.context * shape.rope_dim * 4)
+    for number, nbytes in enumerate(sizes):
+        run.append(nbytes)
+        if sum(run) < RUN_BYTES and number < len(sizes) - 1:
+            continue
+        # Each card is an exchange behind the one before it.
+        waves = sum(run) + (len(chain) - 2) * max(run)
+        exchanges = len(run) + len(chain) - 2
+        total += waves * s_per_byte + exchanges * (latency_s + profile.command_s)
+        # The programs are loaded card after card, run, and unloaded.
+        total += profile.step_s + (2 * len(chain) + 1) * asked_s
+        total += 3 * len(run) * len(chain) * messages.COMMAND_BYTES * machine.host_s_per_byte
+        run = []
+    return total
 
 
 # --- bytes -----------------------------------------------------------------------------
