@@ -247,6 +247,8 @@ CASES = (
     Case("two replicas", "grouped", 4, "dp2xtp2", REV_A, batch=2),
     Case("three replicas, seven sequences", "small", 6, "dp3xpp2", REV_A, batch=7),
     Case("four replicas, far host", "small", 4, "dp4", _FAR_HOST, batch=4),
+    Case("replicas on two cores", "grouped", 4, "dp2xtp2", _TWO_CORES, batch=2),
+    Case("replicas that share memory", "grouped", 4, "dp4", _SHARED, batch=4),
     Case("replicas of a whole model", "smollm2-135m", 4, "dp2xtp2", REV_B, batch=4),
 )
 
@@ -273,7 +275,13 @@ def closed_form(case: Case) -> Figures:
     decode = cost.decode_fleet(model, plan, *machine, batch=case.batch, context=context)
     prefill_s = max(
         cost.prefill(
-            model, replica, *machine, tokens=case.prompt, chunk=case.chunk, batch=part.size
+            model,
+            replica,
+            *machine,
+            tokens=case.prompt,
+            chunk=case.chunk,
+            batch=part.size,
+            beside=sorted(set(plan.cards) - set(replica.cards)),
         ).seconds
         for replica, part in zip(plan.replicas, split(case.batch, len(plan.replicas)), strict=True)
     )

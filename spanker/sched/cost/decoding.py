@@ -8,6 +8,8 @@ back to the embedders.  The host's: the answers of a step come in, the second ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from spanker.errors import PlanError
@@ -85,17 +87,19 @@ def decode(
     context: int,
     candidates: int = CANDIDATES,
     sampling: bool = False,
+    beside: Sequence[int] = (),
 ) -> StepCost:
     """The steady state of decoding `batch` sequences at `context` positions each.
 
-    With `sampling` the host chooses the tokens, and steps are made one by one.  Raises PlanError
-    for a plan that does not fit the model or the topology.
+    With `sampling` the host chooses the tokens, and steps are made one by one.  `beside`: cards
+    that compute all the while for others; they matter where cards share cores or memory.  Raises
+    PlanError for a plan that does not fit the model or the topology.
     """
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
     rows = StepRows.decode(batch, context)
-    by_stage = stage_pieces(shape, plan, machine, rows)
+    by_stage = stage_pieces(shape, plan, machine, rows, beside)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     handovers = handover_times(by_stage, plan)
     choose_s = by_stage[-1].choose(plan.voters, plan.embedders)
@@ -147,12 +151,27 @@ def decode_fleet(
     """Decoding on all replicas at the same time, the batch cut among them as evenly as it goes.
 
     They share the host link: where it cannot carry the messages of all, each is slowed down alike.
+    Where cards share cores or memory, one stage of every replica computes at a time.
     """
+    parts = split(batch, len(plan.replicas))
+    at_work = [
+        max(replica.stages, key=lambda stage: len(stage.cards)).cards if part.size else ()
+        for replica, part in zip(plan.replicas, parts, strict=True)
+    ]
     costs = [
-        decode(shape, p, profile, topology, batch=part.size, context=context, candidates=candidates)
+        decode(
+            shape,
+            replica,
+            profile,
+            topology,
+            batch=part.size,
+            context=context,
+            candidates=candidates,
+            beside=[card for i, cards in enumerate(at_work) if i != number for card in cards],
+        )
         if part.size
         else None
-        for p, part in zip(plan.replicas, split(batch, len(plan.replicas)), strict=True)
+        for number, (replica, part) in enumerate(zip(plan.replicas, parts, strict=True))
     ]
     rate = profile.host_link_bytes_per_s
     wanted = (

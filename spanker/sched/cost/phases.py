@@ -198,10 +198,14 @@ def spent_on(pieces: Pieces, card: int, run: Commands) -> dict[Bound, float]:
 
 
 def stage_pieces(
-    shape: ModelShape, plan: Plan, machine: Machine, rows: StepRows
+    shape: ModelShape,
+    plan: Plan,
+    machine: Machine,
+    rows: StepRows,
+    beside: Sequence[int] = (),
 ) -> tuple[Pieces, ...]:
-    """The pieces of each stage while its own cards compute; one and the same where cards are never
-    in each other's way."""
+    """The pieces of each stage while its own cards compute, and those `beside`; one and the same
+    where cards are never in each other's way."""
     if not machine.contended:
         return (Pieces(shape, machine, rows),) * len(plan.stages)
-    return tuple(Pieces(shape, machine, rows, stage.cards) for stage in plan.stages)
+    return tuple(Pieces(shape, machine, rows, (*stage.cards, *beside)) for stage in plan.stages)

@@ -67,8 +67,10 @@ def prefill(
     chunk: int,
     batch: int = 1,
     candidates: int = CANDIDATES,
+    beside: Sequence[int] = (),
 ) -> PrefillCost:
-    """`batch` prompts of `tokens` each, in steps of up to `chunk` prompt tokens.
+    """`batch` prompts of `tokens` each, in steps of up to `chunk` prompt tokens; `beside` as for
+    `decode`.
 
     Raises PlanError for a plan that does not fit the model or the topology, and unless all three
     are at least 1.
@@ -85,7 +87,7 @@ def prefill(
     for size in prompt_steps(batch, tokens, chunk):
         # What follows a chunk with outputs waits for its tokens.
         follows = bool(steps) and not steps[-1].chooses
-        steps.append(_price(shape, plan, machine, size, follows, candidates))
+        steps.append(_price(shape, plan, machine, size, follows, candidates, beside))
     seconds = _run(profile, steps)
     stages = tuple(sum(step.stages[n].seconds for step in steps) for n in range(len(plan.stages)))
     busiest = stages.index(max(stages))
@@ -135,10 +137,11 @@ def _price(
     size: tuple[StepRows, int, int],
     follows: bool,
     candidates: int,
+    beside: Sequence[int],
 ) -> _Step:
     """One step; `follows` the one before, which is still under way."""
     rows, sequences, context = size
-    by_stage = stage_pieces(shape, plan, machine, rows)
+    by_stage = stage_pieces(shape, plan, machine, rows, beside)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     if machine.contended and len(stages) > 1:
         stages = _beside_another(shape, plan, machine, rows, stages, follows, candidates)
