@@ -355,7 +355,7 @@ def _stage_layers(shape: ModelShape, stages: int) -> tuple[Share, ...]:
     """Contiguous layers per stage so that the stage reading most bytes reads the fewest possible.
 
     Decode is bound by reading weights, and the last stage also reads the output matrix.  A dynamic
-    programme over (stages, layers): 64 stages of 80 layers take some 200,000 steps.
+    programme over (stages, layers).
     """
     count = len(shape.layers)
     if stages > count:
@@ -372,13 +372,7 @@ def _stage_layers(shape: ModelShape, stages: int) -> tuple[Share, ...]:
     cuts: list[list[int]] = []
     for stage in range(1, stages):
         extra = output_bytes if stage == stages - 1 else 0
-        options = [
-            min(
-                ((max(worst[c], before[n] - before[c] + extra), c) for c in range(stage, n)),
-                default=(math.inf, 0),
-            )
-            for n in range(count + 1)
-        ]
+        options = [_best_cut(worst, before, extra, stage, n) for n in range(count + 1)]
         worst = [cost for cost, _ in options]
         cuts.append([cut for _, cut in options])
     edges = [count]
@@ -387,3 +381,26 @@ def _stage_layers(shape: ModelShape, stages: int) -> tuple[Share, ...]:
     edges.append(0)
     edges.reverse()
     return tuple(Share(a, b) for a, b in itertools.pairwise(edges))
+
+
+def _best_cut(
+    worst: list[float], before: list[int], extra: int, first: int, stop: int
+) -> tuple[float, int]:
+    """(cost, cut): the first of the best cuts before layer `stop` with `first` layers or more in
+    front of it.  Later cuts make those in front longer and the rest shorter."""
+    low, high = first, stop
+    while low < high:
+        cut = (low + high) // 2
+        if worst[cut] >= before[stop] - before[cut] + extra:
+            high = cut
+        else:
+            low = cut + 1
+    found = [
+        (max(worst[cut], before[stop] - before[cut] + extra), cut)
+        for cut in (low - 1, low)
+        if first <= cut < stop
+    ]
+    cost, cut = min(found, default=(math.inf, 0))
+    while cut > first and max(worst[cut - 1], before[stop] - before[cut - 1] + extra) == cost:
+        cut -= 1
+    return cost, cut

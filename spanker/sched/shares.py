@@ -62,12 +62,10 @@ def split(
         )
 
     units = -(-total // unit)
-    exact = [Fraction(weight) for weight in weights]
-    quotas = [units * weight / sum(exact) for weight in exact]
-    counts = [math.floor(quota) for quota in quotas]
-    by_remainder = sorted(range(parts), key=lambda part: counts[part] - quotas[part])
-    for part in by_remainder[: units - sum(counts)]:
-        counts[part] += 1
+    if len(set(weights)) == 1:
+        counts = [units // parts + (part < units % parts) for part in range(parts)]
+    else:
+        counts = _by_largest_remainder(units, weights)
 
     shares: list[Share] = []
     done = 0
@@ -75,3 +73,13 @@ def split(
         start, done = done, done + count
         shares.append(Share(min(start * unit, total), min(done * unit, total)))
     return tuple(shares)
+
+
+def _by_largest_remainder(units: int, weights: Sequence[float]) -> list[int]:
+    exact = [Fraction(weight) for weight in weights]
+    quotas = [units * weight / sum(exact) for weight in exact]
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(weights)), key=lambda part: counts[part] - quotas[part])
+    for part in by_remainder[: units - sum(counts)]:
+        counts[part] += 1
+    return counts

@@ -400,10 +400,10 @@ class _Stage:
         cut = divided[:, None] - divided[None, :] - every
         for first, last in found:
             needs = every + of.end_bytes(none, first, last, 0)
-            rooms = [of.free_bytes[card] - needs for card in cards]
             ends = of.end_bytes(whole, first, last, 1) - of.end_bytes(none, first, last, 0)
-            fit = np.all([room >= 0 for room in rooms], axis=0)
-            found[first, last] &= fit & (sum(rooms) >= cut + ends)
+            free = [of.free_bytes[card] for card in cards]
+            found[first, last] &= needs <= min(free)
+            found[first, last] &= len(cards) * needs + cut + ends <= sum(free)
         return found
 
 
