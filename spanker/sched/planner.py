@@ -9,7 +9,6 @@ import re
 import attrs
 
 from spanker.errors import PlanError
-from spanker.sched import plan_json
 from spanker.sched.plan import (
     FleetPlan,
     ModelShape,
@@ -70,6 +69,8 @@ def is_path(spec: str) -> bool:
 
 
 def _from_file(path: str, shape: ModelShape, cards: int) -> FleetPlan:
+    from spanker.sched import plan_json  # most plans are not from files
+
     try:
         with open(path, "rb") as file:
             data = file.read(plan_json.TEXT_BYTES_MAX + 1)
