@@ -192,6 +192,7 @@ def _figures_json(row: Figures, request: Request) -> dict[str, object]:
         "decode": [_decode_json(entry) for entry in row.decode],
         "prefill": _prefill_json(row.prefill),
         "load": _load_json(row.load),
+        "spare_copies_of_weights": row.spare_copies,
         "memory_bytes": {str(card): nbytes for card, nbytes in row.memory_bytes.items()},
     }
 
@@ -238,6 +239,7 @@ def _show(report: Report) -> None:
                 ("plan", _plan_words(chosen.plan, cards - used)),
                 ("speed", f"{_rate(chosen.tokens_per_second)} tokens/s, {_batch(request)}"),
                 ("time goes to", spent(slowest(chosen))),
+                ("memory", _memory(report.rows[0], request)),
                 ("certainty", f"{certainty(outcome.gap)} ({outcome.search_s:.2f} s of search)"),
                 ("beside", _beside(report)),
             ]
@@ -287,6 +289,16 @@ def _plan_words(plan: FleetPlan, idle: int) -> str:
     if idle:
         words += f", {idle} card{'s' * (idle > 1)} left idle: more would only slow it down"
     return words
+
+
+def _memory(row: Figures, request: Request) -> str:
+    fullest = max(row.memory_bytes, key=lambda card: row.memory_bytes[card])
+    used, free = row.memory_bytes[fullest], request.free_bytes[fullest]
+    copies = row.spare_copies
+    return (
+        f"{terminal.size(used)} of {terminal.size(free)} on the fullest card; what is left on all "
+        f"would hold {copies} more {'copy' if copies == 1 else 'copies'} of the weights"
+    )
 
 
 def _beside(report: Report) -> str:

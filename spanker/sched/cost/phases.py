@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
 from spanker.sched.cost import commands
-from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.machine import Machine, Pace
 from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.plan import LayerShape, ModelShape, Plan, Stage, WeightShape
+from spanker.sched.shares import Share
 
 
 class Bound(enum.Enum):
@@ -63,15 +64,30 @@ def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator
     own = kinds[stage.layers.start : stage.layers.stop]
     for kind, count in Counter(own).items():
         yield from _layers(pieces, stage, layers[kind], count, first=kind == own[0])
-    last = number == len(plan.stages) - 1
-    yield Phase(
-        tuple(
-            pieces.add_commands()
-            + (pieces.output_commands(s.vocabulary, candidates) if last else ())
-            for s in shares
-        ),
-        None,
-    )
+    add = pieces.add_commands()
+    if number == len(plan.stages) - 1:
+        runs = _by_size(
+            [s.vocabulary for s in shares],
+            lambda part: add + pieces.output_commands(part, candidates),
+        )
+    else:
+        runs = (add,) * len(shares)
+    yield Phase(runs, None)
+
+
+def _by_size(
+    parts: Sequence[Share], make: Callable[[Share], Commands], group: int = 1
+) -> tuple[Commands, ...]:
+    """What each of these shares takes, made once for those that are equally large and begin at the
+    same place of a `group`."""
+    made: dict[tuple[int, int], Commands] = {}
+    out = []
+    for part in parts:
+        key = part.start % group, part.size
+        if key not in made:
+            made[key] = make(part)
+        out.append(made[key])
+    return tuple(out)
 
 
 def _layers(
@@ -80,17 +96,23 @@ def _layers(
     """`count` layers alike, the `first` of the stage perhaps among them: nothing is added there."""
     shares, add = stage.shares, pieces.add_commands()
     q8 = attention_q8(pieces.shape, stage, layer)
-    runs = tuple(pieces.attention_commands(layer, s.heads, q8) for s in shares)
-    sends = tuple(pieces.attention_gather(s.heads, q8) for s in shares)
+    heads, group = [s.heads for s in shares], pieces.shape.group
+    sends = tuple(pieces.attention_gather(part, q8) for part in heads)
+
+    def attention(before: Commands) -> tuple[Commands, ...]:
+        return _by_size(
+            heads, lambda part: before + pieces.attention_commands(layer, part, q8), group
+        )
+
     if first:
-        yield Phase(runs, sends)
+        yield Phase(attention(()), sends)
     if count > first:
-        yield Phase(tuple(add + run for run in runs), sends, count - first)
+        yield Phase(attention(add), sends, count - first)
     yield _projected(pieces, stage, layer.attn_output, q8, count)
 
     q8 = ffn_q8(stage, layer)
     yield Phase(
-        tuple(add + pieces.ffn_commands(layer, s.ffn, q8) for s in shares),
+        _by_size([s.ffn for s in shares], lambda part: add + pieces.ffn_commands(layer, part, q8)),
         tuple(pieces.ffn_gather(s.ffn, q8) for s in shares),
         count,
     )
@@ -109,10 +131,10 @@ def ffn_q8(stage: Stage, layer: LayerShape) -> bool:
 
 def _projected(pieces: Pieces, stage: Stage, matrix: WeightShape, q8: bool, count: int) -> Phase:
     requantise = matrix.quantized and not q8
-    rows = [s.hidden.size for s in stage.shares]
+    rows = [s.hidden for s in stage.shares]
     return Phase(
-        tuple(pieces.project_commands(matrix, n, requantise) for n in rows),
-        tuple(pieces.project_gather(n) for n in rows),
+        _by_size(rows, lambda part: pieces.project_commands(matrix, part.size, requantise)),
+        tuple(pieces.project_gather(part.size) for part in rows),
         count,
     )
 
@@ -166,7 +188,7 @@ def phase_s(pieces: Pieces, cards: Sequence[int], runs: Sequence[Commands]) -> t
 
     Of cards that share cores or memory, each that ends leaves the others a larger part.
     """
-    times = [pieces.seconds(card, run) for card, run in zip(cards, runs, strict=True)]
+    times = _times(pieces, cards, runs)
     longest = max(times)
     last = times.index(longest)
     if not pieces.machine.contended or min(times) == longest:
@@ -184,6 +206,19 @@ def phase_s(pieces: Pieces, cards: Sequence[int], runs: Sequence[Commands]) -> t
         elapsed += spent
         left = {i: part * (1 - spent / times[i]) for i, part in left.items() if times[i] > spent}
     return elapsed, last
+
+
+def _times(pieces: Pieces, cards: Sequence[int], runs: Sequence[Commands]) -> list[float]:
+    """What each card takes; what is the same run at the same pace is counted once."""
+    known: dict[tuple[int, Pace], float] = {}
+    times = []
+    for card, run in zip(cards, runs, strict=True):
+        pace = pieces.pace(card)
+        key = id(run), pace
+        if key not in known:
+            known[key] = pieces.seconds(card, run, pace)
+        times.append(known[key])
+    return times
 
 
 def spent_on(pieces: Pieces, card: int, run: Commands) -> dict[Bound, float]:

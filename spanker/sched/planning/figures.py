@@ -43,13 +43,15 @@ class Decode:
 @attrs.frozen
 class Figures:
     """A candidate's figures.  `prefill` is that of one prompt; `memory_bytes` is by card, with KV
-    memory for the request's batch."""
+    memory for the request's batch.  What memory is left on all cards would hold `spare_copies` more
+    of the weights, from which those of a lost card could be had again sooner."""
 
     candidate: Candidate
     decode: tuple[Decode, ...]
     prefill: PrefillCost
     load: LoadCost
     memory_bytes: dict[int, int]
+    spare_copies: int
 
     def decoding(self, batch: int, position: int) -> Decode:
         """The entry for a batch and a position; KeyError where there is none."""
@@ -89,6 +91,12 @@ def figures(
         )
         for batch, position in at
     )
+    used = memory(shape, plan, limits)
+    free = {card: request.free_bytes[card] for card in topology.cards}
+    spare = sum(nbytes - used.get(card, 0) for card, nbytes in free.items())
+    ends = {m.name: m for m in (shape.embedding, shape.output)}
+    weights = sum(layer.weight_bytes for layer in shape.layers)
+    weights += sum(m.rows * m.row_bytes for m in ends.values())
     return Figures(
         candidate,
         decoding,
@@ -102,5 +110,6 @@ def figures(
             candidates=limits.candidates,
         ),
         load(shape, plan, profile, topology, limits),
-        memory(shape, plan, limits),
+        used,
+        spare // weights,
     )

@@ -66,6 +66,17 @@ class _Reached:
 
 
 @attrs.frozen(eq=False)
+class _Before:
+    """All that stages may follow on that use the same cards: by last stage and layers done, as
+    `_Reached`; `sizes` are numbers of the last stages' cards."""
+
+    kinds: tuple[State, ...]
+    sizes: I64
+    seconds: F64
+    bound: F64
+
+
+@attrs.frozen(eq=False)
 class _End:
     """The same as the last stage of all, by `option`: for all layers, without the choice of the
     token, and what that takes if the first stage is given, or nothing, and at least."""
@@ -89,7 +100,9 @@ class Stages:
         self._pool, self._options = pool, options
         self._first_kind, self._first = kind, first
         self._layers = options.layers
-        self._handovers: dict[tuple[int, ...], float] = {}
+        # By how many cards of the next stage a card serves.
+        self._served: F64 | None = None
+        self._before: tuple[State, _Before] | None = None
         # By what is used in all, then by the last stage's counts.
         self._reached: dict[State, dict[State, _Reached]] = {}
         self._ends: dict[State, list[_End]] = {}
@@ -126,12 +139,13 @@ class Stages:
             entering[0] = 0.0
             lower, before = entering, np.zeros(count + 1, np.int64)
         else:
-            entries = self._reached[used]
-            previous = tuple(entries)
-            hand = np.array([[self._handover(self._pool.kind(k), kind)] for k in previous])
-            times = np.stack([entries[k].seconds for k in previous]) + hand
-            before, entering = times.argmin(axis=0), times.min(axis=0)
-            lower = (np.stack([entries[k].bound for k in previous]) + hand).min(axis=0)
+            reached_so_far = self._all_before(used)
+            previous = reached_so_far.kinds
+            hand = self._handovers(reached_so_far, kind)[:, None]
+            times = reached_so_far.seconds + hand
+            before = times.argmin(axis=0)
+            entering = times[before, np.arange(count + 1)]
+            lower = (reached_so_far.bound + hand).min(axis=0)
         lasts = options = self._options.of(kind.cards)
         if self._first is not None and first:
             options, lasts = (self._first.option,), self._first.only
@@ -183,18 +197,37 @@ class Stages:
             return seconds, seconds
         return seconds, self._options.least_choose(self._first_kind.cards, cards)
 
-    def _handover(self, source: Kind, target: Kind) -> float:
-        """From a stage to the next.  Where all links are alike, only the numbers of cards count:
-        how many each card of the one has to serve, and how many links that are their own."""
-        a, b = source.cards, target.cards
-        if self._options.machine.contended or not self._options.uniform:
+    def _all_before(self, used: State) -> _Before:
+        """What a stage may follow on; asked for once for each stage that may come next."""
+        if self._before is None or self._before[0] != used:
+            entries = self._reached[used]
+            self._before = used, _Before(
+                kinds=tuple(entries),
+                sizes=np.array([sum(kind) for kind in entries]),
+                seconds=np.stack([entry.seconds for entry in entries.values()]),
+                bound=np.stack([entry.bound for entry in entries.values()]),
+            )
+        return self._before[1]
+
+    def _handovers(self, before: _Before, target: Kind) -> F64:
+        """From each stage before to the next one.  Where all links are alike, only the numbers of
+        cards count: how many each card of the one has to serve, over links that are their own."""
+        options = self._options
+        if options.machine.contended or not options.uniform:
             # Of a class of which both have some, the one has those behind the other's.
-            return self._options.handover(a, self._pool.cards_of(source.counts, target))
-        key = (-(-len(b) // len(a)),)
-        if key not in self._handovers:
-            cards = self._options.cards
-            self._handovers[key] = self._options.handover(cards[:1], cards[1 : 1 + key[0]])
-        return self._handovers[key]
+            sources = map(self._pool.kind, before.kinds)
+            return np.array(
+                [
+                    options.handover(kind.cards, self._pool.cards_of(kind.counts, target))
+                    for kind in sources
+                ]
+            )
+        if self._served is None:
+            cards = options.cards
+            served = [options.handover(cards[:1], cards[1:n]) for n in range(1, len(cards) + 1)]
+            self._served = np.array(served)
+        taken: F64 = self._served[-(-len(target.cards) // before.sizes)]
+        return taken
 
     # --- what has been found ------------------------------------------------------------------
 
