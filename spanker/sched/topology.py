@@ -47,6 +47,7 @@ class Topology:
     cards: tuple[int, ...]
     links: tuple[Link, ...] = ()
     _by_ends: Mapping[tuple[int, int], Link] = attrs.field(init=False, eq=False, repr=False)
+    _fully_meshed: bool = attrs.field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         known = set(self.cards)
@@ -64,6 +65,8 @@ class Topology:
                 raise PlanError(f"topology: link {ends[0]} -> {ends[1]} appears twice")
             by_ends[ends] = link
         object.__setattr__(self, "_by_ends", by_ends)
+        n, up = len(self.cards), sum(link.state is LinkState.UP for link in self.links)
+        object.__setattr__(self, "_fully_meshed", up == n * (n - 1))
 
     @classmethod
     def with_mock(cls, n: int) -> Topology:
@@ -128,8 +131,7 @@ class Topology:
     @property
     def fully_meshed(self) -> bool:
         """Whether every card can send straight to every other."""
-        n = len(self.cards)
-        return sum(link.state is LinkState.UP for link in self.links) == n * (n - 1)
+        return self._fully_meshed
 
     def shard_count(self) -> int:
         """Into how many shards a model is cut, tensor or model parallel: one a card."""

@@ -11,6 +11,7 @@ stage is: it is priced once a row is whole, and the bound goes without.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from spanker.sched.plan import CardShare, Plan, Stage
 from spanker.sched.planning.dividing import F64
 from spanker.sched.planning.naming import plan_name
-from spanker.sched.planning.options import First, Option, Options
+from spanker.sched.planning.options import First, Option, Options, Through
 from spanker.sched.planning.pools import Kind, Pool, State, after
 from spanker.sched.shares import Share
 
@@ -151,17 +152,14 @@ class Stages:
             options, lasts = (self._first.option,), self._first.only
         elif self._first is not None:
             lasts = self._options.lasts(kind.cards)
-        middles = [option.through(entering, lower, first) for option in options]
-        seconds = np.stack([m.seconds for m in middles])
-        option = seconds.argmin(axis=0)
-        at = np.arange(count + 1)
+        through, option = _best_of([o.through(entering, lower, first) for o in options])
         reached = _Reached(
             used=used,
             kind=kind,
             options=options,
-            seconds=seconds[option, at],
-            bound=np.stack([m.bound for m in middles]).min(axis=0),
-            begin=np.stack([m.begin for m in middles])[option, at],
+            seconds=through.seconds,
+            bound=through.bound,
+            begin=through.begin,
             option=option,
             previous=previous,
             before=before,
@@ -201,11 +199,14 @@ class Stages:
         """What a stage may follow on; asked for once for each stage that may come next."""
         if self._before is None or self._before[0] != used:
             entries = self._reached[used]
-            self._before = used, _Before(
-                kinds=tuple(entries),
-                sizes=np.array([sum(kind) for kind in entries]),
-                seconds=np.stack([entry.seconds for entry in entries.values()]),
-                bound=np.stack([entry.bound for entry in entries.values()]),
+            self._before = (
+                used,
+                _Before(
+                    kinds=tuple(entries),
+                    sizes=np.array([sum(kind) for kind in entries]),
+                    seconds=np.stack([entry.seconds for entry in entries.values()]),
+                    bound=np.stack([entry.bound for entry in entries.values()]),
+                ),
             )
         return self._before[1]
 
@@ -252,6 +253,18 @@ class Stages:
         plan = Plan(plan_name([len(stage.shares) for stage in stages]), tuple(stages))
         choose_s = self._options.choose(plan.embedders, plan.voters, stages[-1].cards)
         return Row(plan, end.seconds + choose_s, choose_s)
+
+
+def _best_of(ways: Sequence[Through]) -> tuple[Through, I64]:
+    """The best way through a stage by layers done, and its number; mostly there is one."""
+    if len(ways) == 1:
+        return ways[0], np.zeros(len(ways[0].seconds), np.int64)
+    seconds = np.stack([way.seconds for way in ways])
+    best = seconds.argmin(axis=0)
+    at = np.arange(seconds.shape[1])
+    begin = np.stack([way.begin for way in ways])[best, at]
+    bound = np.stack([way.bound for way in ways]).min(axis=0)
+    return Through(seconds[best, at], bound, begin), best
 
 
 def _placed(card: int, share: CardShare, first: bool, last: bool) -> CardShare:
