@@ -485,6 +485,10 @@ class _Row:
         return q8_bytes(elements) if self.quantized else elements * 4
 
 
+# A command, or an exchange: its EXCHANGE and its transfers.
+_Item = Command | tuple[Command, ...]
+
+
 class _Builder:
     def __init__(self, model: LlamaModel, plan: Plan, card: int, limits: Limits) -> None:
         self.model, self.plan, self.card, self.limits = model, plan, card, limits
@@ -502,26 +506,37 @@ class _Builder:
         self.y = _Row("y", shape.hidden)
         self.act = _Row("act", shape.ffn)
         self.actq = _Row("actq", shape.ffn, True)
-        # Every layer gathers the same rows.
-        self.gathers: dict[tuple[str, tuple[Share, ...]], tuple[Command, ...]] = {}
+        # Every layer gathers the same rows, each shared in its own way, whole Q8 blocks or not.
+        self.gathers: dict[str, tuple[Command, ...]] = {}
+        self.whole_blocks: dict[str, bool] = {}
 
-    def commands(self) -> Iterator[Command]:
+    def commands(self) -> list[Command]:
+        out: list[Command] = []
         if self.previous is None:
-            yield from self._embed()
+            self._put(out, self._embed())
         else:
-            yield from self._handover(self.previous, self.stage)
+            out += self._handover(self.previous, self.stage)
         for index in range(self.stage.layers.start, self.stage.layers.stop):
             layer = self.shape.layers[index]
             for part in (self._attention(index, layer), self._ffn(index, layer)):
-                for command in part:
-                    # Transfers belong where their exchange does; on many cards they are many.
-                    is_transfer = command.op in (op.Op.LINK_SEND, op.Op.LINK_RECV)
-                    yield command if is_transfer else command.of_part(f"blk.{index}")
+                self._put(out, part, f"blk.{index}")
         if self.next is None:
-            yield from self._output()
+            self._put(out, self._output())
         else:
-            yield from self._handover(self.stage, self.next)
-        yield from self._choose()
+            out += self._handover(self.stage, self.next)
+        self._put(out, self._choose())
+        return out
+
+    def _put(self, out: list[Command], items: Iterator[_Item], part: str = "") -> None:
+        """Append commands, as of a part of the model.  Transfers belong where their exchange does;
+        on many cards they are many."""
+        for item in items:
+            if isinstance(item, tuple):
+                if item:
+                    out.append(item[0].of_part(part) if part else item[0])
+                    out += item[1:]
+            else:
+                out.append(item.of_part(part) if part else item)
 
     # --- exchanges ---
 
@@ -541,12 +556,12 @@ class _Builder:
         return op.exchange(transfers)
 
     def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
-        shares = tuple(share_of(s) for s in self.stage.shares)
-        key = row.name, shares
-        if key not in self.gathers:
+        found = self.gathers.get(row.name)
+        if found is None:
+            shares = tuple(share_of(s) for s in self.stage.shares)
             moves = all_gather_of(self.card, self.stage.cards, shares)
-            self.gathers[key] = self._transfers(moves, row)
-        return self.gathers[key]
+            found = self.gathers[row.name] = self._transfers(moves, row)
+        return found
 
     def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
         moves = handover(source.cards, target.cards, self.shape.hidden)
@@ -554,7 +569,7 @@ class _Builder:
 
     # --- pieces of the model ---
 
-    def _embed(self) -> Iterator[Command]:
+    def _embed(self) -> Iterator[_Item]:
         columns, weight = self.share.columns, self.model.weights["token_embd.weight"]
         if not columns.empty:
             nbytes = columns.size // weight.shape.columns_unit * weight.shape.unit_bytes
@@ -568,9 +583,9 @@ class _Builder:
                 vocabulary=self.shape.vocabulary,
                 packed=packed,
             )
-        yield from self._gather(self.x, lambda s: s.columns)
+        yield self._gather(self.x, lambda s: s.columns)
 
-    def _norm(self, weight: str, matrices: Sequence[WeightShape]) -> Iterator[Command]:
+    def _norm(self, weight: str, matrices: Sequence[WeightShape]) -> Iterator[_Item]:
         """x normalised into xn, and into xq where a matrix wants Q8 blocks."""
         hidden = self.shape.hidden
         yield op.rmsnorm(self.x.at(), Ref(weight), self.xn.at(), n=hidden, eps=self.model.rms_eps)
@@ -583,31 +598,34 @@ class _Builder:
 
     def _gather_input(
         self, matrix: WeightShape, row: _Row, rowq: _Row, share_of: Callable[[CardShare], Share]
-    ) -> Iterator[Command]:
+    ) -> Iterator[_Item]:
         """Bring the input of `matrix` together: as Q8 blocks where every share consists of whole
         blocks, else as floats that are quantised afterwards."""
-        shares = [share_of(s) for s in self.stage.shares]
         own = share_of(self.share)
-        whole_blocks = all(s.start % Q8_BLOCK == 0 and s.size % Q8_BLOCK == 0 for s in shares)
-        if matrix.quantized and whole_blocks:
+        if row.name not in self.whole_blocks:
+            self.whole_blocks[row.name] = all(
+                part.start % Q8_BLOCK == 0 and part.size % Q8_BLOCK == 0
+                for part in map(share_of, self.stage.shares)
+            )
+        if matrix.quantized and self.whole_blocks[row.name]:
             if not own.empty:
                 yield op.quantize(row.at(own.start), rowq.at(own.start), k=own.size)
-            yield from self._gather(rowq, share_of)
+            yield self._gather(rowq, share_of)
             return
-        yield from self._gather(row, share_of)
+        yield self._gather(row, share_of)
         if matrix.quantized:
             yield op.quantize(row.at(), rowq.at(), k=row.elements)
 
-    def _project_and_add(self, matrix: WeightShape, row: _Row, rowq: _Row) -> Iterator[Command]:
+    def _project_and_add(self, matrix: WeightShape, row: _Row, rowq: _Row) -> Iterator[_Item]:
         """x += matrix times the gathered row."""
         own = self.share.hidden
         if not own.empty:
             x = rowq.at() if matrix.quantized else row.at()
             yield self._matmul(matrix, own.size, x, self.y.at(own.start))
-        yield from self._gather(self.y, lambda s: s.hidden)
+        yield self._gather(self.y, lambda s: s.hidden)
         yield op.add(self.x.at(), self.y.at(), n=self.shape.hidden)
 
-    def _attention(self, index: int, layer: LayerShape) -> Iterator[Command]:
+    def _attention(self, index: int, layer: LayerShape) -> Iterator[_Item]:
         shape, share, limits = self.shape, self.share, self.limits
         dim, heads, kv = shape.head_dim, share.heads, share.kv_heads(shape.group)
         inputs = (layer.attn_q, layer.attn_k, layer.attn_v)
@@ -656,7 +674,7 @@ class _Builder:
         )
         yield from self._project_and_add(layer.attn_output, self.att, self.attq)
 
-    def _ffn(self, index: int, layer: LayerShape) -> Iterator[Command]:
+    def _ffn(self, index: int, layer: LayerShape) -> Iterator[_Item]:
         own = self.share.ffn
         if not own.empty:
             inputs = (layer.ffn_gate, layer.ffn_up)
@@ -669,7 +687,7 @@ class _Builder:
         yield from self._gather_input(layer.ffn_down, self.act, self.actq, lambda s: s.ffn)
         yield from self._project_and_add(layer.ffn_down, self.act, self.actq)
 
-    def _output(self) -> Iterator[Command]:
+    def _output(self) -> Iterator[_Item]:
         shape, vocabulary = self.shape, self.share.vocabulary
         if vocabulary.empty:
             return
@@ -709,7 +727,7 @@ class _Builder:
             first_id=vocabulary.start,
         )
 
-    def _choose(self) -> Iterator[Command]:
+    def _choose(self) -> Iterator[_Item]:
         """The most likely token goes to the cards that embed it, so that the next step can begin
         before the host has seen it."""
         voters, embedders = self.plan.voters, self.plan.embedders
@@ -726,6 +744,6 @@ class _Builder:
             for embedder in embedders
             if voter != embedder and self.card in (voter, embedder)
         ]
-        yield from op.exchange(transfers, outputs=True)
+        yield op.exchange(transfers, outputs=True)
         if self.card in embedders:
             yield op.choose(Ref("best", len(voters) * 8), Ref("chosen", 4), lists=len(voters))
