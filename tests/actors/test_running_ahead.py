@@ -216,7 +216,7 @@ async def answers(
 
 @contextlib.asynccontextmanager
 async def opened(cards: int, *paths: Path, **options: object) -> AsyncIterator[tuple[Fleet, list]]:
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         yield fleet, [await fleet.load(path, **options) for path in paths]  # type: ignore[arg-type]
 
 
@@ -320,7 +320,7 @@ async def test_a_fault_in_the_first_of_two_steps_ends_only_the_sequences_of_that
 ) -> None:
     made = poisoned(7)
     cards = {"tp1": 1, "tp3": 3, "pp2": 2}[plan]
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         model = await fleet.load(made.write(tmp_path / "m.gguf"), plan=plan, prompt_chunk=4)
         submit = StepPipe.submit
         late: list[Generation] = []
@@ -349,13 +349,13 @@ async def test_what_a_step_does_for_those_that_have_ended_harms_nobody(
 ) -> None:
     """A sequence stops at a word that no card can embed; the next step has begun with it."""
     made = poisoned(0)
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         model = await fleet.load(made.write(tmp_path / "plain.gguf"))
         stopping = await tokens_of(model.generate([9], max_tokens=12, ignore_eos=True))
         living = await tokens_of(model.generate([5], max_tokens=60, ignore_eos=True))
     word = next(t for t in reversed(stopping) if t not in living and t not in (0, 5, 9))
     bad = poisoned(word)
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         model = await fleet.load(bad.write(tmp_path / "bad.gguf"))
         epoch = model._replicas.sessions[0].coordinator._epoch
         for company in (False, True):
