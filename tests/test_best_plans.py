@@ -25,9 +25,9 @@ CASES = [
     ("smollm2-135m", 4, REV_A, 1),
     ("smollm2-135m", 3, NATIVE, 1),
     ("smollm2-135m", 4, STRAGGLER, 1),
-    ("smollm2-135m", 4, REV_A, 4),
 ]
 MORE = [
+    ("smollm2-135m", 4, REV_A, 4),
     ("smollm2-135m", 8, REV_B, 1),
     ("smollm2-135m", 4, SLOW_LINK, 1),
     ("smollm2-360m", 5, REV_A, 1),

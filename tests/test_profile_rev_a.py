@@ -61,7 +61,7 @@ def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 async def test_every_byte_over_the_host_link_is_counted(
     path: Path, link: list[HostLink], sent_bytes: dict[str, int]
 ) -> None:
-    async with spanker.open_fleet("soft:3", profile="rev-a") as fleet:
+    async with spanker.open_fleet("soft:3", plan="tp", profile="rev-a") as fleet:
         (host_link,) = link
         model = await fleet.load(path, ctx=64, kv_tokens=64)
         weights = host_link.bytes_to_cards
@@ -86,7 +86,7 @@ MODEL_BYTES = sum(len(t.data) for t in MODEL.tensors.values() if "token_embd" no
 async def test_loading_keeps_to_the_rate_of_the_host_link(path: Path, link: list[HostLink]) -> None:
     """Paced by trio's clock: never faster, and hardly slower when the machine keeps up."""
     slow = attrs.evolve(REV_A, host_link_bytes_per_s=20_000_000)
-    async with spanker.open_fleet("soft:2", profile=slow) as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp", profile=slow) as fleet:
         (host_link,) = link
         before, begin = host_link.bytes_to_cards, trio.current_time()
         await fleet.load(path, ctx=64, kv_tokens=64)
@@ -106,6 +106,6 @@ async def test_the_profile_decides_what_is_planned_with(path: Path) -> None:
 
 
 async def test_a_fleet_without_a_throttled_link_has_none(path: Path, link: list[HostLink]) -> None:
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         await fleet.load(path, ctx=64, kv_tokens=64)
     assert link == []

@@ -35,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("cards", "plan"), [(1, "auto"), (2, "tp"), (2, "pp"), (4, "tp2xpp2")])
 async def test_the_bits_are_those_of_the_reference(path: Path, cards: int, plan: str) -> None:
-    async with spanker.open_fleet(cards, profile=BOARD, throttle=True) as fleet:
+    async with spanker.open_fleet(cards, plan="tp", profile=BOARD, throttle=True) as fleet:
         model = await fleet.load(path, plan=plan, ctx=64, kv_tokens=256, prompt_chunk=4)
         logits = await model.logits(PROMPT)
         assert np.array_equal(logits.view(np.uint32), forward(MODEL, PROMPT).view(np.uint32))
@@ -44,7 +44,7 @@ async def test_the_bits_are_those_of_the_reference(path: Path, cards: int, plan:
 async def test_it_generates_the_same_tokens_no_faster_than_the_model(path: Path) -> None:
     tokens = []
     for throttle in (False, True):
-        async with spanker.open_fleet(2, profile=BOARD, throttle=throttle) as fleet:
+        async with spanker.open_fleet(2, plan="tp", profile=BOARD, throttle=throttle) as fleet:
             model = await fleet.load(path, ctx=64, kv_tokens=128)
             begin = time.monotonic()
             generation = model.generate(PROMPT, max_tokens=20, ignore_eos=True)
@@ -65,7 +65,9 @@ async def test_it_generates_the_same_tokens_no_faster_than_the_model(path: Path)
 
 async def test_a_hung_or_dead_throttled_card_is_noticed(path: Path) -> None:
     for fault, error in ((hang, CardHungError), (kill, CardLostError)):
-        async with spanker.open_fleet(2, profile=BOARD, throttle=True, hang_timeout_s=0.3) as fleet:
+        async with spanker.open_fleet(
+            2, plan="tp", profile=BOARD, throttle=True, hang_timeout_s=0.3
+        ) as fleet:
             model = await fleet.load(path, ctx=64)
             fault(fleet, 1)
             with pytest.raises(error) as caught:
@@ -87,7 +89,7 @@ async def test_an_answer_that_nobody_wants_is_given_up_at_once(path: Path) -> No
     """Closing the fleet does not wait for a step of hours."""
     slow = attrs.evolve(BOARD, step_s=3600.0)
     begin = time.monotonic()
-    async with spanker.open_fleet(2, profile=slow, throttle=True) as fleet:
+    async with spanker.open_fleet(2, plan="tp", profile=slow, throttle=True) as fleet:
         model = await fleet.load(path, ctx=64)
         generation = model.generate(PROMPT, max_tokens=4)
         await until(lambda: fleet.devices[0].counters().queued)

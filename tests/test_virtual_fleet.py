@@ -71,7 +71,7 @@ async def answers(
                 logits.update(token.logits.tobytes())
         results[number] = ids, logits.hexdigest()
 
-    async with spanker.open_fleet(cards, profile=profile) as fleet:
+    async with spanker.open_fleet(cards, plan="tp", profile=profile) as fleet:
         model = await fleet.load(path, plan=plan, ctx=64, prompt_chunk=7)
         async with trio.open_nursery() as nursery:
             for number in range(3):
@@ -105,7 +105,7 @@ def test_neither_plan_nor_profile_nor_seed_changes_a_bit(models: dict[str, Path]
 async def of_zeros(cards: str) -> list[object]:
     """Tokens, their log probabilities and times, of a shape's greedy and sampled answers."""
     found: list[object] = []
-    async with spanker.open_fleet(cards, profile="rev-a") as fleet:
+    async with spanker.open_fleet(cards, plan="tp", profile="rev-a") as fleet:
         model = await fleet.load_shape(SHAPE, plan="tp2xpp2", ctx=64)
         found.append((trio.current_time(), model.name, model.plan.name))
         for temperature in (0.0, 0.7):
@@ -125,7 +125,7 @@ def test_a_hollow_fleet_answers_as_a_model_of_zeros_would_and_in_the_same_time()
 
 def test_a_shape_has_no_words() -> None:
     async def main() -> None:
-        async with spanker.open_fleet("hollow:2") as fleet:
+        async with spanker.open_fleet("hollow:2", plan="tp") as fleet:
             model = await fleet.load_shape("smollm2-135m", ctx=64)
             assert (model.name, model.vocabulary) == ("smollm2-135m", 49152)
             with pytest.raises(RequestError, match="smollm2-135m is a shape"):
@@ -143,7 +143,7 @@ def test_a_shape_has_no_words() -> None:
 
 def test_a_shape_runs_on_soft_cards_too() -> None:
     async def main() -> list[int]:
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
             model = await fleet.load_shape(SHAPE, ctx=64)
             generation = model.generate(PROMPT, max_tokens=3)
             await generation.collect()
@@ -154,7 +154,7 @@ def test_a_shape_runs_on_soft_cards_too() -> None:
 
 def test_what_does_not_fit_is_refused_as_on_real_cards() -> None:
     async def main() -> None:
-        async with spanker.open_fleet("hollow:2:64MiB") as fleet:
+        async with spanker.open_fleet("hollow:2:64MiB", plan="tp") as fleet:
             with pytest.raises(CardMemoryError, match=r"needs .* bytes on card 0"):
                 await fleet.load_shape("tinyllama")
 
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_as_on_real_cards() -> None:
 
 def traced(path: Path, model: Path, where: str, seed: int) -> bytes:
     async def main() -> None:
-        async with spanker.open_fleet(where, profile="rev-a") as fleet:
+        async with spanker.open_fleet(where, plan="tp", profile="rev-a") as fleet:
             loaded = await fleet.load(model, plan="tp", ctx=64)
             async with fleet.trace(path), trio.open_nursery() as nursery:
                 for number in range(4):
@@ -203,7 +203,7 @@ def test_what_the_host_must_choose_waits_for_the_host() -> None:
     """Sampled tokens take the host's time and a round trip each; greedy ones none of it."""
 
     async def main(profile: Profile, temperature: float) -> list[float]:
-        async with spanker.open_fleet("hollow:2", profile=profile) as fleet:
+        async with spanker.open_fleet("hollow:2", plan="tp", profile=profile) as fleet:
             model = await fleet.load_shape(SHAPE, ctx=64)
             return gaps(await token_times(model, temperature=temperature))
 
@@ -233,7 +233,7 @@ def test_messages_by_reference_take_the_time_of_their_bytes(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], cards: int
 ) -> None:
     async def main() -> list[float]:
-        async with spanker.open_fleet(f"hollow:{cards}", profile="rev-a") as fleet:
+        async with spanker.open_fleet(f"hollow:{cards}", plan="tp", profile="rev-a") as fleet:
             model = await fleet.load(models["f16"], plan="tp", ctx=64)
             return [trio.current_time(), *await token_times(model)]
 
@@ -247,7 +247,7 @@ def test_messages_by_reference_take_the_time_of_their_bytes(
 
 def test_a_fleet_without_a_host_link_takes_only_the_cards_time() -> None:
     async def main() -> list[float]:
-        async with spanker.open_fleet("hollow:2", profile="native") as fleet:
+        async with spanker.open_fleet("hollow:2", plan="tp", profile="native") as fleet:
             model = await fleet.load_shape(SHAPE, ctx=64)
             assert trio.current_time() == 0
             used = fleet.usage()
@@ -264,7 +264,7 @@ def in_a_fleet(
     job: Callable[[Fleet, Model], object], models: dict[str, Path], **options: object
 ) -> None:
     async def main() -> None:
-        async with spanker.open_fleet("virtual:3", profile="rev-a", **options) as fleet:  # type: ignore[arg-type]
+        async with spanker.open_fleet("virtual:3", plan="tp", profile="rev-a", **options) as fleet:  # type: ignore[arg-type]
             await job(fleet, await fleet.load(models["q4_0"], plan="tp", ctx=64))  # type: ignore[misc]
 
     begin = time.monotonic()
@@ -319,7 +319,7 @@ def test_a_fault_in_the_arithmetic_is_one_of_the_fleet(tmp_path: Path) -> None:
     path = made.write(tmp_path / "bad.gguf")
 
     async def main() -> None:
-        async with spanker.open_fleet("virtual:2", profile="rev-a") as fleet:
+        async with spanker.open_fleet("virtual:2", plan="tp", profile="rev-a") as fleet:
             model = await fleet.load(path, plan="tp", ctx=64)
             for _ in range(2):
                 with pytest.raises(CardFaultError, match="NaN or an infinity"):
@@ -341,7 +341,7 @@ def test_a_fault_in_the_arithmetic_is_one_of_the_fleet(tmp_path: Path) -> None:
 )
 def test_what_makes_no_sense_is_refused(cards: str, options: dict[str, object], words: str) -> None:
     async def main() -> None:
-        async with spanker.open_fleet(cards, **options):  # type: ignore[arg-type]
+        async with spanker.open_fleet(cards, plan="tp", **options):  # type: ignore[arg-type]
             raise AssertionError("it was opened")
 
     with pytest.raises(ConfigError, match=words):
@@ -356,7 +356,7 @@ async def test_soft_cards_keep_no_accounts(spanker_fleet: Fleet) -> None:
 async def test_a_virtual_fleet_runs_under_trios_own_clocks(
     models: dict[str, Path], autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with spanker.open_fleet("virtual:2") as fleet:
+    async with spanker.open_fleet("virtual:2", plan="tp") as fleet:
         model = await fleet.load(models["q4_0"], ctx=64)
         await model.generate(PROMPT, max_tokens=3).collect()
 
@@ -364,7 +364,7 @@ async def test_a_virtual_fleet_runs_under_trios_own_clocks(
 async def test_under_the_real_clock_a_virtual_fleet_takes_its_time(
     models: dict[str, Path],
 ) -> None:
-    async with spanker.open_fleet("virtual:2", profile="rev-a") as fleet:
+    async with spanker.open_fleet("virtual:2", plan="tp", profile="rev-a") as fleet:
         begin = trio.current_time()
         model = await fleet.load(models["q4_0"], ctx=64)
         await model.generate(PROMPT, max_tokens=3).collect()

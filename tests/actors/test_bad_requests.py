@@ -28,7 +28,7 @@ BAD = [
 async def test_a_bad_option_disturbs_no_other_generation(
     tiny_model: Path, options: dict[str, object]
 ) -> None:
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(tiny_model)
         texts: list[str] = []
 

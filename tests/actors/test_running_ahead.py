@@ -92,7 +92,7 @@ async def idle(model: Model) -> None:
 async def test_greedy_steps_are_queued_ahead_and_none_too_many(
     tiny: Path, flown: list[Flown]
 ) -> None:
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         await tokens_of(model.generate([1, 2, 3], max_tokens=20, ignore_eos=True))
         # Each step but the first is queued behind another; the last token needs none after it.

@@ -58,7 +58,7 @@ async def with_logits(generation: Generation) -> tuple[list[int], np.ndarray]:
 
 
 async def test_concurrent_generations_share_steps(tiny: Path) -> None:
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         await tokens_of(model.generate([1, 2, 3], max_tokens=40, ignore_eos=True))
         alone = model.stats.steps
@@ -149,7 +149,7 @@ async def test_company_and_chunks_change_no_bit(tiny: Path, chunk: int, cards: i
     print("seed", seed)
     rng = random.Random(seed)
     checked = 0
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         model = await fleet.load(tiny, prompt_chunk=chunk)
 
         async def one(number: int) -> None:
@@ -182,7 +182,7 @@ async def test_company_and_chunks_change_no_bit(tiny: Path, chunk: int, cards: i
 
 async def test_score_rows_are_the_logits_of_stepwise_generation(tiny: Path) -> None:
     ids = ids_of(70, seed=3)
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny, prompt_chunk=9)
         scored = await model.logits(ids)
         pieces = [(at, rows.shape) async for at, rows in model.score(ids)]
@@ -219,7 +219,7 @@ async def test_scores_wait_for_their_consumer(tiny: Path) -> None:
 async def test_two_models_share_the_cards(tiny: Path, tmp_path: Path) -> None:
     other = tiny_llama(format="q8_0", seed=5, layers=1)
     other.write(tmp_path / "other.gguf")
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         first = await fleet.load(tiny)
         alone = await tokens_of(first.generate([1, 2], max_tokens=50, ignore_eos=True))
         second = await fleet.load(tmp_path / "other.gguf", plan="tp2")
@@ -387,7 +387,7 @@ async def test_a_stop_string_may_lie_across_tokens(tiny: Path) -> None:
 
 
 async def test_cancelling_the_consumer_frees_the_pages_at_once(tiny: Path) -> None:
-    async with spanker.open_fleet(2) as fleet:
+    async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny)
         generation = model.generate([1], max_tokens=200, ignore_eos=True)
         with trio.CancelScope() as scope:
@@ -436,7 +436,7 @@ async def test_a_hundred_random_ends_leave_nothing(tiny: Path) -> None:
     seed = 4
     print("seed", seed)
     rng = random.Random(seed)
-    async with spanker.open_fleet(3) as fleet:
+    async with spanker.open_fleet(3, plan="tp") as fleet:
         model = await fleet.load(tiny, prompt_chunk=7, kv_tokens=PAGE * 12)
         used = [c.ddr_used_bytes for c in (await fleet.stats()).cards]
 
@@ -514,7 +514,7 @@ async def test_a_fault_ends_the_sequences_of_its_step_and_no_others(
 ) -> None:
     made = poisoned()
     cards = {"tp3": 3, "pp2": 2, "tp2xpp2": 4}[plan]
-    async with spanker.open_fleet(cards) as fleet:
+    async with spanker.open_fleet(cards, plan="tp") as fleet:
         model = await fleet.load(made.write(tmp_path / "bad.gguf"), plan=plan)
         for _ in range(3):
             good = model.generate([1, 2], max_tokens=5, ignore_eos=True)

@@ -75,7 +75,7 @@ async def test_every_command_of_every_step_is_there(
     tiny: Path, tmp_path: Path, plan: str, channel: str
 ) -> None:
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(PLANS[plan], channel=channel) as fleet:
+    async with spanker.open_fleet(PLANS[plan], plan="tp", channel=channel) as fleet:
         model = await fleet.load(tiny, plan=plan, prompt_chunk=5)
         expected = await tokens_of(model.generate([1, 2, 3], max_tokens=20, ignore_eos=True))
         before = await fleet.stats()

@@ -269,7 +269,7 @@ async def test_logits_are_those_of_the_reference_under_every_plan(
     name: str, plan: str, path_of: Callable[[str], Path]
 ) -> None:
     _, ids, expected = made(name)
-    async with spanker.open_fleet(PLANS[plan]) as fleet:
+    async with spanker.open_fleet(PLANS[plan], plan="tp") as fleet:
         # Chunks that end anywhere in pages and tiles.
         model = await fleet.load(path_of(name), plan=plan, prompt_chunk=37 if len(ids) > 37 else 11)
         assert fleet.plan.name == plan
@@ -283,7 +283,7 @@ async def test_more_cards_than_heads_change_no_bit(
 ) -> None:
     for name in ("9 heads over 3", "one head"):
         _, ids, expected = made(name)
-        async with spanker.open_fleet(cards) as fleet:
+        async with spanker.open_fleet(cards, plan="tp") as fleet:
             model = await fleet.load(path_of(name), plan="tp")
             assert np.array_equal((await model.logits(ids)).view(np.uint32), expected)
 
@@ -292,7 +292,7 @@ async def test_cards_of_different_instruction_sets_agree(path_of: Callable[[str]
     spec = ",".join(f"soft:1@{isa}" for isa in (*isas(), "scalar"))
     for name in CASES:
         _, ids, expected = made(name)
-        async with spanker.open_fleet(spec) as fleet:
+        async with spanker.open_fleet(spec, plan="tp") as fleet:
             model = await fleet.load(path_of(name), plan="tp")
             assert np.array_equal((await model.logits(ids)).view(np.uint32), expected)
 
@@ -324,7 +324,7 @@ async def test_of_equal_logits_the_lowest_id_is_chosen_wherever_it_lies(
         period,
     )
     path = source.write(tmp_path / "equal.gguf")
-    async with spanker.open_fleet(PLANS[plan]) as fleet:
+    async with spanker.open_fleet(PLANS[plan], plan="tp") as fleet:
         model = await fleet.load(path, plan=plan)
         generation = model.generate([5, 6, 7], max_tokens=10, ignore_eos=True)
         await generation.collect()
@@ -349,7 +349,7 @@ async def test_tokens_are_those_that_the_reference_logits_give(
 ) -> None:
     source, ids, _ = made("9 heads over 3")
     prompt = ids[:5]
-    async with spanker.open_fleet(PLANS[plan]) as fleet:
+    async with spanker.open_fleet(PLANS[plan], plan="tp") as fleet:
         model = await fleet.load(path_of("9 heads over 3"), plan=plan)
         generation = model.generate(
             prompt,

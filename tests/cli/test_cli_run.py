@@ -33,7 +33,7 @@ async def test_one_and_three_cards_print_the_librarys_answer(smollm2_path: Path)
         json.loads(good(*args, "--logits-hash", "--json", "--cards", cards).stdout)
         for cards in ("1", "3")
     )
-    async with library.open_fleet("soft:2") as fleet:
+    async with library.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(smollm2_path, ctx=512)
         generation = model.generate(PROMPT, max_tokens=12, logits=True)
         digest = hashlib.sha256()

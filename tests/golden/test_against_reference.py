@@ -32,7 +32,7 @@ async def test_logits_are_as_close_to_the_reference_as_llama_cpps(smollm2_path: 
     exact = np.load(HERE / "smollm2_q4_1_exact.npz")
     divergence: list[float] = []
     other_best = 0
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(smollm2_path, ctx=512)
         for number, prompt in enumerate(PROMPTS):
             ids = model.tokenize(prompt["text"])
@@ -55,7 +55,7 @@ async def test_logits_are_as_close_to_the_reference_as_llama_cpps(smollm2_path: 
 
 async def test_likelihood_of_a_text_is_that_of_the_reference(smollm2_path: Path) -> None:
     text = (HERE.parents[1] / "LICENSE").read_text()
-    async with spanker.open_fleet("soft:2") as fleet:
+    async with spanker.open_fleet("soft:2", plan="tp") as fleet:
         model = await fleet.load(smollm2_path, ctx=512)
         ids = model.tokenize(text)[:512]
         logp = log_softmax(await model.logits(ids))

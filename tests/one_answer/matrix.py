@@ -51,7 +51,7 @@ class Case:
 
 async def answers(case: Case, path: Path) -> tuple[tuple[str, str], tuple[str, str]]:
     """(tokens hash, logits hash) of the greedy and of the sampled generation."""
-    async with spanker.open_fleet(case.cards) as fleet:
+    async with spanker.open_fleet(case.cards, plan="tp") as fleet:
         model = await fleet.load(path, plan=case.plan, prompt_chunk=case.chunk, ctx=1024)
         text = (ROOT / "LICENSE").read_text()
         prompt = model.tokenize(text)[:PROMPT_TOKENS]

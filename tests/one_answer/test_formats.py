@@ -99,7 +99,7 @@ def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 async def check(name: str, path: Path, case: Case) -> None:
     """Greedily and by chance: the logits of every token are those of the reference for the tokens
     before it, and the tokens are the same in every case, as the logits are."""
-    async with spanker.open_fleet(case.cards) as fleet:
+    async with spanker.open_fleet(case.cards, plan="tp") as fleet:
         model = await fleet.load(path, plan=case.plan, prompt_chunk=case.chunk)
         for options in ({}, SAMPLED):
             async with trio.open_nursery() as nursery:

@@ -35,11 +35,11 @@ async def test_cards_too_small_for_the_model_run_it_together(smollm2_path: Path)
     # 100 MB of weights: a quarter fits into 64 MiB, the whole does not.
     small = {"ctx": 256, "prompt_chunk": 64}
     with pytest.raises(CardMemoryError, match=r"needs [\d,]+ bytes on card 0 .*has 67,108,864"):
-        async with spanker.open_fleet("soft:1:64MiB") as fleet:
+        async with spanker.open_fleet("soft:1:64MiB", plan="tp") as fleet:
             await fleet.load(smollm2_path, **small)
     texts = []
     for cards in ("soft:4:64MiB", "soft:1"):
-        async with spanker.open_fleet(cards) as fleet:
+        async with spanker.open_fleet(cards, plan="tp") as fleet:
             model = await fleet.load(smollm2_path, **small)
             texts.append(await model.generate("The capital of France is", max_tokens=8).collect())
     assert texts[0] == texts[1]
@@ -51,7 +51,7 @@ async def test_candidates_give_the_tokens_that_all_logits_give(smollm2_path: Pat
     # logits are fetched for them.
     tokens = []
     for cards, logits in (("soft:1", True), ("soft:1", False), ("soft:3", False)):
-        async with spanker.open_fleet(cards) as fleet:
+        async with spanker.open_fleet(cards, plan="tp") as fleet:
             model = await fleet.load(smollm2_path, ctx=256)
             generation = model.generate(
                 "Once upon a time",
@@ -72,7 +72,7 @@ async def test_every_card_holds_what_its_plan_says_and_no_card_holds_everything(
 ) -> None:
     from spanker.sched.layout import card_bytes
 
-    async with spanker.open_fleet("soft:4") as fleet:
+    async with spanker.open_fleet("soft:4", plan="tp") as fleet:
         model = await fleet.load(smollm2_path, ctx=256, prompt_chunk=64)
         (loaded,) = (s.loaded for s in model._replicas.sessions)
         stats = await fleet.stats()

@@ -176,7 +176,7 @@ async def test_a_slow_card_is_not_taken_for_hung(tmp_path: Path):
     """Progress counts, not how long a step takes."""
     timeout_s = 0.25
     path = write_tiny_llama(tmp_path / "wide.gguf", layers=4, hidden=256, ffn=1024, context=2048)
-    async with spanker.open_fleet("soft:1@scalar", hang_timeout_s=timeout_s) as fleet:
+    async with spanker.open_fleet("soft:1@scalar", plan="tp", hang_timeout_s=timeout_s) as fleet:
         model = await fleet.load(path, prompt_chunk=2048)
         start = trio.current_time()
         await model.generate([*PROMPT, *PROMPT[:500]], max_tokens=1).collect()
