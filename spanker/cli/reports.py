@@ -9,8 +9,7 @@ import attrs
 
 from spanker.cli import terminal
 from spanker.fleet import CardStats, Fleet
-from spanker.sched.plan import CardShare, FleetPlan, Plan, Stage
-from spanker.sched.shares import Share
+from spanker.sched.plan import FleetPlan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,29 +132,7 @@ def pace_note(fleet: Fleet) -> str | None:
 
 
 def plan_json(plan: FleetPlan) -> dict[str, object]:
-    """A plan with its replicas and their stages; ranges are [start, stop)."""
-    return {
-        "name": plan.name,
-        "reason": plan.reason,
-        "replicas": [_replica_json(replica) for replica in plan.replicas],
-    }
+    """A plan as `--plan FILE.json` takes it; imported for those who ask for JSON."""
+    from spanker.sched.plan_json import to_json
 
-
-def _replica_json(plan: Plan) -> dict[str, object]:
-    return {"name": plan.name, "stages": [_stage_json(stage) for stage in plan.stages]}
-
-
-def _stage_json(stage: Stage) -> dict[str, object]:
-    return {
-        "layers": _range(stage.layers),
-        "shares": [_share_json(share) for share in stage.shares],
-    }
-
-
-def _share_json(share: CardShare) -> dict[str, object]:
-    names = [f.name for f in attrs.fields(CardShare) if f.name != "card"]
-    return {"card": share.card} | {name: _range(getattr(share, name)) for name in names}
-
-
-def _range(share: Share) -> list[int]:
-    return [share.start, share.stop]
+    return to_json(plan)
