@@ -219,12 +219,7 @@ def bench(
     metavar="N[:BYTES]",
     help="How many cards, and how much memory each has.",
 )
-@click.option(
-    "--profile",
-    type=click.Choice(options.PROFILES),
-    default="rev-a",
-    help="The speeds of cards, links and host.",
-)
+@options.profile_to_plan_by
 @options.plan
 @click.option("--tokens", type=click.IntRange(min=1), default=32, help="Tokens to generate.")
 @click.option("--prompt", type=click.IntRange(min=1), default=128, help="Tokens of the prompt.")

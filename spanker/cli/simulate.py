@@ -17,7 +17,7 @@ from spanker.cli.interrupts import Interrupts, run_async
 from spanker.cli.opening import check_trace
 from spanker.cli.reports import plan_json
 from spanker.device.spec import parse_fleet
-from spanker.sched.bandwidth import profile as find_profile
+from spanker.sched import profiles
 from spanker.sched.plan import Stage
 from spanker.simulation import CardTime, LinkTime, Scenario, Simulation, run
 
@@ -32,7 +32,7 @@ def scenario(*, cards: str, profile: str, **options: Any) -> Scenario:
     return Scenario(
         cards=len(specs),
         ddr_bytes=specs[0].ddr_bytes,
-        profile=find_profile(profile),
+        profile=profiles.find(profile),
         **options,
     )
 

@@ -7,8 +7,12 @@ import json
 import signal
 from pathlib import Path
 
+import attrs
 import pytest
 from cli_process import EXIT_S, batch, good, started, terminal
+
+from spanker.sched import profiles
+from spanker.sched.bandwidth import REV_A
 
 SHAPE = ("simulate", "--shape", "smollm2-135m", "--cards", "3", "--tokens", "5", "--prompt", "9")
 
@@ -128,3 +132,11 @@ def test_ctrl_c_ends_a_simulation_within_a_second(phase: str) -> None:
         assert took_s < EXIT_S
         assert running.survivors() == []
         assert running.process.stdout is not None and running.process.stdout.read() == b""
+
+
+def test_a_profile_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    profiles.save(attrs.evolve(REV_A, name="mine"), path)
+    built_in, mine = batch((*SHAPE, "--json"), (*SHAPE, "--json", "--profile", str(path)))
+    assert mine.json()["profile"] == "mine"
+    assert mine.json()["decode_s"] == built_in.json()["decode_s"]
