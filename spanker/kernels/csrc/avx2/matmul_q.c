@@ -192,6 +192,7 @@ ALWAYS_INLINE void half_tile(struct spk_tiling f, const uint8_t *tile, size_t ha
         acc[j] = _mm256_setzero_ps();
     for (size_t b = 0; b < blocks; b++, x += n) {
         struct spk_block_at at = spk_locate(f, tile, blocks, b);
+        spk_ahead(f, at.words);
         __m256i dot[GROUP];
         __m256 dw, mw = _mm256_setzero_ps();
         if (f.bytes)

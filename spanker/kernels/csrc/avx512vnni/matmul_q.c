@@ -111,6 +111,8 @@ ALWAYS_INLINE void block_of_tiles(struct spk_tiling f, const uint8_t *w,
         __m512i dot[2 * GROUP], second[2 * GROUP];
         for (int t = 0; t < tiles; t++) {
             at[t] = spk_locate(f, w + (size_t)t * tile_bytes, blocks, b);
+            if (tiles == 1)
+                spk_ahead(f, at[t].words);
             if (f.super && !f.six && b % 8 == 0)
                 super_scales(&at[t], dk[t], mk[t]);
         }
