@@ -21,6 +21,7 @@ import attrs
 
 from spanker.sched import cost
 from spanker.sched.bandwidth import NATIVE, REV_A, REV_B, CardSpeed, LinkSpeed, Profile
+from spanker.sched.limits import step_limits
 from spanker.sched.plan import (
     CardShare,
     FleetPlan,
@@ -40,7 +41,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cost_vs_simulator.json"
 # The largest difference that is none.
 TOLERANCE = 0.03
 PARTS = ("decode", "prefill", "load")
-OUTPUTS_MAX = CANDIDATES = PAGE_POSITIONS = 64
 
 # --- shapes and plans --------------------------------------------------------------------
 
@@ -121,18 +121,10 @@ class Case:
 
     def limits(self) -> Limits:
         """As `Fleet.load` has them for `Scenario.ctx`."""
-        chunk = min(self.chunk, self.context)
         sequences = -(-self.batch // len(self.made_plan().replicas))
-        pages = -(-self.context // PAGE_POSITIONS) * sequences
-        return Limits(
-            context=self.context,
-            prompt_chunk=chunk,
-            tokens_max=max(chunk, OUTPUTS_MAX),
-            outputs_max=OUTPUTS_MAX,
-            candidates=CANDIDATES,
-            kv_pages=pages,
-            page_positions=PAGE_POSITIONS,
-        )
+        limits = step_limits(shape(self.shape), self.context, self.chunk)
+        pages = -(-self.context // limits.page_positions) * sequences
+        return attrs.evolve(limits, kv_pages=pages)
 
 
 def _cards(**speeds: tuple[float, float]) -> tuple[CardSpeed, ...]:

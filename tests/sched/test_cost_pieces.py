@@ -110,7 +110,7 @@ def test_multiply_adds_of_attention() -> None:
 def test_commands_of_every_piece() -> None:
     price, layer = pieces(priced(command_s=1.0)), shape_of(DIMENSIONS).layers[0]
     whole = Share(0, 512)
-    assert round(price.embed(0, Share(0, 256), packed=False)) == 1
+    assert round(price.embed(0, Share(0, 256))) == 1
     assert round(price.attention(0, layer, WHOLE, True)) == 10
     assert round(price.project(0, layer.attn_output, 256, requantise=False)) == 1
     assert round(price.project(0, layer.attn_output, 0, requantise=True)) == 1
@@ -122,7 +122,7 @@ def test_commands_of_every_piece() -> None:
 
 def test_an_empty_share_takes_nothing() -> None:
     price, layer, none = pieces(priced(command_s=1.0)), shape_of(DIMENSIONS).layers[0], Share(0, 0)
-    assert price.embed(0, none, False) == 0
+    assert price.embed(0, none) == 0
     assert price.attention(0, layer, none, True) == 0
     assert price.project(0, layer.attn_output, 0, False) == 0
     assert price.ffn(0, layer, none, True) == 0

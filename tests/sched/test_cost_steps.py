@@ -94,7 +94,7 @@ def test_a_price_is_the_sum_of_its_pieces() -> None:
             return p.exchange_s(len(cards)) + p.machine.gather_s(cards, nbytes)
 
         if number == 0:
-            total += max(p.embed(s.card, s.columns, False) for s in shares)
+            total += max(p.embed(s.card, s.columns) for s in shares)
             total += gathered([p.embed_gather(s.columns) for s in shares])
         for index in range(stage.layers.start, stage.layers.stop):
             layer = SHAPE.layers[index]

@@ -19,11 +19,11 @@ from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound, StagePrice, price_stage, spent_on, stage_pieces
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
+from spanker.sched.limits import CANDIDATES
 from spanker.sched.plan import FleetPlan, ModelShape, Plan, check_plan
 from spanker.sched.shares import split
 from spanker.sched.topology import Topology
 
-CANDIDATES = 64
 # Steps that the host has submitted and not collected.
 STEPS_AHEAD = 2
 

@@ -15,7 +15,7 @@ import attrs
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
-from spanker.sched.cost.decoding import CANDIDATES, check_fits
+from spanker.sched.cost.decoding import check_fits
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import phases
 from spanker.sched.cost.pieces import Pieces
@@ -27,6 +27,7 @@ from spanker.sched.layout import (
     layer_rows,
     weight_buffers,
 )
+from spanker.sched.limits import CANDIDATES
 from spanker.sched.plan import (
     TILE_ROWS,
     CardShare,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.layout import chunks
+from spanker.sched.limits import PAGE_POSITIONS
 
 HEADER_BYTES = 32
 RAW_BUFFER_BYTES = 8
@@ -17,7 +18,6 @@ TIME_BYTES = 5
 STEP_HEADER_BYTES = 32
 PROGRAM_HEADER_BYTES = 32
 COMMAND_BYTES = 128
-PAGE_POSITIONS = 64
 
 # One that carries next to nothing, such as Ok, ReadCounters or Describe.
 SMALL_BYTES = HEADER_BYTES + 1 + INTEGER_BYTES

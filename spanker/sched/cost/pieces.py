@@ -96,9 +96,9 @@ class Pieces:
         """The pace at which a card's commands are priced."""
         return self._paces[card]
 
-    def embed(self, card: int, columns: Share, packed: bool = False) -> float:
-        """Looking up the card's columns of the embedding, which takes as long `packed` in the
-        output matrix."""
+    def embed(self, card: int, columns: Share) -> float:
+        """Looking up the card's columns of the embedding, which takes as long where they are packed
+        in the output matrix."""
         return self.seconds(card, self.embed_commands(columns))
 
     def attention(self, card: int, layer: LayerShape, heads: Share, q8: bool) -> float:

@@ -15,17 +15,15 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.cost.decoding import CANDIDATES, STEPS_AHEAD, check_fits, handover_times
+from spanker.sched.cost.decoding import STEPS_AHEAD, check_fits, handover_times
 from spanker.sched.cost.host import HostMessages, step_messages
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound, StagePrice, price_stage, stage_pieces
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
+from spanker.sched.limits import CANDIDATES, OUTPUTS_MAX
 from spanker.sched.plan import ModelShape, Plan
 from spanker.sched.topology import Topology
-
-# Tokens of a step, however short the chunks.
-OUTPUTS_MAX = 64
 
 
 @attrs.frozen
