@@ -51,6 +51,7 @@ from spanker.ggml.architectures import llama
 from spanker.ggml.chat import ChatTemplate
 from spanker.ggml.detokenizer import StopMatcher, StreamDecoder
 from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.packed import PackedFile
 from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
@@ -471,9 +472,14 @@ class Fleet:
                     f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
                     f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
                 )
-            made, loaded = await self._put(
-                parsed, gguf, plan, ctx, prompt_chunk, kv_tokens, batch, progress
-            )
+            with contextlib.ExitStack() as stack:
+                # A modelled card's time must not depend on what is in a cache.
+                packed = None if self._coordinator.modelled else PackedFile.find(gguf)
+                if packed is not None:
+                    stack.enter_context(packed)
+                made, loaded = await self._put(
+                    parsed, gguf, packed, plan, ctx, prompt_chunk, kv_tokens, batch, progress
+                )
         finally:
             gguf.close()
         return self._start(path, gguf.metadata, tokenizer, made, loaded)
@@ -496,7 +502,7 @@ class Fleet:
         name = shape if isinstance(shape, str) else "shape"
         parsed = llama.outline(named_shape(shape) if isinstance(shape, str) else shape)
         made, loaded = await self._put(
-            parsed, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress
+            parsed, None, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress
         )
         return self._start("", {"general.name": name}, None, made, loaded)
 
@@ -539,6 +545,7 @@ class Fleet:
         self,
         parsed: llama.LlamaModel,
         gguf: GGUFFile | None,
+        packed: PackedFile | None,
         plan: str | Plan | FleetPlan | None,
         ctx: int | None,
         prompt_chunk: int,
@@ -564,7 +571,8 @@ class Fleet:
             free = tuple(c.ddr_total_bytes - c.ddr_used_bytes for c in counters)
             made = self._plan(plan, shape, limits, free, batch, kv_tokens)
             limits = with_kv_pages(shape, made, limits, free, kv_tokens)
-            return made, await self._coordinator.load(parsed, gguf, made, limits, progress)
+            loaded = await self._coordinator.load(parsed, gguf, made, limits, progress, packed)
+            return made, loaded
 
     def _start(
         self,

@@ -29,6 +29,7 @@ from spanker.actors.message import (
     Describe,
     FreeBuffer,
     LoadProgram,
+    MapFile,
     Message,
     Ok,
     OpenWindows,
@@ -219,6 +220,11 @@ class CardActor:
             return BuffersAllocated(self._all(request.sizes, device.alloc))
         if isinstance(request, OpenWindows):
             return BuffersAllocated(self._all(request.sizes, device.window))
+        if isinstance(request, MapFile):
+            if not self._channel.shares_memory:
+                raise CardCommandError("MapFile: a stream carries no file descriptors")
+            device.map_file(request.file, request.places)
+            return Ok()
         if isinstance(request, ReadBuffer):
             _check_reply_bytes(request, request.nbytes)
             data = device.read(request.handle, request.offset, request.nbytes)
@@ -310,6 +316,7 @@ class CardActor:
             max_programs=info.programs_max,
             max_windows=info.windows_max,
             meets=info.meets,
+            maps=info.maps,
         )
 
     async def _collect(self) -> None:

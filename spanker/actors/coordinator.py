@@ -58,6 +58,7 @@ from spanker.errors import (
 )
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.packed import PackedFile
 from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import Profile
@@ -144,16 +145,18 @@ class Coordinator:
         plan: FleetPlan,
         limits: Limits,
         progress: Progress | None = None,
+        packed: PackedFile | None = None,
     ) -> tuple[LoadedModel, ...]:
         """Put each card's share of the model on it: for each replica of the plan, in order, what
         there is on its cards.  `progress(done, total)` counts bytes sent.
 
-        Of a model without a file all weights are zero.
+        Of a model without a file all weights are zero.  What its packed copy has is mapped by
+        cards that can, and read from there by the others.
 
         On any failure, cancellation included, what was allocated is freed again.
         """
         async with self._load_lock:
-            return await self._load(model, gguf, plan, limits, progress)
+            return await self._load(model, gguf, plan, limits, progress, packed)
 
     async def _load(
         self,
@@ -162,6 +165,7 @@ class Coordinator:
         plan: FleetPlan,
         limits: Limits,
         progress: Progress | None,
+        packed: PackedFile | None,
     ) -> tuple[LoadedModel, ...]:
         replicas = tuple(
             LoadedModel(model, replica, limits, {c: {} for c in replica.cards}, {})
@@ -169,13 +173,16 @@ class Coordinator:
         )
         chains = copying.chains(plan, self.profile)
         todo = {
-            card: llama.uploads(model, gguf, plan.replicas[number], card, limits)
+            card: llama.uploads(model, gguf, plan.replicas[number], card, limits, packed)
             for (number, card), *_ in chains
         }
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
         # All cards together as many as there are cores to make the bytes.
         at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(chains))
+
+        # From small pages every step would read slower, and loading is only once.
+        maps = packed is not None and packed.is_huge()
 
         def sent(nbytes: int) -> None:
             nonlocal done
@@ -194,7 +201,12 @@ class Coordinator:
                     handles.update(zip((spec.name for spec in specs), new, strict=True))
             number, first = chain[0]
             handles = replicas[number].handles[first]
-            await loading.upload(self.clients[first], todo[first], handles, at_once, sent)
+            client, uploads = self.clients[first], todo[first]
+            if packed is not None and maps and client.shares_memory and self.cards[first].maps:
+                mapped = [upload for upload in uploads if upload.place is not None]
+                uploads = tuple([upload for upload in uploads if upload.place is None])
+                await loading.map_all(client, packed.fd, mapped, handles, sent)
+            await loading.upload(client, uploads, handles, at_once, sent)
             if len(chain) > 1:
                 names = {upload.buffer for upload in todo[first]}
                 buffers = card_buffers(model.shape, plan.replicas[number], first, limits)

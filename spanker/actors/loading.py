@@ -19,7 +19,7 @@ import trio
 
 from spanker.actors.client import CardClient
 from spanker.actors.frame import Deferred
-from spanker.actors.message import WriteBuffers
+from spanker.actors.message import MapFile, WriteBuffers
 from spanker.device.base import Fill
 from spanker.errors import LocalProtocolError, SpankerError
 from spanker.ggml.architectures import llama
@@ -146,6 +146,20 @@ async def upload(
         await run_all([send] * at_once)
     finally:
         await fills.end()
+
+
+async def map_all(
+    client: CardClient,
+    file: int,
+    uploads: Sequence[llama.Upload],
+    handles: Mapping[str, int],
+    sent: Callable[[int], None],
+) -> None:
+    """Have a card map what the packed copy with this descriptor has."""
+    for batch in batched(uploads, BATCH_MAX):
+        places = tuple([(handles[u.buffer], u.place or 0, u.nbytes) for u in batch])
+        await client.request(MapFile(file, places))
+        sent(sum(upload.nbytes for upload in batch))
 
 
 async def run_all(jobs: Sequence[Callable[[], object]]) -> None:

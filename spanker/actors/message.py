@@ -39,7 +39,7 @@ from spanker.actors.frame import (
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -273,6 +273,7 @@ class CardInfo(Message):
     max_programs: U32
     max_windows: U32 = 0
     meets: U32 = 0
+    maps: U32 = 0
 
 
 @_wire(0x83, buffers=1)
@@ -482,6 +483,19 @@ class RunLent(Request[StepDone]):
 
     program: U64
     windows: Sizes
+
+
+@_wire(0x12)
+@attrs.frozen
+class MapFile(Request[Ok]):
+    """Let bytes of a file be what buffers hold: `places` are (handle, offset in the file, nbytes).
+
+    `file` is a descriptor of this process, so this is for channels that hand over memory.  It may
+    be closed after the reply; the file must not change as long as the buffers are there.
+    """
+
+    file: U32
+    places: Reads
 
 
 @_wire(0x0B)

@@ -119,8 +119,11 @@ def chat(where: FleetOptions, how: SamplingOptions, system: str | None) -> None:
 @group.command(short_help="Fetch a model, or list those that can be fetched.")
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Fetch it even if it is there already.")
-def pull(name: str | None, force: bool) -> None:
+@click.option("--no-pack", is_flag=True, help="Do not write a copy that starts faster.")
+def pull(name: str | None, force: bool, no_pack: bool) -> None:
     """Fetch the model NAME into the cache; without a NAME, list the models there are.
+
+    A model of the list is packed, too; see `spanker pack --help`.
 
     NAME can also be any GGUF file on the Hugging Face hub, hf:owner/repo/file.gguf or
     hf:owner/repo@revision/folder/file.gguf, which goes into the hub's own cache. That needs
@@ -131,7 +134,30 @@ def pull(name: str | None, force: bool) -> None:
     if name is None:
         work.show_catalog()
     else:
-        work.pull(name, force=force)
+        work.pull(name, force=force, pack=not no_pack)
+
+
+@group.command(short_help="Make a model start faster.")
+@click.argument("model", required=False)
+@click.option("--remove", is_flag=True, help="Remove the copy instead.")
+@options.as_json
+def pack(model: str | None, remove: bool, as_json: bool) -> None:
+    """Write a copy of MODEL into the cache whose weights are laid out as cards want them.
+
+    Whoever loads MODEL from now on maps the copy, for any number of cards and any plan, where
+    others read and convert the file: it starts at once. It takes as much of the disk as MODEL
+    does, and is not used any more when that changes. Without a MODEL, list the copies there are.
+    """
+    from spanker.cli import pack as work
+
+    if model is None:
+        if remove:
+            raise click.UsageError("say of which MODEL the copy is to be removed")
+        work.show_all(as_json=as_json)
+    elif remove:
+        work.remove(model)
+    else:
+        work.show(work.pack(model), as_json=as_json)
 
 
 @group.command("eval", short_help="Measure how well a model predicts a text.")

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from spanker.cli import pack as packing
 from spanker.cli import terminal
 from spanker.ggml import catalog, hub
 
 
-def pull(name: str, *, force: bool) -> None:
-    """Fetch a model, of the catalogue or of the hub, and print its path on stdout."""
+def pull(name: str, *, force: bool, pack: bool) -> None:
+    """Fetch a model, of the catalogue or of the hub, and print its path on stdout; with `pack` one
+    of the catalogue gets its packed copy."""
     with terminal.progress_bar(f"pulling {name}") as advance:
 
         def progress(phase: str, done: int, total: int) -> None:
@@ -16,6 +18,11 @@ def pull(name: str, *, force: bool) -> None:
                 advance(done, total)
 
         path = catalog.pull(name, progress=progress, force=force)
+    if name.startswith(hub.PREFIX):
+        # It may be huge: whether it is worth the disk is for its owner to say.
+        terminal.note(f"`spanker pack {name}` makes it start faster, for as much of the disk again")
+    elif pack and (force or not packing.is_packed(path)):
+        packing.pack(str(path))
     terminal.emit(str(path))
 
 

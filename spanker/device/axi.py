@@ -378,8 +378,8 @@ class AxiRecorder(CardDevice):
 
     @property
     def info(self) -> DeviceInfo:
-        # Without windows: memory that is lent would cross the boundary unseen.
-        return attrs.evolve(self._device.info, windows_max=0, meets=0)
+        # Without windows and files: memory that is lent would cross the boundary unseen.
+        return attrs.evolve(self._device.info, windows_max=0, meets=0, maps=0)
 
     @property
     def completion_fd(self) -> int | None:

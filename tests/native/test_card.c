@@ -124,6 +124,49 @@ static void freed_memory_is_zero_and_its_neighbours_keep_theirs(void)
     }
 }
 
+static void lent_memory_stands_for_a_buffer(void)
+{
+    int status;
+    uint32_t a, b, window;
+    uint8_t *memory = aligned_alloc(64, 256), data[128];
+    struct spk_counters counters;
+    struct spk_card *c = spk_card_create(1024, SPK_ISA_SCALAR, &status);
+    CASE("a buffer of the host's memory");
+    memset(memory, 5, 256);
+    memset(data, 1, sizeof data);
+    CHECK_EQUAL(spk_card_alloc(c, 128, &a), SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(c, 128, &b), SPK_OK);
+    CHECK_EQUAL(spk_card_window(c, 128, &window), SPK_OK);
+    CHECK_EQUAL(spk_card_write(c, a, 0, data, 128), SPK_OK);
+    CHECK_EQUAL(spk_card_write(c, b, 0, data, 128), SPK_OK);
+    CHECK_EQUAL(spk_card_lend(c, a, NULL, 128), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_lend(c, a, memory, 127), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_lend(c, a, memory + 16, 128), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_lend(c, window, memory, 128), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_lend(c, 9, memory, 128), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_lend(c, a, memory, 128), SPK_OK);
+    CHECK_EQUAL(spk_card_lend(c, a, memory + 32, 128), SPK_OK); /* and again */
+    CHECK_EQUAL(spk_card_read(c, a, 0, data, 128), SPK_OK);
+    CHECK(data[0] == 5 && data[127] == 5);
+    memset(data, 6, sizeof data);
+    CHECK_EQUAL(spk_card_write(c, a, 1, data, 100), SPK_OK);
+    CHECK(memory[32] == 5 && memory[33] == 6 && memory[132] == 6 && memory[133] == 5);
+    CHECK_EQUAL(spk_card_write(c, a, 1, data, 128), SPK_E_BOUNDS);
+    spk_card_counters(c, &counters);
+    CHECK_EQUAL(counters.ddr_used_bytes, 256);
+    CHECK_EQUAL(spk_card_free(c, a), SPK_OK);
+    CHECK(memory[33] == 6);
+    CHECK_EQUAL(spk_card_alloc(c, 128, &a), SPK_OK);
+    CHECK_EQUAL(spk_card_read(c, a, 0, data, 128), SPK_OK);
+    CHECK(data[0] == 0 && data[127] == 0); /* what was there before is gone, too */
+    CHECK_EQUAL(spk_card_read(c, b, 0, data, 128), SPK_OK);
+    CHECK(data[0] == 1 && data[127] == 1);
+    spk_card_plant(c, SPK_PLANT_DIE);
+    CHECK_EQUAL(spk_card_lend(c, a, memory, 128), SPK_E_LOST);
+    spk_card_destroy(c);
+    free(memory);
+}
+
 static void random_allocations_never_overlap(void)
 {
     enum { N = 40, STEPS = 4000 };
@@ -1487,6 +1530,7 @@ int main(void)
     spk_fp_enter();
     creation_refuses_nonsense();
     memory_is_bounded();
+    lent_memory_stands_for_a_buffer();
     freed_memory_is_zero_and_its_neighbours_keep_theirs();
     random_allocations_never_overlap();
 

@@ -180,7 +180,9 @@ static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
     } else if (!find_gap(c, need, &offset)) {
         return SPK_E_NOMEM;
     }
-    int status = enter_buffer(c, slot, (struct buffer){.offset = offset, .bytes = nbytes});
+    int status = enter_buffer(
+        c, slot,
+        (struct buffer){.offset = offset, .bytes = nbytes, .memory = c->ddr + offset});
     if (status != SPK_OK)
         return status;
     c->ddr_used += need;
@@ -241,6 +243,13 @@ static void clear(uint8_t *begin, uint64_t nbytes)
     memset(last, 0, (size_t)(end - last));
 }
 
+/* Nothing is left of what was in its place in the DDR. */
+static void empty(struct spk_card *c, const struct buffer *b)
+{
+    clear(c->ddr + b->offset, align_up(b->bytes));
+    pages_freed(c, b->offset, align_up(b->bytes));
+}
+
 int spk_card_free(struct spk_card *c, uint32_t handle)
 {
     int status = SPK_OK;
@@ -254,12 +263,33 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
         status = SPK_E_BUSY;
     } else {
         uint64_t bytes = b->window ? 0 : align_up(b->bytes);
-        if (bytes) {
-            clear(c->ddr + b->offset, bytes);
-            pages_freed(c, b->offset, bytes);
-        }
+        if (bytes && !b->lent)
+            empty(c, b);
         c->ddr_used -= bytes;
         b->bytes = 0;
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
+int spk_card_lend(struct spk_card *c, uint32_t handle, void *memory, uint64_t nbytes)
+{
+    int status = SPK_OK;
+    if (is_dead(c))
+        return SPK_E_LOST;
+    pthread_mutex_lock(&c->mutex);
+    struct buffer *b = find_buffer(c, handle);
+    if (!b || b->window)
+        status = SPK_E_HANDLE;
+    else if (!memory || (uintptr_t)memory % SPK_LENT_ALIGN || nbytes != b->bytes)
+        status = SPK_E_BOUNDS;
+    else if (c->queue_count || b->users)
+        status = SPK_E_BUSY; /* the engine may be looking at the table, and a program at the bytes */
+    else {
+        if (!b->lent)
+            empty(c, b);
+        b->lent = true;
+        b->memory = memory;
     }
     pthread_mutex_unlock(&c->mutex);
     return status;
@@ -277,7 +307,7 @@ static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t
     else if (offset > b->bytes || nbytes > b->bytes - offset)
         status = SPK_E_BOUNDS;
     else
-        *at = c->ddr + b->offset + offset;
+        *at = b->memory + offset;
     pthread_mutex_unlock(&c->mutex);
     return status;
 }
@@ -611,7 +641,7 @@ static uint64_t take_reads(struct spk_card *c, struct submission *s, bool succee
         struct buffer *b = &c->buffers[r->buffer];
         b->users--;
         if (succeeded) {
-            memcpy(s->result + bytes, c->ddr + b->offset + r->offset, r->nbytes);
+            memcpy(s->result + bytes, b->memory + r->offset, r->nbytes);
             bytes += r->nbytes;
         }
     }
@@ -621,7 +651,7 @@ static uint64_t take_reads(struct spk_card *c, struct submission *s, bool succee
 static void show_lent(struct spk_card *c, const struct submission *s, bool shown)
 {
     for (uint32_t w = 0; w < s->program->window_count; w++)
-        c->buffers[s->program->window[w]].lent = shown ? s->lent[w].memory : NULL;
+        c->buffers[s->program->window[w]].memory = shown ? s->lent[w].memory : NULL;
 }
 
 /* Completes the submission at the head of the queue. */

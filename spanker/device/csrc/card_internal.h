@@ -14,7 +14,8 @@ struct buffer {
     uint64_t offset, bytes; /* bytes is what was asked for; 0 marks a free slot */
     uint32_t users;         /* programs that refer to it, and steps that will read it */
     bool window;            /* nothing of the DDR is its own */
-    uint8_t *lent;          /* what a window shows while a step runs */
+    bool lent;              /* its place in the DDR is empty: its bytes are the host's */
+    uint8_t *memory;        /* its bytes; a window's only while a step runs */
 };
 
 struct program {
@@ -145,8 +146,7 @@ struct spk_card {
 
 static inline uint8_t *card_at(const struct spk_card *c, const struct spk_ref *ref)
 {
-    const struct buffer *b = &c->buffers[ref->buffer];
-    return (b->window ? b->lent : c->ddr + b->offset) + ref->offset;
+    return c->buffers[ref->buffer].memory + ref->offset;
 }
 
 /* Operations on elements, which run once per step. */

@@ -29,6 +29,7 @@
 #define SPK_TOKENS_MAX 65536
 #define SPK_READS_MAX 8 /* pieces of memory that a step brings back */
 #define SPK_WINDOWS_MAX 4 /* windows that a program names */
+#define SPK_LENT_ALIGN 32 /* of what spk_card_lend takes: packed weights are read so */
 #define SPK_RESULT_BYTES_MAX 1073741824
 #define SPK_TRACE_EVENTS_MAX 16777216
 
@@ -199,6 +200,10 @@ int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
  * program that names it.  Bulk operations and transfers take windows, nothing else does. */
 int spk_card_window(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
+/* From now on the bytes of a buffer are these, until it is freed: all of it, where nothing is queued
+ * and no program refers to it.  It takes as much of the DDR as before.  The memory is aligned to
+ * SPK_LENT_ALIGN and stays until then; it is the card's alone, which may write to it. */
+int spk_card_lend(struct spk_card *card, uint32_t handle, void *memory, uint64_t nbytes);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);
 /* Where these bytes of a buffer are, until it is freed, for a host that writes all of them itself:

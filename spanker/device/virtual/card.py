@@ -20,7 +20,16 @@ from types import TracebackType
 
 import attrs
 
-from spanker.device.base import Buffer, CardDevice, Completion, DeviceCounters, Fill, Lent, Read
+from spanker.device.base import (
+    Buffer,
+    CardDevice,
+    Completion,
+    DeviceCounters,
+    Fill,
+    Lent,
+    Place,
+    Read,
+)
 from spanker.device.soft import CARDS_MAX, SoftCard, SoftCardSpec, link_all
 from spanker.device.virtual.costs import ProgramCosts, step_size
 from spanker.device.virtual.engine import Engine, Outcome, Usage, Work
@@ -44,7 +53,7 @@ class VirtualCard(SoftCard):
         super().__init__(rig, number, SoftCardSpec(spec.isa, spec.ddr_bytes))
         self.hollow = spec.hollow
         # What a card says of itself takes time on the host link, wherever and however it computes.
-        self._info = attrs.evolve(self._info, isa="virtual", windows_max=0, meets=0)
+        self._info = attrs.evolve(self._info, isa="virtual", windows_max=0, meets=0, maps=0)
         self.rig = rig
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._programs: dict[int, ProgramCosts] = {}
@@ -65,6 +74,10 @@ class VirtualCard(SoftCard):
     def window(self, nbytes: int) -> int:
         # What a hollow card would do to lent memory nobody has written.
         return CardDevice.window(self, nbytes)
+
+    def map_file(self, file: int, places: Sequence[Place]) -> None:
+        # What comes to a modelled card comes over its host link.
+        CardDevice.map_file(self, file, places)
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         if self.hollow:

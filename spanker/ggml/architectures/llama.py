@@ -17,8 +17,10 @@ One layer on one card of a stage; h is the hidden row, and every card of the sta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
@@ -44,6 +46,9 @@ from spanker.sched.plan import (
     WeightShape,
 )
 from spanker.sched.shares import Share
+
+if TYPE_CHECKING:
+    from spanker.ggml.packed import PackedFile
 
 DIMENSION_MAX = 1 << 20
 LAYERS_MAX = 4096
@@ -115,6 +120,12 @@ class LlamaModel:
         """Bytes of weights that one decode step reads (the embedding apart)."""
         layers = sum(layer.weight_bytes for layer in self.shape.layers)
         return layers + self.shape.output.rows * self.shape.output.row_bytes
+
+    @property
+    def multiplied(self) -> tuple[tuple[WeightShape, Format], ...]:
+        """The matrices that cards hold packed: all but an embedding that is only looked up."""
+        shapes = [m for layer in self.shape.layers for m in layer.matrices]
+        return tuple((m, self.weights[m.name].format) for m in (*shapes, self.shape.output))
 
 
 def _bad(gguf: GGUFFile, what: str) -> UnsupportedModelError:
@@ -355,6 +366,8 @@ class Upload:
     buffer: str
     nbytes: int
     pieces: tuple[Piece, ...]
+    place: int | None = None
+    """Where in the model's packed copy these very bytes are."""
 
 
 def _whole(buffer: str, data: npt.NDArray[np.generic]) -> Upload:
@@ -376,8 +389,17 @@ def _zeros(out: npt.NDArray[np.uint8]) -> None:
 
 
 def _packed_rows(
-    gguf: GGUFFile | None, weight: Weight, buffer: str, first: int, rows: int
+    gguf: GGUFFile | None,
+    packed: PackedFile | None,
+    weight: Weight,
+    buffer: str,
+    first: int,
+    rows: int,
 ) -> Upload:
+    if packed is not None:
+        place = packed.place(weight.shape, weight.format, first, rows)
+        if place is not None:
+            return _copied(packed, place, buffer, weight.shape.packed_bytes(rows))
     step = max(UPLOAD_BYTES // weight.shape.row_bytes // 16 * 16, 16)
     name = weight.shape.name
     data = None if gguf is None else gguf.tensor_data(name)
@@ -396,6 +418,14 @@ def _packed_rows(
 
     nbytes = weight.shape.packed_bytes(rows)
     return Upload(buffer, nbytes, tuple(map(piece, range(0, rows, step))))
+
+
+def _copied(packed: PackedFile, place: int, buffer: str, nbytes: int) -> Upload:
+    def piece(begin: int) -> Piece:
+        fill = functools.partial(packed.read, place + begin)
+        return Piece(begin, min(UPLOAD_BYTES, nbytes - begin), fill)
+
+    return Upload(buffer, nbytes, tuple(map(piece, range(0, nbytes, UPLOAD_BYTES))), place)
 
 
 def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share) -> Upload:
@@ -420,10 +450,15 @@ def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share)
 
 
 def uploads(
-    model: LlamaModel, gguf: GGUFFile | None, plan: Plan, card: int, limits: Limits
+    model: LlamaModel,
+    gguf: GGUFFile | None,
+    plan: Plan,
+    card: int,
+    limits: Limits,
+    packed: PackedFile | None = None,
 ) -> tuple[Upload, ...]:
     """What must be written into a card's buffers before its program can run; without a file all
-    weights are zero."""
+    weights are zero.  What a packed copy of the file has is read from there."""
     number, share = plan.place(card)
     stage = plan.stages[number]
     out: list[Upload] = [
@@ -444,12 +479,13 @@ def uploads(
         norm(f"blk.{i}.attn_norm.weight")
         norm(f"blk.{i}.ffn_norm.weight")
         for matrix, first, rows in layer_rows(model.shape.layers[i], model.shape, share):
-            out.append(_packed_rows(gguf, model.weights[matrix.name], matrix.name, first, rows))
+            weight = model.weights[matrix.name]
+            out.append(_packed_rows(gguf, packed, weight, matrix.name, first, rows))
     if not share.vocabulary.empty:
         norm("output_norm.weight")
         weight = model.weights[model.shape.output.name]
         v = share.vocabulary
-        out.append(_packed_rows(gguf, weight, "output.rows", v.start, v.size))
+        out.append(_packed_rows(gguf, packed, weight, "output.rows", v.start, v.size))
     return tuple(out)
 
 
