@@ -50,7 +50,9 @@ MODELS = ("smollm2", "tinyllama-q4_0", "tinyllama-q4_k_m")
 MODEL_DIRECTORY = probe.BUILD
 FIRST_TOKEN = Path(__file__).resolve().parent / "first_token.py"
 
-START_RUNS = 5
+START_RUNS = 7
+# Caches of their own: one with packed copies, one that stays without.
+PACKED_CACHE, EMPTY_CACHE = MODEL_DIRECTORY / "cache-packed", MODEL_DIRECTORY / "cache-empty"
 CARDS_PAIR = (2, 8)
 IDLE_S = 5.0
 CONTEXT_POSITIONS = (engines.PROMPT_TOKENS, 1000, 2000, 3000, 4000)
@@ -144,22 +146,21 @@ async def rates(run: Run, facts: figures.ModelFacts, cards: int, out: Record) ->
 
 
 def starts(run: Run, facts: figures.ModelFacts, cards: int, out: Record) -> None:
-    """Fresh processes: time to the first token, and memory."""
-    with open(facts.path, "rb") as file:  # into the page cache
+    """Fresh processes: time to the first token, and memory; of Spanker from the GGUF and from its
+    packed copy.  Files are in the page cache."""
+    with open(facts.path, "rb") as file:
         while file.read(1 << 24):
             pass
+    _new_process([sys.executable, "-m", "spanker", "pack", facts.path], PACKED_CACHE)
     found: dict[str, list[dict[str, float]]] = {}
     out["samples"] = found
-    names = ("spanker", "llama.cpp") if run.peer else ("spanker",)
+    names = ("spanker", "spanker packed", "llama.cpp")[: 2 + run.peer]
     for number, name in itertools.product(range(START_RUNS), names):
-        command = [sys.executable, str(FIRST_TOKEN), name, facts.path, str(cards)]
+        cache = PACKED_CACHE if name == "spanker packed" else EMPTY_CACHE
+        command = [sys.executable, str(FIRST_TOKEN), name.split()[0], facts.path, str(cards)]
         begin_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        done = subprocess.run([*command, str(begin_ns)], capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SpankerError(f"{' '.join(command)} ended with {done.returncode}: {last}")
-        sample = json.loads(done.stdout)
-        samples = found.setdefault(name.replace(".", "_"), [])
+        sample = json.loads(_new_process([*command, str(begin_ns)], cache))
+        samples = found.setdefault(name.replace(".", "_").replace(" ", "_"), [])
         samples.append(sample)
         say(
             f"  {cards} cards, start {number + 1} of {START_RUNS}, {name}: "
@@ -169,6 +170,16 @@ def starts(run: Run, facts: figures.ModelFacts, cards: int, out: Record) -> None
             engine: {key: report.median([s[key] for s in samples]) for key in sample}
             for engine, samples in found.items()
         }
+
+
+def _new_process(command: list[str], cache: Path) -> str:
+    """What it prints."""
+    environment = os.environ | {"SPANKER_CACHE": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SpankerError(f"{' '.join(command)} ended with {done.returncode}: {last}")
+    return done.stdout
 
 
 async def crowd(run: Run, facts: figures.ModelFacts, out: Record) -> None:

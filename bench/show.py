@@ -16,6 +16,7 @@ from typing import Any
 import report
 
 Record = dict[str, Any]
+ENGINES = {"spanker": "spanker", "spanker_packed": "packed", "llama_cpp": "llama.cpp"}
 
 
 def tables(record: Record) -> None:
@@ -54,7 +55,7 @@ def _show_starts(record: Record) -> None:
         [
             model["name"],
             measured["cards"],
-            engine.replace("_", "."),
+            ENGINES[engine],
             *(figures[key] for key in ("import_s", "load_s", "first_token_s", "peak_rss_mb")),
             *(figures[key] for key in ("rss_anon_mb", "rss_file_mb", "rss_shmem_mb")),
         ]

@@ -60,6 +60,8 @@ def test_the_roofline_measures_ours_alone(
 ):
     monkeypatch.setattr(roofline, "IDLE_S", 0.1)
     monkeypatch.setattr(roofline, "START_RUNS", 1)
+    monkeypatch.setattr(roofline, "PACKED_CACHE", tmp_path / "packed")
+    monkeypatch.setattr(roofline, "EMPTY_CACHE", tmp_path / "empty")
     monkeypatch.setattr(roofline, "CONTEXT_POSITIONS", (5, 40))
     out = tmp_path / "r.json"
     options = ["--cards", "1", "--rounds", "1", "--no-peer", "--json", str(out)]
@@ -76,7 +78,8 @@ def test_the_roofline_measures_ours_alone(
     assert rates["decode"]["spanker_tokens_per_s"] > 0
     assert rates["prefill"]["llama_cpp_tokens_per_s"] is None
     assert len(rates["samples"]["spanker_decode"]) == 1
-    assert measured["start"][0]["medians"]["spanker"]["first_token_s"] > 0
+    for engine in ("spanker", "spanker_packed"):
+        assert measured["start"][0]["medians"][engine]["first_token_s"] > 0
     assert len(measured["crowd"][0]["decode_tokens_per_s"]) == 2
     assert measured["idle"][0]["cpu_share"] < 1
     assert [row["position"] for row in measured["context"][0]["positions"]] == [5, 40]
