@@ -17,6 +17,7 @@ from host import (
     in_tree,
     is_root,
     key_of,
+    remove,
     run,
     say,
 )
@@ -38,7 +39,7 @@ def check() -> None:
     name, version = _identity()
     source = tree / f"usr/src/{name}-{version}"
     for leftover in [*(tree / "usr/src").glob(f"{name}-*"), tree / f"var/lib/dkms/{name}"]:
-        shutil.rmtree(leftover)
+        remove(leftover)
     shutil.copytree(DRIVER, source, ignore=shutil.ignore_patterns("tests", "*.ko", "*.o", "*.mod*"))
     (release,) = (path.name for path in (tree / "lib/modules").iterdir() if _has_build(path))
     installed = tree / f"lib/modules/{release}/updates/dkms/{name}.ko"

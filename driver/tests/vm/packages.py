@@ -13,6 +13,9 @@ TOOLS = {
     "gcc": "gcc",
     "make": "make",
     "libc6-dev": "/usr/include/stdio.h",
+    # 32-bit programs; gcc-multilib would drive out the compilers for other machines.
+    "libc6-dev-i386": "/usr/lib32/libc.a",
+    "lib32gcc-12-dev": "/usr/lib/gcc/x86_64-linux-gnu/12/32/libgcc.a",
     "binutils": "ld",
     "bc": "bc",
     "e2fsprogs": "mke2fs",

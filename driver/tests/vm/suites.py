@@ -16,12 +16,13 @@ import disk
 import kernels
 import qemu
 import spanker_in_guest
-from host import DRIVER, ROOT, WORK, Failure, run, say
+from host import DRIVER, ROOT, WORK, Failure, remove, run, say
 from qemu import MIB, Guest, boot, file_entry
 
 PROGRAMS = WORK / "bin"
 TESTS = DRIVER / "tests"
 COMPILE = ["gcc", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+COMPAT = {"abi"}  # also built for 32 bit
 COMPILE += [f"-I{DRIVER}/include", f"-I{DRIVER}/include/uapi"]
 
 FUZZ_SEED = 20260101
@@ -40,11 +41,19 @@ def build_programs() -> None:
     run(["make", "--no-print-directory", "build/spanker-card-server"], cwd=ROOT)
     if not qemu.SERVER.exists():
         raise Failure(f"make build/spanker-card-server made no {qemu.SERVER}")
-    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    remove(PROGRAMS)
+    PROGRAMS.mkdir(parents=True)
     sources = sorted(TESTS.glob("*.c"))
     for source in sources:
         run([*COMPILE, source, "-o", PROGRAMS / source.stem])
-    say(f"{qemu.SERVER.name}, {', '.join(source.stem for source in sources)}")
+        if source.stem in COMPAT:
+            run([*COMPILE, *_compat(), source, "-o", PROGRAMS / f"{source.stem}32"])
+    say(f"{qemu.SERVER.name}, {', '.join(path.name for path in sorted(PROGRAMS.iterdir()))}")
+
+
+def _compat() -> list[str]:
+    """What 32-bit programs add; the kernel's headers for them are those of this machine."""
+    return ["-m32", f"-I/usr/include/{run(['gcc', '-print-multiarch']).strip()}"]
 
 
 def check_layout() -> None:
@@ -62,11 +71,9 @@ def check_layout() -> None:
     text += [f"struct {name} the_{name};" for name in names]
     source.write_text("\n".join(text) + "\n")
     found = {}
-    for width in ("-m64", "-m32"):
+    for width, options in (("-m64", []), ("-m32", _compat())):
         compiled = source.with_name(f"layout{width}.o")
-        # The kernel's types are all that the headers include: no 32-bit library is needed.
-        types = run(["gcc", "-print-multiarch"]).strip()
-        command = ["gcc", width, "-g", "-c", f"-I{DRIVER}/include", f"-I/usr/include/{types}"]
+        command = ["gcc", "-g", "-c", f"-I{DRIVER}/include", *options]
         run([*command, source, "-o", compiled])
         shown = run(["pahole", compiled])
         found[width] = sizes = dict(
