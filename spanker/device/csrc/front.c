@@ -254,6 +254,7 @@ static uint32_t load_into(struct spk_front *f, struct slot *slot, const struct c
     case SPK_OK:
         slot->loaded = true;
         status = SAIL_OK;
+        *detail = 0;
         break;
     case SPK_E_NOMEM:
     case SPK_E_SYSTEM:
