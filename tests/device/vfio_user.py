@@ -251,7 +251,7 @@ class HostCard:
             fields.get("data_bytes", 0),
             fields.get("table", 0),
             fields.get("table_count", 0),
-            fields.get("reserved", 0),
+            fields.get("stream", 0),
             fields.get("result", 0),
             fields.get("result_bytes", 0),
         )

@@ -169,10 +169,14 @@ static int enter_buffer(struct spk_card *c, uint32_t slot, struct buffer b)
     if (slot == c->buffer_count) {
         if (slot == SPK_BUFFERS_MAX)
             return SPK_E_NOMEM;
-        struct buffer *grown = realloc(c->buffers, (slot + 1) * sizeof *grown);
-        if (!grown)
-            return SPK_E_SYSTEM;
-        c->buffers = grown;
+        if (slot == c->buffer_room) {
+            uint32_t room = slot ? 2 * slot : 64;
+            struct buffer *grown = realloc(c->buffers, room * sizeof *grown);
+            if (!grown)
+                return SPK_E_SYSTEM;
+            c->buffers = grown;
+            c->buffer_room = room;
+        }
         c->buffer_count++;
     }
     c->buffers[slot] = b;
@@ -823,6 +827,14 @@ void spk_card_plant(struct spk_card *c, int fault)
     pool_notify(c);
 }
 
+void spk_card_restart(struct spk_card *c)
+{
+    /* Before it has restarted the counters must not say so. */
+    atomic_store(&c->epoch_seen, UINT32_MAX);
+    atomic_store(&c->restarts, 1);
+    spk_card_plant(c, SPK_PLANT_NONE);
+}
+
 void spk_card_counters(struct spk_card *c, struct spk_counters *out)
 {
     pthread_mutex_lock(&c->mutex);
@@ -968,19 +980,36 @@ static void flush(struct spk_card *c, int status, uint32_t before_epoch)
         complete(c, status);
 }
 
+static void restart(struct spk_card *c)
+{
+    flush(c, SPK_E_ABORTED, UINT32_MAX);
+    c->epoch = 0;
+    atomic_store(&c->abort_epoch, 0);
+    link_restart(c);
+    atomic_store(&c->restarts, 0);
+    atomic_store(&c->epoch_seen, 0);
+    card_signal(c); /* whoever waits for that may look */
+}
+
 /* What comes before work: death, aborts, taking up the next step.  Whether there is work; what the
  * step of the engine was, if not. */
 static bool has_work(struct spk_card *c, int *result)
 {
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
+    int restarts = atomic_load(&c->restarts);
     *result = SPK_STEP_IDLE;
-    if ((plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
+    if ((restarts || plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
         *result = SPK_STEP_RAN; /* a slice of somebody else's, whose end rings no doorbell */
         return false;
     }
     if (plant == SPK_PLANT_DIE) {
         flush(c, SPK_E_LOST, UINT32_MAX);
+        return false;
+    }
+    if (restarts) {
+        restart(c);
+        *result = SPK_STEP_RAN;
         return false;
     }
     if (abort_epoch != c->epoch) {

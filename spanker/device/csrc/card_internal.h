@@ -37,6 +37,7 @@ struct ring {
     uint64_t capacity;
     _Alignas(64) _Atomic uint64_t head; /* consumer */
     _Alignas(64) _Atomic uint64_t tail; /* producer */
+    _Atomic uint64_t forget;            /* what is before was sent before the producer's restart */
     _Alignas(64) uint8_t data[];
 };
 
@@ -121,7 +122,7 @@ struct spk_card {
 
     pthread_mutex_t mutex; /* guards the tables, the queue and the completions */
     struct buffer *buffers;
-    uint32_t buffer_count;
+    uint32_t buffer_count, buffer_room;
     struct program *programs[SPK_PROGRAMS_MAX];
     struct submission queue[SPK_QUEUE_MAX];
     uint32_t queue_head, queue_count; /* the running submission stays in the queue */
@@ -143,6 +144,7 @@ struct spk_card {
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
+    _Atomic int restarts; /* a restart is wanted */
     _Atomic int stepping; /* taken by the worker that steps the card */
     _Atomic int ready;    /* a hint that a step would find work */
     struct pace *pace;    /* its part of a throttle, or NULL */
@@ -192,6 +194,8 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting);
 /* link.c */
 int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
+/* Nothing that is under way to the card or from it will ever arrive. */
+void link_restart(struct spk_card *c);
 void link_release(struct spk_card *c);
 
 /* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */

@@ -21,10 +21,8 @@
 #define ENTRIES (2 * SPK_QUEUE_MAX)
 /* One call does so much, then registers are answered again. */
 #define POLL_BUDGET_NS 5000000u
-/* The core enters the epoch of a reset within a slice of its work, and does not say when. */
-#define RESET_POLL_NS 200000u
 #define FLAP_NS 10000000u
-#define EPOCH_MAX 0x7fffffffu /* that a host may enter: resets go on from there */
+#define EPOCH_MAX 0x7fffffffu
 #define TEMPERATURE_MC 45000
 #define READ_BYTES_MAX ((uint64_t)64 << 20) /* of a RUN's reads together */
 
@@ -38,7 +36,7 @@ _Static_assert(SPK_STEP_BYTES_MAX >= SAIL_PARAMETERS_BYTES_MAX, "parameters are 
 struct command {
     uint32_t op, program;
     uint64_t fence, data, data_bytes, table;
-    uint32_t table_count, reserved;
+    uint32_t table_count, stream;
     uint64_t result, result_bytes;
 };
 
@@ -70,6 +68,11 @@ struct end { /* of a link */
     uint32_t latched[2];     /* upper halves of tx and rx */
 };
 
+/* Steps of a stream that were in the ring when an earlier one of it failed. */
+struct doomed {
+    uint32_t stream, before; /* RUNs at lower ring indices */
+};
+
 struct ring_registers {
     uint64_t base;
     uint32_t base_lo; /* written, without effect yet */
@@ -90,6 +93,8 @@ struct spk_front {
     struct ring_registers commands, completions;
     uint64_t last_fence;
     uint32_t abort_before; /* RUNs at ring indices before it are aborted; never behind the head */
+    struct doomed doomed[SAIL_RING_ENTRIES_MAX]; /* no more than can have failed in a ring's round */
+    uint32_t doomed_count;
     uint32_t events, events_mask;
     uint32_t epoch;        /* the last one asked for */
     uint32_t epoch_known;  /* the last one that links were told to be good in */
@@ -106,7 +111,7 @@ struct spk_front {
 
     struct entry entries[ENTRIES];
     uint32_t first, count;
-    uint32_t in_core;
+    uint32_t in_core, core_stream; /* the core has steps of one stream at a time */
     struct slot slots[SPK_PROGRAMS_MAX];
     struct end ends[SAIL_LINKS_MAX];
     uint8_t *image;
@@ -398,6 +403,42 @@ static uint32_t to_core_reads(const struct slot *slot, struct spk_read *reads, u
     return SAIL_OK;
 }
 
+static bool is_before(uint32_t index, uint32_t limit)
+{
+    return (int32_t)(index - limit) < 0;
+}
+
+static bool is_doomed(const struct spk_front *f, const struct entry *e)
+{
+    bool found = is_before(e->index, f->abort_before);
+    for (uint32_t i = 0; i < f->doomed_count && !found; i++)
+        found = f->doomed[i].stream == e->command.stream && is_before(e->index, f->doomed[i].before);
+    return found;
+}
+
+/* All commands before the head are under way: what was to be aborted among them, has been. */
+static void forget_doomed(struct spk_front *f)
+{
+    uint32_t head = f->commands.head, kept = 0;
+    if (is_before(f->abort_before, head))
+        f->abort_before = head;
+    for (uint32_t i = 0; i < f->doomed_count; i++)
+        if (is_before(head, f->doomed[i].before))
+            f->doomed[kept++] = f->doomed[i];
+    f->doomed_count = kept;
+}
+
+static void doom(struct spk_front *f, uint32_t stream)
+{
+    uint32_t i = 0;
+    while (i < f->doomed_count && f->doomed[i].stream != stream)
+        i++;
+    if (i == SAIL_RING_ENTRIES_MAX)
+        return;
+    f->doomed[i] = (struct doomed){stream, f->commands.tail};
+    f->doomed_count += i == f->doomed_count;
+}
+
 static void submit(struct spk_front *f, struct entry *e, const struct slot *slot,
                    const uint8_t *parameters, const struct spk_read *reads)
 {
@@ -408,6 +449,7 @@ static void submit(struct spk_front *f, struct entry *e, const struct slot *slot
     case SPK_OK:
         e->state = IN_CORE;
         f->in_core++;
+        f->core_stream = c->stream;
         break;
     case SPK_E_BUSY:
         break; /* a fault is on its way here: it is tried again once that is known */
@@ -425,11 +467,11 @@ static void do_run(struct spk_front *f, struct entry *e)
     struct spk_read reads[SAIL_READS_MAX];
     uint64_t total;
 
-    if ((int32_t)(e->index - f->abort_before) < 0) {
+    if (is_doomed(f, e)) {
         finish(f, e, SAIL_E_ABORTED, 0);
         return;
     }
-    if (f->in_core == SPK_QUEUE_MAX)
+    if (f->in_core == SPK_QUEUE_MAX || (f->in_core && f->core_stream != c->stream))
         return;
     if (c->program >= SPK_PROGRAMS_MAX || !f->slots[c->program].loaded) {
         finish_invalid(f, e, FIELD(program));
@@ -481,11 +523,6 @@ static uint32_t status_of(int core_status)
     }
 }
 
-static void abort_known(struct spk_front *f)
-{
-    f->abort_before = f->commands.tail;
-}
-
 /* What the core has completed. */
 static void collect(struct spk_front *f)
 {
@@ -502,8 +539,8 @@ static void collect(struct spk_front *f)
         e->busy_ns = c.busy_ns;
         if (status == SAIL_OK || status == SAIL_E_ABORTED)
             detail = 0;
-        else
-            abort_known(f);
+        else if (!e->dropped)
+            doom(f, e->command.stream);
         if (status == SAIL_OK && !e->dropped && may_reach_host(f) &&
             !write_host(f, e->command.result, c.result, c.result_bytes))
             status = SAIL_E_DMA;
@@ -536,7 +573,7 @@ static bool fetch(struct spk_front *f)
                     .data_bytes = le64toh(raw.data_bytes),
                     .table = le64toh(raw.table),
                     .table_count = le32toh(raw.table_count),
-                    .reserved = le32toh(raw.reserved),
+                    .stream = le32toh(raw.stream),
                     .result = le64toh(raw.result),
                     .result_bytes = le64toh(raw.result_bytes)},
     };
@@ -544,8 +581,8 @@ static bool fetch(struct spk_front *f)
         finish_invalid(f, e, FIELD(op));
     } else if (e->command.fence <= f->last_fence) {
         finish_invalid(f, e, FIELD(fence));
-    } else if (e->command.reserved) {
-        finish_invalid(f, e, FIELD(reserved));
+    } else if (e->command.stream && e->command.op != SAIL_OP_RUN) {
+        finish_invalid(f, e, FIELD(stream));
     }
     if (e->command.fence > f->last_fence)
         f->last_fence = e->command.fence;
@@ -562,9 +599,8 @@ static bool begin_waiting(struct spk_front *f)
         do_run(f, e);
     else if (!f->in_core && !f->hung)
         do_here(f, e);
-    /* Only now: until then it may be one of those that are aborted. */
-    if (e->state != WAITS && (int32_t)(f->commands.head - f->abort_before) > 0)
-        f->abort_before = f->commands.head;
+    if (e->state != WAITS)
+        forget_doomed(f);
     return e->state != WAITS;
 }
 
@@ -638,75 +674,9 @@ static void disable(struct spk_front *f)
             e->state = DONE;
     }
     f->commands.head = f->commands.tail = f->completions.head = f->completions.tail = 0;
-    f->abort_before = 0;
+    f->abort_before = f->doomed_count = 0;
     f->last_fence = 0;
     f->completed = false;
-}
-
-/* --- reset ----------------------------------------------------------------------------------- */
-
-static void want_links(struct spk_front *f, bool up)
-{
-    for (uint32_t i = 0; i < f->links; i++) {
-        f->ends[i].wanted = up;
-        f->ends[i].flap_until_ns = 0;
-        spk_card_link_want(f->core, i, up);
-    }
-}
-
-static void begin_reset(struct spk_front *f)
-{
-    disable(f);
-    f->count = 0;
-    f->in_core = 0;
-    f->failure = SAIL_FAILURE_NONE;
-    f->watchdog_ms = 0;
-    f->commands = f->completions = (struct ring_registers){0};
-    f->events = f->events_mask = 0;
-    f->temperature_mc = TEMPERATURE_MC;
-    f->ecc_corrected = f->ecc_uncorrected = 0;
-    f->fault = f->fault_arg = f->slow_us = 0;
-    f->hung = f->wrong_fence = false;
-    f->resetting = true;
-    spk_card_abort(f->core, ++f->epoch);
-    spk_card_plant(f->core, SPK_PLANT_NONE);
-    want_links(f, true);
-}
-
-static void end_reset(struct spk_front *f)
-{
-    spk_card_counters(f->core, &f->base);
-    if (f->base.epoch != f->epoch || f->base.queued) {
-        wake_at(f, now_ns() + RESET_POLL_NS);
-        return;
-    }
-    collect(f);
-    for (uint32_t i = 0; i < SPK_PROGRAMS_MAX; i++)
-        release_slot(f, &f->slots[i]);
-    free(f->image);
-    f->image = NULL;
-    f->epoch_known = f->epoch;
-    for (uint32_t i = 0; i < f->links; i++) {
-        struct end *end = &f->ends[i];
-        spk_card_link_bytes(f->core, i, &end->tx, &end->rx);
-        end->errors = end->errors_known = spk_card_link_errors(f->core, i);
-    }
-    f->resetting = false;
-}
-
-void spk_front_reset(struct spk_front *f)
-{
-    if (f->gone)
-        return;
-    f->generation++;
-    begin_reset(f);
-}
-
-void spk_front_power_cycle(struct spk_front *f)
-{
-    f->gone = false;
-    f->generation = 0;
-    begin_reset(f);
 }
 
 /* --- links ----------------------------------------------------------------------------------- */
@@ -757,6 +727,70 @@ static void watch_links(struct spk_front *f, uint64_t now)
     f->epoch_known = f->core->epoch_seen;
     if (changed && !f->gone && !f->resetting)
         raise_event(f, SAIL_EVENT_LINK);
+}
+
+static void want_links(struct spk_front *f, bool up)
+{
+    for (uint32_t i = 0; i < f->links; i++) {
+        f->ends[i].wanted = up;
+        f->ends[i].flap_until_ns = 0;
+        spk_card_link_want(f->core, i, up);
+    }
+}
+
+/* --- reset ----------------------------------------------------------------------------------- */
+
+static void begin_reset(struct spk_front *f)
+{
+    disable(f);
+    f->count = 0;
+    f->in_core = 0;
+    f->failure = SAIL_FAILURE_NONE;
+    f->watchdog_ms = 0;
+    f->commands = f->completions = (struct ring_registers){0};
+    f->events = f->events_mask = 0;
+    f->temperature_mc = TEMPERATURE_MC;
+    f->ecc_corrected = f->ecc_uncorrected = 0;
+    f->fault = f->fault_arg = f->slow_us = 0;
+    f->hung = f->wrong_fence = false;
+    f->resetting = true;
+    f->epoch = f->epoch_known = 0;
+    spk_card_restart(f->core);
+    want_links(f, true);
+}
+
+static void end_reset(struct spk_front *f)
+{
+    spk_card_counters(f->core, &f->base);
+    if (f->base.epoch || f->base.queued)
+        return; /* it signals when it has restarted */
+    collect(f);
+    for (uint32_t i = 0; i < SPK_PROGRAMS_MAX; i++)
+        release_slot(f, &f->slots[i]);
+    free(f->image);
+    f->image = NULL;
+    for (uint32_t i = 0; i < f->links; i++) {
+        struct end *end = &f->ends[i];
+        spk_card_link_bytes(f->core, i, &end->tx, &end->rx);
+        end->errors = end->errors_known = spk_card_link_errors(f->core, i);
+        end->told = link_state(f, i);
+    }
+    f->resetting = false;
+}
+
+void spk_front_reset(struct spk_front *f)
+{
+    if (f->gone)
+        return;
+    f->generation++;
+    begin_reset(f);
+}
+
+void spk_front_power_cycle(struct spk_front *f)
+{
+    f->gone = false;
+    f->generation = 0;
+    begin_reset(f);
 }
 
 /* --- faults ---------------------------------------------------------------------------------- */
@@ -976,7 +1010,7 @@ static uint32_t read_register(struct spk_front *f, uint64_t offset)
     case SAIL_REG_WAITING:
         return read_waiting(f);
     case SAIL_REG_EPOCH:
-        return counters_of(f).epoch;
+        return f->resetting ? 0 : counters_of(f).epoch;
     case SAIL_REG_COMMAND_BASE_LO:
         return low(f->commands.base);
     case SAIL_REG_COMMAND_BASE_HI:
@@ -1034,7 +1068,7 @@ static void write_epoch(struct spk_front *f, uint32_t epoch)
     if (epoch > EPOCH_MAX || epoch <= f->epoch || f->resetting)
         return;
     f->epoch = epoch;
-    abort_known(f);
+    f->abort_before = f->commands.tail;
     spk_card_abort(f->core, epoch);
 }
 
@@ -1221,11 +1255,7 @@ struct spk_front *spk_front_create(struct spk_card *core, const struct spk_front
     f->has_faults = identity->faults;
     f->links = identity->links;
     memcpy(f->peers, identity->peers, sizeof f->peers);
-    f->epoch = f->epoch_known = counters_of(f).epoch;
-    f->temperature_mc = TEMPERATURE_MC;
-    want_links(f, true);
-    for (uint32_t i = 0; i < f->links; i++)
-        f->ends[i].told = link_state(f, i);
+    begin_reset(f);
     *status = SPK_OK;
     return f;
 }

@@ -125,6 +125,21 @@ void link_new_epoch(struct spk_card *c)
     memset(c->transfers, 0, sizeof c->transfers);
 }
 
+void link_restart(struct spk_card *c)
+{
+    link_new_epoch(c);
+    atomic_store(&c->meeting->done, 0); /* meetings are counted anew */
+    for (int i = 0; i < SPK_CARDS_MAX; i++) {
+        struct link *l = &c->links[i];
+        if (!l->tx)
+            continue;
+        atomic_store(&l->tx->forget, atomic_load(&l->tx->tail));
+        atomic_store(&l->rx->head, atomic_load(&l->rx->tail));
+        if (l->peer)
+            pool_notify(l->peer);
+    }
+}
+
 /* --- up and down ----------------------------------------------------------------------------- */
 
 static bool is_down(const struct link *l)
@@ -240,6 +255,12 @@ static int receive_some(struct spk_card *c, struct link *l, const struct rows *r
 {
     struct ring *r = l->rx;
     uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed), received = 0;
+    uint64_t forget = atomic_load_explicit(&r->forget, memory_order_acquire);
+    if (head < forget) {
+        head = forget;
+        atomic_store_explicit(&r->head, head, memory_order_release);
+        *moved = true;
+    }
     while (t->done_bytes < total && received < SLICE_BYTES) {
         uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
         if (tail == head)

@@ -294,6 +294,10 @@ int spk_card_enter(struct spk_card *card, const struct spk_range *ranges, size_t
 int spk_card_load_by_table(struct spk_card *card, const void *program, size_t nbytes,
                            const uint32_t *table, size_t table_count, uint32_t *handle,
                            uint32_t *bad_command, char *why);
+/* As when it was made, as soon as it is stepped: everything queued completes with SPK_E_ABORTED, what is
+ * under way on its links is lost, plants end, and the epoch is 0.  Programs, buffers and bytes stay.
+ * Until the counters say `epoch` 0 and nothing queued, nothing else may be asked of the card. */
+void spk_card_restart(struct spk_card *card);
 /* This end of a link wants it up (they begin so) or down; it is up while both want it.  Messages wait
  * in a link that is down. */
 void spk_card_link_want(struct spk_card *card, uint32_t peer, int up);
