@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc -name '*.[ch]')
 CHECK_OUT := build/check
+SERVER := build/spanker-card-server
 
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
@@ -64,6 +65,9 @@ check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour
 
 bench: $(INSTALLED)  ## measure beside the machine's limits, and llama.cpp (BENCH_ARGS=... adds options)
 	$(BIN)/python bench/roofline.py $(BENCH_ARGS)
+
+$(SERVER): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/server/*.[ch] driver/include/*.h) tools/build_card_server.py
+	$(BIN)/python tools/build_card_server.py --cc "$(CC)" $@
 
 clean:  ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,9 @@ import cffi
 
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
-INCLUDE_DIRS = [KERNELS, CARD]
+SERVER = "spanker/device/server"
+INTERFACE = "driver/include"  # of the card, as the kernel module sees it
+INCLUDE_DIRS = [KERNELS, CARD, INTERFACE]
 HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h"]
 
 # Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
@@ -97,6 +99,12 @@ def libraries(machine: str) -> list[Library]:
     return [library for library in found if library.sources]
 
 
+def card_server(machine: str) -> tuple[Library, ...]:
+    """What spanker-card-server is linked from, in link order: its own sources come first."""
+    isas = libraries(machine)
+    return (Library("spk_server", SERVER, isas[0].isa_flags), *isas)
+
+
 # A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
 LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 
@@ -104,7 +112,7 @@ LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 def headers() -> list[str]:
     """Every header: each object depends on all of them, which is cheap and never wrong."""
     return sorted(
-        path for top in INCLUDE_DIRS for path in glob.glob(f"{top}/**/*.h", recursive=True)
+        path for top in (*INCLUDE_DIRS, SERVER) for path in glob.glob(f"{top}/**/*.h", recursive=True)
     )
 
 

@@ -114,8 +114,8 @@ static void before_write(struct spk_card *c, uint64_t page, bool large, uint8_t 
 
 void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 {
-    if (at < c->ddr || at >= c->ddr + c->ddr_bytes)
-        return; /* lent by the host, whose pages they are */
+    if (!c->mapping || at < c->ddr || at >= c->ddr + c->ddr_bytes)
+        return; /* the host's memory, whose pages they are */
     uint64_t begin = (uint64_t)(at - c->ddr), end = begin + nbytes;
     bool large = nbytes >= LARGE_WRITE;
     /* Before a page can be found to collapse: the settler begins so much later. */
@@ -132,7 +132,7 @@ void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 
 void pages_freed(struct spk_card *c, uint64_t offset, uint64_t nbytes)
 {
-    uint64_t end = offset + nbytes;
+    uint64_t end = c->mapping ? offset + nbytes : 0;
     for (uint64_t page = offset / SPK_HUGE_PAGE; page * SPK_HUGE_PAGE < end; page++) {
         _Atomic uint8_t *state = &c->page_state[page];
         uint64_t at = page * SPK_HUGE_PAGE;
