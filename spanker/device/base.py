@@ -59,8 +59,7 @@ class DeviceInfo:
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
     `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
     `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does; `maps` is 1 where a
-    file can stand for a buffer's memory; DDR is taken in multiples of `ddr_granule` bytes; a step
-    brings back at most `read_bytes_max`."""
+    file can stand for a buffer's memory; DDR is taken in multiples of `ddr_granule` bytes."""
 
     name: str
     serial: int
@@ -72,7 +71,6 @@ class DeviceInfo:
     meets: int = 0
     maps: int = 0
     ddr_granule: int = 64
-    read_bytes_max: int = 1 << 30
 
 
 @attrs.frozen

@@ -19,12 +19,11 @@ from typing import Any, Protocol
 
 import attrs
 
+from spanker.device.kernel.spec import CONTROL, DEVICE_DIR
 from spanker.errors import CardCommandError, CardError, CardLostError, DriverError
 from spanker.native import ffi, lib
 
 VERSION = (int(lib.SPANKER_UAPI_MAJOR), int(lib.SPANKER_UAPI_MINOR), int(lib.SPANKER_UAPI_PATCH))
-CONTROL = "spankerctl"
-DEVICE_DIR = "/dev"
 PROGRAM_BYTES_MAX = int(lib.SPANKER_PROGRAM_BYTES_MAX)
 PARAMETERS_BYTES_MAX = int(lib.SPANKER_PARAMETERS_BYTES_MAX)
 READS_MAX = int(lib.SPANKER_READS_MAX)
@@ -33,6 +32,7 @@ IMAGE_BYTES_MAX = int(lib.SPANKER_IMAGE_BYTES_MAX)
 FLAG_EMULATED = int(lib.SPANKER_INFO_EMULATED)
 FLAG_FAILED = int(lib.SPANKER_INFO_FAILED)
 FLAG_GONE = int(lib.SPANKER_INFO_GONE)
+LINK_UP = int(lib.SPANKER_LINK_UP)
 
 # What poll(2) answers, as on every Linux.
 POLL_IN, POLL_ERR, POLL_HUP = 0x1, 0x8, 0x10
@@ -100,7 +100,7 @@ class Linux:
         return True
 
 
-LINUX = Linux()
+LINUX: System = Linux()
 
 
 class IoctlError(CardError):
@@ -154,6 +154,11 @@ class Info:
     def emulated(self) -> bool:
         """Whether it is a program, no silicon."""
         return bool(self.flags & FLAG_EMULATED)
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing works until a reset."""
+        return bool(self.flags & FLAG_FAILED)
 
 
 @attrs.frozen
@@ -211,13 +216,13 @@ class DeviceFile:
     `card` is what errors call it by, None for its path alone.
     """
 
-    def __init__(self, path: str, *, card: int | None = None, system: System = LINUX) -> None:
+    def __init__(self, path: str, *, card: int | None = None, system: System | None = None) -> None:
         self.path = path
         self.card = card
-        self.system = system
-        self._fd = system.open(path)
+        self.system = system or LINUX
+        self._fd = self.system.open(path)
         if self._fd < 0:
-            raise _open_error(path, -self._fd, card, system)
+            raise _open_error(path, -self._fd, self.system)
         self._collect = ffi.new("struct spanker_collect *")
         self._room = ffi.new("char[]", 4096)
 
@@ -457,7 +462,7 @@ def _check_length(what: str, nbytes: int, most: int, card: int | None) -> None:
         )
 
 
-def _open_error(path: str, number: int, card: int | None, system: System) -> DriverError:
+def _open_error(path: str, number: int, system: System) -> DriverError:
     """Why a device could not be opened, and what to do."""
     control = os.path.join(os.path.dirname(path), CONTROL)
     what = f"cannot open {path}: {error_text(number)}"
@@ -473,21 +478,8 @@ def _open_error(path: str, number: int, card: int | None, system: System) -> Dri
     return DriverError(what)
 
 
-def card_path(number: int, device_dir: str = DEVICE_DIR) -> str:
-    """/dev/spankerN."""
-    return os.path.join(device_dir, f"spanker{number}")
-
-
-def module_version(system: System = LINUX, device_dir: str = DEVICE_DIR) -> Version:
+def module_version(device_dir: str = DEVICE_DIR) -> Version:
     """The version of the loaded module, whichever that is; DriverError where none is."""
-    with DeviceFile(os.path.join(device_dir, CONTROL), system=system) as control:
+    with DeviceFile(os.path.join(device_dir, CONTROL)) as control:
         control.ping()
         return control.version()
-
-
-def card_numbers(system: System = LINUX, device_dir: str = DEVICE_DIR) -> list[int]:
-    """N of /dev/spanker0, 1, ... up to the first that is missing, at most 256."""
-    numbers: list[int] = []
-    while len(numbers) < 256 and system.exists(card_path(len(numbers), device_dir)):
-        numbers.append(len(numbers))
-    return numbers

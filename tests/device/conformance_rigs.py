@@ -19,12 +19,12 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-
-from spanker.device.axi import AxiRecorder
 from driver_model import DriverModel
 
+from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
-from spanker.device.kernel import KernelRig, first_cards
+from spanker.device.kernel.rig import KernelRig
+from spanker.device.kernel.spec import first_cards
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.device.virtual.card import VirtualCard, VirtualRig
 from spanker.device.virtual.spec import VirtualCardSpec

@@ -26,7 +26,8 @@ import numpy as np
 
 from spanker.device import uapi
 from spanker.device.base import Completion
-from spanker.device.kernel import PACKED_COMMAND
+from spanker.device.kernel.programs import PACKED_COMMAND, TRANSFERS
+from spanker.device.kernel.spec import CONTROL
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.errors import (
     CardAbortedError,
@@ -34,13 +35,12 @@ from spanker.errors import (
     CardLostError,
     CardMemoryError,
 )
-from spanker.kernels.program import PROGRAM_HEADER, Op
+from spanker.kernels.program import PROGRAM_HEADER
 from spanker.native import ffi, lib
 
 PAGE = mmap.PAGESIZE
 SERIAL_0 = 0x5A11_0000_0000_0010
 QUEUE_MAX = 8
-_TRANSFERS = (Op.LINK_SEND, Op.LINK_RECV)
 
 
 class _Errno(Exception):
@@ -151,7 +151,7 @@ class DriverModel:
     def _find(self, path: str) -> _Card | None:
         """The card of a path, None for the control device."""
         name = os.path.relpath(path, self.device_dir)
-        if self.loaded and name == uapi.CONTROL:
+        if self.loaded and name == CONTROL:
             return None
         match = re.fullmatch(r"spanker(\d+)", name)
         if not self.loaded or not match or int(match[1]) >= len(self.cards):
@@ -319,8 +319,10 @@ class DriverModel:
         if any(handle not in file.buffers for handle in handles):
             raise _Errno(errno.EINVAL)
         table = [file.buffers[handle] for handle in handles]
-        for number, command in enumerate(np.frombuffer(program, PACKED_COMMAND, -1, PROGRAM_HEADER.size)):
-            if command["op"] in _TRANSFERS:
+        for number, command in enumerate(
+            np.frombuffer(program, PACKED_COMMAND, -1, PROGRAM_HEADER.size)
+        ):
+            if command["op"] in TRANSFERS:
                 command["arg"][0] = card.peer_of(int(command["arg"][0]))
             for ref in command["ref"]:
                 if ref["buffer"] >= len(table) and any(ref.tolist()):

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `kernel` card: a card behind the kernel module, /dev/spankerN.
-
-`KernelRig` opens the first cards, or those named; each `KernelCard` is one open file.  The module
-moves and guards; what is policy is here: a card belongs to one fleet at a time, a card that has
-failed is reset when a fleet opens it, and every fleet begins in an epoch of its own.
+"""One card behind the kernel module: an open file, and what it holds.
 
 What the contract wants to be told at once (a step's parameters that do not fit, say) only the card
 itself finds out, later.  So each card has a *twin*: the native card of the soft body, without
@@ -18,8 +14,7 @@ import functools
 import mmap
 import threading
 from collections import deque
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -38,33 +33,16 @@ from spanker.device.base import (
     Lent,
     Read,
 )
-from spanker.device.soft import CARDS_MAX, DDR_BYTES_MAX, SoftCard, SoftCardSpec, link_all
+from spanker.device.kernel.programs import translated
+from spanker.device.soft import SoftCard
 from spanker.errors import (
     CardCommandError,
     CardError,
     CardFaultError,
     CardLostError,
     CardMemoryError,
-    ConfigError,
 )
-from spanker.kernels.program import COMMAND, OPERANDS, PROGRAM_HEADER, Op
-from spanker.native import default_isa, ffi, lib, status_error
-
-# The bytes of one command (spk_card.h).
-PACKED_COMMAND = np.dtype(
-    [
-        ("op", "<u2"),
-        ("format", "<u2"),
-        ("flags", "<u4"),
-        ("ref", [("buffer", "<u4"), ("stride", "<u4"), ("offset", "<u8")], 4),
-        ("arg", "<u4", 14),
-    ]
-)
-assert PACKED_COMMAND.itemsize == COMMAND.size
-# By operation and slot; an operation that is none has no operands.
-_HAS_OPERAND = np.zeros((1 << 16, 4), bool)
-for _op, _slots in OPERANDS.items():
-    _HAS_OPERAND[_op] = [bool(_slots >> slot & 1) for slot in range(4)]
+from spanker.native import ffi, lib, status_error
 
 # What a step can fail with, as SPK_E_* of the same meaning.
 _STATUS_OF_ERROR = {
@@ -73,34 +51,6 @@ _STATUS_OF_ERROR = {
     errno.EBADMSG: lib.SPK_E_LINK,
     errno.ECANCELED: lib.SPK_E_ABORTED,
 }
-
-
-@attrs.frozen
-class KernelCardSpec:
-    """Card `number` of the kernel module."""
-
-    number: int
-    device_dir: str = uapi.DEVICE_DIR
-
-    @property
-    def path(self) -> str:
-        return uapi.card_path(self.number, self.device_dir)
-
-    @property
-    def ddr_bytes(self) -> int:
-        """Asks the card; DriverError where it cannot be opened."""
-        with uapi.DeviceFile(self.path) as file:
-            file.check_version()
-            return file.info().ddr_bytes
-
-
-def first_cards(
-    count: int | None = None, device_dir: str = uapi.DEVICE_DIR
-) -> list[KernelCardSpec]:
-    """The first `count` cards, or all there are: one at least, which need not exist."""
-    if count is None:
-        count = max(len(uapi.card_numbers(device_dir=device_dir)), 1)
-    return tuple([KernelCardSpec(number, device_dir) for number in range(count)])
 
 
 @attrs.define
@@ -124,46 +74,41 @@ class _Loaded:
     variants: dict[tuple[int, ...], int] = attrs.Factory(dict)
 
 
-@attrs.frozen
+@attrs.define
 class _Pending:
+    """A step.  One that brings back more than the module carries is *large*: what its `reads` name
+    is copied when it is collected, and until then those behind it are held back here, as `held`
+    parameters, or with the `error` that has overtaken them."""
+
     fence: int
-    sizes: tuple[int, ...]
+    program: _Loaded
+    reads: tuple[Read, ...]
     nbytes: int
+    queued_as: int = 0
+    held: bytes | None = None
+    error: CardError | None = None
 
-
-class _Twins:
-    """The twins of a rig's cards."""
-
-    throttled = False
-
-    def __init__(self, ddr_bytes: Sequence[int]) -> None:
-        self.cards: list[SoftCard] = []
-        try:
-            for number, nbytes in enumerate(ddr_bytes):
-                # More than the card has, which alone decides what fits.
-                spec = SoftCardSpec(default_isa(), min(2 * nbytes, DDR_BYTES_MAX))
-                self.cards.append(SoftCard(self, number, spec))
-            link_all(self.cards)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        for card in self.cards:
-            card.release()
+    @property
+    def large(self) -> bool:
+        return self.nbytes > uapi.READ_BYTES_MAX
 
 
 class KernelCard(CardDevice):
-    """One card of a `KernelRig`."""
+    """One card of a `KernelRig`, which is told by `on_close`."""
 
     # Of what only other bodies have: speeds that are kept.
     pace = None
 
     def __init__(
-        self, rig: KernelRig, number: int, file: uapi.DeviceFile, info: uapi.Info, twin: SoftCard
+        self,
+        number: int,
+        file: uapi.DeviceFile,
+        info: uapi.Info,
+        twin: SoftCard,
+        on_close: Callable[[], None],
     ) -> None:
         self.number = number
-        self._rig = rig
+        self._on_close = on_close
         self._file = file
         self._twin = twin
         self._serial = info.serial
@@ -176,12 +121,12 @@ class KernelCard(CardDevice):
             ddr_bytes=info.ddr_bytes,
             programs_max=info.programs,
             ddr_granule=mmap.PAGESIZE,
-            read_bytes_max=uapi.READ_BYTES_MAX,
         )
         self._buffers: dict[int, _Memory] = {}
         self._mapping = threading.Lock()
         self._programs: dict[int, _Loaded] = {}
         self._pending: deque[_Pending] = deque()
+        self._fences = 0
         # Of the fleet; the card counts on from `_epoch_0`.
         self._epoch, self._epoch_0 = 1, 0
         # The link to each card of the fleet, by its number, None where there is none.
@@ -224,10 +169,10 @@ class KernelCard(CardDevice):
     def _lost(self) -> CardLostError:
         """Why the card is of no use any more."""
         try:
-            flags = self._file.info().flags
+            failed = self._file.info().failed
         except CardLostError as error:
             return error
-        if flags & uapi.FLAG_FAILED:
+        if failed:
             return CardLostError(
                 f"card {self.number}: {self._file.path} has failed; close the fleet and open it "
                 f"again, which resets the card",
@@ -274,6 +219,9 @@ class KernelCard(CardDevice):
         self._check_alive()
         memory = self._buffers.get(handle)
         if memory is not None:
+            for step in self._pending:
+                if step.large or step.held is not None:
+                    self._check_not_named(step, handle)
             for loaded in self._programs.values():
                 self._unload_variants(loaded, handle)
         # Refuses what is no buffer, and what a program names.
@@ -282,6 +230,10 @@ class KernelCard(CardDevice):
         del self._buffers[handle]
         self._unmap(memory)
         self._file.buffer_destroy(memory.handle)
+
+    def _check_not_named(self, step: _Pending, handle: int) -> None:
+        if any(h == handle for h, _, _ in step.reads):
+            raise self._busy(f"a step is queued that brings back buffer {handle}")
 
     def _unmap(self, memory: _Memory) -> None:
         at, memory.at = memory.at, None
@@ -316,36 +268,12 @@ class KernelCard(CardDevice):
         self._check_alive()
         number = self._twin.load_program(program)
         try:
-            data, buffers = self._translated(program)
+            data, buffers = translated(program, self._links, self.number)
             self._programs[number] = _Loaded(data, buffers, self._load(data, buffers))
         except BaseException:
             self._twin.unload_program(number)
             raise
         return number
-
-    def _translated(self, program: Buffer) -> tuple[bytes, tuple[int, ...]]:
-        """A program as the module takes it, and the buffers of its table: operands name these by
-        their place in it, and transfers name the card's links instead of the fleet's cards."""
-        out = bytearray(program)
-        commands = np.frombuffer(out, PACKED_COMMAND, offset=PROGRAM_HEADER.size)
-        used = _HAS_OPERAND[commands["op"]]
-        refs = commands["ref"]
-        buffers, places = np.unique(refs["buffer"][used], return_inverse=True)
-        # What an operation does not take the module wants to be zero.
-        refs[~used] = 0
-        refs["buffer"][used] = places
-        transfers = np.isin(commands["op"], (Op.LINK_SEND, Op.LINK_RECV))
-        peers = commands["arg"][:, 0]
-        for at in np.flatnonzero(transfers):
-            link = self._links[peers[at]]
-            if link is None:
-                raise CardCommandError(
-                    f"card {self.number}: program refused at command {at}: no link leads to card "
-                    f"{peers[at]}",
-                    card=self.number,
-                )
-            peers[at] = link
-        return bytes(out), tuple(buffers.tolist())
 
     def _load(self, data: bytes, buffers: Sequence[int]) -> int:
         handles = [self._buffers[buffer].handle for buffer in buffers]
@@ -368,6 +296,8 @@ class KernelCard(CardDevice):
         self._check_alive()
         loaded = self._programs.get(program)
         if loaded is not None:
+            if any(step.program is loaded and step.held is not None for step in self._pending):
+                raise self._busy(f"unloading program {program}: it is queued")
             self._unload_variants(loaded)
             self._not_busy(
                 functools.partial(self._file.program_unload, loaded.program_id),
@@ -394,7 +324,10 @@ class KernelCard(CardDevice):
         except uapi.IoctlError as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise CardCommandError(f"card {self.number}: {what}", card=self.number) from None
+            raise self._busy(what) from None
+
+    def _busy(self, what: str) -> CardCommandError:
+        return CardCommandError(f"card {self.number}: {what}", card=self.number)
 
     # --- steps --------------------------------------------------------------------------
 
@@ -412,23 +345,24 @@ class KernelCard(CardDevice):
                 raise CardCommandError(f"{what}: it has no windows", card=self.number)
             self._twin.check_step(program, parameters)
             nbytes = self._check_reads(reads, what) if reads else 0
-            loaded = self._programs[program]
-            program_id = self._variant(loaded, reads) if reads else loaded.program_id
-            wanted = [(self._buffers[h].handle, offset, n) for h, offset, n in reads]
-            fence = self._file.submit(program_id, parameters, wanted)
-        except uapi.IoctlError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise CardCommandError(
-                f"{what}: {len(self._pending)} steps are queued or wait to be collected, of "
-                f"{self._queue_max} at most",
-                card=self.number,
-            ) from None
+            step = _Pending(self._fences + 1, self._programs[program], tuple(reads), nbytes)
+            full = len(self._pending) >= self._queue_max
+            if any(before.large for before in self._pending):
+                step.held = bytes(parameters)
+            elif not full:
+                full = not self._queue(step, parameters)
+            if full:
+                raise CardCommandError(
+                    f"{what}: {len(self._pending)} steps are queued or wait to be collected, of "
+                    f"{self._queue_max} at most",
+                    card=self.number,
+                )
         except CardCommandError:
             self._check_alive()
             raise
-        self._pending.append(_Pending(fence, tuple([n for _, _, n in reads]), nbytes))
-        return fence
+        self._fences = step.fence
+        self._pending.append(step)
+        return step.fence
 
     def _check_reads(self, reads: Sequence[Read], what: str) -> int:
         """The bytes of all reads together."""
@@ -438,14 +372,26 @@ class KernelCard(CardDevice):
             )
         for handle, offset, nbytes in reads:
             self._twin.check_range(handle, offset, nbytes, "bringing back")
-        total = sum(nbytes for _, _, nbytes in reads)
-        if total > uapi.READ_BYTES_MAX:
+        total, most = sum(nbytes for _, _, nbytes in reads), int(lib.SPK_RESULT_BYTES_MAX)
+        if total > most:
             raise CardCommandError(
-                f"{what}: its reads have {total:,} bytes, expected at most "
-                f"{uapi.READ_BYTES_MAX:,}; read them from the card instead",
+                f"{what}: its reads have {total:,} bytes, expected at most {most:,}",
                 card=self.number,
             )
         return total
+
+    def _queue(self, step: _Pending, parameters: Buffer) -> bool:
+        """Give a step to the module; False where its queue is full."""
+        reads = () if step.large else step.reads
+        program_id = self._variant(step.program, reads) if reads else step.program.program_id
+        wanted = [(self._buffers[h].handle, offset, n) for h, offset, n in reads]
+        try:
+            step.queued_as = self._file.submit(program_id, parameters, wanted)
+        except uapi.IoctlError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
 
     def _variant(self, loaded: _Loaded, reads: Sequence[Read]) -> int:
         """The program whose table has what the reads name, which a command need not do."""
@@ -460,36 +406,63 @@ class KernelCard(CardDevice):
         self._check_open()
         out: list[Completion] = []
         while self._pending:
-            first = self._pending[0]
-            got = self._file.collect(first.nbytes)
-            if got == errno.EAGAIN:
-                return out
-            if isinstance(got, int):
-                # Nothing more will come of a card that is gone, or was reset by somebody.
-                error = self._file.lost(errno.ESTALE if got == errno.ESTALE else errno.ENODEV)
-                out += [Completion(p.fence, 0, error) for p in self._pending]
-                self._pending.clear()
-                return out
+            step = self._pending[0]
+            if step.error is None:
+                got = self._file.collect(0 if step.large else step.nbytes)
+                if got == errno.EAGAIN:
+                    return out
+                if isinstance(got, int):
+                    # Nothing more will come of a card that is gone, or was reset by somebody.
+                    lost = self._file.lost(errno.ESTALE if got == errno.ESTALE else errno.ENODEV)
+                    out += [Completion(p.fence, 0, lost) for p in self._pending]
+                    self._pending.clear()
+                    return out
+                out.append(self._completion(step, got))
+            else:
+                out.append(Completion(step.fence, 0, step.error))
             self._pending.popleft()
-            out.append(self._completion(first, got))
+            if step.large and step.error is None:
+                self._release_held(out[-1].error)
         if not out:
             self._check_alive()
         return out
 
+    def _release_held(self, failure: Exception | None) -> None:
+        """Queue what was held back behind a large step, up to the next one; where that has failed,
+        they go with it, as on the card."""
+        for step in self._pending:
+            if step.held is not None:
+                parameters, step.held = step.held, None
+                try:
+                    if failure is not None:
+                        step.error = self._aborted()
+                    elif not self._queue(step, parameters):
+                        raise self._lost()
+                except CardError as error:
+                    step.error = failure = error
+            if step.large and step.error is None:
+                return
+
+    def _aborted(self) -> CardError:
+        what = f"card {self.number}, command 0"
+        return status_error(lib.SPK_E_ABORTED, what, card=self.number)
+
     def _completion(self, step: _Pending, got: uapi.Collected) -> Completion:
-        if got.fence != step.fence:
+        if got.fence != step.queued_as:
             raise CardError(
-                f"card {self.number}: fence {got.fence} completed, {step.fence} was next",
+                f"card {self.number}: fence {got.fence} completed, {step.queued_as} was next",
                 card=self.number,
             )
         if got.error:
-            return Completion(got.fence, got.busy_ns, self._failure(got))
-        data: list[bytes] = []
-        at = 0
-        for nbytes in step.sizes:
+            return Completion(step.fence, got.busy_ns, self._failure(got))
+        if step.large:
+            data = [self.read(*read) for read in step.reads]
+            return Completion(step.fence, got.busy_ns, None, tuple(data))
+        data, at = [], 0
+        for _, _, nbytes in step.reads:
             data.append(got.data[at : at + nbytes])
             at += nbytes
-        return Completion(got.fence, got.busy_ns, None, tuple(data))
+        return Completion(step.fence, got.busy_ns, None, tuple(data))
 
     def _failure(self, got: uapi.Collected) -> CardError:
         number, what = -got.error, f"card {self.number}, command {got.command}"
@@ -520,6 +493,9 @@ class KernelCard(CardDevice):
             f"entering epoch {epoch}: another process has steps queued, which would go, too",
         )
         self._epoch = epoch
+        for step in self._pending:
+            if step.held is not None:
+                step.held, step.error = None, self._aborted()
 
     # --- what is told -------------------------------------------------------------------
 
@@ -551,7 +527,7 @@ class KernelCard(CardDevice):
             progress=t.progress,
             ddr_used_bytes=t.ddr_used,
             ddr_total_bytes=self._info.ddr_bytes,
-            queued=t.queued,
+            queued=t.queued + sum(step.held is not None for step in self._pending),
             waiting_for=waiting_for,
             link_tx_bytes=tuple([link.tx_bytes if link else 0 for link in links]),
             link_rx_bytes=tuple([link.rx_bytes if link else 0 for link in links]),
@@ -573,8 +549,7 @@ class KernelCard(CardDevice):
         self._buffers.clear()
         self._programs.clear()
         self._pending.clear()
-        if all(card.closed for card in self._rig.cards):
-            self._rig.close()
+        self._on_close()
 
     @property
     def closed(self) -> bool:
@@ -587,86 +562,3 @@ def _bytes_at(at: Any, nbytes: int) -> npt.NDArray[np.uint8]:
 
 def _less(now: tuple[int, ...], begin: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([a - b for a, b in zip(now, begin, strict=True)])
-
-
-class KernelRig:
-    """The cards of one fleet behind the kernel module; nobody else who asks gets them meanwhile.
-
-    Raises DriverError where a device cannot be opened, ConfigError for no or too many cards.
-    """
-
-    throttled = False
-
-    def __init__(self, specs: Sequence[KernelCardSpec], system: uapi.System = uapi.LINUX) -> None:
-        if not 1 <= len(specs) <= CARDS_MAX:
-            raise ConfigError(f"a fleet of kernel cards has 1 to {CARDS_MAX}, got {len(specs)}")
-        self.cards: list[KernelCard] = []
-        self._twins: _Twins | None = None
-        files: list[uapi.DeviceFile] = []
-        try:
-            for number, spec in enumerate(specs):
-                files.append(uapi.DeviceFile(spec.path, card=number, system=system))
-                files[-1].check_version()
-                files[-1].lock()
-            infos = [self._ready(files, number) for number in range(len(files))]
-            self._twins = _Twins([info.ddr_bytes for info in infos])
-            for number, (file, info) in enumerate(zip(files, infos, strict=True)):
-                twin = self._twins.cards[number]
-                self.cards.append(KernelCard(self, number, file, info, twin))
-            # One that none of them has been in: what others left in the links is dropped.
-            epoch = max(info.epoch for info in infos) + 1
-            self._states: dict[tuple[int, int], int] = {}
-            for card, info in zip(self.cards, infos, strict=True):
-                card.join(self._links(card, info, [other.serial for other in infos]), epoch)
-        except BaseException:
-            for file in files:
-                file.close()
-            self.close()
-            raise
-
-    def _ready(self, files: list[uapi.DeviceFile], number: int) -> uapi.Info:
-        """What a card says of itself, after a reset where it has failed."""
-        file = files[number]
-        info = file.info()
-        if not info.flags & uapi.FLAG_FAILED:
-            return info
-        file.reset()
-        file.close()
-        files[number] = file = uapi.DeviceFile(file.path, card=number, system=file.system)
-        file.lock()
-        return file.info()
-
-    def _links(self, card: KernelCard, info: uapi.Info, serials: Sequence[int]) -> list[int | None]:
-        """The link from a card to each of these, by their serial numbers."""
-        found: list[int | None] = [None] * len(serials)
-        for number in range(info.links):
-            link = card.file.link(number)
-            # A card is not linked with itself, though some name themselves on a link that is down.
-            if link.peer and link.peer != info.serial and link.peer in serials:
-                peer = serials.index(link.peer)
-                found[peer] = number
-                self._states[card.number, peer] = link.state
-        return found
-
-    def links(self) -> dict[tuple[int, int], int]:
-        """The state of each directed link between the cards when they were opened (0 down, 1
-        training, 2 up, 3 error), by the numbers of its ends."""
-        return dict(self._states)
-
-    def close(self) -> None:
-        """Idempotent."""
-        for card in self.cards:
-            card.close()
-        if self._twins is not None:
-            self._twins.close()
-
-    def __enter__(self) -> KernelRig:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
