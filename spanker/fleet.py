@@ -733,11 +733,11 @@ async def open_fleet(
 
     `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
     `soft:4:64MiB`, or `kernel:2` or `kernel` for cards behind the kernel module; `profile` names
-    the speeds to plan by, or a TOML file of them that `spanker calibrate` has written; the host link
-    keeps them where the profile has one, and with `throttle` the cards and the links between them
-    do, as far as the machine is faster (`pace` of a device tells); `channel` is memory or unix;
-    `workers` native threads step the cards (default: one per card, at most one per core); a card
-    that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
+    the speeds to plan by, or a TOML file of them that `spanker calibrate` has written; the host
+    link keeps them where the profile has one, and with `throttle` the cards and the links between
+    them do, as far as the machine is faster (`pace` of a device tells); `channel` is memory or
+    unix; `workers` native threads step the cards (default: one per card, at most one per core); a
+    card that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
     models that are loaded without one.  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile

@@ -47,6 +47,10 @@ _NAMES: dict[int, str] = {
 }
 
 
+# Of COLLECT.
+_NO_MORE = (errno.ESHUTDOWN, errno.ENODEV, errno.ESTALE, errno.EIO)
+
+
 class System(Protocol):
     """What is asked of the operating system.  Numbers below 0 are -errno."""
 
@@ -253,11 +257,15 @@ class DeviceFile:
         return self.path if self.card is None else f"card {self.card}"
 
     def _try(self, request: int, argument: Any = ffi.NULL) -> int:
-        """0, or a positive errno; CardLostError where the card is gone or was reset."""
+        """0, or a positive errno; CardLostError where the card is gone, failed or was reset."""
         number = -self.system.ioctl(self.fd, request, argument)
-        if number in (errno.ENODEV, errno.ESTALE):
+        if number in (errno.ENODEV, errno.ESTALE) or (number == errno.EIO and self._is_broken()):
             raise self.lost(number)
         return number
+
+    def _is_broken(self) -> bool:
+        """Whether nothing works any more."""
+        return bool(self.poll() & (POLL_ERR | POLL_HUP))
 
     def _call(self, request: int, argument: Any = ffi.NULL) -> None:
         number = self._try(request, argument)
@@ -271,9 +279,12 @@ class DeviceFile:
             )
 
     def lost(self, number: int = errno.ENODEV) -> CardLostError:
-        """The error of a card that is gone (ENODEV) or was reset by somebody (ESTALE)."""
+        """The error of a card that is gone (ENODEV), has failed (EIO), or was reset by somebody
+        (ESTALE)."""
         if number == errno.ESTALE:
             what = "was reset since it was opened, and all it held is lost; open the fleet again"
+        elif number == errno.EIO:
+            what = "has failed; close the fleet and open it again, which resets the card"
         else:
             what = "is gone; close the fleet and open it without that card"
         who = self.path if self.card is None else f"card {self.card}: {self.path}"
@@ -387,15 +398,16 @@ class DeviceFile:
         return int(s.fence)
 
     def collect(self, nbytes: int) -> Collected | int:
-        """The oldest completion, whose reads are `nbytes`, or EAGAIN, ESHUTDOWN or ESTALE; never
-        waits.  The card that is gone completes what it held; then there is ENODEV, too."""
+        """The oldest completion, whose reads are `nbytes`; never waits.  Or a positive errno:
+        EAGAIN for none, and ESHUTDOWN, ENODEV, ESTALE or EIO where there will be no more, as the
+        card is gone, was reset, or has failed."""
         if nbytes > len(self._room):
             self._room = ffi.new("char[]", nbytes)
         c = self._collect
         c.timeout_ns, c.results, c.results_bytes = 0, _address(self._room), nbytes
         c.fence = c.busy_ns = c.error = c.command = c.flags = c.reserved = 0
         number = -self.system.ioctl(self.fd, lib.SPANKER_IOC_COLLECT, c)
-        if number in (errno.EAGAIN, errno.ESHUTDOWN, errno.ESTALE, errno.ENODEV):
+        if number == errno.EAGAIN or number in _NO_MORE:
             return number
         if number:
             raise IoctlError(
@@ -430,14 +442,14 @@ class DeviceFile:
         return attrs.evolve(out, waiting_for=None) if t.waiting_for == 0xFFFFFFFF else out
 
     def image(self, image: bytes) -> None:
-        """Give the card a firmware image; CardError where it takes none."""
+        """Give the card a firmware image; CardCommandError where it takes none."""
         _check_length("a firmware image", len(image), IMAGE_BYTES_MAX, self.card)
         i = ffi.new("struct spanker_image *")
         data = ffi.from_buffer("char[]", image)
         i.image, i.image_bytes = _address(data), len(image)
         number = -self.system.ioctl(self.fd, lib.SPANKER_IOC_IMAGE, i)
-        if number == errno.ENODEV and not self.poll() & (POLL_ERR | POLL_HUP):
-            raise CardError(f"{self._who} takes no firmware image", card=self.card)
+        if number == errno.ENODEV and not self._is_broken():
+            raise CardCommandError(f"{self._who} takes no firmware image", card=self.card)
         if number in (errno.ENODEV, errno.ESTALE):
             raise self.lost(number)
         if number:

@@ -38,6 +38,7 @@ from spanker.errors import (
 from spanker.kernels.program import PROGRAM_HEADER
 from spanker.native import ffi, lib
 
+_NEED_THE_CARD = ("BUFFER_CREATE", "PROGRAM_LOAD", "SUBMIT", "ABORT", "IMAGE")
 PAGE = mmap.PAGESIZE
 SERIAL_0 = 0x5A11_0000_0000_0010
 QUEUE_MAX = 8
@@ -252,11 +253,11 @@ class DriverModel:
                 pass
             elif card is None:
                 raise _Errno(errno.ENOTTY)
-            elif file.generation != card.generation:
-                raise _Errno(errno.ESTALE)
-            elif card.gone and name != "COLLECT":
+            elif card.gone and name not in ("COLLECT", "INFO"):
                 raise _Errno(errno.ENODEV)
-            elif card.failed and name not in ("COLLECT", "INFO", "RESET", "TELEMETRY"):
+            elif file.generation != card.generation and name != "COLLECT":
+                raise _Errno(errno.ESTALE)
+            elif card.failed and name in _NEED_THE_CARD:
                 raise _Errno(errno.EIO)
             if struct:
                 answer(file, ffi.cast(f"struct spanker_{struct} *", argument))
@@ -280,6 +281,7 @@ class DriverModel:
         counters, soft = card.soft.counters(), card.soft.info
         i.number, i.serial = card.number, card.serial
         i.flags = lib.SPANKER_INFO_EMULATED | (lib.SPANKER_INFO_FAILED if card.failed else 0)
+        i.flags |= lib.SPANKER_INFO_GONE if card.gone else 0
         i.ddr_bytes = i.mappable = counters.ddr_total_bytes
         i.ddr_free = counters.ddr_total_bytes - counters.ddr_used_bytes
         i.card_major, i.semantics = 1, soft.semantics_version
@@ -291,6 +293,7 @@ class DriverModel:
         assert file.card
         if not b.bytes or b.kind != lib.SPANKER_BUFFER_DDR or b.flags or b.reserved:
             raise _Errno(errno.EINVAL)
+        self._wait_for_the_queue(file.card)
         try:
             soft = file.card.soft.alloc(-(-b.bytes // PAGE) * PAGE)
         except CardMemoryError:
@@ -298,6 +301,10 @@ class DriverModel:
         file.handles += 1
         b.handle, b.mmap_offset = file.handles, file.handles << 40
         file.buffers[b.handle] = _Buffer(soft, b.bytes, b.mmap_offset)
+
+    def _wait_for_the_queue(self, card: _Card) -> None:
+        """Its commands come behind steps, which may be waiting for whoever calls."""
+        assert card.gone or not card.soft.counters().queued, "would wait, perhaps for ever"
 
     def _buffer_destroy(self, file: _File, b: Any) -> None:
         assert file.card
@@ -331,6 +338,7 @@ class DriverModel:
                     self._refuse(p, number, "an operand begins outside of its buffer")
                 if table:
                     ref["buffer"] = table[ref["buffer"]].soft
+        self._wait_for_the_queue(card)
         try:
             soft = card.soft.load_program(program)
         except CardMemoryError:
@@ -403,7 +411,7 @@ class DriverModel:
             raise _Errno(errno.EINVAL)
         self._take(card)
         if not file.steps or file.steps[0].result is None:
-            raise _Errno(errno.ESHUTDOWN if card.gone and not file.steps else errno.EAGAIN)
+            raise _Errno(self._no_more(file) or errno.EAGAIN)
         step = file.steps[0]
         result = step.result
         assert result
@@ -418,6 +426,16 @@ class DriverModel:
             c.error = -_errno_of(result.error)
             match = re.search(r"command (\d+)", str(result.error))
             c.command = int(match[1]) if match else 0
+
+    def _no_more(self, file: _File) -> int:
+        """Why a file can have no more completions, or 0."""
+        card = file.card
+        assert card
+        if card.gone:
+            return 0 if file.steps else errno.ESHUTDOWN
+        if file.generation != card.generation:
+            return errno.ESTALE
+        return errno.EIO if card.failed and not card.soft.counters().queued else 0
 
     def _abort(self, file: _File, a: Any) -> None:
         card = file.card
@@ -472,6 +490,10 @@ class DriverModel:
         """The card is taken out."""
         self.cards[number].gone = True
         self.cards[number].soft.kill()
+
+    @property
+    def open_files(self) -> int:
+        return len(self._files)
 
     def shut_down(self) -> None:
         """No card, no thread, no descriptor is left; files that are open are forgotten."""

@@ -87,10 +87,16 @@ class _Pending:
     queued_as: int = 0
     held: bytes | None = None
     error: CardError | None = None
+    aborted: bool = False
 
     @property
     def large(self) -> bool:
         return self.nbytes > uapi.READ_BYTES_MAX
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether those behind it must wait until it has been collected."""
+        return self.large and self.error is None and not self.aborted
 
 
 class KernelCard(CardDevice):
@@ -172,18 +178,13 @@ class KernelCard(CardDevice):
             failed = self._file.info().failed
         except CardLostError as error:
             return error
-        if failed:
-            return CardLostError(
-                f"card {self.number}: {self._file.path} has failed; close the fleet and open it "
-                f"again, which resets the card",
-                card=self.number,
-            )
-        return self._file.lost()
+        return self._file.lost(errno.EIO if failed else errno.ENODEV)
 
     # --- memory -------------------------------------------------------------------------
 
     def alloc(self, nbytes: int) -> int:
         self._check_alive()
+        self._check_idle(f"allocating {nbytes} bytes")
         if self._info.ddr_bytes < nbytes < 1 << 64:
             raise self._no_room(nbytes)
         handle = self._twin.alloc(nbytes)
@@ -193,6 +194,8 @@ class KernelCard(CardDevice):
             self._twin.free(handle)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise self._no_room(nbytes) from None
+            if error.errno == errno.EDQUOT:
+                raise CardMemoryError(f"{error}: too many buffers", card=self.number) from None
             raise
         except BaseException:
             self._twin.free(handle)
@@ -206,6 +209,11 @@ class KernelCard(CardDevice):
                 card=self.number,
             )
         return handle
+
+    def _check_idle(self, what: str) -> None:
+        """The module makes it wait for the steps that are queued, which may wait for us."""
+        if self._pending and self._file.telemetry().queued:
+            raise self._busy(f"{what}: steps are queued")
 
     def _no_room(self, nbytes: int) -> CardMemoryError:
         return CardMemoryError(
@@ -266,6 +274,7 @@ class KernelCard(CardDevice):
 
     def load_program(self, program: Buffer) -> int:
         self._check_alive()
+        self._check_idle("loading a program")
         number = self._twin.load_program(program)
         try:
             data, buffers = translated(program, self._links, self.number)
@@ -347,7 +356,7 @@ class KernelCard(CardDevice):
             nbytes = self._check_reads(reads, what) if reads else 0
             step = _Pending(self._fences + 1, self._programs[program], tuple(reads), nbytes)
             full = len(self._pending) >= self._queue_max
-            if any(before.large for before in self._pending):
+            if any(before.holds_back for before in self._pending):
                 step.held = bytes(parameters)
             elif not full:
                 full = not self._queue(step, parameters)
@@ -399,6 +408,7 @@ class KernelCard(CardDevice):
         if not extra:
             return loaded.program_id
         if extra not in loaded.variants:
+            self._check_idle("bringing back what the program does not name")
             loaded.variants[extra] = self._load(loaded.data, (*loaded.buffers, *extra))
         return loaded.variants[extra]
 
@@ -413,7 +423,7 @@ class KernelCard(CardDevice):
                     return out
                 if isinstance(got, int):
                     # Nothing more will come of a card that is gone, or was reset by somebody.
-                    lost = self._file.lost(errno.ESTALE if got == errno.ESTALE else errno.ENODEV)
+                    lost = self._file.lost(got)
                     out += [Completion(p.fence, 0, lost) for p in self._pending]
                     self._pending.clear()
                     return out
@@ -421,7 +431,7 @@ class KernelCard(CardDevice):
             else:
                 out.append(Completion(step.fence, 0, step.error))
             self._pending.popleft()
-            if step.large and step.error is None:
+            if step.holds_back:
                 self._release_held(out[-1].error)
         if not out:
             self._check_alive()
@@ -440,7 +450,7 @@ class KernelCard(CardDevice):
                         raise self._lost()
                 except CardError as error:
                     step.error = failure = error
-            if step.large and step.error is None:
+            if step.holds_back:
                 return
 
     def _aborted(self) -> CardError:
@@ -455,6 +465,9 @@ class KernelCard(CardDevice):
             )
         if got.error:
             return Completion(step.fence, got.busy_ns, self._failure(got))
+        if step.aborted:
+            # It was done before, but those behind it have been let go on.
+            return Completion(step.fence, got.busy_ns, self._aborted())
         if step.large:
             data = [self.read(*read) for read in step.reads]
             return Completion(step.fence, got.busy_ns, None, tuple(data))
@@ -488,12 +501,21 @@ class KernelCard(CardDevice):
                 f"card {self.number}: no epoch {epoch}: expected {self._epoch + 1} to {last}",
                 card=self.number,
             )
-        self._not_busy(
-            functools.partial(self._file.abort, self._epoch_0 + epoch),
-            f"entering epoch {epoch}: another process has steps queued, which would go, too",
-        )
+        try:
+            self._not_busy(
+                functools.partial(self._file.abort, self._epoch_0 + epoch),
+                f"entering epoch {epoch}: another process has steps queued, which would go, too",
+            )
+        except uapi.IoctlError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise self._busy(
+                f"entering epoch {epoch}: another process has aborted the card's work, and has "
+                f"entered it; open the fleet again, and let nobody else use its cards"
+            ) from None
         self._epoch = epoch
         for step in self._pending:
+            step.aborted = step.large
             if step.held is not None:
                 step.held, step.error = None, self._aborted()
 
