@@ -22,6 +22,7 @@ from spanker.sched.plan import (
     ModelShape,
     Plan,
     WeightShape,
+    tensor_pipeline,
 )
 
 
@@ -199,9 +200,21 @@ def card_buffers(
     )
 
 
-def card_bytes(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> int:
-    """DDR bytes that a plan takes on a card."""
-    return sum(b.ddr_bytes for b in card_buffers(shape, plan, card, limits))
+def card_bytes(
+    shape: ModelShape, plan: Plan, card: int, limits: Limits, *, granule: int = DDR_ALIGN
+) -> int:
+    """DDR bytes that a plan takes on a card which takes them in multiples of `granule`."""
+    buffers = card_buffers(shape, plan, card, limits)
+    return sum(-(-buffer.nbytes // granule) * granule for buffer in buffers)
+
+
+def rounding_bytes(shape: ModelShape, limits: Limits, granule: int) -> int:
+    """What a plan takes at most beyond what is planned for it on a card with such a granule: no
+    card has more buffers than one that holds the whole model."""
+    if granule <= DDR_ALIGN:
+        return 0
+    whole = tensor_pipeline(shape, 1, 1)
+    return len(card_buffers(shape, whole, 0, limits)) * (granule - DDR_ALIGN)
 
 
 def fit_kv_pages(

@@ -178,7 +178,7 @@ def _card_server(guest: Guest, sockets: Path, log: Path) -> Iterator[list[Path]]
 
 
 def boot(guest: Guest) -> list[str]:
-    """Run a machine to its end; the lines of its console, if the last word is RESULT ok."""
+    """Run a machine to its end; the lines of its console, if the last word is MACHINE ok."""
     logs = WORK / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # Socket paths have to be short, whatever the tree's place.
@@ -249,13 +249,13 @@ def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[
             lines.append(line)
             if line.startswith("STEP "):
                 say(line.removeprefix("STEP "))
-            if line.startswith("RESULT "):
-                result = line.removeprefix("RESULT ").strip()
+            if line.startswith("MACHINE "):
+                result = line.removeprefix("MACHINE ").strip()
             if line.startswith(until):
                 return True
 
     try:
-        if listen("RESULT ", deadline):
+        if listen("MACHINE ", deadline):
             with contextlib.suppress(queue.Empty):
                 listen("\0", time.monotonic() + POWER_OFF_S)
     except queue.Empty:

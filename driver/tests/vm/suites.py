@@ -31,6 +31,7 @@ DEBUG_FACTOR = 8  # the debug kernel under emulation against an ordinary one
 
 PROMPT = "The capital of France is"
 CARDS = 2
+CONFORMANCE_CARDS = 4  # the most that a test of the suite takes
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -167,10 +168,10 @@ def _boot_python(name: str, script: str, *, ddr_bytes: int, timeout_s: float) ->
 
 
 def conformance() -> None:
-    script = """
+    script = f"""
 step load insmod /spanker.ko
 cd /src
-export SPANKER_TEST_KERNEL=1
+export SPANKER_TEST_KERNEL_CARDS={CONFORMANCE_CARDS}
 step conformance python -m pytest -q -p spanker.testing.plugin -p no:cacheprovider \
   --color=no -k kernel tests/device/test_conformance*.py
 step unload rmmod spanker
