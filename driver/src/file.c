@@ -182,7 +182,7 @@ static int spanker_call_abort(struct spanker_file *file, void *data, void __user
 	LIST_HEAD(finished);
 	int ret;
 
-	if (abort->flags)
+	if (abort->flags || abort->epoch > SPANKER_EPOCH_MAX)
 		return -EINVAL;
 	mutex_lock(&card->queue_lock);
 	ret = spanker_card_usable(card);
@@ -435,7 +435,7 @@ static int spanker_release(struct inode *inode, struct file *filp)
 
 	mutex_lock(&card->queue_lock);
 	if (card->state == SPANKER_READY && file->queued && file->queued == card->queued &&
-	    card->epoch != U32_MAX)
+	    card->epoch < SPANKER_EPOCH_MAX)
 		spanker_queue_abort(card, card->epoch + 1, &finished);
 	card->queued -= file->queued;
 	list_for_each_entry(job, &file->steps, step_node)

@@ -21,54 +21,36 @@ static_assert(SPANKER_PARAMETERS_BYTES_MAX <= SAIL_PARAMETERS_BYTES_MAX);
 
 /* --- lifetime -------------------------------------------------------------------------------------- */
 
-static void spanker_program_free(struct spanker_program *program)
-{
-	u32 i;
-
-	for (i = 0; i < program->count; i++)
-		spanker_buffer_put(program->buffers[i]);
-	if (program->unload)
-		spanker_job_put(program->unload);
-	spanker_file_put(program->file);
-	kvfree(program);
-}
-
-/* With card->queue_lock held. */
-static void spanker_slot_free(struct spanker_program *program)
-{
-	struct spanker_card *card = program->file->card;
-
-	lockdep_assert_held(&card->queue_lock);
-	/* A reset has emptied them all, and another one may have this. */
-	if (program->slot < card->programs && card->slots[program->slot] == program)
-		card->slots[program->slot] = NULL;
-}
-
-/* The card has forgotten it, or will by a reset. */
-void spanker_program_unloaded(struct spanker_program *program)
-{
-	struct spanker_card *card = program->file->card;
-
-	mutex_lock(&card->queue_lock);
-	spanker_slot_free(program);
-	mutex_unlock(&card->queue_lock);
-	spanker_program_free(program);
-}
-
-/* The last reference: the card must forget it before its buffers may go to somebody else. */
+/*
+ * The last reference.  What is queued from here on comes after the UNLOAD, and memory is cleared by a
+ * command before anybody else sees it: so slot and buffers are free at once.
+ */
 static void spanker_program_release(struct kref *ref)
 {
 	struct spanker_program *program = container_of(ref, struct spanker_program, ref);
+	struct spanker_card *card = program->file->card;
+	LIST_HEAD(finished);
+	u32 i;
 
-	if (program->loaded) {
-		program->unload->program = program;
-		program->unload->command.program = cpu_to_le32(program->slot);
-		if (!spanker_queue(program->unload))
-			return;
-		/* Nobody can run it any more: the card is failed, reset or gone. */
-		program->unload->program = NULL;
+	mutex_lock(&card->queue_lock);
+	/* A reset has emptied all slots, and another program may have this. */
+	if (program->slot != SPANKER_NO_SLOT && card->slots[program->slot] == program) {
+		card->slots[program->slot] = NULL;
+		/* A card that has failed forgets it in its reset. */
+		if (program->loaded && !spanker_card_usable(card)) {
+			program->unload->command.program = cpu_to_le32(program->slot);
+			spanker_queue_add(program->unload);
+			spanker_queue_pump(card, &finished);
+		}
 	}
-	spanker_program_unloaded(program);
+	mutex_unlock(&card->queue_lock);
+	spanker_finish(&finished);
+
+	for (i = 0; i < program->count; i++)
+		spanker_buffer_put(program->buffers[i]);
+	spanker_job_put(program->unload);
+	spanker_file_put(program->file);
+	kvfree(program);
 }
 
 void spanker_program_put(struct spanker_program *program)

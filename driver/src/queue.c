@@ -91,7 +91,7 @@ static bool spanker_is_step(struct spanker_job *job)
 	return job->command.op == cpu_to_le32(SAIL_OP_RUN);
 }
 
-static void spanker_queue_add(struct spanker_job *job)
+void spanker_queue_add(struct spanker_job *job)
 {
 	struct spanker_card *card = job->card;
 	struct spanker_file *file = job->file;
@@ -318,6 +318,7 @@ void spanker_queue_completions(struct spanker_card *card, struct list_head *fini
 	u32 head = card->completion_head;
 	struct sail_completion entry;
 	struct spanker_job *job;
+	int error;
 
 	lockdep_assert_held(&card->queue_lock);
 	while (card->state == SPANKER_READY) {
@@ -342,14 +343,16 @@ void spanker_queue_completions(struct spanker_card *card, struct list_head *fini
 			break;
 		}
 		card->inflight_count--;
-		if (le32_to_cpu(entry.status) == SAIL_E_ABORTED && !spanker_is_step(job)) {
-			/* An abort is about steps: what keeps the card's memory in order goes on. */
-			list_move_tail(&job->node, &card->pending);
-			continue;
-		}
 		job->busy_ns = le64_to_cpu(entry.busy_ns);
 		job->detail = le32_to_cpu(entry.detail);
-		spanker_job_finish(job, spanker_error(le32_to_cpu(entry.status)), false, finished);
+		error = spanker_error(le32_to_cpu(entry.status));
+		spanker_job_finish(job, error, false, finished);
+		if (error && job->command.op == cpu_to_le32(SAIL_OP_UNLOAD)) {
+			/* The program's memory may be somebody else's already. */
+			dev_err(&card->pci->dev, "%s: does not forget program %u: %d\n",
+				dev_name(&card->dev), le32_to_cpu(job->command.program), error);
+			spanker_card_fail(card, SAIL_FAILURE_INTERNAL, finished);
+		}
 	}
 	if (card->state == SPANKER_READY && head != card->completion_head) {
 		card->completion_head = head;
@@ -398,9 +401,7 @@ void spanker_finish(struct list_head *finished)
 		job->program = NULL;
 		job->buffer = NULL;
 		complete_all(&job->done);
-		if (program && job->command.op == cpu_to_le32(SAIL_OP_UNLOAD))
-			spanker_program_unloaded(program);
-		else if (program)
+		if (program)
 			spanker_program_put(program);
 		if (buffer)
 			spanker_buffer_put(buffer);

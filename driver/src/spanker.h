@@ -4,8 +4,8 @@
  *
  * Objects.  A card is a struct device, which counts its references; each open file holds one, so that
  * a card outlives its removal.  A file is counted, too: its buffers and its programs hold it, because
- * they may be needed (by a mapping, by the card) after it was closed.  A program holds its buffers
- * until the card has forgotten it.  A job is a command for the card; the queue holds it until it
+ * they may be needed (by a mapping, by the card) after it was closed.  A program holds its buffers,
+ * and steps that are queued hold the program.  A job is a command for the card; the queue holds it until it
  * is complete.
  *
  * Locks, outermost first:
@@ -54,6 +54,7 @@
 #define SPANKER_EVENTS 64		/* that a file may leave unread */
 #define SPANKER_PROGRAMS_MAX 256	/* slots of a card that the module uses */
 #define SPANKER_NO_SLOT U32_MAX
+#define SPANKER_EPOCH_MAX 0x7fffffff	/* cards enter no higher one */
 
 enum spanker_state {
 	SPANKER_READY,
@@ -258,6 +259,7 @@ int spanker_queue_with(struct spanker_job *job, const void *data, size_t data_by
 int spanker_job_wait(struct spanker_job *job);
 /* with card->queue_lock held; what has finished is put on the list */
 u64 spanker_progress(struct spanker_card *card);
+void spanker_queue_add(struct spanker_job *job);
 void spanker_queue_pump(struct spanker_card *card, struct list_head *finished);
 void spanker_queue_completions(struct spanker_card *card, struct list_head *finished);
 void spanker_queue_flush(struct spanker_card *card, int error, bool limbo,
@@ -279,7 +281,6 @@ int spanker_mmap(struct file *filp, struct vm_area_struct *vma);
 int spanker_program_load(struct spanker_file *file, struct spanker_program_load *arg);
 int spanker_program_unload(struct spanker_file *file, u32 id);
 void spanker_program_put(struct spanker_program *program);
-void spanker_program_unloaded(struct spanker_program *program);
 int spanker_submit(struct spanker_file *file, struct spanker_submit *arg);
 int spanker_image(struct spanker_file *file, const struct spanker_image *arg);
 
