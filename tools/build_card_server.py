@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds spanker-card-server: emulated cards behind vfio-user sockets, for QEMU.
 
-The same C files with the same flags as in the Python package, each instruction set with its own, and
-spanker/device/server in front.  --sanitize makes the one that the tests use, of plain C only, which is
-built sooner and gives the same bits.  Runs in the project's root; needs a C compiler and cffi.
+The same C files with the same flags as in the Python package, each instruction set with its own,
+and spanker/device/server in front.  --sanitize makes the one that the tests use, of plain C only,
+which is built sooner and gives the same bits.  Runs in the project's root; needs a C compiler and
+cffi.
 """
 
 from __future__ import annotations

@@ -39,7 +39,6 @@ def _constants(path: Path) -> dict[str, int]:
     return found
 
 
-
 CONSTANTS = _constants(ROOT / "driver/include/spanker_card.h")
 
 
