@@ -650,7 +650,7 @@ async def test_calls_leave_no_memory_behind() -> None:
         finally:
             tracemalloc.stop()
         assert last - first < 40_000
-        assert not fleet._coordinator._locks._locks[0].locked()
+        assert not fleet._coordinator._locks.taken(0)
         await until(lambda: not any(c._waiting for c in fleet._coordinator.clients))
 
 

@@ -338,6 +338,8 @@ class Coordinator:
         queue some, until it gives them back.  No checkpoint where they are free."""
         cards = self._every_card if cards is None else cards
         await self._locks.take(cards)
+        if self._agreed(cards):
+            return
         try:
             await self._agree(cards)
         except BaseException:
@@ -396,11 +398,17 @@ class Coordinator:
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
 
+    def _agreed(self, cards: Sequence[int]) -> bool:
+        """Whether these cards are in one epoch, and it is known which."""
+        return len({self._epochs[card] for card in cards}) == 1 and (
+            self._epochs[cards[0]] is not None
+        )
+
     async def _agree(self, cards: Sequence[int]) -> None:
         """Bring cards that are about to work together into one epoch: those of a link drop or hold
         back what comes from another one.  No checkpoint where they are in one; for who holds them,
         with nothing queued."""
-        if len({self._epochs[card] for card in cards}) == 1 and self._epochs[cards[0]] is not None:
+        if self._agreed(cards):
             return
         with trio.move_on_after(self._hang_timeout_s):
             await loading.run_all(self._entering(cards))
