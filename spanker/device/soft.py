@@ -111,7 +111,7 @@ class SoftCard(CardDevice):
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
         # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
-        self._queued: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
+        self._queued: deque[tuple[tuple[int, ...], list[Any] | None]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
         self._lent = ffi.new("struct spk_lent[]", lib.SPK_WINDOWS_MAX)
         self._lent_entries = tuple([self._lent[i] for i in range(lib.SPK_WINDOWS_MAX)])
@@ -212,8 +212,8 @@ class SoftCard(CardDevice):
     ) -> int:
         self._u32(program, "program")
         wanted = self._wanted(reads) if reads else ffi.NULL
-        shown, memory = self._shown(lent) if lent else (ffi.NULL, ())
-        view = parameters if type(parameters) is bytes else ffi.from_buffer("char[]", parameters)
+        shown, memory = self._shown(lent) if lent else (ffi.NULL, None)
+        view = parameters if type(parameters) is bytes else ffi.from_buffer(_BYTES, parameters)
         status = lib.spk_card_submit_helping(
             self.handle,
             program,
@@ -241,7 +241,7 @@ class SoftCard(CardDevice):
             self._u64(nbytes, "size")
         return ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
 
-    def _shown(self, lent: Sequence[Lent]) -> tuple[Any, tuple[Any, ...]]:
+    def _shown(self, lent: Sequence[Lent]) -> tuple[Any, list[Any]]:
         """Lent memory for the native card, and what holds it in its place until the completion is
         taken: the card works on this very memory."""
         shown, entries = self._lent, self._lent_entries
@@ -252,9 +252,11 @@ class SoftCard(CardDevice):
         for entry, (handle, buffer) in zip(entries, lent, strict=False):
             self._u32(handle, "window")
             held = ffi.from_buffer(_BYTES, buffer, True)
-            entry.window, entry.memory, entry.nbytes = handle, held, len(held)
+            entry.window = handle
+            entry.memory = held
+            entry.nbytes = len(held)
             memory.append(held)
-        return shown, tuple(memory)
+        return shown, memory
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
