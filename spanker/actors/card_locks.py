@@ -26,10 +26,16 @@ class CardLocks:
         self._waiting = tuple(trio.lowlevel.ParkingLot() for _ in range(cards))
         self._waiters = 0
 
+    def take_nowait(self, cards: Sequence[int]) -> bool:
+        """Take the cards if nobody has any of them."""
+        if not self._taken.isdisjoint(cards):
+            return False
+        self._taken.update(cards)
+        return True
+
     async def take(self, cards: Sequence[int]) -> None:
         """Wait until nobody else has any of the cards.  No checkpoint where they are free."""
-        if self._taken.isdisjoint(cards):
-            self._taken.update(cards)
+        if self.take_nowait(cards):
             return
         got: list[int] = []
         try:

@@ -337,7 +337,8 @@ class Coordinator:
         """Wait until no step of anybody is queued on these cards, or all; then only the caller may
         queue some, until it gives them back.  No checkpoint where they are free."""
         cards = self._every_card if cards is None else cards
-        await self._locks.take(cards)
+        if not self._locks.take_nowait(cards):
+            await self._locks.take(cards)
         if self._agreed(cards):
             return
         try:
@@ -400,9 +401,8 @@ class Coordinator:
 
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""
-        return len({self._epochs[card] for card in cards}) == 1 and (
-            self._epochs[cards[0]] is not None
-        )
+        epochs = set(map(self._epochs.__getitem__, cards))
+        return len(epochs) == 1 and None not in epochs
 
     async def _agree(self, cards: Sequence[int]) -> None:
         """Bring cards that are about to work together into one epoch: those of a link drop or hold
