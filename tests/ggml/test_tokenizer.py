@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from merging_oracle import BYTES
 
 from spanker.errors import ModelFormatError, RequestError, UnsupportedModelError
 from spanker.ggml.bpe import PRE_TOKENIZERS
@@ -27,17 +28,6 @@ APACHE = Path("/usr/share/common-licenses/Apache-2.0")
 def smollm2(smollm2_path: Path) -> Tokenizer:
     with GGUFFile(smollm2_path) as file:
         return Tokenizer.from_metadata(file.metadata)
-
-
-def byte_char(byte: int) -> str:
-    """GPT-2's character for a byte, by its rule: the unprintable ones follow U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
-
-
-BYTES = [byte_char(byte) for byte in range(256)]  # in byte order: id == byte
 
 
 def tiny(
