@@ -12,6 +12,7 @@ the right tokens give quietly worse text.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -42,7 +43,19 @@ class PreTokenizer:
 
     def split(self, text: str) -> list[str]:
         """The words of `text`; joined, they are `text`."""
-        return (_ascii_splitter if text.isascii() else _unicode_splitter)(self.pattern)(text)
+        if text.isascii():
+            return _ascii_splitter(self.pattern)(text)
+        # A few characters beyond ASCII do not make all of a text slow.
+        words: list[str] = []
+        for is_ascii, lines in itertools.groupby(_BETWEEN_WORDS.split(text), str.isascii):
+            splitter = _ascii_splitter if is_ascii else _unicode_splitter
+            words += splitter(self.pattern)("".join(lines))
+        return words
+
+
+# Here a word ends by every pattern below, and does so without looking at what follows: the line
+# feed is no letter, is all there is of its run of spaces, and goes with none of the letters after.
+_BETWEEN_WORDS = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
 
 
 @functools.lru_cache(maxsize=8)
