@@ -129,7 +129,7 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """Build from GGUF metadata; some 5 ms for 49,152 tokens and as many merges.
+        """Build from GGUF metadata; some 7 ms for 49,152 tokens and as many merges.
 
         Raises `UnsupportedModelError` for another kind of tokenizer and
         `ModelFormatError` for missing or contradictory keys.
