@@ -17,8 +17,13 @@ import cffi
 
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
-INCLUDE_DIRS = [KERNELS, CARD]
-HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h"]
+VOCABULARY = "spanker/ggml/csrc"
+INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY]
+HEADERS_WITH_CDEFS = [
+    f"{KERNELS}/spk_kernels.h",
+    f"{CARD}/spk_card.h",
+    f"{VOCABULARY}/spk_vocabulary.h",
+]
 
 # Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
 # before, or keeps the archives linkable and open to tools/lint_fma.py.
@@ -89,6 +94,7 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     found = (
+        Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),
         Library("spk_common", KERNELS, baseline, macros),
         Library("spk_scalar", f"{KERNELS}/scalar", baseline),
