@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -185,17 +186,12 @@ class SoftCard(CardDevice):
         make(np.frombuffer(ffi.buffer(at[0], nbytes), np.uint8))
 
     def map_file(self, file: int, places: Sequence[Place]) -> None:
-        # Of its own for each card: what a card writes there is a copy that no other one sees.
         try:
-            mapping = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+            view = _mapping(file)
         except (OSError, ValueError) as error:
             raise CardCommandError(
                 f"card {self.number}: mapping file descriptor {file}: {error}", card=self.number
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-        view = ffi.from_buffer("char[]", mapping, require_writable=True)
         for handle, offset, nbytes in places:
             self._u32(handle, "buffer")
             what = f"mapping {nbytes:,} bytes at {offset:,} of a file for buffer {handle}"
@@ -419,6 +415,24 @@ def _cut(c: Any, sizes: tuple[int, ...]) -> tuple[bytes, ...]:
         data.append(result[at : at + nbytes])
         at += nbytes
     return tuple(data)
+
+
+# Each mapping of a file that a buffer needs, by the file: cards that share a model share its pages.
+_mappings: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+
+
+def _mapping(file: int) -> Any:
+    """All of a file, as memory to be read; OSError and ValueError as mmap."""
+    status = os.fstat(file)
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    view = _mappings.get(key)
+    if view is None:
+        mapping = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        view = _mappings[key] = ffi.from_buffer("char[]", mapping)
+    return view
 
 
 def _ring_bytes(cards: int) -> int:

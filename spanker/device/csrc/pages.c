@@ -114,8 +114,6 @@ static void before_write(struct spk_card *c, uint64_t page, bool large, uint8_t 
 
 void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 {
-    if (at < c->ddr || at >= c->ddr + c->ddr_bytes)
-        return; /* lent by the host, whose pages they are */
     uint64_t begin = (uint64_t)(at - c->ddr), end = begin + nbytes;
     bool large = nbytes >= LARGE_WRITE;
     /* Before a page can be found to collapse: the settler begins so much later. */

@@ -532,6 +532,25 @@ size_t program_scratch_bytes(const struct program *p)
     return align64(most);
 }
 
+/* Whether an operation writes to nothing but its last operand; in doubt it does. */
+static bool only_writes_last(uint16_t op)
+{
+    return op == SPK_OP_MATMUL || op == SPK_OP_EMBED || op == SPK_OP_RMSNORM ||
+           op == SPK_OP_LINK_SEND;
+}
+
+struct buffer *program_next_written(struct spk_card *c, const struct program *p, uint32_t *command,
+                                    int *ref)
+{
+    for (; *command < p->header.commands; ++*command, *ref = 0) {
+        const struct spk_command *cmd = &p->commands[*command];
+        for (; *ref < 4; ++*ref)
+            if (refs_of[cmd->op] >> *ref & 1 && (*ref == 3 || !only_writes_last(cmd->op)))
+                return &c->buffers[cmd->ref[(*ref)++].buffer];
+    }
+    return NULL;
+}
+
 void program_count_users(struct spk_card *c, const struct program *p, int delta)
 {
     for (uint32_t i = 0; i < p->header.commands; i++)
