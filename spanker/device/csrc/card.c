@@ -286,10 +286,12 @@ int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint6
     else if (c->queue_count || b->users)
         status = SPK_E_BUSY; /* the engine may be looking at the table, and a program at the bytes */
     else {
-        if (!b->lent)
+        /* Clearing would touch its first and last page. */
+        if (!b->lent && b->used)
             empty(c, b);
         b->lent = true;
         b->memory = writable(memory);
+        atomic_store(&c->small_pages, true);
     }
     pthread_mutex_unlock(&c->mutex);
     return status;
@@ -303,6 +305,7 @@ static void own(struct spk_card *c, struct buffer *b)
     memcpy(place, b->memory, b->bytes);
     b->memory = place;
     b->lent = false;
+    b->used = true;
 }
 
 static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, bool write,
@@ -320,6 +323,7 @@ static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t
     else {
         if (write && b->lent)
             own(c, b);
+        b->used |= write;
         *at = b->memory + offset;
     }
     pthread_mutex_unlock(&c->mutex);

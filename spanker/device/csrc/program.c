@@ -555,6 +555,9 @@ void program_count_users(struct spk_card *c, const struct program *p, int delta)
 {
     for (uint32_t i = 0; i < p->header.commands; i++)
         for (int r = 0; r < 4; r++)
-            if (refs_of[p->commands[i].op] & (1u << r))
-                c->buffers[p->commands[i].ref[r].buffer].users += (uint32_t)delta;
+            if (refs_of[p->commands[i].op] & (1u << r)) {
+                struct buffer *b = &c->buffers[p->commands[i].ref[r].buffer];
+                b->users += (uint32_t)delta;
+                b->used = true;
+            }
 }
