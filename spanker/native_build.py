@@ -18,10 +18,16 @@ import cffi
 
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
+VOCABULARY = "spanker/ggml/csrc"
 INTERFACE = "driver/include"  # of the card, as the kernel module sees it
 UAPI = "driver/include/uapi"
-INCLUDE_DIRS = [KERNELS, CARD, INTERFACE, UAPI]
-HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h", f"{CARD}/spk_driver.h"]
+INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY, INTERFACE, UAPI]
+HEADERS_WITH_CDEFS = [
+    f"{KERNELS}/spk_kernels.h",
+    f"{CARD}/spk_card.h",
+    f"{CARD}/spk_driver.h",
+    f"{VOCABULARY}/spk_vocabulary.h",
+]
 UAPI_HEADER = f"{UAPI}/spanker_ioctl.h"
 CARD_HEADER = f"{INTERFACE}/spanker_card.h"
 
@@ -94,6 +100,7 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     found = (
+        Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),
         Library("spk_common", KERNELS, baseline, macros),
         Library("spk_scalar", f"{KERNELS}/scalar", baseline),
