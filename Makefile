@@ -10,7 +10,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc -name '*.[ch]')
+NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csrc driver/include -name '*.[ch]')
 CHECK_OUT := build/check
 SERVER := build/spanker-card-server
 

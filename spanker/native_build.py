@@ -19,11 +19,18 @@ import cffi
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
 SERVER = "spanker/device/server"
+VOCABULARY = "spanker/ggml/csrc"
 INTERFACE = "driver/include"  # of the card, as the kernel module sees it
 UAPI = "driver/include/uapi"
-INCLUDE_DIRS = [KERNELS, CARD, INTERFACE, UAPI]
-HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h", f"{CARD}/spk_driver.h"]
+INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY, INTERFACE, UAPI]
+HEADERS_WITH_CDEFS = [
+    f"{KERNELS}/spk_kernels.h",
+    f"{CARD}/spk_card.h",
+    f"{CARD}/spk_driver.h",
+    f"{VOCABULARY}/spk_vocabulary.h",
+]
 UAPI_HEADER = f"{UAPI}/spanker_ioctl.h"
+CARD_HEADER = f"{INTERFACE}/spanker_card.h"
 
 # Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
 # before, or keeps the archives linkable and open to tools/lint_fma.py.
@@ -94,6 +101,7 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     found = (
+        Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),
         Library("spk_common", KERNELS, baseline, macros),
         Library("spk_scalar", f"{KERNELS}/scalar", baseline),
@@ -151,7 +159,7 @@ typedef unsigned long long __u64;
 """
 
 
-def uapi_cdef(path: str) -> str:
+def uapi_cdef(path: str, *, constants_only: bool = False) -> str:
     """The structures and constants of a header between kernel and user space, which marks no
     regions.  A constant that is more than a number is left to the compiler."""
     with open(path, encoding="utf-8") as header:
@@ -162,6 +170,8 @@ def uapi_cdef(path: str) -> str:
             r"^#define[ \t]+(\w+)[ \t]+(\S.*?)[ \t]*$", text, re.MULTILINE
         )
     ]
+    if constants_only:
+        return "".join(defines)
     structs = re.findall(r"^struct \w+ \{.*?^\};\n", text, re.MULTILINE | re.DOTALL)
     if not defines or not structs:
         raise ValueError(f"{path}: neither constants nor structures found")
@@ -171,11 +181,14 @@ def uapi_cdef(path: str) -> str:
 def _ffibuilder() -> Any:
     builder = cffi.FFI()
     builder.cdef(uapi_cdef(UAPI_HEADER))
+    builder.cdef(uapi_cdef(CARD_HEADER, constants_only=True))
     for path in HEADERS_WITH_CDEFS:
         builder.cdef(cdef_of(path))
     builder.set_source(
         "spanker._native",
-        "".join(f'#include "{path.rpartition("/")[2]}"\n' for path in HEADERS_WITH_CDEFS),
+        "".join(
+            f'#include "{path.rpartition("/")[2]}"\n' for path in (*HEADERS_WITH_CDEFS, CARD_HEADER)
+        ),
         libraries=[library.name for library in LIBRARIES],
         include_dirs=INCLUDE_DIRS,
         extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-fno-lto", "-pthread"],

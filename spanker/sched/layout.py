@@ -209,12 +209,14 @@ def card_bytes(
 
 
 def rounding_bytes(shape: ModelShape, limits: Limits, granule: int) -> int:
-    """What a plan takes at most beyond what is planned for it on a card with such a granule: no
-    card has more buffers than one that holds the whole model."""
+    """What a plan takes at most, on a card with such a granule, beyond what is planned for it: a
+    card has few buffers that one with the whole model has not."""
     if granule <= DDR_ALIGN:
         return 0
-    whole = tensor_pipeline(shape, 1, 1)
-    return len(card_buffers(shape, whole, 0, limits)) * (granule - DDR_ALIGN)
+    whole, limits = tensor_pipeline(shape, 1, 1), attrs.evolve(limits, kv_pages=1)
+    # An embedding apart from the output, lists of best tokens.
+    count = len(card_buffers(shape, whole, 0, limits)) + 4
+    return count * (granule - DDR_ALIGN)
 
 
 def fit_kv_pages(

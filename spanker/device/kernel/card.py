@@ -417,6 +417,10 @@ class KernelCard(CardDevice):
         out: list[Completion] = []
         while self._pending:
             step = self._pending[0]
+            if step.held is not None:
+                self._release_held(None)
+                if step.held is not None:
+                    return out
             if step.error is None:
                 got = self._file.collect(0 if step.large else step.nbytes)
                 if got == errno.EAGAIN:
@@ -447,7 +451,8 @@ class KernelCard(CardDevice):
                     if failure is not None:
                         step.error = self._aborted()
                     elif not self._queue(step, parameters):
-                        raise self._lost()
+                        step.held = parameters
+                        return
                 except CardError as error:
                     step.error = failure = error
             if step.holds_back:
