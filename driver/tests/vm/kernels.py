@@ -47,6 +47,7 @@ TREES = {
 LINES = (OWN, *TREES)
 # What kbuild's recipes run; the compiler comes with the headers.
 BUILD_TOOLS = ["binutils", "make", "dash", "bash", "coreutils", "sed", "grep", "mawk", "findutils"]
+BUILD_TOOLS += ["perl", "python3"]  # kernel-doc, which W=1 runs: the one or the other
 NOT_CHECKED = {
     "BLOCK_COMMENT_STYLE",  # comments of several lines beside the fields of the interface
 }
