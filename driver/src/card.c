@@ -25,17 +25,12 @@ void spanker_write32(struct spanker_card *card, u32 reg, u32 value)
 	writel(value, card->regs + reg);
 }
 
-/* Of a pair, upper half last: both are of one moment where the upper has not moved meanwhile. */
+/* Of a counter: the lower half keeps what the upper one was. */
 u64 spanker_read64(struct spanker_card *card, u32 reg)
 {
-	u32 hi, lo, again = readl(card->regs + reg + 4);
+	u32 lo = readl(card->regs + reg);
 
-	do {
-		hi = again;
-		lo = readl(card->regs + reg);
-		again = readl(card->regs + reg + 4);
-	} while (hi != again);
-	return (u64)hi << 32 | lo;
+	return (u64)readl(card->regs + reg + 4) << 32 | lo;
 }
 
 void spanker_write64(struct spanker_card *card, u32 reg, u64 value)

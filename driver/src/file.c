@@ -408,6 +408,11 @@ static int spanker_open(struct inode *inode, struct file *filp)
 	INIT_LIST_HEAD(&file->steps);
 	filp->private_data = file;
 
+	mutex_lock(&card->queue_lock);
+	if (!++card->streams)
+		card->streams++;
+	file->stream = card->streams;
+	mutex_unlock(&card->queue_lock);
 	mutex_lock(&card->files_lock);
 	list_add_tail(&file->node, &card->files);
 	mutex_unlock(&card->files_lock);

@@ -400,6 +400,7 @@ int spanker_submit(struct spanker_file *file, struct spanker_submit *arg)
 		goto put_job;
 	job->command.program = cpu_to_le32(program->slot);
 	job->command.table_count = cpu_to_le32(arg->read_count);
+	job->command.stream = cpu_to_le32(file->stream);
 	job->step_bytes = arg->parameters_bytes + job->result_bytes;
 	job->file = file;
 	job->program = program;

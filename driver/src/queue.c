@@ -312,6 +312,24 @@ static int spanker_error(u32 status)
 	return status < ARRAY_SIZE(spanker_errors) ? spanker_errors[status] : -EIO;
 }
 
+/* Whether the card ends the steps of this stream that it has, too. */
+static bool spanker_takes_others(struct spanker_job *job, u32 status)
+{
+	return spanker_is_step(job) && job->file &&
+	       (status == SAIL_E_FAULT || status == SAIL_E_NUMERIC || status == SAIL_E_RANGE ||
+		status == SAIL_E_LINK);
+}
+
+/* Steps that the card does not have yet: of a file, or all. */
+static void spanker_queue_cancel(struct spanker_card *card, struct spanker_file *file)
+{
+	struct spanker_job *job;
+
+	list_for_each_entry(job, &card->pending, node)
+		if (spanker_is_step(job) && (!file || job->file == file))
+			job->cancelled = true;
+}
+
 /* Takes what the card has answered. */
 void spanker_queue_completions(struct spanker_card *card, struct list_head *finished)
 {
@@ -346,6 +364,8 @@ void spanker_queue_completions(struct spanker_card *card, struct list_head *fini
 		job->busy_ns = le64_to_cpu(entry.busy_ns);
 		job->detail = le32_to_cpu(entry.detail);
 		error = spanker_error(le32_to_cpu(entry.status));
+		if (spanker_takes_others(job, le32_to_cpu(entry.status)))
+			spanker_queue_cancel(card, job->file);
 		spanker_job_finish(job, error, false, finished);
 		if (error && job->command.op == cpu_to_le32(SAIL_OP_UNLOAD)) {
 			/* The program's memory may be somebody else's already. */
@@ -378,12 +398,8 @@ void spanker_queue_flush(struct spanker_card *card, int error, bool limbo,
 /* Ends all steps; the card says so of those that it has. */
 void spanker_queue_abort(struct spanker_card *card, u32 epoch, struct list_head *finished)
 {
-	struct spanker_job *job;
-
 	lockdep_assert_held(&card->queue_lock);
-	list_for_each_entry(job, &card->pending, node)
-		if (spanker_is_step(job))
-			job->cancelled = true;
+	spanker_queue_cancel(card, NULL);
 	card->epoch = epoch;
 	spanker_write32(card, SAIL_REG_EPOCH, epoch);
 	spanker_queue_pump(card, finished);

@@ -54,7 +54,7 @@
 #define SPANKER_EVENTS 64		/* that a file may leave unread */
 #define SPANKER_PROGRAMS_MAX 256	/* slots of a card that the module uses */
 #define SPANKER_NO_SLOT U32_MAX
-#define SPANKER_EPOCH_MAX 0x7fffffff	/* cards enter no higher one */
+#define SPANKER_EPOCH_MAX 0xfffffffe	/* cards enter no higher one */
 
 enum spanker_state {
 	SPANKER_READY,
@@ -108,6 +108,7 @@ struct spanker_card {
 	u64 fence;			/* of the last command that the card was given */
 	u64 finished;			/* jobs, ever */
 	u32 queued;			/* steps of all files */
+	u32 streams;			/* that files were given */
 	struct list_head pending;	/* jobs that wait for room in the ring */
 	struct list_head inflight;	/* jobs that the card has */
 	u32 inflight_count;
@@ -134,6 +135,7 @@ struct spanker_file {
 	struct address_space *mapping;
 	struct list_head node;		/* in card->files */
 	u32 generation;			/* of the card when it was opened */
+	u32 stream;			/* its steps, to the card: never 0 */
 	pid_t pid;			/* that opened it, for people */
 	wait_queue_head_t wait;		/* completions, events, and the card's state */
 
