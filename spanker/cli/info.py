@@ -121,14 +121,14 @@ def _module(seen: Survey) -> str:
 
 
 def _state(info: uapi.Info) -> str:
-    return "failed" if info.failed else "emulated" if info.emulated else ""
+    return "failed" if info.failed else "emulated" if info.emulated else "ready"
 
 
 def _show_cards(seen: Survey) -> None:
     if seen.cards:
         terminal.emit("")
         columns = (">card", "serial", "sku", "name", ">memory", ">free", ">links up", ">resets")
-        cards = terminal.table(*columns, ">°C", "")
+        cards = terminal.table(*columns, ">°C", "state")
         for card in seen.cards:
             info = card.info
             cards.add_row(

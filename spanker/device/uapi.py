@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import attrs
 
 from spanker.device.kernel.spec import CONTROL, DEVICE_DIR
-from spanker.errors import CardCommandError, CardError, CardLostError, DriverError
+from spanker.errors import CardCommandError, CardError, CardLostError, DriverError, IoctlError
 from spanker.native import ffi, lib
 
 VERSION = (int(lib.SPANKER_UAPI_MAJOR), int(lib.SPANKER_UAPI_MINOR), int(lib.SPANKER_UAPI_PATCH))
@@ -105,15 +105,6 @@ class Linux:
 
 
 LINUX: System = Linux()
-
-
-class IoctlError(CardError):
-    """An ioctl failed: `errno` says how, `name` which it was."""
-
-    def __init__(self, message: str, *, number: int, name: str, card: int | None = None) -> None:
-        super().__init__(message, card=card)
-        self.errno = number
-        self.name = name
 
 
 def error_text(number: int) -> str:

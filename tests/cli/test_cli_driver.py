@@ -42,7 +42,7 @@ def test_info_lists_the_module_and_its_cards(
     out = capsys.readouterr().out
     assert "interface 0.2.0 (this Spanker 0.2.0), 2 cards" in out
     row = next(line for line in out.splitlines() if "InnerJib7EA" in line)
-    assert f"{SERIAL_0:016x}" in row and "32.0 MiB" in row and "1 of 1" in row
+    assert f"{SERIAL_0:016x}" in row and "32 MiB" in row and "1 of 1" in row
 
 
 def test_info_says_that_the_module_is_not_loaded(

@@ -103,7 +103,7 @@ BAD: dict[str, tuple[Image, str]] = {
     "overlap": (Image(data_address=0x1080), "overlaps"),
     "too much file": (Image(data_memory=8), "64 bytes for 8 of memory"),
     "too much memory": (
-        Image(data_memory=65 << 20, data_address=0x10000000),
+        Image(data_memory=65 << 20, note_loaded=False),
         "of memory, expected",
     ),
     "beyond the end": (Image(data_address=(1 << 64) - 64), "overlaps another"),

@@ -70,6 +70,16 @@ def card(rig: KernelRig) -> KernelCard:
     return rig.cards[0]
 
 
+def queue_a_step(file: uapi.DeviceFile) -> None:
+    """One that waits for whoever is at the other end of the card's first link."""
+    handle = file.buffer_create(64)
+    commands = op.exchange([Transfer(False, 0, Ref("x"), 64)])
+    data = make_program(*commands, tokens=1).encode({"x": 0})
+    number, program_id, _, _ = file.program_load(data, [handle.handle])
+    assert number == 0
+    file.submit(program_id, step(), [])
+
+
 # --- the header -------------------------------------------------------------------------
 
 
@@ -175,6 +185,15 @@ def test_a_card_belongs_to_one_fleet_at_a_time(driver: DriverModel) -> None:
     KernelRig(first_cards(1), driver).close()
 
 
+def test_a_card_at_work_for_somebody_else_is_left_alone(driver: DriverModel) -> None:
+    """Somebody who does not ask for it."""
+    with uapi.DeviceFile("/dev/spanker1", system=driver) as file:
+        queue_a_step(file)
+        with pytest.raises(CardCommandError, match="another process has steps queued on /dev/span"):
+            KernelRig(first_cards(2), driver)
+    KernelRig(first_cards(2), driver).close()
+
+
 def test_a_card_that_has_failed_is_reset_when_it_is_opened(driver: DriverModel) -> None:
     driver.cards[1].failed = True
     with KernelRig(first_cards(2), driver) as rig:
@@ -209,12 +228,7 @@ def test_an_abort_leaves_steps_of_other_processes_alone(
     rig: KernelRig, card: KernelCard, driver: DriverModel
 ) -> None:
     file = uapi.DeviceFile("/dev/spanker0", system=driver)
-    handle = file.buffer_create(64)
-    commands = op.exchange([Transfer(False, 0, Ref("x"), 64)])
-    data = make_program(*commands, tokens=1).encode({"x": 0})
-    number, program_id, _, _ = file.program_load(data, [handle.handle])
-    assert number == 0
-    file.submit(program_id, step(), [])
+    queue_a_step(file)
     with pytest.raises(CardCommandError, match="another process has steps queued"):
         card.abort(2)
     # Whose end is an abort of its own.

@@ -41,6 +41,7 @@ from spanker.errors import (
     CardFaultError,
     CardLostError,
     CardMemoryError,
+    IoctlError,
 )
 from spanker.native import ffi, lib, status_error
 
@@ -117,7 +118,6 @@ class KernelCard(CardDevice):
         self._on_close = on_close
         self._file = file
         self._twin = twin
-        self._serial = info.serial
         self._queue_max = info.queue_max
         self._info = DeviceInfo(
             name=f"spanker{info.number}",
@@ -142,7 +142,10 @@ class KernelCard(CardDevice):
     def join(self, links: Sequence[int | None], epoch: int) -> None:
         """For the rig: the links to the fleet's cards, and the epoch that all of them begin in."""
         self._links = tuple(links)
-        self._file.abort(epoch)
+        self._not_busy(
+            functools.partial(self._file.abort, epoch),
+            f"another process has steps queued on {self._file.path}; wait until it is done",
+        )
         self._epoch_0 = epoch - self._epoch
         self._begin = self._counters()
 
@@ -167,7 +170,7 @@ class KernelCard(CardDevice):
             raise CardLostError(f"card {self.number} is closed", card=self.number)
 
     def _check_alive(self) -> None:
-        """Memory that is mapped would not tell."""
+        """Memory that is mapped does not tell, so this comes before and after it is used."""
         self._check_open()
         if self._file.poll() & (uapi.POLL_ERR | uapi.POLL_HUP):
             raise self._lost()
@@ -190,7 +193,7 @@ class KernelCard(CardDevice):
         handle = self._twin.alloc(nbytes)
         try:
             made = self._file.buffer_create(nbytes)
-        except uapi.IoctlError as error:
+        except IoctlError as error:
             self._twin.free(handle)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise self._no_room(nbytes) from None
@@ -263,12 +266,16 @@ class KernelCard(CardDevice):
         view = memoryview(data).cast("B")
         at = self._place(handle, offset, len(view), "writing")
         np.copyto(_bytes_at(at, len(view)), np.frombuffer(view, np.uint8))
+        self._check_alive()
 
     def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
         make(_bytes_at(self._place(handle, offset, nbytes, "filling"), nbytes))
+        self._check_alive()
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
-        return _bytes_at(self._place(handle, offset, nbytes, "reading"), nbytes).tobytes()
+        data = _bytes_at(self._place(handle, offset, nbytes, "reading"), nbytes).tobytes()
+        self._check_alive()
+        return data
 
     # --- programs -----------------------------------------------------------------------
 
@@ -330,7 +337,7 @@ class KernelCard(CardDevice):
         """CardCommandError where the module says EBUSY."""
         try:
             call()
-        except uapi.IoctlError as error:
+        except IoctlError as error:
             if error.errno != errno.EBUSY:
                 raise
             raise self._busy(what) from None
@@ -396,7 +403,7 @@ class KernelCard(CardDevice):
         wanted = [(self._buffers[h].handle, offset, n) for h, offset, n in reads]
         try:
             step.queued_as = self._file.submit(program_id, parameters, wanted)
-        except uapi.IoctlError as error:
+        except IoctlError as error:
             if error.errno != errno.EBUSY:
                 raise
             return False
@@ -485,7 +492,7 @@ class KernelCard(CardDevice):
     def _failure(self, got: uapi.Collected) -> CardError:
         number, what = -got.error, f"card {self.number}, command {got.command}"
         if number == errno.ENODEV:
-            return self._file.lost()
+            return self._lost()
         if number == errno.EINVAL:
             # All else about a step is checked before it is queued.
             return CardFaultError(
@@ -511,7 +518,7 @@ class KernelCard(CardDevice):
                 functools.partial(self._file.abort, self._epoch_0 + epoch),
                 f"entering epoch {epoch}: another process has steps queued, which would go, too",
             )
-        except uapi.IoctlError as error:
+        except IoctlError as error:
             if error.errno != errno.EINVAL:
                 raise
             raise self._busy(
