@@ -245,6 +245,12 @@ static void spanker_job_finish(struct spanker_job *job, int error, bool limbo,
 		job->program->loaded = true;
 	if (op == SAIL_OP_RUN)
 		job->program->queued--;
+	/* Who is woken below may unload or destroy them, and wants what they had to be free then.  The
+	 * last reference is dropped without the lock. */
+	if (job->program && refcount_dec_not_one(&job->program->ref.refcount))
+		job->program = NULL;
+	if (job->buffer && refcount_dec_not_one(&job->buffer->ref.refcount))
+		job->buffer = NULL;
 	trace_spanker_complete(card->number, op, job->fence, error, job->detail, job->busy_ns);
 	card->finished++;
 	job->finished = true;
