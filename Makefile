@@ -10,14 +10,14 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc -name '*.[ch]')
+NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csrc -name '*.[ch]')
 CHECK_OUT := build/check
 SERVER := build/spanker-card-server
 
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build demo test test-long check check-python check-c check-sanitize bench clean
+.PHONY: help build card-server demo test test-long check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,6 +59,8 @@ check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour
 
 bench: $(INSTALLED)  ## measure beside the machine's limits, and llama.cpp (BENCH_ARGS=... adds options)
 	$(BIN)/python bench/roofline.py $(BENCH_ARGS)
+
+card-server: $(SERVER)  ## build spanker-card-server: emulated cards on QEMU's PCI bus
 
 $(SERVER): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/server/*.[ch] driver/include/*.h) tools/build_card_server.py
 	$(BIN)/python tools/build_card_server.py --cc "$(CC)" $@

@@ -6,10 +6,11 @@
 In every round, for every size, each takes its turn with some tens of calls; the medians of the
 turns, and of these over the rounds, count.  `program`: inside a card program, nothing of Python;
 `api`: `await spanker.all_reduce(fleet, arrays)` on numpy arrays; `mpi` and `gloo`: one process a
-rank.  All sum in place.  `wake`, in the same rounds: from the end of a card's work to the trio
-task that waits for it, which a call costs at least that sleeps until it is done.  The peers run
-in an interpreter that has mpi4py (with an mpirun in the path) and torch; whoever is missing is
-left out.
+rank.  All sum in place.  In the same rounds, what a call costs at least that sleeps until it is
+done: `wake`, from the end of a card's work to the trio task that waits for it, and `round_trip`,
+from just before a step of next to nothing is submitted to that task, which includes waking a
+worker.  The peers run in an interpreter that has mpi4py (with an mpirun in the path) and torch;
+whoever is missing is left out.
 
 Prints a table and writes bench/results/collectives.json, the machine beside the figures.
 """
@@ -40,7 +41,7 @@ from spanker.actors.collective_programs import Work, build
 from spanker.device.base import unpack_events
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.kernels.elements import Element
-from spanker.kernels.program import Program, Ref, copy, encode_step
+from spanker.kernels.program import Command, Program, Ref, add, copy, encode_step
 from spanker.sched.collectives.plan import Kind, ReduceOp
 from spanker.sched.topology import Topology
 
@@ -130,36 +131,52 @@ async def api_turn(fleet: spanker.Fleet, nbytes: int, calls: int) -> list[float]
     return times
 
 
-class Wake:
-    """A card that does something long enough for trio to sleep; its trace says when it was done."""
+class Waiting:
+    """A card whose steps a trio task waits for; its trace says when they were done."""
 
     def __init__(self) -> None:
         self._rig = SoftRig([SoftCardSpec()])
         self._card = self._rig.cards[0]
         handles = {name: self._card.alloc(WAKE_BYTES) for name in ("from", "into")}
-        work = copy(Element.F32, Ref("into"), Ref("from"), count=WAKE_BYTES // 4)
-        self._program = self._card.load_program(Program((work,), 1, 1, 1).encode(handles))
+
+        def load(command: Command) -> int:
+            return self._card.load_program(Program((command,), 1, 1, 1).encode(handles))
+
+        self._long = load(copy(Element.F32, Ref("into"), Ref("from"), count=WAKE_BYTES // 4))
+        # Of no token there is nothing to add, but it is no bulk operation, which the submitting
+        # thread might do itself.
+        self._trivial = load(add(Ref("from"), Ref("into"), n=1))
         self._card.trace(16)
 
-    def __enter__(self) -> Wake:
+    def __enter__(self) -> Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._rig.close()
 
-    async def turn(self) -> list[float]:
-        return [await self._run() for _ in range(WAKES)]
+    async def wakes(self) -> list[float]:
+        return [(woken - done) / 1e9 for _, done, woken in await self._turn(self._long)]
 
-    async def _run(self) -> float:
+    async def round_trips(self) -> list[float]:
+        return [(woken - begin) / 1e9 for begin, _, woken in await self._turn(self._trivial)]
+
+    async def _turn(self, program: int) -> list[tuple[int, int, int]]:
+        return [await self._run(program) for _ in range(WAKES)]
+
+    async def _run(self, program: int) -> tuple[int, int, int]:
+        """When it was submitted, when it was done, and when this task went on."""
         fd = self._card.completion_fd
         assert fd is not None
-        self._card.submit(self._program, STEP)
+        begin_ns = time.monotonic_ns()
+        self._card.submit(program, STEP)
         while True:
             await trio.lowlevel.wait_readable(fd)
             woken_ns = time.monotonic_ns()
-            if self._card.completions():
+            if done := self._card.completions():
+                if done[0].error is not None:
+                    raise done[0].error
                 data, _ = self._card.trace_events(16)
-                return (woken_ns - unpack_events(data)[-1].end_ns) / 1e9
+                return begin_ns, unpack_events(data)[-1].end_ns, woken_ns
 
 
 # --- the peers ---------------------------------------------------------------------------
@@ -278,7 +295,8 @@ async def measure(
     bystanders, seen = report.Bystanders(), list[dict[str, float]]()
     with ExitStack() as stack:
         programs = stack.enter_context(Programs(ranks))
-        wake, wakes = stack.enter_context(Wake()), list[float]()
+        waiting = stack.enter_context(Waiting())
+        trips: dict[str, list[float]] = {"wake": [], "round_trip": []}
         peers: dict[str, Turn] = {}
         for name in ("mpi", "gloo") if python else ():
             started = stack.enter_context(peer(name, str(python), ranks))
@@ -288,9 +306,14 @@ async def measure(
         async with spanker.open_fleet(ranks) as fleet:
             last: dict[tuple[int, str], list[float]] = {}
             for number in range(rounds + 1):  # round 0 warms up
-                woken = report.median(await wake.turn())
-                assert woken is not None
-                wakes += [woken * 1e6] if number else []
+                measured = {
+                    "wake": await waiting.wakes(),
+                    "round_trip": await waiting.round_trips(),
+                }
+                for name, times in measured.items():
+                    middle = report.median(times)
+                    assert middle is not None
+                    trips[name] += [middle * 1e6] if number else []
                 for size in sizes:
                     calls = {name: calls_for(last.get((size, name), ())) for name in ENGINES}
                     found = {"program": programs.turn(size, calls["program"])}
@@ -310,7 +333,8 @@ async def measure(
                     seen.append(bystanders.cores())
                     say(f"  {ranks} ranks, round {number} of {rounds}: {seen[-1]}")
     out["bystanders"] = seen
-    out["wake_us"] = {"median": report.median(wakes), "best": min(wakes), "turns": wakes}
+    for name, us in trips.items():
+        out[f"{name}_us"] = {"median": report.median(us), "best": min(us), "turns": us}
     out["sizes"] = {
         str(size): {
             "median_us": {name: report.median(times) for name, times in turns[size].items()},
@@ -332,11 +356,12 @@ def show(record: dict[str, Any]) -> None:
             ["bytes", *ENGINES],
             rows,
         )
-        wake_us = result["wake_us"]["median"]
+        wake_us, trip_us = (result[f"{name}_us"]["median"] for name in ("wake", "round_trip"))
         small = next(iter(result["sizes"].values()))["median_us"]
         print(
-            f"One wake of trio by a native worker: {wake_us:.0f} us. The smallest call takes "
-            f"{small['api'] - small['program']:.0f} us more than inside a program.\n"
+            f"One wake of trio by a native worker: {wake_us:.0f} us; to a worker and back: "
+            f"{trip_us:.0f} us. The smallest call takes {small['api'] - small['program']:.0f} us "
+            f"more than inside a program.\n"
         )
 
 

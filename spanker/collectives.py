@@ -24,6 +24,7 @@ ShapeMismatchError, CollectiveError; CardMemoryError; CardLostError, CardHungErr
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from spanker.actors.collective_programs import Work
+from spanker.actors import collective_programs
 from spanker.card_arrays import Array, CardArrays, element_of, flat
 from spanker.errors import CollectiveError, ShapeMismatchError, TopologyMismatchError
 from spanker.fleet import Fleet
@@ -41,6 +42,10 @@ from spanker.sched.collectives.plan import Kind, ReduceOp
 
 Arrays = Sequence[Array] | CardArrays
 DType = npt.DTypeLike | None
+
+# The same few again and again: making one and its hash takes longer than looking it up.
+Work = functools.lru_cache(maxsize=256)(collective_programs.Work)
+_OPS: dict[object, ReduceOp] = {op: op for op in ReduceOp} | {op.value: op for op in ReduceOp}
 
 
 async def all_reduce(
@@ -161,10 +166,12 @@ async def barrier(fleet: Fleet) -> None:
 class _Given:
     """Arrays, one a card, that have passed the checks."""
 
+    plain = False
+
     def __init__(self, fleet: Fleet, arrays: Arrays, dtype: DType) -> None:
         self._collectives = fleet._collectives
         self.cards = self._collectives.cards
-        self.resident_or_shared = isinstance(arrays, CardArrays)
+        self.resident_or_shared = False
         if len(arrays) != self.cards:
             raise TopologyMismatchError(
                 f"expected an array for each of {self.cards} cards, got {len(arrays)}",
@@ -174,21 +181,29 @@ class _Given:
         if isinstance(arrays, CardArrays):
             if arrays.collectives is not self._collectives:
                 raise CollectiveError("these arrays belong to another fleet")
+            self.resident_or_shared = True
             views, self._resident = arrays.views, arrays.resident
             self.element, self.shape, self.size = arrays.element, arrays.shape, arrays.size
             self.arrays: list[Array] = [] if views is None else list(views)
             self.is_resident = views is None
             return
         self._resident, self.is_resident = None, False
-        self.arrays = [_checked(array, sail) for sail, array in enumerate(arrays)]
+        self.arrays = list(arrays)
+        self.plain = _are_plain(self.arrays)
+        if not self.plain:
+            self.arrays = [_checked(array, sail) for sail, array in enumerate(arrays)]
         first = self.arrays[0]
         self.element = element_of(first.dtype, dtype)
         self.shape, self.size = first.shape, first.size
-        if first.dtype.itemsize != self.element.nbytes:
+        if dtype is not None and first.dtype.itemsize != self.element.nbytes:
             raise CollectiveError(
                 f"arrays of {first.dtype} hold no {self.element.name.lower()}: expected elements "
                 f"of {self.element.nbytes} bytes"
             )
+        if not self.plain:
+            self._refuse_unlike(first)
+
+    def _refuse_unlike(self, first: Array) -> None:
         for sail, array in enumerate(self.arrays):
             if array.dtype != first.dtype:
                 raise ShapeMismatchError(
@@ -242,7 +257,7 @@ class _Given:
                 )
         return _Outputs(checked)
 
-    async def run(self, work: Work, *sides: _Given | _Outputs) -> None:
+    async def run(self, work: collective_programs.Work, *sides: _Given | _Outputs) -> None:
         """Do it on the arrays of the sides, in the order that the work names them."""
         if work.elements == 0:
             await trio.lowlevel.checkpoint()
@@ -251,8 +266,11 @@ class _Given:
             resident = [side._resident for side in sides if isinstance(side, _Given)]
             await self._collectives.run(work, resident=resident)
             return
-        # Only what is written must be writable; a card takes nothing that is not.
         inputs_too = len(sides) == 1
+        if inputs_too and self.plain:
+            await self._collectives.run(work, [[array.data.cast("B") for array in self.arrays]])
+            return
+        # Only what is written must be writable; a card takes nothing that is not.
         used: list[list[Array]] = []
         for place, side in enumerate(sides):
             written = inputs_too or place > 0
@@ -268,6 +286,24 @@ class _Outputs:
     def __init__(self, arrays: list[Array]) -> None:
         self.arrays = arrays
         self._resident = None
+
+
+def _are_plain(arrays: Sequence[Any]) -> bool:
+    """Whether arrays are what they nearly always are: alike, contiguous, writable, aligned, of
+    several native elements, each with memory of its own.  Then there is nothing to refuse or to
+    copy, and their memory is `data`; of others, what is wrong is found out one by one."""
+    first = arrays[0]
+    if type(first) is not np.ndarray or first.size < 2 or not first.dtype.isnative:
+        return False
+    dtype, size = first.dtype, first.size
+    for array in arrays:
+        # numpy has one object for each of its own dtypes.
+        if type(array) is not np.ndarray or array.dtype is not dtype or array.size != size:
+            return False
+        flags = array.flags
+        if not (flags.carray and flags.owndata):
+            return False
+    return len(set(map(id, arrays))) == len(arrays)
 
 
 def _checked(array: Any, sail: int) -> Array:
@@ -322,7 +358,7 @@ def _refuse_out(out: object) -> None:
 
 def _op(op: str | ReduceOp) -> ReduceOp:
     try:
-        return ReduceOp(op)
-    except ValueError:
+        return _OPS[op]
+    except (KeyError, TypeError):
         known = ", ".join(o.value for o in ReduceOp)
         raise CollectiveError(f"no reduction {op!r}: expected one of {known}") from None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only module that imports the compiled library: names, statuses, instruction sets.
 
-The declarations are those of spanker/kernels/csrc/spk_kernels.h and spanker/device/csrc/spk_card.h.
+The declarations are those of spanker/kernels/csrc/spk_kernels.h, spanker/device/csrc/spk_card.h and
+spanker/ggml/csrc/spk_vocabulary.h.
 """
 
 from __future__ import annotations

@@ -17,10 +17,15 @@ import cffi
 
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
+VOCABULARY = "spanker/ggml/csrc"
 SERVER = "spanker/device/server"
 INTERFACE = "driver/include"  # of the card, as the kernel module sees it
-INCLUDE_DIRS = [KERNELS, CARD, INTERFACE]
-HEADERS_WITH_CDEFS = [f"{KERNELS}/spk_kernels.h", f"{CARD}/spk_card.h"]
+INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY, INTERFACE]
+HEADERS_WITH_CDEFS = [
+    f"{KERNELS}/spk_kernels.h",
+    f"{CARD}/spk_card.h",
+    f"{VOCABULARY}/spk_vocabulary.h",
+]
 
 # Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
 # before, or keeps the archives linkable and open to tools/lint_fma.py.
@@ -91,6 +96,7 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     found = (
+        Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),
         Library("spk_common", KERNELS, baseline, macros),
         Library("spk_scalar", f"{KERNELS}/scalar", baseline),
@@ -99,10 +105,10 @@ def libraries(machine: str) -> list[Library]:
     return [library for library in found if library.sources]
 
 
-def card_server(machine: str) -> tuple[Library, ...]:
+def card_server(machine: str) -> list[Library]:
     """What spanker-card-server is linked from, in link order: its own sources come first."""
-    isas = libraries(machine)
-    return (Library("spk_server", SERVER, isas[0].isa_flags), *isas)
+    parts = [library for library in libraries(machine) if library.directory != VOCABULARY]
+    return [Library("spk_server", SERVER, parts[0].isa_flags), *parts]
 
 
 # A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
@@ -112,7 +118,9 @@ LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 def headers() -> list[str]:
     """Every header: each object depends on all of them, which is cheap and never wrong."""
     return sorted(
-        path for top in (*INCLUDE_DIRS, SERVER) for path in glob.glob(f"{top}/**/*.h", recursive=True)
+        path
+        for top in (*INCLUDE_DIRS, SERVER)
+        for path in glob.glob(f"{top}/**/*.h", recursive=True)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from waiting import until
 import spanker
 from spanker import aio
 from spanker.actors import collectives
+from spanker.actors.card import CardActor
+from spanker.actors.channel import MemoryChannel
 from spanker.errors import (
     CardHungError,
     CardLostError,
@@ -583,26 +586,68 @@ async def test_cancelled_at_any_moment_the_next_call_is_right(options: dict[str,
         assert cancelled
 
 
-async def test_a_call_takes_one_message_to_each_card_and_one_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Once it is prepared; and it ends with the trio task that was woken last."""
-    from spanker.actors.channel import MemoryChannel
-
-    sent: list[str] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the messages that go over memory channels."""
+    names: list[str] = []
     real = MemoryChannel.try_send
 
     def noting(self: MemoryChannel, message: object, request_id: int) -> bool:
-        sent.append(type(message).__name__)
+        names.append(type(message).__name__)
         return real(self, message, request_id)
 
+    monkeypatch.setattr(MemoryChannel, "try_send", noting)
+    return names
+
+
+@pytest.mark.parametrize("busy", [0, 1, 2, 3])
+async def test_idle_cards_are_called_and_others_get_one_message_and_send_one_back(
+    busy: int, sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first card on that is busy; once it is prepared."""
+    real = CardActor.begin
+
+    def begin(self: CardActor, *run: Any) -> bool:
+        # Ctrl-C between the cards would leave runs that nobody knows of.
+        assert trio.lowlevel.currently_ki_protected()
+        return self._device.number != busy and real(self, *run)
+
     async with spanker.open_fleet(3) as fleet:
-        arrays = [np.ones(100, np.float32) for _ in range(3)]
-        await spanker.all_reduce(fleet, arrays)
-        monkeypatch.setattr(MemoryChannel, "try_send", noting)
-        await spanker.all_reduce(fleet, arrays)
-        assert sorted(sent) == ["RunLent"] * 3 + ["StepDone"] * 3
+        given = [position_data(card, 100) for card in range(3)]
+        await spanker.all_reduce(fleet, [x.copy() for x in given])
+        monkeypatch.setattr(CardActor, "begin", begin)
+        for _ in range(5):
+            mine = [x.copy() for x in given]
+            await trio.testing.wait_all_tasks_blocked()
+            sent.clear()
+            await spanker.all_reduce(fleet, mine)
+            assert all(same(x, fold(given, "sum")) for x in mine)
+            assert sent.count("RunLent") == 3 - busy
+            # Of those that were called, all may not have been done at once.
+            assert 3 - busy <= sent.count("StepDone") <= 3
         monkeypatch.undo()
+
+
+async def test_a_call_beside_other_requests_comes_behind_them(sent: list[str]) -> None:
+    async with spanker.open_fleet(3) as fleet:
+        given = [position_data(card, 100) for card in range(3)]
+        mine = [x.copy() for x in given]
+        await spanker.all_reduce(fleet, mine)
+        mine = [x.copy() for x in given]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet._coordinator.counters)
+            nursery.start_soon(spanker.all_reduce, fleet, mine)
+        assert all(same(x, fold(given, "sum")) for x in mine)
+
+
+async def test_what_takes_long_is_answered_by_a_message_later(sent: list[str]) -> None:
+    async with spanker.open_fleet(3) as fleet:
+        given = [position_data(card, LARGE) for card in range(3)]
+        await spanker.all_gather(fleet, given)
+        sent.clear()
+        wholes = await spanker.all_gather(fleet, given)
+        assert all(same(x, np.concatenate(given)) for x in wholes)
+        assert "RunLent" not in sent and "StepDone" in sent
 
 
 async def test_a_small_call_wakes_nobody() -> None:
@@ -650,7 +695,7 @@ async def test_calls_leave_no_memory_behind() -> None:
         finally:
             tracemalloc.stop()
         assert last - first < 40_000
-        assert not fleet._coordinator._locks._locks[0].locked()
+        assert not fleet._coordinator._locks.taken(0)
         await until(lambda: not any(c._waiting for c in fleet._coordinator.clients))
 
 
@@ -658,8 +703,12 @@ async def test_a_trace_tells_of_them(tmp_path: Path, tiny_model: Path) -> None:
     async with spanker.open_fleet(2, plan="tp") as fleet:
         model = await fleet.load(tiny_model)
         async with fleet.trace(tmp_path / "trace.json") as trace:
-            await spanker.all_reduce(fleet, [np.ones(100_000, np.float32) for _ in range(2)])
+            for size in (10, 100_000):
+                await spanker.all_reduce(fleet, [np.ones(size, np.float32) for _ in range(2)])
             await model.generate("x", max_tokens=2).collect()
         assert trace.commands and not trace.lost
         text = (tmp_path / "trace.json").read_text()
         assert '"all_reduce"' in text and '"exchange"' in text
+        # Each command is told under the step that it belonged to, on both cards.
+        reduces = [e for e in json.loads(text)["traceEvents"] if e["name"] == "all_reduce"]
+        assert len({e["args"]["step"] for e in reduces}) == 2, reduces

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import attrs
 import trio
@@ -70,7 +69,9 @@ class KernelQueue:
 
     def __init__(self, device: CardDevice, capacity: int = QUEUE_MAX) -> None:
         self._device = device
-        self._slots = trio.Semaphore(capacity)
+        # A slot that somebody waits for is handed over: it does not become free.
+        self._free_slots = capacity
+        self._waiting = trio.lowlevel.ParkingLot()
 
     async def submit(
         self,
@@ -80,36 +81,39 @@ class KernelQueue:
         lent: Sequence[Lent] = (),
     ) -> int:
         """Submit behind what is queued; waits for a free slot.  Returns the fence."""
-        try:
-            self._slots.acquire_nowait()
-        except trio.WouldBlock:
-            await self._slots.acquire()
-        return self._submit(program, parameters, reads, lent)
-
-    def submit_nowait(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> int:
-        """As submit; raises trio.WouldBlock where it would wait."""
-        self._slots.acquire_nowait()
-        return self._submit(program, parameters, (), lent)
-
-    def _submit(
-        self, program: int, parameters: Buffer, reads: Sequence[Read], lent: Sequence[Lent]
-    ) -> int:
+        if self._free_slots:
+            self._free_slots -= 1
+        else:
+            await self._waiting.park()
         try:
             if lent:
                 return self._device.submit(program, parameters, reads, lent)
             return self._device.submit(program, parameters, reads)
         except BaseException:
-            self._slots.release()
+            self._release(1)
             raise
 
-    def completed_nowait(self) -> tuple[Completion, ...]:
+    def submit_nowait(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> int:
+        """As submit; trio.WouldBlock where it would wait."""
+        if not self._free_slots:
+            raise trio.WouldBlock
+        fence = self._device.submit(program, parameters, (), lent)
+        self._free_slots -= 1
+        return fence
+
+    def _release(self, slots: int) -> None:
+        if not self._free_slots:
+            slots -= len(self._waiting.unpark(count=slots))
+        self._free_slots += slots
+
+    def completed_nowait(self) -> Sequence[Completion]:
         """Those that have finished, in order."""
-        done = tuple(self._device.completions())
-        for _ in done:
-            self._slots.release()
+        done = self._device.completions()
+        if done:
+            self._release(len(done))
         return done
 
-    async def completed(self) -> tuple[Completion, ...]:
+    async def completed(self) -> Sequence[Completion]:
         """Wait until submissions finish; return them in order."""
         while True:
             fd = self._device.completion_fd
@@ -122,20 +126,18 @@ class KernelQueue:
                 return done
 
 
-class _Pending(NamedTuple):
-    request_id: int
-    fence: int
-
-
 class CardActor:
-    """Serves one channel until it stops: `serve`, then `aclose`."""
+    """Serves one channel until it stops: `serve`, then `aclose`.  Also a DirectRuns."""
 
     def __init__(self, channel: Channel, device: CardDevice) -> None:
         self._channel = channel
         self._device = device
         self._queue = KernelQueue(device)
-        self._pending: deque[_Pending] = deque()
+        # Request and fence of what is queued on the card, oldest first.
+        self._pending: deque[tuple[int, int]] = deque()
         self._submitted = trio.Event()
+        # The fence of what was begun directly.
+        self._begun = 0
         # While completions have been collected that are yet to be answered.
         self._answers = False
         self._writers = WorkThreads("spanker-writer", WRITES_MAX)
@@ -144,7 +146,7 @@ class CardActor:
 
     async def serve(self) -> None:
         """Serve until Stop or the end of the channel."""
-        self._channel.listen(self._take_at_once, self._look)
+        self._channel.expose(self)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect)
             try:
@@ -178,7 +180,7 @@ class CardActor:
             try:
                 if isinstance(request, RunStep | RunLent):
                     fence = await self._submit(request)
-                    self._pending.append(_Pending(request_id, fence))
+                    self._pending.append((request_id, fence))
                     self._submitted.set()
                     continue
                 reply = self._answer(request)
@@ -188,21 +190,34 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
-    def _take_at_once(self, request_id: int, request: Message) -> bool:
-        """A run on lent memory, in the task of whoever asks for it: a small one is done sooner than
-        a task is woken."""
-        if type(request) is not RunLent or self._free_writers.value < WRITES_MAX:
+    def begin(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> bool:
+        """As DirectRuns: a small run is done sooner than a task is woken."""
+        # Whatever comes behind a write finds it done, and answers come in order.
+        if self._pending or self._answers or self._free_writers.value < WRITES_MAX:
             return False
         try:
-            windows = _windows(request)
-            fence = self._queue.submit_nowait(request.program, request.buffers[0], windows)
+            self._begun = self._queue.submit_nowait(program, parameters, lent)
         except Exception:
             # Whatever is wrong is found again where requests are received: there it is answered, or
             # ends this actor and not the task of whoever asks.
             return False
-        self._pending.append(_Pending(request_id, fence))
-        self._submitted.set()
         return True
+
+    def finish(self) -> Completion | None:
+        """As DirectRuns."""
+        try:
+            done = self._queue.completed_nowait()
+        except SpankerError:
+            return None  # the card is closed, which `_collect` meets too
+        if not done:
+            return None
+        self._check_fence(done[0], self._begun)
+        return done[0]
+
+    def enter(self, request_id: int) -> None:
+        """As DirectRuns."""
+        self._pending.append((request_id, self._begun))
+        self._submitted.set()
 
     async def _submit(self, request: RunStep | RunLent) -> int:
         parameters = request.buffers[0]
@@ -337,31 +352,21 @@ class CardActor:
             self._answers = False
 
     def _answer_to(self, completion: Completion) -> tuple[int, Message]:
-        pending = self._pending.popleft()
-        if completion.fence != pending.fence:
+        request_id, fence = self._pending.popleft()
+        self._check_fence(completion, fence)
+        if isinstance(completion.error, SpankerError):
+            return request_id, failed(completion.error, self._device.number)
+        return request_id, StepDone(fence, completion.busy_ns, buffers=completion.data)
+
+    def _check_fence(self, completion: Completion, fence: int) -> None:
+        """That this is what has come of a submission, and not a crash."""
+        if completion.fence != fence:
             raise CardError(
-                f"card {self._device.number}: fence {completion.fence} completed, "
-                f"{pending.fence} was next",
+                f"card {self._device.number}: fence {completion.fence} completed, {fence} was next",
                 card=self._device.number,
             )
-        if isinstance(completion.error, SpankerError):
-            return pending.request_id, failed(completion.error, self._device.number)
-        if completion.error is not None:
+        if completion.error is not None and not isinstance(completion.error, SpankerError):
             raise completion.error
-        reply = StepDone(completion.fence, completion.busy_ns, buffers=completion.data)
-        return pending.request_id, reply
-
-    def _look(self) -> None:
-        """Answer what is complete already, in the task of whoever waits for it, unless answers
-        wait to be sent: they come in order."""
-        if self._answers or not self._pending or not self._channel.reaches_listener():
-            return
-        try:
-            for completion in self._queue.completed_nowait():
-                request_id, reply = self._answer_to(completion)
-                self._channel.try_send(reply, request_id)
-        except SpankerError:
-            return  # the card or the channel is closed, which `_collect` or `_serve` meets too
 
     async def _send(self, reply: Message, request_id: int) -> None:
         try:

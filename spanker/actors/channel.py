@@ -12,8 +12,8 @@ from __future__ import annotations
 import socket
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, Protocol
 
 import trio
 
@@ -28,6 +28,7 @@ from spanker.actors.frame import (
 )
 from spanker.actors.message import Message, check, decode, encode
 from spanker.actors.threads import WorkThreads
+from spanker.device.base import Completion, Lent
 from spanker.errors import ChannelClosedError, RemoteProtocolError
 
 # A message of several small pieces is one write; a larger piece is worth a write of its own,
@@ -40,6 +41,25 @@ _READ_BYTES_MAX = 1 << 20
 
 Listener = Callable[[int, Message], bool]
 """Takes a request id and a message at once, or says False and leaves them."""
+
+
+class DirectRuns(Protocol):
+    """Runs on lent memory without messages, for who is in the same process and trio's thread.
+
+    Calls are turns of an idle actor's in the caller's task: `begin`, and before the next checkpoint
+    `finish`, and `enter` where that says None.  Between the first two others may be called, so that
+    the cards of a fleet work together.
+    """
+
+    def begin(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> bool:
+        """Queue a run now.  False, and nothing queued, where it would have to wait or would be
+        refused: RunLent does either."""
+
+    def finish(self) -> Completion | None:
+        """What came of the run that was begun; None while the card is at it."""
+
+    def enter(self, request_id: int) -> None:
+        """Answer that run with a message, as if RunLent of this id had been received."""
 
 
 class Channel(trio.abc.AsyncResource):
@@ -68,17 +88,17 @@ class Channel(trio.abc.AsyncResource):
         """
         return False
 
-    def listen(self, listener: Listener, nudged: Callable[[], None] | None = None) -> None:
+    def listen(self, listener: Listener) -> None:
         """Have messages that find this end idle offered to a function first, where that is
         possible: in the sender's task, and without waking one of this side.  What it takes is not
-        received.  `nudged` is called when the peer nudges."""
+        received."""
 
-    def reaches_listener(self) -> bool:
-        """Whether the peer listens, and nothing sent before waits to be received."""
-        return False
+    def expose(self, runs: DirectRuns) -> None:
+        """Let the peer call these, where that is possible."""
 
-    def nudge(self) -> None:
-        """Ask the peer to look whether it has something to say, before anybody sleeps.  A hint."""
+    def reach(self) -> DirectRuns | None:
+        """What the peer exposes, while it waits for a message and none is on its way to it."""
+        return None
 
     @abstractmethod
     async def receive(self) -> tuple[int, Message]:
@@ -124,7 +144,7 @@ class MemoryChannel(Channel):
         self._limits = limits
         self._peer: MemoryChannel | None = None
         self._listener: Listener | None = None
-        self._nudged: Callable[[], None] | None = None
+        self._runs: DirectRuns | None = None
         self._receives = False
         # Messages to this end that nobody has received, or at least that are being sent.
         self._on_their_way = 0
@@ -147,9 +167,9 @@ class MemoryChannel(Channel):
 
     def try_send(self, message: Message, request_id: int) -> bool:
         check(message, request_id, self._limits)
-        if self.reaches_listener():
-            assert self._peer is not None and self._peer._listener is not None
-            if self._peer._listener(request_id, message):
+        peer = self._peer
+        if peer is not None and peer._listener is not None and peer._idle:
+            if peer._listener(request_id, message):
                 return True
         try:
             self._sending.send_nowait((request_id, message))
@@ -160,21 +180,19 @@ class MemoryChannel(Channel):
         self._count(1)
         return True
 
-    def listen(self, listener: Listener, nudged: Callable[[], None] | None = None) -> None:
-        self._listener, self._nudged = listener, nudged
+    def listen(self, listener: Listener) -> None:
+        self._listener = listener
 
-    def nudge(self) -> None:
-        if self._peer is not None and self._peer._nudged is not None:
-            self._peer._nudged()
+    def expose(self, runs: DirectRuns) -> None:
+        self._runs = runs
 
-    def reaches_listener(self) -> bool:
+    def reach(self) -> DirectRuns | None:
         peer = self._peer
-        return (
-            peer is not None
-            and peer._listener is not None
-            and peer._receives
-            and not peer._on_their_way
-        )
+        return peer._runs if peer is not None and peer._idle else None
+
+    @property
+    def _idle(self) -> bool:
+        return self._receives and not self._on_their_way
 
     def _count(self, messages: int) -> None:
         if self._peer is not None:
@@ -196,7 +214,7 @@ class MemoryChannel(Channel):
         return closed_error(self.name, "on this side" if here else "by the peer")
 
     async def aclose(self) -> None:
-        self._listener = self._nudged = self._peer = None
+        self._listener = self._runs = self._peer = None
         self._sending.close()
         self._receiving.close()
         await trio.lowlevel.checkpoint()

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import trio
 
-from spanker.actors.channel import Channel
-from spanker.actors.message import Message, Request
+from spanker.actors.channel import Channel, DirectRuns
+from spanker.actors.message import Message, Request, RunLent
 from spanker.errors import (
     CardError,
     CardLostError,
@@ -130,8 +130,7 @@ class CardClient:
         if self._failure is not None:
             callback(again(self._failure))
             return
-        request_id = self._next_id
-        self._next_id = (self._next_id + 1) & 0xFFFFFFFF
+        request_id = self._new_id()
         self._waiting[request_id] = (request, callback)
         try:
             if not self._unwritten and self._channel.try_send(request, request_id):
@@ -152,9 +151,24 @@ class CardClient:
             self._waiting.pop(request_id, None)
             raise
 
-    def nudge(self) -> None:
-        """Have what the card has done already answered at once, where that is possible."""
-        self._channel.nudge()
+    def _new_id(self) -> int:
+        request_id = self._next_id
+        self._next_id = (request_id + 1) & 0xFFFFFFFF
+        return request_id
+
+    def reach(self) -> DirectRuns | None:
+        """The card's actor, where a run can be begun without a message: it is in this process and
+        idle, and nothing waits to be sent to it.  Good until the next checkpoint."""
+        if self._unwritten or self._failure is not None:
+            return None
+        return self._channel.reach()
+
+    def expect(self, request: RunLent, callback: Callback) -> int:
+        """A request id, for a run that was begun without a message: `callback` gets the reply to it
+        as if it had been posted."""
+        request_id = self._new_id()
+        self._waiting[request_id] = (request, callback)
+        return request_id
 
     async def request(self, request: Request[ReplyT]) -> ReplyT:
         """Send a request and wait for its reply.  Raises what the card reports.

@@ -15,14 +15,13 @@ something else.  Who may call what with which arrays is said in spanker/collecti
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 import trio
 
+from spanker.actors.channel import DirectRuns
 from spanker.actors.client import CardClient
 from spanker.actors.collective_programs import CardWork, Work, build
 from spanker.actors.frame import DEFAULT_LIMITS
@@ -37,11 +36,11 @@ from spanker.actors.message import (
     Request,
     RunLent,
     RunStep,
-    StepDone,
     UnloadProgram,
     WriteBuffers,
 )
 from spanker.actors.steps import Flight, settled
+from spanker.device.base import Lent
 from spanker.errors import CardError, CardMemoryError, SpankerError
 from spanker.kernels.program import encode_step
 
@@ -74,10 +73,11 @@ Memory = memoryview | None
 """A contiguous writable array of bytes; None where it is resident, or empty."""
 
 
-@attrs.frozen
-class _Key:
+class _Key(NamedTuple):
+    """A tuple, because it is looked up with every call.  `resident` is empty, or has an item for
+    each of the work's arrays."""
+
     work: Work
-    lent: bool
     resident: tuple[Resident | None, ...]
 
 
@@ -88,16 +88,19 @@ class _Card:
     program: int | None = None
     handles: dict[str, int] = attrs.Factory(dict)
     own: list[int] = attrs.Factory(list)
-    # Its windows, and which of the work's arrays each of them shows.
-    windows: tuple[int, ...] = ()
-    shown: tuple[int, ...] = ()
+    # Where arrays are lent: its run but for their memory, and each window with the place among the
+    # work's arrays of the one that it shows.
+    run: RunLent | None = None
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 @attrs.define(eq=False)
 class _Prepared:
+    lent: bool
     cards: list[_Card] = attrs.Factory(list)
     card_bytes: int = 0
     users: int = 0
+    last_used: int = 0
 
 
 class Collectives:
@@ -106,16 +109,14 @@ class Collectives:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._clients = coordinator.clients
-        self._prepared: OrderedDict[_Key, _Prepared] = OrderedDict()
+        self.cards = len(self._clients)
+        self._prepared: dict[_Key, _Prepared] = {}
+        self._calls = 0
         self._doomed: list[Resident] = []
         self.lends = all(client.shares_memory for client in self._clients) and all(
             info.max_windows > 1 for info in coordinator.cards
         )
         self._meet = all(info.meets for info in coordinator.cards)
-
-    @property
-    def cards(self) -> int:
-        return len(self._clients)
 
     # --- running ----------------------------------------------------------------------
 
@@ -131,71 +132,104 @@ class Collectives:
         Raises what the cards report, CardHungError, CardMemoryError.  Cancelled or failed, what the
         outputs hold is undefined; nobody writes to them any more, unless a card hangs.
         """
-        where = tuple(resident) or (None,) * len(work.arrays)
-        lent = self.lends and not any(where) and _lendable(work, self.cards)
-        prepared = await self._get(_Key(work, lent, where))
+        key = _Key(work, tuple(resident))
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = await self._get(key)
+        self._calls += 1
+        prepared.last_used = self._calls
         prepared.users += 1
         try:
             await self._coordinator.take_cards()
             try:
-                await self._run(work, prepared, lent, memory)
+                await self._run(work, prepared, memory)
             finally:
                 self._coordinator.give_cards_back()
         finally:
             prepared.users -= 1
 
     async def _run(
-        self, work: Work, prepared: _Prepared, lent: bool, memory: Sequence[Sequence[Memory]]
+        self, work: Work, prepared: _Prepared, memory: Sequence[Sequence[Memory]]
     ) -> None:
         coordinator = self._coordinator
         flight = Flight(coordinator.count_step(), 0, self.cards, coordinator.trace)
         try:
-            for number, client in enumerate(self._clients):
-                card = prepared.cards[number]
-                if card.program is None:
-                    flight.absent(number)
-                    continue
-                try:
-                    request: Request[StepDone]
-                    if lent:
-                        shown: list[Any] = [memory[i][number] for i in card.shown]
-                        request = RunLent(card.program, card.windows, buffers=(STEP, *shown))
+            number = begun = self._run_directly(prepared, memory, flight) if prepared.lent else 0
+            try:
+                for number in range(begun, self.cards):
+                    card = prepared.cards[number]
+                    if card.program is None:
+                        flight.absent(number)
+                    elif card.run is not None:
+                        request = _lending(card.run, _lent(card, number, memory))
+                        await self._clients[number].post(request, flight.callback(number))
                     else:
-                        arrays = {
-                            name: data
-                            for name, rows in zip(work.arrays, memory, strict=False)
-                            if (data := rows[number]) is not None
-                        }
-                        await self._send_inputs(client, card, work, arrays, flight)
-                        request = _reading_back(card, card.program, work, arrays)
-                    await client.post(request, flight.callback(number))
-                except BaseException:
-                    flight.forget(self.cards - number)
-                    raise
-            if lent:
-                for client in self._clients:
-                    client.nudge()
-            await settled(self._coordinator, flight, range(self.cards))
+                        await self._post_staged(number, card, card.program, work, memory, flight)
+            except BaseException:
+                flight.forget(self.cards - number)
+                raise
+            await settled(coordinator, flight, range(self.cards))
         finally:
             if not flight.settled.is_set() or flight.errors:
                 with trio.CancelScope(shield=True):
                     await coordinator.abort(flight.all_back.wait)
         if flight.errors:
             raise flight.cause()
-        if not lent:
+        if not prepared.lent:
             await self._read_back(work, prepared, memory, flight)
 
-    async def _send_inputs(
+    # Interrupted halfway, it would leave runs that nobody has entered.
+    @trio.lowlevel.enable_ki_protection
+    def _run_directly(
+        self, prepared: _Prepared, memory: Sequence[Sequence[Memory]], flight: Flight
+    ) -> int:
+        """Run on cards whose actors are idle and in this process: no message, and nobody woken
+        where this thread does all of the work.  On so many cards, from the first on; the others
+        need messages."""
+        begun: list[tuple[DirectRuns, RunLent] | None] = []
+        try:
+            for client, card in zip(self._clients, prepared.cards, strict=True):
+                if (run := card.run) is None:
+                    begun.append(None)
+                    continue
+                actor = client.reach()
+                lent = _lent(card, len(begun), memory)
+                if actor is None or not actor.begin(run.program, STEP, lent):
+                    break
+                begun.append((actor, run))
+        finally:
+            for number, running in enumerate(begun):
+                if running is None:
+                    flight.absent(number)
+                    continue
+                actor, run = running
+                completion = actor.finish()
+                if completion is not None:
+                    flight.completed(number, completion)
+                else:
+                    actor.enter(self._clients[number].expect(run, flight.callback(number)))
+        return len(begun)
+
+    async def _post_staged(
         self,
-        client: CardClient,
+        number: int,
         card: _Card,
+        program: int,
         work: Work,
-        arrays: Mapping[str, memoryview],
+        memory: Sequence[Sequence[Memory]],
         flight: Flight,
     ) -> None:
+        """Write the inputs, and run behind that."""
+        arrays = {
+            name: data
+            for name, rows in zip(work.arrays, memory, strict=False)
+            if (data := rows[number]) is not None
+        }
+        client = self._clients[number]
         for name in work.inputs:
             if name in arrays and name in card.handles:
                 await self._write(client, card.handles[name], arrays[name], flight)
+        await client.post(_reading_back(card, program, work, arrays), flight.callback(number))
 
     async def _write(
         self, client: CardClient, handle: int, data: memoryview, flight: Flight
@@ -239,49 +273,49 @@ class Collectives:
     # --- what is on the cards ---------------------------------------------------------
 
     async def _get(self, key: _Key) -> _Prepared:
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            async with self._coordinator.changing_memory():
-                # Someone may have prepared it while this task waited.
-                prepared = self._prepared.get(key)
-                if prepared is None:
-                    prepared = await self._prepare(key)
-        if key in self._prepared:
-            self._prepared.move_to_end(key)
-        return prepared
+        async with self._coordinator.changing_memory():
+            # Someone may have prepared it while this task waited.
+            prepared = self._prepared.get(key)
+            return await self._prepare(key) if prepared is None else prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
+        lent = self.lends and not any(key.resident) and self._lendable(key.work)
         works = build(key.work, self._coordinator.topology, meet=self._meet)
         resident = {
             name: buffers
-            for name, buffers in zip(key.work.arrays, key.resident, strict=True)
+            for name, buffers in zip(key.work.arrays, key.resident, strict=False)
             if buffers is not None
         }
         need = max(
             sum(work.own_bytes.values())
-            + (0 if key.lent else sum(b for n, b in work.array_bytes.items() if n not in resident))
+            + (0 if lent else sum(b for n, b in work.array_bytes.items() if n not in resident))
             for work in works
         )
         await self._make_room(PREPARED_MAX - 1, PREPARED_BYTES_MAX - need)
         try:
-            prepared = await self._load(key, resident, works)
+            prepared = await self._load(key, lent, resident, works)
         except CardMemoryError:
             # Not before it is needed: what others have prepared may be wanted again.
             await self._make_room(0, 0)
-            prepared = await self._load(key, resident, works)
+            prepared = await self._load(key, lent, resident, works)
         prepared.card_bytes = need
         self._prepared[key] = prepared
         return prepared
 
+    def _lendable(self, work: Work) -> bool:
+        """Whether one message can lend all of a card's arrays."""
+        elements = sum(work.array_elements(name, 0, self.cards) for name in work.arrays)
+        return elements * work.element.nbytes <= LENT_BYTES_MAX
+
     async def _load(
-        self, key: _Key, resident: Mapping[str, Resident], works: Sequence[CardWork]
+        self, key: _Key, lent: bool, resident: Mapping[str, Resident], works: Sequence[CardWork]
     ) -> _Prepared:
-        prepared = _Prepared()
+        prepared = _Prepared(lent)
         try:
             for client, work in zip(self._clients, works, strict=True):
                 prepared.cards.append(_Card())
                 if work.program.commands:
-                    await self._load_card(client, prepared.cards[-1], key, resident, work)
+                    await self._load_card(client, prepared.cards[-1], key, lent, resident, work)
         except BaseException:
             await self._release(prepared)
             raise
@@ -292,14 +326,15 @@ class Collectives:
         client: CardClient,
         card: _Card,
         key: _Key,
+        lent: bool,
         resident: Mapping[str, Resident],
         work: CardWork,
     ) -> None:
         arrays = {name: b for name, b in work.array_bytes.items() if name not in resident}
-        buffers = work.own_bytes if key.lent else work.own_bytes | arrays
+        buffers = work.own_bytes if lent else work.own_bytes | arrays
         for names, request in (
             (tuple(buffers), AllocBuffers(tuple(buffers.values()))),
-            (tuple(arrays) if key.lent else (), OpenWindows(tuple(arrays.values()))),
+            (tuple(arrays) if lent else (), OpenWindows(tuple(arrays.values()))),
         ):
             if names:
                 reply = await self._coordinator.owning(client, request)
@@ -307,13 +342,19 @@ class Collectives:
                 card.handles.update(zip(names, reply.handles, strict=True))
         for name, array in resident.items():
             card.handles[name] = array.handles[client.number]
-        if key.lent:
-            known = [name for name in key.work.arrays if name in card.handles]
-            card.windows = tuple([card.handles[name] for name in known])
-            card.shown = tuple([key.work.arrays.index(name) for name in known])
         program = work.program.encode(card.handles)
         loaded = await self._coordinator.owning(client, LoadProgram(buffers=(program,)))
         card.program = loaded.program
+        if lent:
+            card.windows = tuple(
+                [
+                    (card.handles[name], place)
+                    for place, name in enumerate(key.work.arrays)
+                    if name in card.handles
+                ]
+            )
+            windows = tuple([window for window, _ in card.windows])
+            card.run = RunLent(loaded.program, windows, buffers=(STEP,))
 
     async def trim(self) -> None:
         """Give back all memory that is not in use, so that others may have it."""
@@ -373,7 +414,8 @@ class Collectives:
         """Release what was not used for longest until so many works and bytes are left."""
         await self._free_doomed()
         held = sum(prepared.card_bytes for prepared in self._prepared.values())
-        for key, prepared in list(self._prepared.items()):
+        oldest_first = sorted(self._prepared.items(), key=lambda item: item[1].last_used)
+        for key, prepared in oldest_first:
             if len(self._prepared) <= count and held <= nbytes:
                 return
             if not prepared.users:
@@ -396,11 +438,14 @@ class Collectives:
                     nursery.start_soon(release, client, card)
 
 
-@functools.lru_cache(maxsize=256)
-def _lendable(work: Work, cards: int) -> bool:
-    """Whether one message can lend all of a card's arrays."""
-    elements = sum(work.array_elements(name, 0, cards) for name in work.arrays)
-    return elements * work.element.nbytes <= LENT_BYTES_MAX
+def _lent(card: _Card, number: int, memory: Sequence[Sequence[Memory]]) -> list[Any]:
+    """The memory of a card's windows."""
+    return [(window, memory[place][number]) for window, place in card.windows]
+
+
+def _lending(run: RunLent, lent: Sequence[Lent]) -> RunLent:
+    """The run with its memory, as a message."""
+    return attrs.evolve(run, buffers=run.buffers + tuple([memory for _, memory in lent]))
 
 
 def _reading_back(

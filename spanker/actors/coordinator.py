@@ -349,7 +349,10 @@ class Coordinator:
         """Wait until no step of anybody is queued on these cards, or all; then only the caller may
         queue some, until it gives them back.  No checkpoint where they are free."""
         cards = self._every_card if cards is None else cards
-        await self._locks.take(cards)
+        if not self._locks.take_nowait(cards):
+            await self._locks.take(cards)
+        if self._agreed(cards):
+            return
         try:
             await self._agree(cards)
         except BaseException:
@@ -408,11 +411,16 @@ class Coordinator:
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
 
+    def _agreed(self, cards: Sequence[int]) -> bool:
+        """Whether these cards are in one epoch, and it is known which."""
+        epochs = set(map(self._epochs.__getitem__, cards))
+        return len(epochs) == 1 and None not in epochs
+
     async def _agree(self, cards: Sequence[int]) -> None:
         """Bring cards that are about to work together into one epoch: those of a link drop or hold
         back what comes from another one.  No checkpoint where they are in one; for who holds them,
         with nothing queued."""
-        if len({self._epochs[card] for card in cards}) == 1 and self._epochs[cards[0]] is not None:
+        if self._agreed(cards):
             return
         with trio.move_on_after(self._hang_timeout_s):
             await loading.run_all(self._entering(cards))

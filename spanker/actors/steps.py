@@ -19,6 +19,7 @@ import numpy.typing as npt
 import trio
 
 from spanker.actors.message import Counters, Message, ReadCounters, RunStep, StepDone
+from spanker.device.base import Completion
 from spanker.errors import CardAbortedError, CardHungError, SpankerError
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
@@ -235,28 +236,38 @@ class Flight:
         self._missing = cards
 
     def callback(self, card: int) -> Callable[[Message | SpankerError], None]:
-        def arrived(reply: Message | SpankerError) -> None:
-            self._missing -= 1
-            if self._trace is not None:
-                self._trace.answered(card, self.number, reply)
-            if isinstance(reply, SpankerError):
-                self.errors.append(reply)
-            elif isinstance(reply, StepDone):
-                self.replies[card] = reply
-            if self.errors or not self._missing:
-                self.settled.set()
-            if not self._missing:
-                self.all_back.set()
+        return functools.partial(self._arrived, card)
 
-        return arrived
+    def _arrived(self, card: int, reply: Message | SpankerError) -> None:
+        if self._trace is not None:
+            self._trace.answered(card, self.number, reply)
+        if isinstance(reply, SpankerError):
+            self.errors.append(reply)
+        elif isinstance(reply, StepDone):
+            self.replies[card] = reply
+        self._one_back()
 
-    def absent(self, card: int) -> None:
-        """A card that has nothing to do in it."""
-        self.replies[card] = StepDone(0, 0)
+    def completed(self, card: int, completion: Completion) -> None:
+        """A card has done its part, and no message told of it: it brings nothing back."""
+        if completion.error is None and self._trace is None:
+            self._one_back()
+        elif isinstance(completion.error, SpankerError):
+            self._arrived(card, completion.error)
+        else:
+            self._arrived(card, StepDone(completion.fence, completion.busy_ns))
+
+    def _one_back(self) -> None:
         self._missing -= 1
         if not self._missing:
             self.settled.set()
             self.all_back.set()
+        elif self.errors:
+            self.settled.set()
+
+    def absent(self, card: int) -> None:
+        """A card that has nothing to do in it."""
+        self.replies[card] = StepDone(0, 0)
+        self._one_back()
 
     def forget(self, count: int) -> None:
         """So many requests were never made."""

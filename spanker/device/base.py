@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import attrs
 import numpy as np
@@ -72,10 +73,12 @@ class DeviceInfo:
     maps: int = 0
 
 
-@attrs.frozen
-class Completion:
+class Completion(NamedTuple):
     """A finished submission.  `error` is None, or why it failed; `data` is what its reads brought
-    back, one item each, nothing after a failure."""
+    back, one item each, nothing after a failure.
+
+    A tuple, which is made in half the time: a small collective has one for each card.
+    """
 
     fence: int
     busy_ns: int

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import attrs
 import numpy as np
@@ -56,6 +57,7 @@ FAST_RING_BYTES = 2 << 20
 FAST_RINGS_BYTES = 64 << 20
 _WHY_BYTES = 256
 _EVENTS_AT_ONCE = 4096
+_BYTES = ffi.typeof("char[]")
 assert ffi.sizeof("struct spk_trace_event") == TRACE_EVENT.size
 
 
@@ -114,16 +116,17 @@ class SoftCard(CardDevice):
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
         # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
-        self._reads: deque[tuple[tuple[int, ...], tuple[Any, ...]]] = deque()
+        self._queued: deque[tuple[tuple[int, ...], list[Any] | None]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
         self._lent = ffi.new("struct spk_lent[]", lib.SPK_WINDOWS_MAX)
         # The mapping behind each buffer that a file stands for.
         self._mapped: dict[int, Any] = {}
+        self._lent_entries = tuple([self._lent[i] for i in range(lib.SPK_WINDOWS_MAX)])
 
     @property
     def handle(self) -> Any:
         """The native card; CardLostError after close."""
-        if self.closed:
+        if self._card is None or self._closed:
             raise CardLostError(f"card {self.number} is closed", card=self.number)
         return self._card
 
@@ -183,17 +186,12 @@ class SoftCard(CardDevice):
         make(np.frombuffer(ffi.buffer(at[0], nbytes), np.uint8))
 
     def map_file(self, file: int, places: Sequence[Place]) -> None:
-        # Of its own for each card: what a card writes there is a copy that no other one sees.
         try:
-            mapping = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+            view = _mapping(file)
         except (OSError, ValueError) as error:
             raise CardCommandError(
                 f"card {self.number}: mapping file descriptor {file}: {error}", card=self.number
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-        view = ffi.from_buffer("char[]", mapping, require_writable=True)
         for handle, offset, nbytes in places:
             self._u32(handle, "buffer")
             what = f"mapping {nbytes:,} bytes at {offset:,} of a file for buffer {handle}"
@@ -239,26 +237,9 @@ class SoftCard(CardDevice):
         lent: Sequence[Lent] = (),
     ) -> int:
         self._u32(program, "program")
-        wanted: Any = ffi.NULL
-        if reads:
-            for handle, offset, nbytes in reads:
-                self._u32(handle, "buffer")
-                self._u64(offset, "offset")
-                self._u64(nbytes, "size")
-            wanted = ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
-        # Held until the completion is taken: the card works on this very memory.
-        memory = tuple([ffi.from_buffer("char[]", m, require_writable=True) for _, m in lent])
-        shown: Any = ffi.NULL
-        if lent:
-            shown = self._lent
-            if len(lent) > lib.SPK_WINDOWS_MAX:
-                shown = ffi.new("struct spk_lent[]", len(lent))
-            for place, ((handle, _), m) in enumerate(zip(lent, memory, strict=True)):
-                self._u32(handle, "window")
-                entry = shown[place]
-                entry.window, entry.memory, entry.nbytes = handle, m, len(m)
-        fence = self._fence
-        view = ffi.from_buffer("char[]", parameters)
+        wanted = self._wanted(reads) if reads else ffi.NULL
+        shown, memory = self._shown(lent) if lent else (ffi.NULL, None)
+        view = parameters if type(parameters) is bytes else ffi.from_buffer(_BYTES, parameters)
         status = lib.spk_card_submit_helping(
             self.handle,
             program,
@@ -268,30 +249,55 @@ class SoftCard(CardDevice):
             len(reads),
             shown,
             len(lent),
-            fence,
+            self._fence,
             self._why,
         )
         if status != lib.SPK_OK:
             self._check(status, f"step of program {program} refused", self._reason())
-        number = int(fence[0])
-        self._reads.append((tuple([nbytes for _, _, nbytes in reads]), memory))
-        return number
+        sizes = tuple([nbytes for _, _, nbytes in reads]) if reads else ()
+        self._queued.append((sizes, memory))
+        fence: int = self._fence[0]
+        return fence
+
+    def _wanted(self, reads: Sequence[Read]) -> Any:
+        """Reads for the native card."""
+        for handle, offset, nbytes in reads:
+            self._u32(handle, "buffer")
+            self._u64(offset, "offset")
+            self._u64(nbytes, "size")
+        return ffi.new("struct spk_read[]", [(h, 0, o, n) for h, o, n in reads])
+
+    def _shown(self, lent: Sequence[Lent]) -> tuple[Any, list[Any]]:
+        """Lent memory for the native card, and what holds it in its place until the completion is
+        taken: the card works on this very memory."""
+        shown, entries = self._lent, self._lent_entries
+        if len(lent) > len(entries):
+            shown = ffi.new("struct spk_lent[]", len(lent))
+            entries = tuple([shown[i] for i in range(len(lent))])
+        memory = []
+        for entry, (handle, buffer) in zip(entries, lent, strict=False):
+            self._u32(handle, "window")
+            held = ffi.from_buffer(_BYTES, buffer, True)
+            entry.window = handle
+            entry.memory = held
+            entry.nbytes = len(held)
+            memory.append(held)
+        return shown, memory
 
     def completions(self) -> Sequence[Completion]:
         out: list[Completion] = []
-        c, handle = self._completion, self.handle
+        c, handle, queued = self._completion, self.handle, self._queued
+        # With the last one its descriptor is quiet, so that nobody need ask again.
         while lib.spk_card_completion(handle, c):
-            sizes, _ = self._reads.popleft()
+            sizes, _ = queued.popleft()
             if c.status != lib.SPK_OK:
-                out.append(Completion(int(c.fence), int(c.busy_ns), self._failure(c)))
-                continue
-            data: list[bytes] = []
-            if sizes:
-                result, at = ffi.buffer(c.result, c.result_bytes), 0
-                for nbytes in sizes:
-                    data.append(result[at : at + nbytes])
-                    at += nbytes
-            out.append(Completion(int(c.fence), int(c.busy_ns), None, tuple(data)))
+                out.append(Completion(c.fence, c.busy_ns, self._failure(c)))
+            elif sizes:
+                out.append(Completion(c.fence, c.busy_ns, None, _cut(c, sizes)))
+            else:
+                out.append(Completion(c.fence, c.busy_ns, None))
+            if not queued:
+                break
         return out
 
     def _failure(self, c: Any) -> CardError:
@@ -379,18 +385,19 @@ class SoftCard(CardDevice):
         self._mapped.clear()
 
     def _u32(self, value: int, what: str) -> None:
-        self._unsigned(value, what, 32)
+        if value >> 32:
+            self._refuse(value, what, 32)
 
     def _u64(self, value: int, what: str) -> None:
-        self._unsigned(value, what, 64)
+        if value >> 64:
+            self._refuse(value, what, 64)
 
-    def _unsigned(self, value: int, what: str, bits: int) -> None:
+    def _refuse(self, value: int, what: str, bits: int) -> NoReturn:
         """Numbers come from the other end of a channel; the native card takes fixed widths."""
-        if value < 0 or value >> bits:
-            raise CardCommandError(
-                f"card {self.number}: no {what} {value}: expected 0 to 2**{bits} - 1",
-                card=self.number,
-            )
+        raise CardCommandError(
+            f"card {self.number}: no {what} {value}: expected 0 to 2**{bits} - 1",
+            card=self.number,
+        )
 
     def _reason(self) -> str:
         return bytes(ffi.string(self._why)).decode("ascii", "replace")
@@ -398,6 +405,34 @@ class SoftCard(CardDevice):
     def _check(self, status: int, what: str, detail: str = "") -> None:
         if status != lib.SPK_OK:
             check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
+
+
+def _cut(c: Any, sizes: tuple[int, ...]) -> tuple[bytes, ...]:
+    """What a completion has brought back, read by read."""
+    data: list[bytes] = []
+    result, at = ffi.buffer(c.result, c.result_bytes), 0
+    for nbytes in sizes:
+        data.append(result[at : at + nbytes])
+        at += nbytes
+    return tuple(data)
+
+
+# Each mapping of a file that a buffer needs, by the file: cards that share a model share its pages.
+_mappings: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+
+
+def _mapping(file: int) -> Any:
+    """All of a file, as memory to be read; OSError and ValueError as mmap."""
+    status = os.fstat(file)
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    view = _mappings.get(key)
+    if view is None:
+        mapping = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        view = _mappings[key] = ffi.from_buffer("char[]", mapping)
+    return view
 
 
 def _ring_bytes(cards: int) -> int:

@@ -12,14 +12,15 @@ the right tokens give quietly worse text.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
 import attrs
 
-from spanker.errors import ModelFormatError, UnsupportedModelError
-from spanker.ggml.merging import WordCache, merge
-from spanker.ggml.vocabulary import TokenType, Vocabulary, strings
+from spanker.errors import UnsupportedModelError
+from spanker.ggml.native import NativeBPE
+from spanker.ggml.vocabulary import TokenType, Vocabulary
 
 Splitter = Callable[[str], list[str]]
 
@@ -42,7 +43,19 @@ class PreTokenizer:
 
     def split(self, text: str) -> list[str]:
         """The words of `text`; joined, they are `text`."""
-        return (_ascii_splitter if text.isascii() else _unicode_splitter)(self.pattern)(text)
+        if text.isascii():
+            return _ascii_splitter(self.pattern)(text)
+        # A few characters beyond ASCII do not make all of a text slow.
+        words: list[str] = []
+        for is_ascii, lines in itertools.groupby(_BETWEEN_WORDS.split(text), str.isascii):
+            splitter = _ascii_splitter if is_ascii else _unicode_splitter
+            words += splitter(self.pattern)("".join(lines))
+        return words
+
+
+# Here a word ends by every pattern below, and does so without looking at what follows: the line
+# feed is no letter, is all there is of its run of spaces, and goes with none of the letters after.
+_BETWEEN_WORDS = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
 
 
 @functools.lru_cache(maxsize=8)
@@ -150,85 +163,34 @@ class ByteLevelBPE:
     default_bos_id: int | None = None
     default_eos_id: int | None = None
 
-    def __init__(self, vocabulary: Vocabulary, merges: list[str], pre: PreTokenizer) -> None:
+    def __init__(self, vocabulary: Vocabulary, pre: PreTokenizer) -> None:
         self._vocabulary = vocabulary
-        self._merges = merges
         self._pre = pre
         self.add_bos = pre.add_bos
-        self._words = WordCache(self._encode_word)
+        self._native = NativeBPE.make(vocabulary.native, _ALPHABET, whole_words=pre.whole_words)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> ByteLevelBPE:
         """Raises `ModelFormatError` and `UnsupportedModelError`."""
         pre = _pre_tokenizer(metadata)
         vocabulary = Vocabulary.from_metadata(metadata, types=TokenType.UNUSED)
-        merges = strings(metadata, "merges")
-        _check_merges(merges, vocabulary)
-        return cls(vocabulary, merges, pre)
+        vocabulary.add_merges(metadata)
+        return cls(vocabulary, pre)
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
 
     def encode(self, text: str, *, markup: bool, after_special: bool) -> list[int]:
-        # Words are merged in themselves, so neither argument makes a difference.
-        return self._words.ids(self._pre.split(text))
+        # Words are merged in themselves, so neither argument makes a difference.  Bytes that the
+        # vocabulary lacks vanish; no merge reaches over their place.
+        return self._native.encode(text, self._pre.split(text))
 
     def token_bytes(self, id: int) -> bytes:
-        token = self._vocabulary.tokens[id]
+        token = self._vocabulary.text(id)
         if self._vocabulary.types[id] == TokenType.NORMAL:
             try:
                 return bytes(map(_BYTE_OF.__getitem__, token))
             except KeyError:
                 pass  # an added token, stored as plain text
         return token.encode()
-
-    @functools.cached_property
-    def _ranks(self) -> dict[str, float]:
-        """Made when the first word is merged.  The first of equal merges counts."""
-        backwards = range(len(self._merges) - 1, -1, -1)
-        return dict(zip(reversed(self._merges), backwards, strict=True))
-
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        ids = self._vocabulary.ids
-        symbols = [_ALPHABET[byte] for byte in word.encode()]
-        if self._pre.whole_words:
-            whole = ids.get("".join(symbols))
-            if whole is not None:
-                return (whole,)
-        # Bytes that the vocabulary lacks vanish; no merge reaches over their place.
-        return tuple(ids[s] for s in merge(symbols, self._ranks, " ") if s in ids)
-
-
-_ALL_BUT_SEPARATORS = bytes(byte for byte in range(256) if byte not in b"\0 ")
-
-
-def _check_merges(merges: list[str], vocabulary: Vocabulary) -> None:
-    """Each merge must be two tokens with a space between, that together are a token.
-
-    There are tens of thousands, checked whenever a model is loaded: all at
-    once, as one text, and only if that fails one by one.
-    """
-    if not merges:
-        return
-    known = vocabulary.ids
-    text = "\0".join(merges)
-    separators = text.encode().translate(None, _ALL_BUT_SEPARATORS)
-    if separators == b" \0" * (len(merges) - 1) + b" ":
-        halves = set(text.replace(" ", "\0").split("\0"))
-        if halves <= known.keys() and _all_tokens(text.replace(" ", ""), vocabulary):
-            return
-    for pair in merges:
-        left, _, right = pair.partition(" ")
-        if left not in known or right not in known or left + right not in known:
-            raise ModelFormatError(
-                f"tokenizer.ggml.merges: {pair[:80]!r} does not join two tokens into a third"
-            )
-
-
-def _all_tokens(text: str, vocabulary: Vocabulary) -> bool:
-    """Whether all parts of `text`, separated by NUL, are tokens."""
-    # Most vocabularies list what the merges make in the order of the merges.
-    tokens = "\0".join(("", *vocabulary.tokens, ""))
-    in_order = f"\0{text}\0" in tokens and tokens.count("\0") == len(vocabulary) + 1
-    return in_order or set(text.split("\0")) <= vocabulary.ids.keys()

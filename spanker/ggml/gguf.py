@@ -19,7 +19,6 @@ import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from math import prod
 from types import MappingProxyType, TracebackType
 from typing import Any, overload
@@ -34,6 +33,7 @@ from spanker.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from spanker.ggml.native import string_ends, strings_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -159,11 +159,6 @@ class TensorInfo:
         return self.shape[-1] // self.type.block_weights * self.type.block_bytes
 
 
-# A byte that no UTF-8 text holds, and a table that makes it NUL.
-_NO_UTF8 = 0xFF
-_NO_UTF8_TO_NUL = bytes(range(_NO_UTF8)) + b"\0"
-
-
 class StringArray(Sequence[str]):
     """A string array of the metadata, decoded item by item as it is read.
 
@@ -171,16 +166,16 @@ class StringArray(Sequence[str]):
     is not UTF-8 raises `ModelFormatError`.
     """
 
-    __slots__ = ("_blob", "_ends", "_where")
+    __slots__ = ("_count", "_ends", "_where", "blob")
 
-    def __init__(self, blob: bytes, ends: npt.NDArray[np.int64], where: str) -> None:
-        # ends[i] is where item i ends; item i + 1 starts there with its 8-byte length.
-        self._blob = blob
-        self._ends = ends
+    def __init__(self, blob: bytes, count: int, where: str) -> None:
+        self.blob = blob  # as in the file: each item's length in 8 bytes, then the item
+        self._count = count
+        self._ends: npt.NDArray[np.int64] | None = None
         self._where = where
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -190,38 +185,31 @@ class StringArray(Sequence[str]):
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         i = range(len(self))[index]
-        start = int(self._ends[i - 1]) if i else 0
-        return self._decode(i, self._blob[start + 8 : int(self._ends[i])])
+        try:
+            return self._raw(i).decode()
+        except UnicodeDecodeError:
+            raise self.not_utf8(i) from None
 
     def tolist(self) -> list[str]:
-        """All items at once: much faster than one by one."""
-        found = self._short_items()
-        return list(self[:]) if found is None else found
+        """All items."""
+        return list(self[:])
 
-    def _short_items(self) -> list[str] | None:
-        """All items, decoded as one text; None unless that gives the same.
+    def not_utf8(self, index: int) -> ModelFormatError:
+        """The error for an item that is not UTF-8."""
+        return ModelFormatError(
+            f"{self._where}: item {index} is not UTF-8: {self._raw(index)[:40]!r}; "
+            "the file is corrupt"
+        )
 
-        It does if each has 1 to 255 bytes, none of them NUL: then all NULs are
-        of the lengths, seven each, and go; what is left of a length becomes
-        the only NUL.
-        """
-        starts = np.concatenate(([0], self._ends[:-1])) if len(self) else self._ends
-        lengths = self._ends - starts - 8
-        short = ((lengths > 0) & (lengths < 256)).all()
-        if not short or self._blob.count(0) != 7 * len(self):
-            return None
-        data = np.frombuffer(self._blob, np.uint8).copy()
-        data[starts] = _NO_UTF8
-        try:
-            items = data.tobytes().translate(_NO_UTF8_TO_NUL, b"\0").decode().split("\0")
-        except UnicodeDecodeError:
-            return None
-        # One too many: before the first NUL is nothing.
-        return items[1:] if len(items) == len(self) + 1 else None
+    def _raw(self, index: int) -> bytes:
+        if self._ends is None:  # most arrays are read only as a whole, natively
+            self._ends = string_ends(self.blob, self._count)
+        start = int(self._ends[index - 1]) if index else 0
+        return self.blob[start + 8 : int(self._ends[index])]
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, StringArray):
-            return self._blob == other._blob and np.array_equal(self._ends, other._ends)
+            return self.blob == other.blob and self._count == other._count
         if isinstance(other, (list, tuple)):
             return self.tolist() == list(other)
         return NotImplemented
@@ -230,14 +218,6 @@ class StringArray(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"<StringArray of {len(self)} strings>"
-
-    def _decode(self, index: int, raw: bytes) -> str:
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise ModelFormatError(
-                f"{self._where}: item {index} is not UTF-8: {raw[:40]!r}; the file is corrupt"
-            ) from None
 
 
 # Scalar value types of the metadata: number -> struct code and numpy type.
@@ -262,8 +242,6 @@ _SCALARS: Mapping[int, tuple[struct.Struct, np.dtype[Any]]] = MappingProxyType(
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-# Positions in so many bytes fit the cache, and memory that is allocated already.
-_SCAN_BYTES = 1 << 15
 
 
 class _Cursor:
@@ -349,27 +327,16 @@ class _Cursor:
                 f"{self.path}: {what} claims {count} strings, at most {MAX_ARRAY_STRINGS} are "
                 "allowed; the file is corrupt"
             )
-        start = pos = self.pos
+        start = self.pos
         self.take(8 * count, f"{what} ({count} strings)")
-        view, length_at = self.view, _U64.unpack_from
-        ends = _short_string_ends(view[start:], count)
-        if ends is not None:
-            pos = start + int(ends[-1])
-        else:
-            # Only the lengths are walked here (about 0.1 us each).
-            try:
-                walked = [pos := pos + 8 + length_at(view, pos)[0] for _ in repeat(None, count)]
-                ends = np.array(walked, np.int64) - start
-            except (struct.error, OverflowError):
-                pos = self.size + 1
-        self.pos = start
-        if ends is None or pos > self.size:
+        nbytes = strings_bytes(self.view[start:], count)
+        if nbytes is None:
             raise ModelFormatError(
                 f"{self.path}: {what} ({count} strings from byte {start}) runs past the end of "
                 f"the file at {self.size}; the file is truncated or corrupt: download it again"
             )
-        self.pos = pos
-        return StringArray(bytes(view[start:pos]), ends, f"{self.path}: {what}")
+        self.pos = start + nbytes
+        return StringArray(bytes(self.view[start : self.pos]), count, f"{self.path}: {what}")
 
     def unknown_kind(self, kind: int, what: str) -> ModelFormatError:
         return ModelFormatError(
@@ -380,39 +347,6 @@ class _Cursor:
         return ModelFormatError(
             f"{self.path}: {what} holds the bool {value}, expected 0 or 1; the file is corrupt"
         )
-
-
-def _short_string_ends(view: memoryview, count: int) -> npt.NDArray[np.int64] | None:
-    """Where each of the `count` strings at the start of `view` ends; None if that is not found.
-
-    Where an array of strings ends is known only from the lengths before each
-    of them.  But a string of 1 to 255 bytes begins with seven NULs after the
-    first byte of its length and has no others, so NULs show where they all
-    are; that they do is then checked.  A vocabulary takes a millisecond.
-    """
-    view = view[: (8 + 255) * count]
-    pieces: list[npt.NDArray[np.int32]] = []
-    missing = 7 * count
-    for start in range(0, len(view), _SCAN_BYTES):
-        if missing <= 0:
-            break
-        data = np.frombuffer(view[start : start + _SCAN_BYTES], np.uint8)
-        # 32 bits are enough: MAX_ARRAY_STRINGS short strings take 1.1 GB.
-        found = np.flatnonzero(data == 0)[:missing].astype(np.int32)
-        pieces.append(found + np.int32(start))
-        missing -= len(found)
-    if missing or not count:
-        return None
-    nuls = np.concatenate(pieces)
-    starts = nuls[::7].astype(np.int64) - 1
-    ends = starts + 8 + np.frombuffer(view, np.uint8)[starts]
-    is_a_chain = (
-        starts[0] == 0
-        and (starts[1:] == ends[:-1]).all()
-        and (nuls[6::7] - starts == 7).all()
-        and ends[-1] <= len(view)
-    )
-    return ends if is_a_chain else None
 
 
 class GGUFFile:
@@ -470,6 +404,9 @@ class GGUFFile:
             tensors[info.name] = info
         _check_overlap(self.path, tensors)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        if self._map is not None:
+            # All of it was copied: megabytes, with a large vocabulary.
+            self._map.madvise(mmap.MADV_DONTNEED, 0, cursor.pos)
 
     def tensor_data(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as a read-only (rows, row_bytes) view of the file.

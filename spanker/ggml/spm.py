@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import ModelFormatError, UnsupportedModelError
-from spanker.ggml.merging import WordCache, merge
+from spanker.ggml.native import NativeSPM
 from spanker.ggml.vocabulary import (
     TokenType,
     Vocabulary,
@@ -56,7 +56,6 @@ class SentencePiece:
         self._prefix = SPACE if add_space_prefix else ""
         self._unknown_id = unknown_id
         self._byte_of = _byte_tokens(vocabulary)
-        self._id_of_byte = [vocabulary.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> SentencePiece:
@@ -95,66 +94,40 @@ class SentencePiece:
         escaped = text.replace(" ", SPACE)
         if after_special:
             escaped = self._prefix + escaped
-        words = self._with_markup if markup else self._without_markup
-        return words.ids(self._split(escaped))
+        return (self._with_markup if markup else self._without_markup).encode(escaped)
 
     def token_bytes(self, id: int) -> bytes:
         kind = self._vocabulary.types[id]
-        token = self._vocabulary.tokens[id]
         if kind == TokenType.BYTE:
             return self._byte_of[id]
+        token = self._vocabulary.text(id)
         return (token.replace(SPACE, " ") if kind == TokenType.NORMAL else token).encode()
 
-    # Both are made when they are first needed.
+    # Both are made when they are first needed: types may change before that.
 
     @functools.cached_property
-    def _with_markup(self) -> WordCache:
-        return WordCache(functools.partial(self._encode_word, self._ranks()))
+    def _with_markup(self) -> NativeSPM:
+        return self._only(*TokenType)
 
     @functools.cached_property
-    def _without_markup(self) -> WordCache:
-        ranks = self._ranks()
-        for i in self._vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN):
-            del ranks[self._vocabulary.tokens[i]]
-        return WordCache(functools.partial(self._encode_word, ranks))
+    def _without_markup(self) -> NativeSPM:
+        return self._only(*(set(TokenType) - {TokenType.CONTROL, TokenType.UNKNOWN}))
 
-    def _ranks(self) -> dict[str, float]:
-        return dict(zip(self._vocabulary.tokens, (-self._scores).tolist(), strict=True))
-
-    def _encode_word(self, ranks: dict[str, float], word: str) -> tuple[int, ...]:
-        out: list[int] = []
-        for symbol in merge(list(word), ranks, ""):
-            if symbol in ranks:
-                out.append(self._vocabulary.ids[symbol])
-            else:
-                out += self._encode_bytes(symbol)
-        return tuple(out)
-
-    def _encode_bytes(self, char: str) -> list[int]:
-        ids = [self._id_of_byte[byte] for byte in char.encode()]
-        known = [i for i in ids if i is not None]
-        return known if len(known) == len(ids) else [self._unknown_id]
-
-    @functools.cached_property
-    def _split(self) -> Callable[[str], list[str]]:
-        """Cuts where no token reaches across: before spaces, save after the characters below."""
-        inside = {
-            before
-            for token in self._vocabulary.tokens
-            if SPACE in token.lstrip(SPACE)
-            for before in re.findall(f"([^{SPACE}]){SPACE}", token)
-        }
-        if not inside:
-            return re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+").findall
-        characters = "".join(map(re.escape, sorted(inside)))
-        body = f"(?:[^{SPACE}]+|(?<=[{characters}]){SPACE}+)+"
-        return re.compile(f"{SPACE}*{body}|{SPACE}+").findall
+    def _only(self, *kinds: TokenType) -> NativeSPM:
+        return NativeSPM.make(
+            self._vocabulary.native,
+            self._scores,
+            bytes(self._vocabulary.types),
+            kinds=kinds,
+            byte_ids=[self._vocabulary.find(f"<0x{byte:02X}>") for byte in range(256)],
+            unknown_id=self._unknown_id,
+        )
 
 
 def _byte_tokens(vocabulary: Vocabulary) -> dict[int, bytes]:
     out: dict[int, bytes] = {}
     for i in vocabulary.of_type(TokenType.BYTE):
-        token = vocabulary.tokens[i]
+        token = vocabulary.text(i)
         match = _BYTE_TOKEN.fullmatch(token)
         if match is None:
             raise ModelFormatError(

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import ModelFormatError, UnsupportedModelError
+from spanker.ggml import native
 from spanker.ggml.gguf import StringArray
 
-MAX_VOCABULARY = 1 << 21
+MAX_VOCABULARY = native.MAX_TOKENS
 
 
 class TokenType(enum.IntEnum):
@@ -33,39 +33,75 @@ class TokenType(enum.IntEnum):
     BYTE = 6
 
 
-@attrs.frozen
 class Vocabulary:
-    """All tokens, by id and by text.
+    """All tokens, by id and by text, and the merges of those that have some.
 
+    Their text is kept natively and becomes a `str` when it is asked for.
     `types` is mutable until the tokenizer is built: a token's text may tell
     more about its kind than the file does.
     """
 
-    tokens: list[str] = attrs.field(repr=False)
-    ids: dict[str, int] = attrs.field(repr=False)
-    types: bytearray = attrs.field(repr=False)
+    def __init__(self, tokens: native.NativeVocabulary, types: bytearray) -> None:
+        self.native = tokens
+        self.types = types
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.native)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object], *, types: TokenType) -> Vocabulary:
         """Read and check tokens and types; a type above `types` is refused.
 
-        Raises `ModelFormatError` and `UnsupportedModelError`.
+        Empty tokens get a name, as llama.cpp gives them.  Raises
+        `ModelFormatError` and `UnsupportedModelError`.
         """
         tokens = strings(metadata, "tokens")
         if not 1 <= len(tokens) <= MAX_VOCABULARY:
             raise ModelFormatError(
                 f"tokenizer.ggml.tokens holds {len(tokens)} tokens, expected 1..{MAX_VOCABULARY}"
             )
-        if "" in tokens:  # as llama.cpp does
-            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-        ids = dict(zip(tokens, range(len(tokens)), strict=True))
-        if len(ids) != len(tokens):
-            twice = Counter(tokens).most_common(1)[0][0]
-            raise ModelFormatError(f"tokenizer.ggml.tokens holds the token {twice[:40]!r} twice")
-        return cls(tokens, ids, _types(metadata, len(tokens), types))
+        try:
+            made = native.NativeVocabulary(tokens.blob, len(tokens))
+        except native.NotUTF8 as error:
+            raise tokens.not_utf8(error.index) from None
+        except native.TooMuchText:
+            raise ModelFormatError(
+                "tokenizer.ggml.tokens holds too much text, expected at most "
+                f"{native.MAX_VOCABULARY_BYTES} bytes"
+            ) from None
+        except native.FoundTwice:
+            named = (token or f"[EMPTY_{i}]" for i, token in enumerate(tokens))
+            twice = Counter(named).most_common(1)[0][0]
+            raise ModelFormatError(
+                f"tokenizer.ggml.tokens holds the token {twice[:40]!r} twice"
+            ) from None
+        return cls(made, _types(metadata, len(tokens), types))
+
+    def add_merges(self, metadata: Mapping[str, object]) -> None:
+        """Read and check the merges: each is two tokens with a space between, that together are a
+        token.  Raises `ModelFormatError`.
+        """
+        merges = strings(metadata, "merges")
+        if len(merges) > native.MAX_MERGES:
+            raise ModelFormatError(
+                f"tokenizer.ggml.merges holds {len(merges)} merges, expected at most "
+                f"{native.MAX_MERGES}"
+            )
+        try:
+            self.native.add_merges(merges.blob, len(merges))
+        except native.NotAMerge as error:
+            raise ModelFormatError(
+                f"tokenizer.ggml.merges: {merges[error.index][:80]!r} does not join two tokens "
+                "into a third"
+            ) from None
+
+    def text(self, id: int) -> str:
+        """The text of a token, which must be there."""
+        return self.native.token(id).decode()
+
+    def find(self, text: str) -> int | None:
+        """The id of the token with this text."""
+        return self.native.find(text.encode())
 
     def of_type(self, *kinds: TokenType) -> list[int]:
         """The ids of all tokens of these types, in order."""
@@ -92,14 +128,14 @@ def _types(metadata: Mapping[str, object], count: int, most: TokenType) -> bytea
 # --- keys by kind of value -----------------------------------------------------
 
 
-def strings(metadata: Mapping[str, object], name: str) -> list[str]:
-    """The strings under `tokenizer.ggml.<name>`, a list of the caller's own."""
+def strings(metadata: Mapping[str, object], name: str) -> StringArray:
+    """The strings under `tokenizer.ggml.<name>`."""
     key = f"tokenizer.ggml.{name}"
     value = metadata.get(key)
     if isinstance(value, StringArray):
-        return value.tolist()
+        return value
     if isinstance(value, Sequence) and all(type(item) is str for item in value):
-        return list(value)
+        return StringArray(native.join_strings(value), len(value), key)
     raise ModelFormatError(f"{key} is {brief(value)}, expected an array of strings")
 
 

@@ -27,7 +27,7 @@ from spanker.actors.card import (
     CardActor,
     KernelQueue,
 )
-from spanker.actors.channel import Channel, memory_channel_pair, unix_channel_pair
+from spanker.actors.channel import Channel, DirectRuns, memory_channel_pair, unix_channel_pair
 from spanker.actors.frame import DEFAULT_LIMITS, Deferred, FrameLimits, RawBuffer
 from spanker.actors.message import (
     PROTOCOL_VERSION,
@@ -61,11 +61,16 @@ from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
     CardError,
     CardFaultError,
+    CardLostError,
     ChannelClosedError,
     ModelError,
     SpankerError,
 )
+from spanker.kernels import program as op
+from spanker.kernels.elements import Element
+from spanker.native import lib
 
+STEP = op.encode_step([])
 PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
     "memory": memory_channel_pair,
     "unix": unix_channel_pair,
@@ -698,6 +703,144 @@ async def test_fences_out_of_order_are_a_crash_that_says_so() -> None:
         with pytest.raises(ChannelClosedError):
             await host.channel.receive()
     assert "card 4: fence 2 completed, 1 was next" in repr(host.crash)
+
+
+# --- runs without messages ----------------------------------------------------------------------
+
+
+class DirectHost:
+    """Calls the actor of a soft card that copies one window to another."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.device = host, host.device
+        self.windows = [self.device.window(16) for _ in range(2)]
+        handles = dict(zip(("from", "into"), self.windows, strict=True))
+        command = op.copy(Element.F32, op.Ref("into"), op.Ref("from"), count=4)
+        self.program = self.device.load_program(op.Program((command,), 1, 1, 1).encode(handles))
+        self.source, self.target = bytearray(b"0123456789abcdef"), bytearray(16)
+
+    def runs(self) -> DirectRuns:
+        runs = self.host.channel.reach()
+        assert runs is not None
+        return runs
+
+    def begin(self, program: int | None = None, target: Any = None) -> bool:
+        memory = (self.source, self.target if target is None else target)
+        lent = list(zip(self.windows, map(memoryview, memory), strict=True))
+        return self.runs().begin(self.program if program is None else program, STEP, lent)
+
+
+@asynccontextmanager
+async def direct_host() -> AsyncIterator[DirectHost]:
+    async with soft_card() as host:
+        await trio.testing.wait_all_tasks_blocked()
+        yield DirectHost(host)
+
+
+async def test_an_idle_actor_is_called_and_no_message_tells_of_it() -> None:
+    async with direct_host() as direct:
+        for turn in range(3 * QUEUE_MAX):
+            direct.source[0], direct.target[0] = turn, 255
+            done = None
+            with trio.testing.assert_no_checkpoints():
+                assert direct.begin()
+                while done is None:
+                    done = direct.runs().finish()
+            assert done.error is None and direct.target == direct.source
+        # It holds no memory any more, and serves as ever.
+        direct.source.clear()
+        direct.target.clear()
+        assert isinstance(await direct.host.ask(ReadCounters()), Counters)
+
+
+async def test_a_run_that_is_not_done_at_once_is_answered_by_a_message() -> None:
+    async with direct_host() as direct:
+        direct.device.hang()
+        assert direct.begin() and direct.runs().finish() is None
+        direct.runs().enter(77)
+        # Answers come in order, so nobody goes before it.
+        assert not direct.begin()
+        with pytest.raises(BufferError):
+            direct.target.clear()
+        lib.spk_card_plant(direct.device.handle, lib.SPK_PLANT_NONE)
+        answered, reply = await direct.host.channel.receive()
+        assert answered == 77 and isinstance(reply, StepDone)
+        await trio.testing.wait_all_tasks_blocked()
+        direct.target.clear()
+
+
+async def test_an_abort_brings_back_a_run_that_no_message_asked_for() -> None:
+    async with direct_host() as direct:
+        direct.device.hang()
+        assert direct.begin() and direct.runs().finish() is None
+        direct.runs().enter(77)
+        aborted = await direct.host.post(Abort(2))
+        got = dict([await direct.host.channel.receive() for _ in range(2)])
+        assert got[aborted] == Ok()
+        failure = got[77]
+        assert isinstance(failure, Failed) and failure.error == "CardAbortedError"
+
+
+async def test_what_cannot_be_begun_at_once_is_left_alone() -> None:
+    async with direct_host() as direct:
+        # It would be refused: whoever sends it as a message gets told.
+        for _ in range(2 * QUEUE_MAX):
+            assert not direct.begin(program=direct.program + 1)
+            assert not direct.begin(target=bytes(16))
+            assert not direct.begin(target=bytearray(15))
+        assert direct.device.counters().queued == 0
+        # It would have to wait for a write.
+        gate = Gate()
+        handle = await direct.host.alloc(4)
+        await direct.host.post(gate.write(handle))
+        await until(gate.started.is_set)
+        assert not direct.begin()
+        gate.go_on.set()
+        assert (await direct.host.channel.receive())[1] == Ok()
+        await trio.testing.wait_all_tasks_blocked()
+        assert direct.begin()
+        while (done := direct.runs().finish()) is None:
+            pass
+        assert done.error is None and direct.target == direct.source
+
+
+async def test_a_card_that_dies_fails_its_run_and_takes_no_other() -> None:
+    async with direct_host() as direct:
+        direct.device.hang()
+        assert direct.begin()
+        direct.device.kill()
+        if (done := direct.runs().finish()) is None:
+            direct.runs().enter(77)
+            answered, failure = await direct.host.channel.receive()
+            assert answered == 77 and isinstance(failure, Failed)
+            assert failure.error == "CardLostError"
+        else:
+            assert isinstance(done.error, CardLostError)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not direct.begin()
+
+
+async def test_a_full_queue_takes_nothing_at_once() -> None:
+    device = FakeDevice()
+    queue = KernelQueue(device, 1)
+    assert await queue.submit(1, b"") == 1
+    with pytest.raises(trio.WouldBlock):
+        queue.submit_nowait(1, b"", ())
+    order: list[int] = []
+
+    async def submit() -> None:
+        order.append(await queue.submit(1, b""))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(submit)
+        await trio.testing.wait_all_tasks_blocked()
+        device.finish()
+        assert [c.fence for c in await queue.completed()] == [1]
+        # The slot is another's already.
+        with pytest.raises(trio.WouldBlock):
+            queue.submit_nowait(1, b"", ())
+    assert order == [2]
+    device.close()
 
 
 # --- the queue alone -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from waiting import until
 
 from spanker.actors.channel import (
     Channel,
+    MemoryChannel,
     StreamChannel,
     memory_channel_pair,
     unix_channel_pair,
@@ -429,7 +430,6 @@ async def test_a_listener_changes_nothing_but_who_takes_a_message(pair: Pair) ->
                 await trio.sleep(0.0001)
 
     b.listen(listener)
-    a.nudge()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
         for number in range(400):
@@ -445,29 +445,67 @@ async def test_a_listener_changes_nothing_but_who_takes_a_message(pair: Pair) ->
 async def test_a_memory_channel_offers_messages_to_an_idle_listener_only() -> None:
     a, b = memory_channel_pair()
     heard: list[int] = []
-    nudges: list[int] = []
 
     def listener(request_id: int, message: object) -> bool:
         heard.append(request_id)
         return True
 
-    b.listen(listener, lambda: nudges.append(1))
-    assert a.try_send(Ok(), 1) and not a.reaches_listener() and not heard
+    b.listen(listener)
+    assert a.try_send(Ok(), 1) and not heard
     assert await b.receive() == (1, Ok())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(b.receive)
         await trio.testing.wait_all_tasks_blocked()
-        assert a.reaches_listener() and a.try_send(Ok(), 2) and heard == [2]
+        assert a.try_send(Ok(), 2) and heard == [2]
         with pytest.raises(LocalProtocolError):
             a.try_send(Abort(-1), 3)
-        a.nudge()
-        assert nudges == [1]
         await a.send(Ok(), 4)
     await a.aclose()
-    a.nudge()
     with pytest.raises(ChannelClosedError):
         a.try_send(Ok(), 5)
-    assert heard == [2] and nudges == [1]
+    assert heard == [2]
+
+
+async def test_what_one_end_exposes_is_reached_in_memory_while_it_is_idle(pair: Pair) -> None:
+    a, b = pair
+    runs = Runs()
+    b.expose(runs)
+    assert a.reach() is None and b.reach() is None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(b.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        assert a.reach() is (runs if isinstance(a, MemoryChannel) else None)
+        # Whatever was sent comes first.
+        await a.send(Ok(), 1)
+        if not a.try_send(Ok(), 2):
+            await a.send(Ok(), 2)
+        assert a.reach() is None
+    assert a.reach() is None
+    assert await b.receive() == (2, Ok())
+
+    async def receive_until_the_end() -> None:
+        with pytest.raises(ChannelClosedError):
+            await b.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive_until_the_end)
+        await trio.testing.wait_all_tasks_blocked()
+        assert a.reach() is (runs if isinstance(a, MemoryChannel) else None)
+        await a.aclose()
+        assert a.reach() is None
+
+
+class Runs:
+    """Never called."""
+
+    def begin(self, program: int, parameters: object, lent: object) -> bool:
+        raise AssertionError
+
+    def finish(self) -> None:
+        raise AssertionError
+
+    def enter(self, request_id: int) -> None:
+        raise AssertionError
 
 
 async def test_try_send_does_not_overtake_who_waits_to_send(pair: Pair) -> None:

@@ -24,6 +24,8 @@ from spanker.actors.message import (
     Message,
     Ok,
     ReadBuffer,
+    RunLent,
+    StepDone,
     WriteBuffers,
 )
 from spanker.errors import (
@@ -293,6 +295,69 @@ async def test_a_cancelled_post_has_sent_nothing_and_holds_up_nobody() -> None:
         await card.send(Ok(), request_id)
         await until(lambda: told)
         assert told == [Ok()]
+
+
+class Runs:
+    """What an actor exposes; nobody calls it here."""
+
+    def begin(self, program: int, parameters: object, lent: object) -> bool:
+        raise AssertionError
+
+    def finish(self) -> None:
+        raise AssertionError
+
+    def enter(self, request_id: int) -> None:
+        raise AssertionError
+
+
+RUN = RunLent(4, (7,), buffers=(b"p",))
+
+
+async def test_an_idle_actor_is_reached_until_the_client_has_failed() -> None:
+    async with connected("memory") as (client, card):
+        runs, told = Runs(), list[object]()
+        card.expose(runs)
+        assert client.reach() is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(card.receive)
+            await trio.testing.wait_all_tasks_blocked()
+            assert client.reach() is runs
+            await card.send(StepDone(1, 2), client.expect(RUN, told.append))
+            await until(lambda: told)
+            assert told == [StepDone(1, 2)]
+            # Who expects a reply and hears of the end gets that for one.
+            client.expect(RUN, told.append)
+            client.fail(CardHungError("stuck", card=5))
+            assert isinstance(told[-1], CardHungError)
+            assert client.reach() is None
+            nursery.cancel_scope.cancel()
+
+
+async def test_an_actor_is_not_reached_past_requests_that_wait_to_be_written() -> None:
+    async with connected("memory") as (client, card):
+        card.expose(Runs())
+        # One more than there is room for.
+        for epoch in range(100, 117):
+            await client.post(Abort(epoch), lambda reply: None)
+        for _ in range(16):
+            await card.receive()
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(card.receive)
+                assert client.reach() is None
+                await trio.testing.wait_all_tasks_blocked()
+            assert client.reach() is not None
+            nursery.cancel_scope.cancel()
+
+
+async def test_nobody_is_reached_over_a_stream() -> None:
+    async with connected("unix") as (client, card):
+        card.expose(Runs())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(card.receive)
+            await trio.testing.wait_all_tasks_blocked()
+            assert client.reach() is None
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_post_after_the_end_tells_its_callback(ends: Ends) -> None:

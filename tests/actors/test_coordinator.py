@@ -294,7 +294,7 @@ async def test_a_cancelled_step_begins_a_new_epoch_and_the_next_one_works(
                     nursery.start_soon(coordinator.step, loaded, [whole(list(range(60)))])
                     # Before it has begun, and at later and later moments of it.
                     if turn:
-                        await until(coordinator._locks._locks[0].locked)
+                        await until(lambda: coordinator._locks.taken(0))
                     for _ in range(turn // 2):
                         await trio.lowlevel.checkpoint()
                     scope.cancel()

@@ -122,10 +122,8 @@ def test_no_mapping_outlives_its_buffers(mapping: CardDevice, fd: int, tmp_path:
     a, b, c = (mapping.alloc(4096) for _ in range(3))
     mapping.map_file(fd, [(a, 0, 4096), (b, 4096, 4096)])
     mapping.map_file(fd, [(c, 0, 4096)])
-    assert mappings() == 2
-    mapping.free(a)
-    assert mappings() == 2
-    mapping.free(b)
     assert mappings() == 1
-    mapping.close()
-    assert mappings() in (0, 1)  # with the last card of its rig
+    for handle in (a, b, c):
+        assert mappings() == 1
+        mapping.free(handle)
+    assert mappings() == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from merging_oracle import BYTES
+from tokenizers import pre_tokenizers
 
 from spanker.errors import ModelFormatError, RequestError, UnsupportedModelError
-from spanker.ggml.bpe import PRE_TOKENIZERS
+from spanker.ggml.bpe import PRE_TOKENIZERS, PreTokenizer
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.tokenizer import Tokenizer
 
@@ -27,17 +31,6 @@ APACHE = Path("/usr/share/common-licenses/Apache-2.0")
 def smollm2(smollm2_path: Path) -> Tokenizer:
     with GGUFFile(smollm2_path) as file:
         return Tokenizer.from_metadata(file.metadata)
-
-
-def byte_char(byte: int) -> str:
-    """GPT-2's character for a byte, by its rule: the unprintable ones follow U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
-
-
-BYTES = [byte_char(byte) for byte in range(256)]  # in byte order: id == byte
 
 
 def tiny(
@@ -314,6 +307,18 @@ def test_words_equal_the_slow_splitter(pre: str, split: Split) -> None:
         assert PRE_TOKENIZERS[pre].split(text) == split(text)
 
     check()
+
+
+@pytest.mark.parametrize("pattern", sorted({pre.pattern for pre in PRE_TOKENIZERS.values()}))
+def test_lines_are_cut_into_words_as_the_whole_text_is(pattern: str) -> None:
+    seed = 11
+    print("seed", seed)
+    rng = random.Random(seed)
+    whole = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    for _ in range(1000):
+        text = "é" + "".join(rng.choices("aSé 1'.\n\n\r\t中", k=40))
+        expected = [word for word, _ in whole.pre_tokenize_str(text)]
+        assert PreTokenizer(pattern).split(text) == expected, text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

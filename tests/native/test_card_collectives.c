@@ -201,7 +201,7 @@ static void a_step_works_on_what_it_was_lent(void)
             ;
         CHECK(spk_card_completion(card, &done));
         CHECK_EQUAL(done.status, SPK_OK);
-        CHECK(card->buffers[window].lent == NULL);
+        CHECK(card->buffers[window].memory == NULL);
         CHECK_EQUAL(spk_card_read(card, y, 0, got, BYTES), SPK_OK);
         for (int i = 0; i < ELEMENTS; i++) {
             CHECK(got[i] == (float)(i * 3 + round));
@@ -229,7 +229,7 @@ static void an_aborted_step_lets_go(void)
     CHECK_EQUAL(lend(handle, &lent, 1), SPK_OK);
     CHECK_EQUAL(lend(handle, &lent, 1), SPK_OK);
     CHECK_EQUAL(spk_card_step(card), SPK_STEP_WAITING);
-    CHECK(card->buffers[window].lent == memory);
+    CHECK(card->buffers[window].memory == memory);
     CHECK_EQUAL(spk_card_abort(card, 2), SPK_OK);
     while (spk_card_step(card) == SPK_STEP_RAN)
         ;
@@ -237,7 +237,7 @@ static void an_aborted_step_lets_go(void)
         CHECK(spk_card_completion(card, &done));
         CHECK_EQUAL(done.status, SPK_E_ABORTED);
     }
-    CHECK(card->buffers[window].lent == NULL);
+    CHECK(card->buffers[window].memory == NULL);
     free(memory);
     CHECK_EQUAL(spk_card_unload_program(card, handle), SPK_OK);
 }

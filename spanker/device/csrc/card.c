@@ -255,7 +255,7 @@ static int enter_locked(struct spk_card *c, const struct spk_range *ranges, size
         status = enter_buffer(c, slot,
                               (struct buffer){.offset = r->offset,
                                               .bytes = r->nbytes,
-                                              .lent = true,
+                                              .entered = true,
                                               .memory = c->ddr + r->offset});
         if (status != SPK_OK)
             break;
@@ -327,7 +327,7 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
         status = SPK_E_BUSY;
     } else {
         uint64_t bytes = b->window ? 0 : align_up(b->bytes);
-        if (bytes && !b->lent)
+        if (bytes && !b->lent && !b->entered)
             empty(c, b);
         c->ddr_used -= bytes;
         b->bytes = 0;
@@ -336,30 +336,44 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
     return status;
 }
 
-int spk_card_lend(struct spk_card *c, uint32_t handle, void *memory, uint64_t nbytes)
+int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint64_t nbytes)
 {
     int status = SPK_OK;
     if (is_dead(c))
         return SPK_E_LOST;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
-    if (!b || b->window)
+    if (!b || b->window || b->entered)
         status = SPK_E_HANDLE;
     else if (!memory || (uintptr_t)memory % SPK_LENT_ALIGN || nbytes != b->bytes)
         status = SPK_E_BOUNDS;
     else if (c->queue_count || b->users)
         status = SPK_E_BUSY; /* the engine may be looking at the table, and a program at the bytes */
     else {
-        if (!b->lent)
+        /* Clearing would touch its first and last page. */
+        if (!b->lent && b->used)
             empty(c, b);
         b->lent = true;
-        b->memory = memory;
+        b->memory = writable(memory);
+        atomic_store(&c->small_pages, true);
     }
     pthread_mutex_unlock(&c->mutex);
     return status;
 }
 
-static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, uint8_t **at)
+/* Moves the bytes of a lent buffer to its place in the DDR. */
+static void own(struct spk_card *c, struct buffer *b)
+{
+    uint8_t *place = c->ddr + b->offset;
+    pages_before_write(c, place, b->bytes);
+    memcpy(place, b->memory, b->bytes);
+    b->memory = place;
+    b->lent = false;
+    b->used = true;
+}
+
+static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, bool write,
+                  uint8_t **at)
 {
     int status = SPK_OK;
     if (is_dead(c))
@@ -370,8 +384,12 @@ static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t
         status = SPK_E_HANDLE;
     else if (offset > b->bytes || nbytes > b->bytes - offset)
         status = SPK_E_BOUNDS;
-    else
+    else {
+        if (write && b->lent)
+            own(c, b);
+        b->used |= write;
         *at = b->memory + offset;
+    }
     pthread_mutex_unlock(&c->mutex);
     return status;
 }
@@ -380,7 +398,7 @@ int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const v
                    uint64_t nbytes)
 {
     uint8_t *at;
-    int status = locate(c, handle, offset, nbytes, &at);
+    int status = locate(c, handle, offset, nbytes, true, &at);
     if (status == SPK_OK && nbytes) {
         pages_before_write(c, at, nbytes);
         memcpy(at, data, nbytes);
@@ -391,7 +409,7 @@ int spk_card_write(struct spk_card *c, uint32_t handle, uint64_t offset, const v
 int spk_card_place(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes, void **out)
 {
     uint8_t *at = NULL;
-    int status = locate(c, handle, offset, nbytes, &at);
+    int status = locate(c, handle, offset, nbytes, true, &at);
     if (status == SPK_OK && nbytes)
         pages_before_write(c, at, nbytes);
     *out = at;
@@ -401,13 +419,13 @@ int spk_card_place(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_
 int spk_card_can_read(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t nbytes)
 {
     uint8_t *at;
-    return locate(c, handle, offset, nbytes, &at);
+    return locate(c, handle, offset, nbytes, false, &at);
 }
 
 int spk_card_read(struct spk_card *c, uint32_t handle, uint64_t offset, void *data, uint64_t nbytes)
 {
     uint8_t *at;
-    int status = locate(c, handle, offset, nbytes, &at);
+    int status = locate(c, handle, offset, nbytes, false, &at);
     if (status == SPK_OK && nbytes)
         memcpy(data, at, nbytes);
     return status;
@@ -445,6 +463,16 @@ static int load_locked(struct spk_card *c, struct program *p, uint32_t *handle, 
     }
     if (p->table)
         program_translate(p);
+    uint32_t command = 0;
+    int ref = 0;
+    for (struct buffer *b; (b = program_next_written(c, p, &command, &ref));)
+        if (b->lent) {
+            if (c->queue_count) {
+                snprintf(why, 256, "a buffer that it writes to must move while another runs");
+                return SPK_E_BUSY;
+            }
+            own(c, b);
+        }
     program_count_users(c, p, 1);
     c->programs[slot] = p;
     *handle = slot;

@@ -14,7 +14,9 @@ struct buffer {
     uint64_t offset, bytes; /* bytes is what was asked for; 0 marks a free slot */
     uint32_t users;         /* programs that refer to it, and steps that will read it */
     bool window;            /* nothing of the DDR is its own */
-    bool lent;              /* its place in the DDR is empty: its bytes are the host's; or a front's */
+    bool used;              /* the host has written to it, or a program has named it */
+    bool lent;              /* its place in the DDR is empty: its bytes are the host's, to be read */
+    bool entered;           /* on a range of the DDR that a front keeps */
     uint8_t *memory;        /* its bytes; a window's only while a step runs */
 };
 
@@ -116,6 +118,7 @@ struct spk_card {
     uint64_t huge_pages;
     _Atomic int64_t pages_waited_ns;  /* for huge pages, more than they may take; less: below 0 */
     _Atomic uint64_t to_collapse;     /* so many pages are small and should be huge */
+    _Atomic bool small_pages;         /* its weights are lent: what else it is given needs no huge ones */
     _Atomic uint64_t last_write_ns;   /* when a large write last began */
     _Atomic uint64_t ddr_used;
     int event_fd;
@@ -186,6 +189,9 @@ int step_check(const struct program *p, const uint8_t *params, size_t nbytes, ch
 void step_bind(struct execution *run);
 size_t program_scratch_bytes(const struct program *p);
 void program_count_users(struct spk_card *c, const struct program *p, int delta);
+/* The next buffer from *command on, and from *ref of it, that the program may write to, or NULL. */
+struct buffer *program_next_written(struct spk_card *c, const struct program *p, uint32_t *command,
+                                    int *ref);
 
 /* execute.c: one slice of the current command.  Returns SPK_OK or a fault; *done says whether
  * the command is finished and *waiting whether it could not move. */

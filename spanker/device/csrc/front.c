@@ -22,7 +22,7 @@
 /* One call does so much, then registers are answered again. */
 #define POLL_BUDGET_NS 5000000u
 #define FLAP_NS 10000000u
-#define EPOCH_MAX 0x7fffffffu
+#define EPOCH_MAX 0xfffffffeu /* the core's one is ~0 while it restarts */
 #define TEMPERATURE_MC 45000
 #define READ_BYTES_MAX ((uint64_t)64 << 20) /* of a RUN's reads together */
 
@@ -1075,7 +1075,7 @@ static void write_epoch(struct spk_front *f, uint32_t epoch)
 static void write_command_tail(struct spk_front *f, uint32_t tail)
 {
     f->commands.tail = tail;
-    if (is_running(f) && tail - f->commands.head > f->commands.entries)
+    if (f->enabled && tail - f->commands.head > f->commands.entries)
         fail(f, SAIL_FAILURE_RING);
 }
 
@@ -1085,7 +1085,7 @@ static void write_completion_head(struct spk_front *f, uint32_t head)
     struct ring_registers *r = &f->completions;
     bool good = head - r->head <= r->tail - r->head;
     r->head = head;
-    if (is_running(f) && !good)
+    if (f->enabled && !good)
         fail(f, SAIL_FAILURE_RING);
 }
 

@@ -114,10 +114,10 @@ static void before_write(struct spk_card *c, uint64_t page, bool large, uint8_t 
 
 void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 {
-    if (!c->mapping || at < c->ddr || at >= c->ddr + c->ddr_bytes)
-        return; /* the host's memory, whose pages they are */
+    if (!c->mapping)
+        return; /* a front's memory, whose pages are its own */
     uint64_t begin = (uint64_t)(at - c->ddr), end = begin + nbytes;
-    bool large = nbytes >= LARGE_WRITE;
+    bool large = nbytes >= LARGE_WRITE && !atomic_load(&c->small_pages);
     /* Before a page can be found to collapse: the settler begins so much later. */
     if (large)
         atomic_store(&c->last_write_ns, (uint64_t)clock_ns(CLOCK_MONOTONIC));

@@ -561,10 +561,32 @@ void program_translate(struct program *p)
     p->table = NULL;
 }
 
+/* Whether an operation writes to nothing but its last operand; in doubt it does. */
+static bool only_writes_last(uint16_t op)
+{
+    return op == SPK_OP_MATMUL || op == SPK_OP_EMBED || op == SPK_OP_RMSNORM ||
+           op == SPK_OP_LINK_SEND;
+}
+
+struct buffer *program_next_written(struct spk_card *c, const struct program *p, uint32_t *command,
+                                    int *ref)
+{
+    for (; *command < p->header.commands; ++*command, *ref = 0) {
+        const struct spk_command *cmd = &p->commands[*command];
+        for (; *ref < 4; ++*ref)
+            if (refs_of[cmd->op] >> *ref & 1 && (*ref == 3 || !only_writes_last(cmd->op)))
+                return &c->buffers[cmd->ref[(*ref)++].buffer];
+    }
+    return NULL;
+}
+
 void program_count_users(struct spk_card *c, const struct program *p, int delta)
 {
     for (uint32_t i = 0; i < p->header.commands; i++)
         for (int r = 0; r < 4; r++)
-            if (refs_of[p->commands[i].op] & (1u << r))
-                c->buffers[p->commands[i].ref[r].buffer].users += (uint32_t)delta;
+            if (refs_of[p->commands[i].op] & (1u << r)) {
+                struct buffer *b = &c->buffers[p->commands[i].ref[r].buffer];
+                b->users += (uint32_t)delta;
+                b->used = true;
+            }
 }

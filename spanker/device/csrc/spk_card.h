@@ -202,8 +202,9 @@ int spk_card_window(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
 /* From now on the bytes of a buffer are these, until it is freed: all of it, where nothing is queued
  * and no program refers to it.  It takes as much of the DDR as before.  The memory is aligned to
- * SPK_LENT_ALIGN and stays until then; it is the card's alone, which may write to it. */
-int spk_card_lend(struct spk_card *card, uint32_t handle, void *memory, uint64_t nbytes);
+ * SPK_LENT_ALIGN and stays until then.  It is only read: where the host writes to the buffer, or a
+ * program that may is loaded, its bytes move into the DDR. */
+int spk_card_lend(struct spk_card *card, uint32_t handle, const void *memory, uint64_t nbytes);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);
 /* Where these bytes of a buffer are, until it is freed, for a host that writes all of them itself:

@@ -579,8 +579,12 @@ static void welcome(struct session *s)
 {
     struct timeval patience = {.tv_sec = SEND_TIMEOUT_S};
     int client = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC);
-    if (client < 0)
+    if (client < 0) {
+        /* It may be out of descriptors, and would be asked again at once. */
+        struct timespec pause = {.tv_nsec = 10000000};
+        nanosleep(&pause, NULL);
         return;
+    }
     if (madvise(s->ddr, s->ddr_bytes, MADV_REMOVE) != 0)
         memset(s->ddr, 0, s->ddr_bytes);
     setsockopt(client, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);

@@ -155,7 +155,7 @@ class VirtualCard(SoftCard):
         native = self._finished(work)
         if native is None:
             return Outcome.STUCK
-        self._complete(attrs.evolve(native, busy_ns=work.busy_ps // PS_PER_NS))
+        self._complete(native._replace(busy_ns=work.busy_ps // PS_PER_NS))
         if native.error is None:
             return Outcome.DONE
         self._fail(self.rig.engine.behind(self.number), lib.SPK_E_ABORTED)
@@ -168,7 +168,7 @@ class VirtualCard(SoftCard):
             self._take_native()
             reads = self._reads_of.pop(fence)
             data = tuple(answer(work.program.results, read) for read in reads)
-            return attrs.evolve(self._native.pop(fence), data=data)
+            return self._native.pop(fence)._replace(data=data)
         if fence not in self._native:
             self.rig.step_until(self, fence)
         return self._native.pop(fence, None)
