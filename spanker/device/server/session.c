@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <time.h>
@@ -574,7 +573,6 @@ static void disconnect(struct session *s)
     spk_front_power_cycle(s->front);
 }
 
-/* Once nothing runs on the card: the next host finds none of the last one's bytes. */
 static void welcome(struct session *s)
 {
     struct timeval patience = {.tv_sec = SEND_TIMEOUT_S};
@@ -585,8 +583,6 @@ static void welcome(struct session *s)
         nanosleep(&pause, NULL);
         return;
     }
-    if (madvise(s->ddr, s->ddr_bytes, MADV_REMOVE) != 0)
-        memset(s->ddr, 0, s->ddr_bytes);
     setsockopt(client, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     s->client = client;
 }
