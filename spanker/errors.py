@@ -150,6 +150,14 @@ class CardError(SpankerError):
         self.card = card
 
 
+class DriverError(CardError):
+    """The kernel module is not loaded or of another version, or a device cannot be opened."""
+
+
+class FirmwareError(CardError):
+    """A firmware image is malformed, damaged, or made for other cards."""
+
+
 class CardMemoryError(CardError):
     """An allocation, or a whole plan, does not fit into a card's DDR."""
 

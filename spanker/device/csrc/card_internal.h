@@ -16,7 +16,7 @@ struct buffer {
     bool window;            /* nothing of the DDR is its own */
     bool used;              /* the host has written to it, or a program has named it */
     bool lent;              /* its place in the DDR is empty: its bytes are the host's, to be read */
-    bool entered;           /* on a range of the DDR that a front keeps */
+    bool entered;           /* its place in the DDR is a front's, which may have entered it twice */
     uint8_t *memory;        /* its bytes; a window's only while a step runs */
 };
 
