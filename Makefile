@@ -17,7 +17,8 @@ SERVER := build/spanker-card-server
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build demo test test-long test-driver test-driver-debug check check-python check-c check-sanitize bench clean
+.PHONY: help build card-server demo test test-long test-driver test-driver-debug
+.PHONY: check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +66,8 @@ check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour
 
 bench: $(INSTALLED)  ## measure beside the machine's limits, and llama.cpp (BENCH_ARGS=... adds options)
 	$(BIN)/python bench/roofline.py $(BENCH_ARGS)
+
+card-server: $(SERVER)  ## build spanker-card-server: emulated cards on QEMU's PCI bus
 
 $(SERVER): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/server/*.[ch] driver/include/*.h) tools/build_card_server.py
 	$(BIN)/python tools/build_card_server.py --cc "$(CC)" $@

@@ -110,10 +110,10 @@ def libraries(machine: str) -> list[Library]:
     return [library for library in found if library.sources]
 
 
-def card_server(machine: str) -> tuple[Library, ...]:
+def card_server(machine: str) -> list[Library]:
     """What spanker-card-server is linked from, in link order: its own sources come first."""
-    isas = libraries(machine)
-    return (Library("spk_server", SERVER, isas[0].isa_flags), *isas)
+    parts = [library for library in libraries(machine) if library.directory != VOCABULARY]
+    return [Library("spk_server", SERVER, parts[0].isa_flags), *parts]
 
 
 # A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
@@ -123,7 +123,9 @@ LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 def headers() -> list[str]:
     """Every header: each object depends on all of them, which is cheap and never wrong."""
     return sorted(
-        path for top in (*INCLUDE_DIRS, SERVER) for path in glob.glob(f"{top}/**/*.h", recursive=True)
+        path
+        for top in (*INCLUDE_DIRS, SERVER)
+        for path in glob.glob(f"{top}/**/*.h", recursive=True)
     )
 
 

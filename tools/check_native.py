@@ -42,7 +42,8 @@ ENVIRONMENT = {
 
 def check_warnings(compiler: str, machine: str | None) -> None:
     name = os.path.basename(shlex.split(compiler)[0])
-    libraries = native["card_server"](machine or platform.machine().lower())
+    machine = machine or platform.machine().lower()
+    libraries = [*native["libraries"](machine), native["card_server"](machine)[0]]
     objects = compile_all(compiler, OUT / name, ["-Werror"], [], libraries)
     print(f"check-c: {len(objects)} C files without a warning ({name})")
 

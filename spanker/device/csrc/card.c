@@ -343,7 +343,7 @@ int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint6
         return SPK_E_LOST;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
-    if (!b || b->window)
+    if (!b || b->window || b->entered)
         status = SPK_E_HANDLE;
     else if (!memory || (uintptr_t)memory % SPK_LENT_ALIGN || nbytes != b->bytes)
         status = SPK_E_BOUNDS;

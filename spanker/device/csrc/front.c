@@ -22,7 +22,7 @@
 /* One call does so much, then registers are answered again. */
 #define POLL_BUDGET_NS 5000000u
 #define FLAP_NS 10000000u
-#define EPOCH_MAX 0x7fffffffu
+#define EPOCH_MAX 0xfffffffeu /* the core's one is ~0 while it restarts */
 #define TEMPERATURE_MC 45000
 #define READ_BYTES_MAX ((uint64_t)64 << 20) /* of a RUN's reads together */
 
@@ -89,6 +89,7 @@ struct spk_front {
     uint64_t peers[SAIL_LINKS_MAX];
 
     bool enabled, resetting, gone;
+    bool powered_off; /* until the end of the reset: the DDR is to be empty then */
     uint32_t generation, failure, watchdog_ms;
     struct ring_registers commands, completions;
     uint64_t last_fence;
@@ -313,13 +314,20 @@ static void do_unload(struct spk_front *f, struct entry *e)
     finish(f, e, SAIL_OK, 0);
 }
 
-/* Whole pages go back to the system, where it takes them (MADV_REMOVE: of a shared mapping). */
+/* Gives pages of a shared mapping back to the system, which shows zeros from then on.  An emulator of
+ * user space takes this for a hint that it may ignore: so one byte is looked at. */
+static bool give_back(uint8_t *at, uint64_t nbytes)
+{
+    *(volatile uint8_t *)at = 1;
+    return madvise(at, nbytes, MADV_REMOVE) == 0 && *(volatile uint8_t *)at == 0;
+}
+
 static void clear_ddr(struct spk_front *f, uint64_t offset, uint64_t nbytes)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = offset + nbytes;
     uint64_t first = (offset + page - 1) / page * page, last = end / page * page;
     uint8_t *ddr = f->core->ddr;
-    if (first >= last || madvise(ddr + first, last - first, MADV_REMOVE) != 0) {
+    if (first >= last || !give_back(ddr + first, last - first)) {
         memset(ddr + offset, 0, nbytes);
         return;
     }
@@ -769,6 +777,9 @@ static void end_reset(struct spk_front *f)
         release_slot(f, &f->slots[i]);
     free(f->image);
     f->image = NULL;
+    if (f->powered_off)
+        clear_ddr(f, 0, f->core->ddr_bytes);
+    f->powered_off = false;
     for (uint32_t i = 0; i < f->links; i++) {
         struct end *end = &f->ends[i];
         spk_card_link_bytes(f->core, i, &end->tx, &end->rx);
@@ -789,6 +800,7 @@ void spk_front_reset(struct spk_front *f)
 void spk_front_power_cycle(struct spk_front *f)
 {
     f->gone = false;
+    f->powered_off = true;
     f->generation = 0;
     begin_reset(f);
 }
@@ -1075,7 +1087,7 @@ static void write_epoch(struct spk_front *f, uint32_t epoch)
 static void write_command_tail(struct spk_front *f, uint32_t tail)
 {
     f->commands.tail = tail;
-    if (is_running(f) && tail - f->commands.head > f->commands.entries)
+    if (f->enabled && tail - f->commands.head > f->commands.entries)
         fail(f, SAIL_FAILURE_RING);
 }
 
@@ -1085,7 +1097,7 @@ static void write_completion_head(struct spk_front *f, uint32_t head)
     struct ring_registers *r = &f->completions;
     bool good = head - r->head <= r->tail - r->head;
     r->head = head;
-    if (is_running(f) && !good)
+    if (f->enabled && !good)
         fail(f, SAIL_FAILURE_RING);
 }
 

@@ -47,7 +47,7 @@ uint32_t spk_front_read(struct spk_front *front, uint64_t offset, uint32_t size)
 void spk_front_write(struct spk_front *front, uint64_t offset, uint32_t size, uint32_t value);
 /* As writing SAIL_CONTROL_RESET: a reset of the function by PCI's own means. */
 void spk_front_reset(struct spk_front *front);
-/* Power off and on: what even a reset leaves is gone, too. */
+/* Power off and on: what even a reset leaves is gone, too, and the DDR is all zeros. */
 void spk_front_power_cycle(struct spk_front *front);
 /* Whether the card has been taken out: reads answer all ones. */
 bool spk_front_is_gone(const struct spk_front *front);

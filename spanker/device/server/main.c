@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -338,6 +339,16 @@ static void stop(struct server *server)
     close(server->stop_fd);
 }
 
+/* Each piece of memory that a client shares is a descriptor. */
+static void allow_descriptors(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static struct server server;
@@ -352,6 +363,7 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGTERM);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     umask(077);
+    allow_descriptors();
     for (uint32_t i = 0; i < SAIL_LINKS_MAX; i++) {
         struct session *s = &server.cards[i].session;
         s->listener = s->ddr_fd = s->client = -1;

