@@ -127,20 +127,18 @@ def _state(info: uapi.Info) -> str:
 def _show_cards(seen: Survey) -> None:
     if seen.cards:
         terminal.emit("")
-        columns = (">card", "serial", "sku", "name", ">memory", ">free", ">links up", ">resets")
-        cards = terminal.table(*columns, ">°C", "state")
+        columns = (">card", "serial", "sku", ">memory", ">free", ">links", ">resets", "state")
+        cards = terminal.table(*columns)
         for card in seen.cards:
             info = card.info
             cards.add_row(
                 str(info.number),
                 f"{info.serial:016x}",
                 info.sku,
-                info.name,
                 terminal.size(info.ddr_bytes),
                 terminal.size(info.ddr_free),
-                f"{card.links_up} of {info.links}",
+                f"{card.links_up} of {card.peers} up",
                 str(info.generation),
-                f"{card.temperature_mc / 1000:.0f}",
                 _state(info),
             )
         terminal.show(cards)
@@ -158,6 +156,7 @@ def _driver_json(seen: Survey) -> dict[str, object]:
                 "serial": f"{card.info.serial:016x}",
                 "emulated": card.info.emulated,
                 "failed": card.info.failed,
+                "peers": card.peers,
                 "links_up": card.links_up,
                 "temperature_mc": card.temperature_mc,
             }

@@ -14,9 +14,11 @@ from spanker.errors import SpankerError
 
 @attrs.frozen
 class SeenCard:
-    """A card that was opened for a moment; `links_up` of its links lead somewhere and are up."""
+    """A card that was opened for a moment: `peers` of its links lead to another card, `links_up` of
+    these are up."""
 
     info: uapi.Info
+    peers: int
     links_up: int
     temperature_mc: int
 
@@ -54,6 +56,8 @@ def survey(device_dir: str = DEVICE_DIR) -> Survey:
         except SpankerError as error:
             problems.append(str(error))
         else:
-            up = sum(link.state == uapi.LINK_UP for link in links)
-            cards.append(SeenCard(info, up, temperature_mc))
+            # A card that has a block for each slot names itself on one.
+            leading = [link for link in links if link.peer not in (0, info.serial)]
+            up = sum(link.state == uapi.LINK_UP for link in leading)
+            cards.append(SeenCard(info, len(leading), up, temperature_mc))
     return Survey(version, tuple(cards), tuple(problems))
