@@ -235,6 +235,7 @@ def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[
 
     threading.Thread(target=read, daemon=True).start()
     lines: list[str] = []
+    console_log = log.open("w", buffering=1)  # by lines, so that one can look on
     result = ""
     deadline = time.monotonic() + guest.timeout_s
     why = f"{guest.name}: the machine stopped without a result"
@@ -247,6 +248,7 @@ def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[
             if line is None:
                 return False
             lines.append(line)
+            console_log.write(line + "\n")
             if line.startswith("STEP "):
                 say(line.removeprefix("STEP "))
             if line.startswith("MACHINE "):
@@ -265,8 +267,8 @@ def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[
             process.stdin.flush()
             listen("DUMP done", time.monotonic() + DUMP_S)
     finally:
-        log.write_text("\n".join(lines) + "\n")
         stop(process)
+        console_log.close()
     if result == "ok":
         return lines
     if result:
