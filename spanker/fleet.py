@@ -74,6 +74,7 @@ from spanker.sched.plan import (
 )
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Link, LinkState, Topology
+from spanker.values import Value
 
 if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
@@ -97,8 +98,8 @@ PLANNED_POSITION = 512
 _Put = tuple[FleetPlan, tuple[LoadedModel, ...]]
 
 
-@attrs.frozen
-class Token:
+@attrs.frozen(eq=False, repr=False)
+class Token(Value):
     """One generated token.
 
     `text` is what it adds to the output: possibly nothing yet (half a character, the start of a
@@ -114,8 +115,8 @@ class Token:
     logits: F32 | None = attrs.field(default=None, repr=False, eq=False)
 
 
-@attrs.frozen
-class CardStats:
+@attrs.frozen(eq=False, repr=False)
+class CardStats(Value):
     """What one card has done and holds.  `share` and `replica`, None where it has none, are those
     of the model loaded last; `busy_s` is time spent computing since it was opened."""
 
@@ -135,16 +136,16 @@ class CardStats:
     link_rx_bytes: tuple[int, ...]
 
 
-@attrs.frozen
-class FleetStats:
+@attrs.frozen(eq=False, repr=False)
+class FleetStats(Value):
     """Counters of every card, and of every model's session in order of loading."""
 
     cards: tuple[CardStats, ...]
     sessions: tuple[SessionStats, ...]
 
 
-@attrs.frozen
-class Usage:
+@attrs.frozen(eq=False, repr=False)
+class Usage(Value):
     """How a virtual fleet has spent its time so far, and bytes over the host link (0 where it is
     not modelled)."""
 

@@ -65,6 +65,7 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 if TYPE_CHECKING:
     from spanker.actors.host_link import HostLink
@@ -525,8 +526,8 @@ async def open_coordinator(
                 scope.cancel()
 
 
-@attrs.frozen
-class _Channels:
+@attrs.frozen(eq=False, repr=False)
+class _Channels(Value):
     """What makes both ends of a card's channel, by its name, and the host link they share."""
 
     pair: Callable[[str], tuple[Channel, Channel]]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from spanker.values import Value
 
 MAGIC = b"SPKR"
 FRAME_VERSION = 1
@@ -31,8 +32,8 @@ _TABLE_ENTRY_BYTES = 8
 Buffer = bytes | bytearray | memoryview
 
 
-@attrs.frozen
-class Deferred:
+@attrs.frozen(eq=False, repr=False)
+class Deferred(Value):
     """A raw buffer whose bytes are made where they are needed: within one process by the card, in
     its own memory, otherwise in front of the stream.
 
@@ -67,8 +68,8 @@ class Deferred:
 RawBuffer = Buffer | Deferred
 
 
-@attrs.frozen
-class FrameLimits:
+@attrs.frozen(eq=False, repr=False)
+class FrameLimits(Value):
     """The largest frame that one side sends or accepts; both sides must agree on it."""
 
     body_bytes_max: int = 1 << 20
@@ -95,8 +96,8 @@ def repr_sizes(buffers: tuple[RawBuffer, ...]) -> str:
     return "(" + ", ".join(f"<{len(buffer)} bytes>" for buffer in buffers) + ")"
 
 
-@attrs.frozen
-class Frame:
+@attrs.frozen(eq=False, repr=False)
+class Frame(Value):
     """One frame: a message kind, its encoded body, and raw buffers that travel beside it.
 
     A decoded frame's buffers are read-only views of memory that belongs to the frame; only a frame
@@ -211,8 +212,8 @@ def encode_frame(frame: Frame, limits: FrameLimits = DEFAULT_LIMITS) -> list[Buf
 # --- decoding ------------------------------------------------------------------
 
 
-@attrs.frozen
-class _Header:
+@attrs.frozen(eq=False, repr=False)
+class _Header(Value):
     kind: int
     buffer_count: int
     body_bytes: int

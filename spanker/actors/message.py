@@ -38,6 +38,7 @@ from spanker.actors.frame import (
 )
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
+from spanker.values import Value
 
 PROTOCOL_VERSION = 5
 
@@ -50,8 +51,8 @@ LINKS_MAX = 64
 # The annotation of a field carries its check; both sides apply it.
 
 
-@attrs.frozen
-class UInt:
+@attrs.frozen(eq=False, repr=False)
+class UInt(Value):
     """An integer of so many bits; bool and numpy integers are not integers here."""
 
     bits: int
@@ -68,8 +69,8 @@ class UInt:
         return f"u{self.bits}"
 
 
-@attrs.frozen
-class OptionalUInt:
+@attrs.frozen(eq=False, repr=False)
+class OptionalUInt(Value):
     """None, or an integer of so many bits."""
 
     bits: int
@@ -81,8 +82,8 @@ class OptionalUInt:
         return f"u{self.bits} or nil"
 
 
-@attrs.frozen
-class Text:
+@attrs.frozen(eq=False, repr=False)
+class Text(Value):
     """A string of at most so many characters."""
 
     chars_max: int
@@ -94,8 +95,8 @@ class Text:
         return f"str (at most {self.chars_max} characters)"
 
 
-@attrs.frozen
-class UInts:
+@attrs.frozen(eq=False, repr=False)
+class UInts(Value):
     """A tuple of at most so many u64."""
 
     count_max: int
@@ -107,8 +108,8 @@ class UInts:
         return f"array of u64 (at most {self.count_max})"
 
 
-@attrs.frozen
-class UIntTriples:
+@attrs.frozen(eq=False, repr=False)
+class UIntTriples(Value):
     """A tuple of at most so many triples of u64."""
 
     count_max: int
@@ -143,8 +144,8 @@ _REQUEST_ID = UInt(32)
 # --- the registry ------------------------------------------------------------------
 
 
-@attrs.frozen
-class Message:
+@attrs.frozen(eq=False, repr=False)
+class Message(Value):
     """Base of all messages.  `buffers` are the raw buffers that travel with it, by reference.
 
     A buffer must not be altered before the reply to its request has come: on a memory channel the
@@ -159,7 +160,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 ReplyT_co = TypeVar("ReplyT_co", bound=Message, covariant=True)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Request(Message, Generic[ReplyT_co]):
     """Base of what the coordinator sends; `ReplyT_co` answers it, or `Failed` does."""
 
@@ -190,8 +191,8 @@ class Request(Message, Generic[ReplyT_co]):
         return reply  # type: ignore[return-value]
 
 
-@attrs.frozen
-class _Codec:
+@attrs.frozen(eq=False, repr=False)
+class _Codec(Value):
     kind: int
     message_class: type[Message]
     buffers_min: int
@@ -254,13 +255,13 @@ def _wire(
 
 
 @_wire(0x80)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Ok(Message):
     """Done; there is nothing to tell."""
 
 
 @_wire(0x81)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class CardInfo(Message):
     """What a card is.  A coordinator refuses versions unlike its own."""
 
@@ -278,13 +279,13 @@ class CardInfo(Message):
 
 
 @_wire(0x83, buffers=1)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class BufferData(Message):
     """The bytes that ReadBuffer asked for, as one raw buffer."""
 
 
 @_wire(0x87)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class BuffersAllocated(Message):
     """Handles in the order of the sizes asked for."""
 
@@ -292,13 +293,13 @@ class BuffersAllocated(Message):
 
 
 @_wire(0x84)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class ProgramLoaded(Message):
     program: U64
 
 
 @_wire(0x85, buffers=(0, READS_MAX))
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class StepDone(Message):
     """A step has completed; one raw buffer for each of its reads, in order."""
 
@@ -307,7 +308,7 @@ class StepDone(Message):
 
 
 @_wire(0x86)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Counters(Message):
     """Totals since the card was opened, and where it stands.
 
@@ -331,7 +332,7 @@ class Counters(Message):
 
 
 @_wire(0x88, buffers=1)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class TraceData(Message):
     """Executed commands, oldest first, packed as `device.base.TRACE_EVENT` in the raw buffer; so
     many were `lost` since StartTrace for want of room."""
@@ -340,7 +341,7 @@ class TraceData(Message):
 
 
 @_wire(0xFF)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Failed(Message):
     """The reply to any request that failed: a class name of spanker.errors, and its text."""
 
@@ -353,19 +354,19 @@ class Failed(Message):
 
 
 @_wire(0x01)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Describe(Request[CardInfo]):
     """Who are you?  The first request on a channel."""
 
 
 @_wire(0x03)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class FreeBuffer(Request[Ok]):
     handle: U64
 
 
 @_wire(0x0C)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class AllocBuffers(Request[BuffersAllocated]):
     """Allocate a buffer of each of these sizes; all of them or none."""
 
@@ -373,7 +374,7 @@ class AllocBuffers(Request[BuffersAllocated]):
 
 
 @_wire(0x0D, buffers=(0, READS_MAX))
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class WriteBuffers(Request[Ok]):
     """Write raw buffers into card buffers: `writes` are (handle, offset, nbytes), one for each raw
     buffer, of just that size."""
@@ -383,7 +384,7 @@ class WriteBuffers(Request[Ok]):
 
 
 @_wire(0x05)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class ReadBuffer(Request[BufferData]):
     handle: U64
     offset: U64
@@ -394,19 +395,19 @@ class ReadBuffer(Request[BufferData]):
 
 
 @_wire(0x06, buffers=1)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class LoadProgram(Request[ProgramLoaded]):
     """Load the command bytes in the raw buffer."""
 
 
 @_wire(0x07)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class UnloadProgram(Request[Ok]):
     program: U64
 
 
 @_wire(0x08, buffers=1)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class RunStep(Request[StepDone]):
     """Run a program with the parameter block in the raw buffer, then read back card memory.
 
@@ -421,13 +422,13 @@ class RunStep(Request[StepDone]):
 
 
 @_wire(0x09)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class ReadCounters(Request[Counters]):
     pass
 
 
 @_wire(0x0A)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Abort(Request[Ok]):
     """Abort what runs, complete every fence, and enter `epoch`."""
 
@@ -435,7 +436,7 @@ class Abort(Request[Ok]):
 
 
 @_wire(0x0E)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class StartTrace(Request[Ok]):
     """Record executed commands from now on, at most `events` that nobody has read; 0 stops.  Only
     between steps."""
@@ -444,7 +445,7 @@ class StartTrace(Request[Ok]):
 
 
 @_wire(0x0F)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class ReadTrace(Request[TraceData]):
     """Take up to `events` of the recorded commands."""
 
@@ -463,7 +464,7 @@ class ReadTrace(Request[TraceData]):
 
 
 @_wire(0x10)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class OpenWindows(Request[BuffersAllocated]):
     """Open a window of each of these sizes, all of them or none; FreeBuffer closes one.
 
@@ -474,7 +475,7 @@ class OpenWindows(Request[BuffersAllocated]):
 
 
 @_wire(0x11, buffers=(1, READS_MAX))
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class RunLent(Request[StepDone]):
     """Run a program with the parameter block in the first raw buffer, on the memory of the others.
 
@@ -487,7 +488,7 @@ class RunLent(Request[StepDone]):
 
 
 @_wire(0x12)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class MapFile(Request[Ok]):
     """Let bytes of a file be what buffers hold: `places` are (handle, offset in the file, nbytes).
 
@@ -500,7 +501,7 @@ class MapFile(Request[Ok]):
 
 
 @_wire(0x0B)
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Stop(Request[Ok]):
     """Release everything and end, after this reply."""
 

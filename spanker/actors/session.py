@@ -31,6 +31,7 @@ from spanker.errors import (
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
+from spanker.values import Value
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
 RUN_AHEAD_MAX = 64
@@ -41,8 +42,8 @@ STEPS_AHEAD = 2
 WAITING_MAX = 4096
 
 
-@attrs.frozen
-class Sampled:
+@attrs.frozen(eq=False, repr=False)
+class Sampled(Value):
     """One generated token: its position in the sequence, and its logits if asked for."""
 
     id: int
@@ -51,8 +52,8 @@ class Sampled:
     logits: F32 | None = None
 
 
-@attrs.frozen
-class Scored:
+@attrs.frozen(eq=False, repr=False)
+class Scored(Value):
     """Logits (tokens, vocabulary) of the next tokens of a forced sequence, from `position` on."""
 
     position: int
@@ -149,8 +150,8 @@ class PagePool:
         pages.clear()
 
 
-@attrs.frozen
-class SessionStats:
+@attrs.frozen(eq=False, repr=False)
+class SessionStats(Value):
     """Counts since the model was loaded."""
 
     steps: int

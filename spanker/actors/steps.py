@@ -26,6 +26,7 @@ from spanker.kernels.native import fold_stats
 from spanker.kernels.program import SequenceStep, encode_step
 from spanker.sched.layout import chunks
 from spanker.sched.plan import CardShare, Limits, Plan
+from spanker.values import Value
 
 if TYPE_CHECKING:
     from spanker.actors.coordinator import Coordinator
@@ -38,8 +39,8 @@ _U32, _F32 = struct.Struct("<I"), struct.Struct("<f")
 WATCH_S = 1.0
 
 
-@attrs.frozen
-class LoadedModel:
+@attrs.frozen(eq=False, repr=False)
+class LoadedModel(Value):
     """A model on its cards: handles of its buffers and programs, by card number."""
 
     model: llama.LlamaModel
@@ -55,8 +56,8 @@ class LoadedModel:
         return tuple(s for s in shares if not s.vocabulary.empty)
 
 
-@attrs.frozen
-class _Part:
+@attrs.frozen(eq=False, repr=False)
+class _Part(Value):
     """What one card brought back for the outputs of a step, as bytes of its buffers."""
 
     stats: bytes

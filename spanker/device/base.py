@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import CardCommandError
+from spanker.values import Value
 
 Buffer = bytes | bytearray | memoryview
 Read = tuple[int, int, int]
@@ -35,8 +36,8 @@ MAP_ALIGN = 32
 TRACE_EVENT = struct.Struct("<QQQIHH")
 
 
-@attrs.frozen
-class TraceEvent:
+@attrs.frozen(eq=False, repr=False)
+class TraceEvent(Value):
     """One executed command: when (CLOCK_MONOTONIC), of which submission, and what it was.
 
     An exchange ends when its last message has come; its transfers follow it and take no time.
@@ -55,8 +56,8 @@ def unpack_events(data: Buffer) -> tuple[TraceEvent, ...]:
     return tuple(TraceEvent(*fields) for fields in TRACE_EVENT.iter_unpack(data))
 
 
-@attrs.frozen
-class DeviceInfo:
+@attrs.frozen(eq=False, repr=False)
+class DeviceInfo(Value):
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
     `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
     `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does; `maps` is 1 where a
@@ -87,8 +88,8 @@ class Completion(NamedTuple):
     data: tuple[bytes, ...] = ()
 
 
-@attrs.frozen
-class DeviceCounters:
+@attrs.frozen(eq=False, repr=False)
+class DeviceCounters(Value):
     """Totals since the card was opened, and where it stands now.
 
     `progress` grows whenever anything gets done; `waiting_for` is the peer whose link the current

@@ -42,6 +42,7 @@ from spanker.errors import (
 )
 from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
 from spanker.sched.bandwidth import Profile
+from spanker.values import Value
 
 DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
@@ -61,8 +62,8 @@ _BYTES = ffi.typeof("char[]")
 assert ffi.sizeof("struct spk_trace_event") == TRACE_EVENT.size
 
 
-@attrs.frozen
-class SoftCardSpec:
+@attrs.frozen(eq=False, repr=False)
+class SoftCardSpec(Value):
     """How to make one soft card.  `isa` None means $SPANKER_ISA or the fastest there is."""
 
     isa: str | None = None

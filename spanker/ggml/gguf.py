@@ -34,6 +34,7 @@ from spanker.errors import (
     UnsupportedModelError,
 )
 from spanker.ggml.native import string_ends, strings_bytes
+from spanker.values import Value
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -143,8 +144,8 @@ BLOCK_SIZES: Mapping[GGMLType, tuple[int, int]] = MappingProxyType(
 )
 
 
-@attrs.frozen
-class TensorInfo:
+@attrs.frozen(eq=False, repr=False)
+class TensorInfo(Value):
     """Where one tensor lies: `shape` rows first, `offset` from the start of the file."""
 
     name: str

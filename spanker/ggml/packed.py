@@ -36,6 +36,7 @@ from spanker.ggml.catalog import cache_dir
 from spanker.ggml.gguf import GGUFFile
 from spanker.kernels.formats import Format, pack, packed_bytes
 from spanker.sched.plan import WeightShape
+from spanker.values import Value
 
 MAGIC = b"SPKPACK\0"
 # Changes with the layout of the file and with that of tiles.
@@ -55,8 +56,8 @@ _BEGINNING_BYTES = 64 << 10
 Progress = Callable[[int, int], None]
 
 
-@attrs.frozen
-class _Matrix:
+@attrs.frozen(eq=False, repr=False)
+class _Matrix(Value):
     format: int
     rows: int
     k: int
@@ -64,8 +65,8 @@ class _Matrix:
     nbytes: int
 
 
-@attrs.frozen
-class _Source:
+@attrs.frozen(eq=False, repr=False)
+class _Source(Value):
     """What tells a file from another one of the same name."""
 
     path: str
@@ -82,8 +83,8 @@ class _Source:
         return cls(real, status.st_size, status.st_mtime_ns, beginning)
 
 
-@attrs.frozen
-class _Index:
+@attrs.frozen(eq=False, repr=False)
+class _Index(Value):
     source: _Source
     matrices: Mapping[str, _Matrix]
 
@@ -340,8 +341,8 @@ def _joined(pieces: Iterator[bytes | npt.NDArray[np.uint8]]) -> Iterator[memoryv
 # --- those there are ---------------------------------------------------------------------
 
 
-@attrs.frozen
-class Copy:
+@attrs.frozen(eq=False, repr=False)
+class Copy(Value):
     """A packed copy in the cache: of what, and whether it is what loading that would find."""
 
     path: Path

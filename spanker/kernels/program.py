@@ -19,6 +19,7 @@ from spanker.errors import CardCommandError
 from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.formats import Format
 from spanker.native import ffi, lib
+from spanker.values import Value
 
 COMMAND = struct.Struct("<HHI" + "IIQ" * 4 + "14I")
 PROGRAM_HEADER = struct.Struct("<6I8x")
@@ -64,6 +65,7 @@ class Op(enum.IntEnum):
     ALL_REDUCE = 21
 
 
+<<<<<<< HEAD
 # Which of its four operands an operation has, by slot: bit r for operand r, as the card has it.
 OPERANDS: dict[Op, int] = {
     **dict.fromkeys((Op.EMBED, Op.RMSNORM, Op.MATMUL, Op.KV_APPEND, Op.ATTENTION), 0b1011),
@@ -79,6 +81,10 @@ OPERANDS: dict[Op, int] = {
 
 @attrs.frozen
 class Ref:
+=======
+@attrs.frozen(eq=False, repr=False)
+class Ref(Value):
+>>>>>>> main
     """Where an operand lies: a buffer by name, the byte offset of row 0, bytes between rows."""
 
     buffer: str
@@ -86,8 +92,8 @@ class Ref:
     offset: int = 0
 
 
-@attrs.frozen
-class Command:
+@attrs.frozen(eq=False, repr=False)
+class Command(Value):
     """One operation.  `refs` by operand slot (0 to 3; 3 is the output), `args` as the op says.
 
     `format` is that of weights, or the kind of element of a bulk operation.  `bulk` is said of a
@@ -263,8 +269,8 @@ def all_reduce(
 # --- links ------------------------------------------------------------------------------
 
 
-@attrs.frozen
-class Transfer:
+@attrs.frozen(eq=False, repr=False)
+class Transfer(Value):
     """One side of moving rows over a link: `nbytes` of each row at `ref`; `bulk`, once per step."""
 
     send: bool
@@ -296,8 +302,8 @@ def exchange(transfers: Sequence[Transfer], *, outputs: bool = False) -> tuple[C
 # --- programs ---------------------------------------------------------------------
 
 
-@attrs.frozen
-class Program:
+@attrs.frozen(eq=False, repr=False)
+class Program(Value):
     """The commands of one step of one card, and the largest step they take."""
 
     commands: tuple[Command, ...]
@@ -346,8 +352,8 @@ def _pack(command: Command, number: int, handles: Mapping[str, int]) -> bytes:
 # --- steps ------------------------------------------------------------------------
 
 
-@attrs.frozen
-class SequenceStep:
+@attrs.frozen(eq=False, repr=False)
+class SequenceStep(Value):
     """What a step does for one sequence: `tokens` at `position` and after; `outputs` are indices
     into tokens whose logits are wanted; `pages` cover every position so far."""
 

@@ -14,6 +14,7 @@ import math
 import attrs
 
 from spanker.errors import ConfigError
+from spanker.values import Value
 
 # Middle of the 1.5-2.4 GB/s seen on ECP5 boards with the open toolchain.  Never the paper value
 # of DDR3-1600 (12.8 GB/s), which no such board reaches.
@@ -30,8 +31,8 @@ HOST_LINK_BW_BYTES_PER_SEC = 100_000_000
 HOST_LINK_LATENCY_S = 100e-6
 
 
-@attrs.frozen
-class CardSpeed:
+@attrs.frozen(eq=False, repr=False)
+class CardSpeed(Value):
     """How one card differs from its profile: factors of its memory and arithmetic speed, 1 for a
     card as it should be and 0.5 for a straggler of half the speed."""
 
@@ -40,8 +41,8 @@ class CardSpeed:
     compute: float = 1.0
 
 
-@attrs.frozen
-class LinkSpeed:
+@attrs.frozen(eq=False, repr=False)
+class LinkSpeed(Value):
     """How one directed link differs from its profile."""
 
     source: int
@@ -50,8 +51,8 @@ class LinkSpeed:
     latency_s: float
 
 
-@attrs.frozen
-class Profile:
+@attrs.frozen(eq=False, repr=False)
+class Profile(Value):
     """The speeds that planning assumes, that virtual cards take, and that a paced host link keeps.
 
     Bandwidths are bytes per second, rates multiply-adds or elements per second, times seconds.

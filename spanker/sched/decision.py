@@ -27,6 +27,7 @@ from spanker.sched.bandwidth import (
     Profile,
 )
 from spanker.sched.plan import ModelShape, WeightShape
+from spanker.values import Value
 
 # The driver's ABI counts bytes in 64 bits; larger products stop there instead of wrapping.
 U64_MAX = 2**64 - 1
@@ -39,8 +40,8 @@ class Strategy(enum.Enum):
     MODEL_PARALLEL = "model-parallel"
 
 
-@attrs.frozen
-class TileShape:
+@attrs.frozen(eq=False, repr=False)
+class TileShape(Value):
     """A matrix product: weights `m x k`, activations of `n` tokens, `bytes_per_element` each.
 
     Raises PlanError when any of them is negative.
@@ -103,8 +104,8 @@ def _seconds(size_bytes: int, bandwidth_bytes_per_s: float) -> float:
 # --- a whole model ---------------------------------------------------------------------
 
 
-@attrs.frozen
-class Decision:
+@attrs.frozen(eq=False, repr=False)
+class Decision(Value):
     """What `pick_strategy` answered for one matrix (or several alike) at one token."""
 
     name: str

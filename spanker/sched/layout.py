@@ -24,10 +24,11 @@ from spanker.sched.plan import (
     WeightShape,
     tensor_pipeline,
 )
+from spanker.values import Value
 
 
-@attrs.frozen
-class BufferSpec:
+@attrs.frozen(eq=False, repr=False)
+class BufferSpec(Value):
     """A buffer: `nbytes` as allocated; on the card it takes whole multiples of 64."""
 
     name: str

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import attrs
 
 from spanker.sched.shares import Share
+from spanker.values import Value
 
 
-@attrs.frozen
-class Move:
+@attrs.frozen(eq=False, repr=False)
+class Move(Value):
     """Elements [part.start, part.stop) of every row go from card `source` to card `target`,
     to the same place."""
 

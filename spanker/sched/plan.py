@@ -17,6 +17,7 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.shares import Share, split
+from spanker.values import Value
 
 TILE_ROWS = 16
 Q8_BLOCK = 32
@@ -25,8 +26,8 @@ LOGIT_CHUNK = 256
 DDR_ALIGN = 64
 
 
-@attrs.frozen
-class WeightShape:
+@attrs.frozen(eq=False, repr=False)
+class WeightShape(Value):
     """A weight matrix: `rows` output features, `row_bytes` bytes for k input features.
 
     `quantized` says that its activations are Q8 blocks; `columns_unit` is how finely its rows can
@@ -46,8 +47,8 @@ class WeightShape:
         return -(-rows // TILE_ROWS) * TILE_ROWS * self.row_bytes
 
 
-@attrs.frozen
-class LayerShape:
+@attrs.frozen(eq=False, repr=False)
+class LayerShape(Value):
     """The seven matrices of one llama layer."""
 
     attn_q: WeightShape
@@ -75,8 +76,8 @@ class LayerShape:
         return sum(m.rows * m.row_bytes for m in self.matrices)
 
 
-@attrs.frozen
-class ModelShape:
+@attrs.frozen(eq=False, repr=False)
+class ModelShape(Value):
     """What planning needs to know of a model; sizes are elements unless they say bytes."""
 
     hidden: int
@@ -97,8 +98,8 @@ class ModelShape:
         return self.heads // self.kv_heads
 
 
-@attrs.frozen
-class Limits:
+@attrs.frozen(eq=False, repr=False)
+class Limits(Value):
     """The largest step and the KV memory that a plan is made for.
 
     Of the `tokens_max` tokens of a step at most `prompt_chunk` belong to prompts; `outputs_max`
@@ -115,8 +116,8 @@ class Limits:
     page_positions: int
 
 
-@attrs.frozen
-class CardShare:
+@attrs.frozen(eq=False, repr=False)
+class CardShare(Value):
     """What one card computes of each layer of its stage.
 
     `heads`: query heads; `hidden`: rows of the attention output and of ffn_down; `ffn`: rows of
@@ -138,8 +139,8 @@ class CardShare:
         return Share(self.heads.start // group, (self.heads.stop - 1) // group + 1)
 
 
-@attrs.frozen
-class Stage:
+@attrs.frozen(eq=False, repr=False)
+class Stage(Value):
     """Consecutive layers and the cards that share them."""
 
     layers: Share
@@ -150,8 +151,8 @@ class Stage:
         return tuple(s.card for s in self.shares)
 
 
-@attrs.frozen
-class Plan:
+@attrs.frozen(eq=False, repr=False)
+class Plan(Value):
     """A whole-model plan.  `reason` says in words why it was chosen."""
 
     name: str
@@ -185,8 +186,8 @@ class Plan:
         raise PlanError(f"plan {self.name} gives card {card} nothing; it uses {self.cards}")
 
 
-@attrs.frozen
-class FleetPlan:
+@attrs.frozen(eq=False, repr=False)
+class FleetPlan(Value):
     """Plans of one model side by side, each on cards of its own: every sequence goes through one
     of them, its replica.  Cards that none of them uses are idle."""
 

@@ -13,6 +13,7 @@ import attrs
 
 from spanker.errors import ConfigError, PlanError
 from spanker.sched.plan import LayerShape, ModelShape, WeightShape
+from spanker.values import Value
 
 # (weights, bytes) of one block of each weight format; ggml-common.h.
 BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -32,8 +33,8 @@ BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 
 
-@attrs.frozen
-class Dimensions:
+@attrs.frozen(eq=False, repr=False)
+class Dimensions(Value):
     """The sizes of a llama model; `tied` says that the output matrix is the embedding."""
 
     layers: int

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from spanker.errors import ConfigError, PlanError
+from spanker.values import Value
 
 # /dev/spanker0 to /dev/spanker255.
 MAX_CARDS = 256
@@ -27,8 +28,8 @@ class LinkState(enum.IntEnum):
     ERROR = 3
 
 
-@attrs.frozen
-class Link:
+@attrs.frozen(eq=False, repr=False)
+class Link(Value):
     """What `local_sail` sends to `remote_sail` goes over this link."""
 
     local_sail: int
@@ -36,8 +37,8 @@ class Link:
     state: LinkState
 
 
-@attrs.frozen
-class Topology:
+@attrs.frozen(eq=False, repr=False)
+class Topology(Value):
     """The cards of a fleet by number, and their directed links.
 
     Raises PlanError where a link names a card that is not there, joins a card to itself, or

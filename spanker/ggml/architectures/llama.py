@@ -46,6 +46,7 @@ from spanker.sched.plan import (
     WeightShape,
 )
 from spanker.sched.shares import Share
+from spanker.values import Value
 
 if TYPE_CHECKING:
     from spanker.ggml.packed import PackedFile
@@ -94,16 +95,16 @@ _INERT = ("general.", "tokenizer.", "quantize.", "split.", "mradermacher.", "pre
 # --- the model -----------------------------------------------------------------------
 
 
-@attrs.frozen
-class Weight:
+@attrs.frozen(eq=False, repr=False)
+class Weight(Value):
     """A weight matrix, under the name of its shape."""
 
     format: Format
     shape: WeightShape
 
 
-@attrs.frozen
-class LlamaModel:
+@attrs.frozen(eq=False, repr=False)
+class LlamaModel(Value):
     """A llama model: its shape for planning, and what else its programs depend on.
 
     Its tensors are in the GGUF that it was read from, or nowhere: see `outline`.
@@ -349,8 +350,8 @@ def outline(shape: ModelShape, *, rms_eps: float = 1e-5, rope_base: float = 1000
 UPLOAD_BYTES = 2 << 20
 
 
-@attrs.frozen
-class Piece:
+@attrs.frozen(eq=False, repr=False)
+class Piece(Value):
     """Bytes [offset, offset + nbytes) of a buffer.  `fill` writes them into a contiguous uint8
     array of just that size; any thread may call it, once."""
 
@@ -359,8 +360,8 @@ class Piece:
     fill: Callable[[npt.NDArray[np.uint8]], None]
 
 
-@attrs.frozen
-class Upload:
+@attrs.frozen(eq=False, repr=False)
+class Upload(Value):
     """A buffer's content, in pieces that are made when they are wanted."""
 
     buffer: str

@@ -23,13 +23,14 @@ from spanker.sched.limits import CANDIDATES
 from spanker.sched.plan import FleetPlan, ModelShape, Plan, check_plan
 from spanker.sched.shares import split
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 # Steps that the host has submitted and not collected.
 STEPS_AHEAD = 2
 
 
-@attrs.frozen
-class StepCost:
+@attrs.frozen(eq=False, repr=False)
+class StepCost(Value):
     """What a step of `batch` sequences takes, in seconds.
 
     `cards_s`: the cards' loop; `host_s`: the host's, per step.  `stages`: what each stage takes of
@@ -61,8 +62,8 @@ class StepCost:
         return {bound: seconds / self.seconds for bound, seconds in self.spent.items()}
 
 
-@attrs.frozen
-class FleetCost:
+@attrs.frozen(eq=False, repr=False)
+class FleetCost(Value):
     """Replicas side by side, each with its part of the batch; one without a part is None."""
 
     replicas: tuple[StepCost | None, ...]

@@ -15,10 +15,11 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.plan import Plan
+from spanker.values import Value
 
 
-@attrs.frozen
-class HostMessages:
+@attrs.frozen(eq=False, repr=False)
+class HostMessages(Value):
     """Of one step: bytes of all messages to cards and to the host, and seconds.
 
     `begin_s[stage]`: from when the host submits it to when the last card of that stage has it.

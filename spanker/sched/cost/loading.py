@@ -39,6 +39,7 @@ from spanker.sched.plan import (
     on_cards,
 )
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 # Pieces of an upload, and messages of them, are of about this many bytes.
 UPLOAD_BYTES = 2 << 20
@@ -52,8 +53,8 @@ TURN_S = 500e-6
 RUN_BYTES = 64 << 20
 
 
-@attrs.frozen
-class LoadCost:
+@attrs.frozen(eq=False, repr=False)
+class LoadCost(Value):
     """`seconds` from the request to when all cards can run steps; `startup_s`: finding the cards
     before that.  `nbytes`: bytes of each card's buffers and program, with their messages.
 
@@ -67,8 +68,8 @@ class LoadCost:
     nbytes: dict[int, int]
 
 
-@attrs.frozen
-class _Upload:
+@attrs.frozen(eq=False, repr=False)
+class _Upload(Value):
     """What one card is sent: bytes on the wire, and messages that are waited for one by one."""
 
     card: int

@@ -14,10 +14,11 @@ import attrs
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 
-@attrs.frozen
-class Pace:
+@attrs.frozen(eq=False, repr=False)
+class Pace(Value):
     """Seconds a card takes: for a byte of its memory, for work by `commands.ELEMENTS`, `INT8` and
     `FLOAT`, and for taking up a command."""
 

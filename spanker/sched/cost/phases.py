@@ -19,6 +19,7 @@ from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.plan import LayerShape, ModelShape, Plan, Stage, WeightShape
 from spanker.sched.shares import Share
+from spanker.values import Value
 
 
 class Bound(enum.Enum):
@@ -40,8 +41,8 @@ _WORK = {
 }
 
 
-@attrs.frozen
-class Phase:
+@attrs.frozen(eq=False, repr=False)
+class Phase(Value):
     """`runs` and `sends` are by card of the stage: commands, and bytes to each other card; `sends`
     is None where no exchange follows.  A stage has `count` such phases."""
 
@@ -142,8 +143,8 @@ def _projected(pieces: Pieces, stage: Stage, matrix: WeightShape, q8: bool, coun
 # --- prices ----------------------------------------------------------------------------
 
 
-@attrs.frozen
-class StagePrice:
+@attrs.frozen(eq=False, repr=False)
+class StagePrice(Value):
     """What a stage takes, and what for: `spent` adds up to `seconds`, of which `computing` not in
     exchanges."""
 

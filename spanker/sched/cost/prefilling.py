@@ -24,10 +24,11 @@ from spanker.sched.cost.rows import StepRows
 from spanker.sched.limits import CANDIDATES, OUTPUTS_MAX
 from spanker.sched.plan import ModelShape, Plan
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 
-@attrs.frozen
-class PrefillCost:
+@attrs.frozen(eq=False, repr=False)
+class PrefillCost(Value):
     """`seconds` from the request to the last sequence's first token at the host, for `tokens` of
     all prompts in `steps` steps.  `stages`: how long each stage computes and exchanges in it;
     `bound`: what takes most of the busiest stage, or the host link if it is not busy half the
@@ -44,8 +45,8 @@ class PrefillCost:
         return self.tokens / self.seconds
 
 
-@attrs.frozen
-class _Step:
+@attrs.frozen(eq=False, repr=False)
+class _Step(Value):
     """One step's prices."""
 
     stages: list[StagePrice]

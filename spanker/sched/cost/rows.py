@@ -6,13 +6,14 @@ from __future__ import annotations
 import attrs
 
 from spanker.errors import PlanError
+from spanker.values import Value
 
 # Neighbouring tokens of a sequence that read its keys and values together.
 ATTENTION_TOKENS = 8
 
 
-@attrs.frozen
-class StepRows:
+@attrs.frozen(eq=False, repr=False)
+class StepRows(Value):
     """The size of a step.  Sums of two are one step that does both.
 
     `group_positions`: the positions that the last token of each group sees, over all groups;

@@ -29,12 +29,13 @@ from spanker.sched.plan import (
 )
 from spanker.sched.planning.dividing import F64, Division, Gather, Phase, Solution, Table
 from spanker.sched.shares import Share, split
+from spanker.values import Value
 
 Parts = tuple[Share, ...]
 
 
-@attrs.frozen
-class Shares:
+@attrs.frozen(eq=False, repr=False)
+class Shares(Value):
     """The shares of a stage's cards, as if it were first and last; `aligned`: those of the heads
     are whole Q8 blocks."""
 
@@ -51,8 +52,8 @@ class Shares:
         return tuple(CardShare(card, *own) for card, *own in zip(cards, *parts, strict=True))
 
 
-@attrs.frozen
-class Price:
+@attrs.frozen(eq=False, repr=False)
+class Price(Value):
     """Seconds, and what no shares can beat."""
 
     seconds: float
@@ -62,16 +63,16 @@ class Price:
         return Price(self.seconds + other.seconds, self.bound + other.bound)
 
 
-@attrs.frozen
-class LayerPrice:
+@attrs.frozen(eq=False, repr=False)
+class LayerPrice(Value):
     """A layer, and the same where it is the first of its stage: without the add before it."""
 
     whole: Price
     without_add: Price
 
 
-@attrs.frozen
-class Ending:
+@attrs.frozen(eq=False, repr=False)
+class Ending(Value):
     """Shares of columns or of the vocabulary, and what they take; the bound is for all in which
     no other cards have any."""
 
@@ -321,8 +322,8 @@ class Dimensions:
 _Key = tuple[object, ...]
 
 
-@attrs.frozen
-class _Phase:
+@attrs.frozen(eq=False, repr=False)
+class _Phase(Value):
     """How a `Phase` is made; those with the same key are the same."""
 
     key: _Key

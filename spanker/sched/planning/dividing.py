@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanker.sched.cost.machine import Machine
+from spanker.values import Value
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -130,8 +131,8 @@ class Phase:
         return least if self.ending is None else np.minimum(least, self.ending.min(axis=1))
 
 
-@attrs.frozen
-class Solution:
+@attrs.frozen(eq=False, repr=False)
+class Solution(Value):
     """Units of each card, what the phases take in all, and what no way can beat."""
 
     units: tuple[int, ...]

@@ -18,13 +18,14 @@ from spanker.sched.cost import (
     prefill,
 )
 from spanker.sched.planning.request import Candidate, Request
+from spanker.values import Value
 
 BATCHES = (1, 4, 16)
 PROMPT_TOKENS = 512
 
 
-@attrs.frozen
-class Decode:
+@attrs.frozen(eq=False, repr=False)
+class Decode(Value):
     """Decoding of `batch` sequences at `position` positions each."""
 
     batch: int
@@ -40,8 +41,8 @@ class Decode:
         return self.cost.bound
 
 
-@attrs.frozen
-class Figures:
+@attrs.frozen(eq=False, repr=False)
+class Figures(Value):
     """A candidate's figures.  `prefill` is that of one prompt; `memory_bytes` is by card, with KV
     memory for the request's batch.  What memory is left on all cards would hold `spare_copies` more
     of the weights, from which those of a lost card could be had again sooner."""

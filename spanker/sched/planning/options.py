@@ -26,6 +26,7 @@ from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape, dimensi
 from spanker.sched.planning.dimensions import Dimensions, Ending, Price, Shares, parts_of
 from spanker.sched.planning.dividing import F64, Gather
 from spanker.sched.shares import Share
+from spanker.values import Value
 
 # Cards of a stage for which shares are looked for that fit, where all have as much memory.
 _FILLED_CARDS_MAX = 8
@@ -46,8 +47,8 @@ class Through:
     begin: npt.NDArray[np.int64]
 
 
-@attrs.frozen
-class ToTheEnd:
+@attrs.frozen(eq=False, repr=False)
+class ToTheEnd(Value):
     """The same for the last stage and all layers."""
 
     seconds: float
@@ -114,8 +115,8 @@ class Option:
         return times
 
 
-@attrs.frozen
-class First:
+@attrs.frozen(eq=False, repr=False)
+class First(Value):
     """A set of cards as the first stage: `option` where more stages follow, `only` where none does;
     the same cards have columns of the embedding in all of them."""
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from spanker.sched.cost.machine import Machine
+from spanker.values import Value
 
 # Stages times what is used before them, that the dynamic programme goes through at most.
 PAIRS_MAX = 9000
@@ -55,8 +56,8 @@ def _alike(machine: Machine, free_bytes: Sequence[int], a: int, b: int) -> bool:
     )
 
 
-@attrs.frozen
-class Kind:
+@attrs.frozen(eq=False, repr=False)
+class Kind(Value):
     """A set of cards that can be a stage, as numbers of each class; `cards` stand for all alike."""
 
     counts: State

@@ -10,10 +10,11 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import FleetCost
 from spanker.sched.plan import FleetPlan, Limits, ModelShape
 from spanker.sched.topology import Topology
+from spanker.values import Value
 
 
-@attrs.frozen
-class Request:
+@attrs.frozen(eq=False, repr=False)
+class Request(Value):
     """What to plan: a model on the cards of a topology, at the speeds of a profile.
 
     `free_bytes`: memory of each card by number.  `limits`: of the steps and contexts that the cards
@@ -54,8 +55,8 @@ class Request:
         return attrs.evolve(self.limits, kv_pages=pages)
 
 
-@attrs.frozen
-class Candidate:
+@attrs.frozen(eq=False, repr=False)
+class Candidate(Value):
     """A plan and what decoding takes with it."""
 
     plan: FleetPlan
@@ -71,8 +72,8 @@ class Candidate:
         return max(cost.seconds for cost in self.cost.replicas if cost is not None)
 
 
-@attrs.frozen
-class Outcome:
+@attrs.frozen(eq=False, repr=False)
+class Outcome(Value):
     """The plan chosen, the best candidates (it is the first), and why.
 
     `gap` is by how much the best plan there is could be faster, as a part of its speed: 0 where

@@ -23,13 +23,14 @@ from spanker.sched.planning.naming import plan_name
 from spanker.sched.planning.options import First, Option, Options, Through
 from spanker.sched.planning.pools import Kind, Pool, State, after
 from spanker.sched.shares import Share
+from spanker.values import Value
 
 I64 = npt.NDArray[np.int64]
 _NOTHING = Share(0, 0)
 
 
-@attrs.frozen
-class Row:
+@attrs.frozen(eq=False, repr=False)
+class Row(Value):
     """A row of stages.  `seconds` is the time of one step through it, `choose_s` of it for the
     choice of the token."""
 
@@ -38,8 +39,8 @@ class Row:
     choose_s: float
 
 
-@attrs.frozen
-class Rows:
+@attrs.frozen(eq=False, repr=False)
+class Rows(Value):
     """Rows of stages, first the fastest, and the seconds that no row can beat."""
 
     rows: tuple[Row, ...]
