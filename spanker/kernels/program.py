@@ -65,7 +65,6 @@ class Op(enum.IntEnum):
     ALL_REDUCE = 21
 
 
-<<<<<<< HEAD
 # Which of its four operands an operation has, by slot: bit r for operand r, as the card has it.
 OPERANDS: dict[Op, int] = {
     **dict.fromkeys((Op.EMBED, Op.RMSNORM, Op.MATMUL, Op.KV_APPEND, Op.ATTENTION), 0b1011),
@@ -79,12 +78,8 @@ OPERANDS: dict[Op, int] = {
 }
 
 
-@attrs.frozen
-class Ref:
-=======
 @attrs.frozen(eq=False, repr=False)
 class Ref(Value):
->>>>>>> main
     """Where an operand lies: a buffer by name, the byte offset of row 0, bytes between rows."""
 
     buffer: str
