@@ -10,13 +10,15 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csrc -name '*.[ch]')
+NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csrc driver/include -name '*.[ch]')
 CHECK_OUT := build/check
+SERVER := build/spanker-card-server
 
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build demo test test-long check check-python check-c check-sanitize bench clean
+.PHONY: help build card-server demo test test-long test-driver test-driver-debug
+.PHONY: check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +36,12 @@ test: $(INSTALLED)  ## run the tests (PYTEST_ARGS=... adds options)
 
 test-long: $(INSTALLED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest --durations=10 -m long $(PYTEST_ARGS)
+
+test-driver: $(INSTALLED)  ## run the kernel module and a model in virtual machines (Debian 12, root)
+	$(BIN)/python driver/tests/vm/run.py $(DRIVER_ARGS)
+
+test-driver-debug: $(INSTALLED)  ## its C programs on a kernel that looks for bugs (10 minutes to build)
+	$(BIN)/python driver/tests/vm/run.py --debug $(DRIVER_ARGS)
 
 check: check-python check-c check-sanitize  ## run all checks of the code itself
 
@@ -58,6 +66,11 @@ check-sanitize: $(INSTALLED)  ## native tests under address, undefined-behaviour
 
 bench: $(INSTALLED)  ## measure beside the machine's limits, and llama.cpp (BENCH_ARGS=... adds options)
 	$(BIN)/python bench/roofline.py $(BENCH_ARGS)
+
+card-server: $(SERVER)  ## build spanker-card-server: emulated cards on QEMU's PCI bus
+
+$(SERVER): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/server/*.[ch] driver/include/*.h) tools/build_card_server.py
+	$(BIN)/python tools/build_card_server.py --cc "$(CC)" $@
 
 clean:  ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,9 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision
 from spanker.sched.limits import DEFAULT_PROMPT_CHUNK
 from spanker.sched.plan import FleetPlan, Plan
+
+if TYPE_CHECKING:
+    from spanker.device.kernel.card import KernelCard
 
 T = TypeVar("T")
 
@@ -517,7 +520,7 @@ class Fleet:
         return self._fleet.plan
 
     @property
-    def devices(self) -> tuple[SoftCard, ...]:
+    def devices(self) -> tuple[SoftCard | KernelCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
         return self._fleet.devices
 

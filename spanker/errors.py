@@ -150,6 +150,25 @@ class CardError(SpankerError):
         self.card = card
 
 
+class DriverError(CardError):
+    """The kernel module is not loaded or of another version, or a device cannot be opened."""
+
+
+class IoctlError(CardError):
+    """The kernel module has refused a call: `errno` says how, `name` which it was."""
+
+    def __init__(
+        self, message: str, *, number: int = 0, name: str = "", card: int | None = None
+    ) -> None:
+        super().__init__(message, card=card)
+        self.errno = number
+        self.name = name
+
+
+class FirmwareError(CardError):
+    """A firmware image is malformed, damaged, or made for other cards."""
+
+
 class CardMemoryError(CardError):
     """An allocation, or a whole plan, does not fit into a card's DDR."""
 

@@ -37,6 +37,7 @@ from spanker.actors.message import CardInfo
 from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
+from spanker.device.kernel.spec import KernelCardSpec
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -57,6 +58,7 @@ from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision, decide
+from spanker.sched.layout import rounding_bytes
 from spanker.sched.limits import (
     DEFAULT_PROMPT_CHUNK,
     step_limits,
@@ -71,7 +73,7 @@ from spanker.sched.plan import (
     tensor_pipeline,
 )
 from spanker.sched.shapes import named_shape
-from spanker.sched.topology import Topology
+from spanker.sched.topology import Link, LinkState, Topology
 from spanker.values import Value
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from spanker.actors.trace import Trace
     from spanker.actors.tracer import Tracer
     from spanker.card_arrays import CardArrays
+    from spanker.device.kernel.card import KernelCard
+    from spanker.device.kernel.rig import KernelRig
     from spanker.device.virtual.card import VirtualRig
     from spanker.device.virtual.engine import Usage as FleetUsage
 
@@ -390,7 +394,7 @@ class Fleet:
     def __init__(
         self,
         coordinator: Coordinator,
-        rig: SoftRig | VirtualRig,
+        rig: SoftRig | VirtualRig | KernelRig,
         profile: Profile,
         nursery: trio.Nursery,
         default_plan: str,
@@ -427,7 +431,7 @@ class Fleet:
         return self._models[-1].plan
 
     @property
-    def devices(self) -> tuple[SoftCard, ...]:
+    def devices(self) -> tuple[SoftCard | KernelCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
         return tuple(self._rig.cards)
 
@@ -569,7 +573,12 @@ class Fleet:
             if "_collectives" in self.__dict__:
                 await self._collectives.trim()
             counters = await self._coordinator.counters()
-            free = tuple(c.ddr_total_bytes - c.ddr_used_bytes for c in counters)
+            free = tuple(
+                c.ddr_total_bytes
+                - c.ddr_used_bytes
+                - rounding_bytes(shape, limits, card.ddr_granule)
+                for card, c in zip(self.cards, counters, strict=True)
+            )
             made = self._plan(plan, shape, limits, free, batch, kv_tokens)
             limits = with_kv_pages(shape, made, limits, free, kv_tokens)
             loaded = await self._coordinator.load(parsed, gguf, made, limits, progress, packed)
@@ -657,11 +666,12 @@ class Fleet:
         The difference of two is what happened in between.  Raises ConfigError where cards are not
         virtual, as nobody keeps such accounts of them.
         """
-        if isinstance(self._rig, SoftRig):
+        usage = getattr(self._rig, "usage", None)
+        if usage is None:
             raise ConfigError("only virtual cards account for their time: open e.g. virtual:3")
         link = self._coordinator.host_link
         return Usage(
-            self._rig.usage(),
+            usage(),
             link.bytes_to_cards if link else 0,
             link.bytes_to_host if link else 0,
         )
@@ -723,13 +733,13 @@ async def open_fleet(
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
     `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
-    `soft:4:64MiB`; `profile` names the speeds to plan by, or a TOML file of them that `spanker
-    calibrate` has written; the host link keeps them where the profile has one, and with `throttle`
-    the cards and the links between them do, as far as the machine is faster (`pace` of a device
-    tells); `channel` is memory or unix; `workers` native threads step the cards (default: one per
-    card, at most one per core); a card that holds work without progress for `hang_timeout_s` is
-    taken for hung; `plan` is that of models that are loaded without one.  Raises ConfigError and
-    CardError.
+    `soft:4:64MiB`, or `kernel:2` or `kernel` for cards behind the kernel module; `profile` names
+    the speeds to plan by, or a TOML file of them that `spanker calibrate` has written; the host
+    link keeps them where the profile has one, and with `throttle` the cards and the links between
+    them do, as far as the machine is faster (`pace` of a device tells); `channel` is memory or
+    unix; `workers` native threads step the cards (default: one per card, at most one per core); a
+    card that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
+    models that are loaded without one.  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -743,7 +753,11 @@ async def open_fleet(
         async with (
             _passing_time(rig),
             open_coordinator(
-                rig.cards, chosen, channel=channel, hang_timeout_s=hang_timeout_s
+                rig.cards,
+                chosen,
+                channel=channel,
+                hang_timeout_s=hang_timeout_s,
+                topology=_topology(rig),
             ) as coordinator,
             trio.open_nursery() as nursery,
         ):
@@ -759,13 +773,24 @@ async def open_fleet(
 
 def _rig(
     specs: Sequence[CardSpec], profile: Profile, workers: int | None, throttle: bool
-) -> SoftRig | VirtualRig:
+) -> SoftRig | VirtualRig | KernelRig:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     virtual = [spec for spec in specs if isinstance(spec, VirtualCardSpec)]
+    kernel = [spec for spec in specs if isinstance(spec, KernelCardSpec)]
     soft = [spec for spec in specs if isinstance(spec, SoftCardSpec)]
-    if virtual and soft:
-        raise ConfigError("soft and virtual cards do not go together: choose one kind")
+    named = {"soft": soft, "virtual": virtual, "kernel": kernel}
+    kinds = [kind for kind, found in named.items() if found]
+    if len(kinds) > 1:
+        raise ConfigError(f"{' and '.join(kinds)} cards do not go together: choose one kind")
+    if kernel:
+        if workers is not None:
+            raise ConfigError("kernel cards work by themselves: leave workers out")
+        if throttle:
+            raise ConfigError("kernel cards have their own speed: leave throttle out")
+        from spanker.device.kernel.rig import KernelRig
+
+        return KernelRig(kernel)
     if not virtual:
         return SoftRig(soft, workers, profile if throttle else None)
     if workers is not None:
@@ -779,15 +804,26 @@ def _rig(
 
 
 @contextlib.asynccontextmanager
-async def _passing_time(rig: SoftRig | VirtualRig) -> AsyncIterator[None]:
+async def _passing_time(rig: SoftRig | VirtualRig | KernelRig) -> AsyncIterator[None]:
     """The time of virtual cards passes within the block."""
-    if isinstance(rig, SoftRig):
+    if not rig.cards[0].modelled:
         yield
         return
     from spanker.actors.virtual_time import alongside, drive
+    from spanker.device.virtual.card import VirtualRig
 
+    assert isinstance(rig, VirtualRig)
     async with alongside(lambda: drive(rig)):
         yield
+
+
+def _topology(rig: SoftRig | VirtualRig | KernelRig) -> Topology | None:
+    """Which cards are linked, where not all of them need be."""
+    states = getattr(rig, "links", None)
+    if states is None:
+        return None
+    links = tuple(Link(a, b, LinkState(state)) for (a, b), state in sorted(states().items()))
+    return Topology(tuple(range(len(rig.cards))), links)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import platform
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -17,13 +18,19 @@ import cffi
 
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
+SERVER = "spanker/device/server"
 VOCABULARY = "spanker/ggml/csrc"
-INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY]
+INTERFACE = "driver/include"  # of the card, as the kernel module sees it
+UAPI = "driver/include/uapi"
+INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY, INTERFACE, UAPI]
 HEADERS_WITH_CDEFS = [
     f"{KERNELS}/spk_kernels.h",
     f"{CARD}/spk_card.h",
+    f"{CARD}/spk_driver.h",
     f"{VOCABULARY}/spk_vocabulary.h",
 ]
+UAPI_HEADER = f"{UAPI}/spanker_ioctl.h"
+CARD_HEADER = f"{INTERFACE}/spanker_card.h"
 
 # Every flag after -O3 either keeps float arithmetic exactly as written, whatever CFLAGS said
 # before, or keeps the archives linkable and open to tools/lint_fma.py.
@@ -103,6 +110,12 @@ def libraries(machine: str) -> list[Library]:
     return [library for library in found if library.sources]
 
 
+def card_server(machine: str) -> list[Library]:
+    """What spanker-card-server is linked from, in link order: its own sources come first."""
+    parts = [library for library in libraries(machine) if library.directory != VOCABULARY]
+    return [Library("spk_server", SERVER, parts[0].isa_flags), *parts]
+
+
 # A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
 LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 
@@ -110,7 +123,9 @@ LIBRARIES = libraries(platform.machine().lower() if sys.maxsize > 2**32 else "")
 def headers() -> list[str]:
     """Every header: each object depends on all of them, which is cheap and never wrong."""
     return sorted(
-        path for top in INCLUDE_DIRS for path in glob.glob(f"{top}/**/*.h", recursive=True)
+        path
+        for top in (*INCLUDE_DIRS, SERVER)
+        for path in glob.glob(f"{top}/**/*.h", recursive=True)
     )
 
 
@@ -133,13 +148,49 @@ def cdef_of(path: str) -> str:
     return "".join(kept)
 
 
+# As <linux/types.h> has them, on every machine.
+_LINUX_TYPES = """
+typedef signed char __s8;
+typedef unsigned char __u8;
+typedef short __s16;
+typedef unsigned short __u16;
+typedef int __s32;
+typedef unsigned int __u32;
+typedef long long __s64;
+typedef unsigned long long __u64;
+"""
+
+
+def uapi_cdef(path: str, *, constants_only: bool = False) -> str:
+    """The structures and constants of a header between kernel and user space, which marks no
+    regions.  A constant that is more than a number is left to the compiler."""
+    with open(path, encoding="utf-8") as header:
+        text = re.sub(r"/\*.*?\*/", "", header.read(), flags=re.DOTALL)
+    defines = [
+        f"#define {name} {value if value.isdigit() else '...'}\n"
+        for name, value in re.findall(
+            r"^#define[ \t]+(\w+)[ \t]+(\S.*?)[ \t]*$", text, re.MULTILINE
+        )
+    ]
+    if constants_only:
+        return "".join(defines)
+    structs = re.findall(r"^struct \w+ \{.*?^\};\n", text, re.MULTILINE | re.DOTALL)
+    if not defines or not structs:
+        raise ValueError(f"{path}: neither constants nor structures found")
+    return "".join([_LINUX_TYPES, *defines, *structs])
+
+
 def _ffibuilder() -> Any:
     builder = cffi.FFI()
+    builder.cdef(uapi_cdef(UAPI_HEADER))
+    builder.cdef(uapi_cdef(CARD_HEADER, constants_only=True))
     for path in HEADERS_WITH_CDEFS:
         builder.cdef(cdef_of(path))
     builder.set_source(
         "spanker._native",
-        "".join(f'#include "{path.rpartition("/")[2]}"\n' for path in HEADERS_WITH_CDEFS),
+        "".join(
+            f'#include "{path.rpartition("/")[2]}"\n' for path in (*HEADERS_WITH_CDEFS, CARD_HEADER)
+        ),
         libraries=[library.name for library in LIBRARIES],
         include_dirs=INCLUDE_DIRS,
         extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-fno-lto", "-pthread"],

@@ -15,14 +15,14 @@ import argparse
 import glob
 import os
 import platform
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from native_objects import CommandError, compile_all, native, run
 
 OUT = Path("build/check")
 TEST_TIMEOUT_S = 180
@@ -39,49 +39,11 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
 }
 
-native = runpy.run_path("spanker/native_build.py")
-
-
-class CheckError(Exception):
-    """A check failed; the text is all there is to say."""
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise CheckError(f"{shlex.join(command)}\n{done.stdout}")
-
-
-def compile_one(source: str, out: Path, command: list[str]) -> str:
-    """Compiles when a source, a header or the flags' own file is newer than the object."""
-    target = out / Path(source).with_suffix(".o")
-    inputs = [source, *native["headers"](), "spanker/native_build.py", __file__]
-    inputs += glob.glob("tests/native/*.h")
-    if not target.exists() or target.stat().st_mtime <= max(map(os.path.getmtime, inputs)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run([*command, "-c", source, "-o", str(target)])
-    return str(target)
-
-
-def compile_all(
-    compiler: str, out: Path, extra: list[str], tests: list[str], libraries: list
-) -> list[str]:
-    """Objects of every C file of the libraries, then of `tests`, in that order."""
-    base = [*shlex.split(compiler), *(f"-I{path}" for path in native["INCLUDE_DIRS"])]
-    jobs = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for library in libraries:
-            macros = [f"-D{name}={value}" for name, value in library.macros]
-            command = [*base, *macros, *library.cflags, *extra]
-            jobs += [pool.submit(compile_one, source, out, command) for source in library.sources]
-        command = [*base, *native["CFLAGS"], *extra]
-        jobs += [pool.submit(compile_one, test, out, command) for test in tests]
-    return [job.result() for job in jobs]
-
 
 def check_warnings(compiler: str, machine: str | None) -> None:
     name = os.path.basename(shlex.split(compiler)[0])
-    libraries = native["libraries"](machine) if machine else native["LIBRARIES"]
+    machine = machine or platform.machine().lower()
+    libraries = [*native["libraries"](machine), native["card_server"](machine)[0]]
     objects = compile_all(compiler, OUT / name, ["-Werror"], [], libraries)
     print(f"check-c: {len(objects)} C files without a warning ({name})")
 
@@ -96,7 +58,7 @@ def without_aslr() -> list[str]:
 
 def check_sanitize(compiler: str, kind: str, tests: list[str]) -> None:
     if not tests:
-        raise CheckError(f"no native tests for {kind}: nothing was checked")
+        raise CommandError(f"no native tests for {kind}: nothing was checked")
     out = OUT / kind
     flags = [*SANITIZE_FLAGS, SANITIZERS[kind]]
     objects = compile_all(compiler, out, flags, tests, native["LIBRARIES"])
@@ -119,11 +81,11 @@ def check_sanitize(compiler: str, kind: str, tests: list[str]) -> None:
             )
         except subprocess.TimeoutExpired as late:
             output = (late.stdout or b"").decode(errors="replace")
-            raise CheckError(
+            raise CommandError(
                 f"{program}: still running after {TEST_TIMEOUT_S} s\n{output}"
             ) from None
         if done.returncode != 0:
-            raise CheckError(f"{program}: exit status {done.returncode}\n{done.stdout}")
+            raise CommandError(f"{program}: exit status {done.returncode}\n{done.stdout}")
         print(
             f"check-sanitize: {kind} {Path(test).stem} passed in {time.monotonic() - begin:.1f} s"
         )
@@ -146,7 +108,7 @@ def main() -> int:
             check_sanitize(options.cc, "asan", tests)
             threaded = [test for test in tests if Path(test).name.startswith("test_threads_")]
             check_sanitize(options.cc, "tsan", threaded)
-    except CheckError as error:
+    except CommandError as error:
         print(error)
         return 1
     return 0

@@ -14,7 +14,7 @@ CROSS=aarch64-linux-gnu-gcc
 OUT=build/check/cross
 FLAGS=(
   -std=gnu11 -O2 -fno-fast-math -ffp-contract=off -pthread -Wall -Wextra -Werror
-  -Ispanker/kernels/csrc -Ispanker/device/csrc -Ispanker/ggml/csrc
+  -Ispanker/kernels/csrc -Ispanker/device/csrc -Ispanker/ggml/csrc -Idriver/include
 )
 
 if [ "$(uname -m)" = aarch64 ]; then
@@ -50,7 +50,7 @@ program() { # name, source, directory of the objects, compiler and flags
 # shellcheck disable=SC2086
 program native tests/native/cross/neon.c "build/check/$(basename "${CC%% *}")" $CC &
 jobs=($!)
-for source in tests/native/cross/neon.c tests/native/test_{c,threads_,v}*.c; do
+for source in tests/native/cross/neon.c tests/native/test_{c,f,threads_,v}*.c; do
   program "$(basename "$source" .c)" "$source" build/check/$CROSS $CROSS -static &
   jobs+=($!)
 done
@@ -71,6 +71,6 @@ for machine in "max:scalar neon" "cortex-a53:scalar"; do
     exit 1
   fi
 done
-for source in tests/native/test_{c,threads_,v}*.c; do
+for source in tests/native/test_{c,f,threads_,v}*.c; do
   "$QEMU" -cpu max "$OUT/$(basename "$source" .c)"
 done

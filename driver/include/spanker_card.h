@@ -176,7 +176,8 @@ struct sail_command {
 	__le64 data_bytes;   /* FILL: bytes of DDR from `result` on */
 	__le64 table;        /* LOAD: struct sail_buffer[]; RUN: struct sail_read[] */
 	__le32 table_count;
-	__le32 reserved;     /* zero */
+	__le32 stream;       /* RUN: where a step fails, those of its stream that are in the ring behind
+			      * it are aborted; otherwise zero */
 	__le64 result;       /* where the card writes: LOAD: 256 bytes of text saying why it refuses;
 			      * RUN: what `table` reads, one after the other; FILL: the address in DDR */
 	__le64 result_bytes;

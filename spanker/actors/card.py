@@ -332,6 +332,7 @@ class CardActor:
             max_windows=info.windows_max,
             meets=info.meets,
             maps=info.maps,
+            ddr_granule=info.ddr_granule,
         )
 
     async def _collect(self) -> None:

@@ -95,6 +95,7 @@ class Coordinator:
         hang_timeout_s: float,
         modelled: bool = False,
         hollow: bool = False,
+        topology: Topology | None = None,
     ) -> None:
         self.clients = tuple(clients)
         self.profile = profile
@@ -103,7 +104,7 @@ class Coordinator:
         self.hollow = hollow
         # The model of the host link, where there is one.
         self.host_link: HostLink | PacedLink | None = None
-        self.topology = Topology.with_mock(len(clients))
+        self.topology = topology or Topology.with_mock(len(clients))
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
         self.trace: Trace | None = None
@@ -279,7 +280,13 @@ class Coordinator:
         """A card that counts other bytes than the plan would break every later plan."""
         for loaded in replicas:
             for card in loaded.plan.cards:
-                expected = card_bytes(loaded.model.shape, loaded.plan, card, loaded.limits)
+                expected = card_bytes(
+                    loaded.model.shape,
+                    loaded.plan,
+                    card,
+                    loaded.limits,
+                    granule=self.cards[card].ddr_granule,
+                )
                 used = after[card] - before[card]
                 if used != expected:
                     raise CardError(
@@ -476,10 +483,12 @@ async def open_coordinator(
     *,
     channel: str = "memory",
     hang_timeout_s: float = 10.0,
+    topology: Topology | None = None,
 ) -> AsyncIterator[Coordinator]:
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
-    `channel` is how messages travel: `memory` or `unix`.  A profile with a throttled host link
+    `topology` says which cards are linked; without it all are.  `channel` is how messages travel:
+    `memory` or `unix`.  A profile with a throttled host link
     sends them over that link instead.  The actors own the devices, all modelled or none, and close
     them.
     """
@@ -502,6 +511,7 @@ async def open_coordinator(
             hang_timeout_s=hang_timeout_s,
             modelled=modelled,
             hollow=all(device.hollow for device in devices),
+            topology=topology,
         )
         coordinator.host_link = channels.link
         try:

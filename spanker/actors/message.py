@@ -275,6 +275,7 @@ class CardInfo(Message):
     max_windows: U32 = 0
     meets: U32 = 0
     maps: U32 = 0
+    ddr_granule: U32 = 64
 
 
 @_wire(0x83, buffers=1)

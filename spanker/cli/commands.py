@@ -487,6 +487,24 @@ def info(model: str | None, cards: str, plan: str, profile: str, as_json: bool) 
     work.info(where, as_json=as_json)
 
 
+@group.group("firmware", short_help="Check firmware images.")
+def firmware_group() -> None:
+    """What the processors of a card run, as a file."""
+
+
+@firmware_group.command("check", short_help="Say what is in an image, and whether it is good.")
+@click.argument("image", metavar="FILE")
+@options.as_json
+def firmware_check(image: str, as_json: bool) -> None:
+    """Check FILE, a RISC-V ELF with Spanker's note, as is done before a card gets it.
+
+    Nothing of it runs, and no card is needed.
+    """
+    from spanker.cli import firmware as work
+
+    work.check(image, as_json=as_json)
+
+
 @group.command(short_help="Measure the cards, links and host, as a profile.")
 @options.cards
 @options.profile

@@ -15,6 +15,8 @@ from spanker.cli.machine import this_machine
 from spanker.cli.opening import Inspected, inspect
 from spanker.cli.options import FleetOptions
 from spanker.cli.reports import plan_json
+from spanker.device import uapi
+from spanker.device.kernel.survey import Survey, survey
 from spanker.device.spec import parse_fleet
 from spanker.fleet import PLANNED_POSITION, describe_share
 from spanker.ggml import catalog
@@ -48,7 +50,9 @@ def info(where: FleetOptions | None, *, as_json: bool) -> None:
             out["model"] = _forecast_json(forecast)
         terminal.emit_json(out)
     elif forecast is None:
-        terminal.show(terminal.facts(_rows()))
+        seen = survey()
+        terminal.show(terminal.facts([*_rows(), ("kernel module", _module(seen))]))
+        _show_cards(seen)
     else:
         _show_forecast(forecast)
 
@@ -76,6 +80,7 @@ def _json() -> dict[str, object]:
             }
             for entry in catalog.CATALOG.values()
         },
+        "driver": _driver_json(survey()),
     }
 
 
@@ -98,6 +103,67 @@ def _rows() -> list[tuple[str, str]]:
         ("cache", str(catalog.cache_dir())),
         ("models", models),
     ]
+
+
+# --- the kernel module -----------------------------------------------------------------
+
+
+def _module(seen: Survey) -> str:
+    if not seen.loaded:
+        return "module not loaded (driver/README.md)"
+    if seen.version is None:
+        return seen.problems[0]
+    wanted = ".".join(map(str, uapi.VERSION))
+    return (
+        f"interface {seen.version} (this Spanker {wanted}), "
+        f"{len(seen.cards) or 'no'} card{'' if len(seen.cards) == 1 else 's'}"
+    )
+
+
+def _state(info: uapi.Info) -> str:
+    return "failed" if info.failed else "emulated" if info.emulated else "ready"
+
+
+def _show_cards(seen: Survey) -> None:
+    if seen.cards:
+        terminal.emit("")
+        columns = (">card", "serial", "sku", ">memory", ">free", ">links", ">resets", "state")
+        cards = terminal.table(*columns)
+        for card in seen.cards:
+            info = card.info
+            cards.add_row(
+                str(info.number),
+                f"{info.serial:016x}",
+                info.sku,
+                terminal.size(info.ddr_bytes),
+                terminal.size(info.ddr_free),
+                f"{card.links_up} of {card.peers} up",
+                str(info.generation),
+                _state(info),
+            )
+        terminal.show(cards)
+    for problem in seen.problems[seen.version is None :]:
+        terminal.note(problem)
+
+
+def _driver_json(seen: Survey) -> dict[str, object]:
+    return {
+        "loaded": seen.loaded,
+        "version": None if seen.version is None else str(seen.version),
+        "cards": [
+            {
+                **attrs.asdict(card.info),
+                "serial": f"{card.info.serial:016x}",
+                "emulated": card.info.emulated,
+                "failed": card.info.failed,
+                "peers": card.peers,
+                "links_up": card.links_up,
+                "temperature_mc": card.temperature_mc,
+            }
+            for card in seen.cards
+        ],
+        "problems": list(seen.problems),
+    }
 
 
 # --- a model ---------------------------------------------------------------------------

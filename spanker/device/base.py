@@ -61,7 +61,7 @@ class DeviceInfo(Value):
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
     `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
     `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does; `maps` is 1 where a
-    file can stand for a buffer's memory."""
+    file can stand for a buffer's memory; DDR is taken in multiples of `ddr_granule` bytes."""
 
     name: str
     serial: int
@@ -72,6 +72,7 @@ class DeviceInfo(Value):
     windows_max: int = 0
     meets: int = 0
     maps: int = 0
+    ddr_granule: int = 64
 
 
 class Completion(NamedTuple):
@@ -239,6 +240,11 @@ class CardDevice(abc.ABC):
         many were lost so far because nobody took them in time.  Never blocks; while steps run, too.
         """
         raise CardCommandError(f"card {self.number} cannot trace its commands", card=self.number)
+
+    def load_image(self, image: Buffer) -> None:
+        """Give the card a firmware image (docs/api/program-container.md), checked already, which it
+        keeps until it is reset.  CardCommandError by a body that takes none."""
+        raise CardCommandError(f"card {self.number} takes no firmware image", card=self.number)
 
     @abc.abstractmethod
     def close(self) -> None:

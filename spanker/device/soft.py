@@ -205,18 +205,24 @@ class SoftCard(CardDevice):
             self._mapped[handle] = view
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
-        self._u32(handle, "buffer")
-        self._u64(offset, "offset")
-        self._u64(nbytes, "size")
-        what = f"reading {nbytes} bytes at {offset} of buffer {handle}"
         # The bounds are checked before host memory is taken.
-        self._check(lib.spk_card_can_read(self.handle, handle, offset, nbytes), what)
+        self.check_range(handle, offset, nbytes, "reading")
         out = bytearray(nbytes)
         status = lib.spk_card_read(
             self.handle, handle, offset, ffi.from_buffer("char[]", out), nbytes
         )
-        self._check(status, what)
+        self._check(status, f"reading {nbytes} bytes at {offset} of buffer {handle}")
         return bytes(out)
+
+    def check_range(self, handle: int, offset: int, nbytes: int, doing: str) -> None:
+        """CardCommandError unless these bytes are within a buffer; `doing` says what for."""
+        self._u32(handle, "buffer")
+        self._u64(offset, "offset")
+        self._u64(nbytes, "size")
+        self._check(
+            lib.spk_card_can_read(self.handle, handle, offset, nbytes),
+            f"{doing} {nbytes} bytes at {offset} of buffer {handle}",
+        )
 
     def load_program(self, program: Buffer) -> int:
         handle, bad = ffi.new("uint32_t *"), ffi.new("uint32_t *")
@@ -310,6 +316,13 @@ class SoftCard(CardDevice):
                 card=self.number,
             )
         return status_error(c.status, what, card=self.number)
+
+    def check_step(self, program: int, parameters: Buffer) -> None:
+        """CardCommandError where `submit` would refuse a step; it is not done.  For a card that
+        nobody steps and that has nothing queued."""
+        SoftCard.submit(self, program, parameters)
+        lib.spk_card_skip(self.handle)
+        SoftCard.completions(self)
 
     def abort(self, epoch: int) -> None:
         self._u32(epoch, "epoch")

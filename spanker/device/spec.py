@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fleet specifications: the text that says which cards to open.
 
-SPEC  = GROUP {"," GROUP}             3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
-GROUP = [KIND ":"] N ["@" ISA] [":" BYTES]
-KIND  = "soft" | "virtual" | "hollow"
+SPEC   = GROUP {"," GROUP} | KERNEL      3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
+GROUP  = [KIND ":"] N ["@" ISA] [":" BYTES]
+KIND   = "soft" | "virtual" | "hollow"
+KERNEL = "kernel" [":" N]                kernel    kernel:2
 
 Soft cards work in real time, virtual ones in modelled time; hollow ones are virtual cards that do
-no arithmetic and keep no bytes.  A fleet is of one kind.
+no arithmetic and keep no bytes.  Kernel cards are those behind the kernel module, /dev/spanker0 and
+so on: the first N, or all.  A fleet is of one kind.
 """
 
 from __future__ import annotations
 
 import re
 
+from spanker.device.kernel.spec import KernelCardSpec, first_cards
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import ConfigError
@@ -20,7 +23,7 @@ from spanker.native import isa_number
 
 _GROUP = re.compile(r"(?:([A-Za-z]\w*):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?")
 _BYTES = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
-_KINDS = ("soft", "virtual", "hollow")
+_KINDS = ("soft", "virtual", "hollow", "kernel")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -37,23 +40,33 @@ def parse_bytes(text: str) -> int:
     return int(number * (1000 if decimal else 1024) ** _POWERS[letter.lower()])
 
 
-CardSpec = SoftCardSpec | VirtualCardSpec
+CardSpec = SoftCardSpec | VirtualCardSpec | KernelCardSpec
 
 
 def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
-    """The cards of a fleet specification, all of one kind; ConfigError says what is wrong."""
+    """The cards of a fleet specification, all of one kind; ConfigError says what is wrong.
+
+    `kernel` looks which devices there are; nothing is opened.
+    """
+    if str(spec).strip() == "kernel":
+        return first_cards()[:CARDS_MAX]
     cards: list[CardSpec] = []
     kinds: dict[str, None] = {}
     for group in str(spec).split(","):
         match = _GROUP.fullmatch(group.strip())
         if not match:
             raise ConfigError(
-                f"no cards {group!r}: expected a number or soft:N[@ISA][:BYTES], e.g. soft:3"
+                f"no cards {group!r}: expected a number, soft:N[@ISA][:BYTES] or kernel:N, e.g. "
+                f"soft:3"
             )
         kind, count, isa, ddr = match[1] or "soft", int(match[2]), match[3], match[4]
         if kind not in _KINDS:
             raise ConfigError(
                 f"no kind of card {kind!r}: expected {', '.join(_KINDS)}, as in soft:{count}"
+            )
+        if kind == "kernel" and (isa or ddr):
+            raise ConfigError(
+                f"no cards {group!r}: kernel cards are what they are: write kernel:{count}"
             )
         kinds[kind] = None
         if len(kinds) > 1:
@@ -64,6 +77,10 @@ def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
             raise ConfigError(
                 f"{count + len(cards)} cards are too many: a {kind} fleet has 1 to {CARDS_MAX}"
             )
+        if kind == "kernel":
+            first = len(cards)
+            cards.extend([KernelCardSpec(number) for number in range(first, first + count)])
+            continue
         if isa is not None:
             isa_number(isa)
         ddr_bytes = parse_bytes(ddr) if ddr else DEFAULT_DDR_BYTES

@@ -65,6 +65,19 @@ class Op(enum.IntEnum):
     ALL_REDUCE = 21
 
 
+# Which of its four operands an operation has, by slot: bit r for operand r, as the card has it.
+OPERANDS: dict[Op, int] = {
+    **dict.fromkeys((Op.EMBED, Op.RMSNORM, Op.MATMUL, Op.KV_APPEND, Op.ATTENTION), 0b1011),
+    **dict.fromkeys((Op.SWIGLU,), 0b1011),
+    **dict.fromkeys((Op.QUANTIZE, Op.SELECT, Op.LOGIT_STATS, Op.TOP_K), 0b1001),
+    **dict.fromkeys((Op.BEST, Op.CHOOSE, Op.REDUCE, Op.COPY), 0b1001),
+    **dict.fromkeys((Op.ROPE, Op.ADD), 0b0011),
+    **dict.fromkeys((Op.LINK_SEND,), 0b0001),
+    **dict.fromkeys((Op.LINK_RECV, Op.DIVIDE, Op.ALL_REDUCE), 0b1000),
+    **dict.fromkeys((Op.EXCHANGE,), 0),
+}
+
+
 @attrs.frozen(eq=False, repr=False)
 class Ref(Value):
     """Where an operand lies: a buffer by name, the byte offset of row 0, bytes between rows."""

@@ -22,6 +22,7 @@ from spanker.sched.plan import (
     ModelShape,
     Plan,
     WeightShape,
+    tensor_pipeline,
 )
 from spanker.values import Value
 
@@ -200,9 +201,23 @@ def card_buffers(
     )
 
 
-def card_bytes(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> int:
-    """DDR bytes that a plan takes on a card."""
-    return sum(b.ddr_bytes for b in card_buffers(shape, plan, card, limits))
+def card_bytes(
+    shape: ModelShape, plan: Plan, card: int, limits: Limits, *, granule: int = DDR_ALIGN
+) -> int:
+    """DDR bytes that a plan takes on a card which takes them in multiples of `granule`."""
+    buffers = card_buffers(shape, plan, card, limits)
+    return sum(-(-buffer.nbytes // granule) * granule for buffer in buffers)
+
+
+def rounding_bytes(shape: ModelShape, limits: Limits, granule: int) -> int:
+    """What a plan takes at most, on a card with such a granule, beyond what is planned for it: a
+    card has few buffers that one with the whole model has not."""
+    if granule <= DDR_ALIGN:
+        return 0
+    whole, limits = tensor_pipeline(shape, 1, 1), attrs.evolve(limits, kv_pages=1)
+    # An embedding apart from the output, lists of best tokens.
+    count = len(card_buffers(shape, whole, 0, limits)) + 4
+    return count * (granule - DDR_ALIGN)
 
 
 def fit_kv_pages(

@@ -96,15 +96,21 @@ class Topology(Value):
     def enumerate(cls, device_dir: str | os.PathLike[str] = "/dev") -> Topology:
         """The cards `spanker0`, `spanker1`, ... of `device_dir`, up to the first that is missing.
 
-        Links are down until a card reports otherwise.  Raises ConfigError when there is no card.
+        Links are down until a card reports otherwise, as those of an open fleet do
+        (`Fleet.topology`).  Raises ConfigError when there is no card.
         """
         n = 0
         while n < MAX_CARDS and os.path.exists(os.path.join(device_dir, f"spanker{n}")):
             n += 1
         if n == 0:
+            control = os.path.join(device_dir, "spankerctl")
+            if os.path.exists(control):
+                why = "the spanker module is loaded, and has found no card"
+            else:
+                why = f"the spanker module is not loaded ({control} does not exist); load it"
             raise ConfigError(
-                f"no Sails: {os.path.join(device_dir, 'spanker0')} does not exist; load the "
-                "spanker kernel module, or use emulated cards such as soft:3"
+                f"no Sails: {os.path.join(device_dir, 'spanker0')} does not exist: {why}, or use "
+                f"emulated cards such as soft:3"
             )
         return cls._mesh(n, LinkState.DOWN)
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spanker.aio import Fleet as AioFleet
-    from spanker.device.soft import SoftCard
     from spanker.fleet import Fleet
 
 
@@ -17,7 +17,7 @@ def kill(fleet: Fleet | AioFleet, card: int) -> None:
     Whoever waits for a step or a load gets CardLostError at once; with nothing under way, whoever
     comes next does.  There is no way back: close the fleet and open another.
     """
-    _device(fleet, card).kill()
+    _fault(fleet, card, "kill")()
 
 
 def hang(fleet: Fleet | AioFleet, card: int) -> None:
@@ -25,11 +25,14 @@ def hang(fleet: Fleet | AioFleet, card: int) -> None:
 
     Whoever waits for a step of the fleet gets CardHungError after the fleet's `hang_timeout_s`.
     """
-    _device(fleet, card).hang()
+    _fault(fleet, card, "hang")()
 
 
-def _device(fleet: Fleet | AioFleet, card: int) -> SoftCard:
+def _fault(fleet: Fleet | AioFleet, card: int, name: str) -> Callable[[], None]:
     devices = fleet.devices
     if not 0 <= card < len(devices):
         raise ValueError(f"no card {card}: the fleet has cards 0 to {len(devices) - 1}")
-    return devices[card]
+    fault: Callable[[], None] | None = getattr(devices[card], name, None)
+    if fault is None:
+        raise ValueError(f"{devices[card].info.name} cannot {name}: only soft and virtual cards do")
+    return fault

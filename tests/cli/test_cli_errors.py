@@ -66,7 +66,7 @@ def test_a_file_that_is_no_model_is_named_with_what_is_wrong(models: Path) -> No
 OPTIONS = {
     ("--cards", "0"): "a fleet needs at least one card, got '0': use e.g. --cards 1",
     ("--cards", "300"): "300 cards are too many: a soft fleet has 1 to 64",
-    ("--cards", "three"): "expected a number or soft:N[@ISA][:BYTES]",
+    ("--cards", "three"): "expected a number, soft:N[@ISA][:BYTES] or kernel:N",
     ("--cards", "soft:1@z80"): "'z80' is not available here: expected one of scalar",
     ("--cards", "soft:1:50KiB"): "use more cards, a shorter --ctx",
     ("--plan", "zigzag"): "no plan 'zigzag': expected auto, tp, pp, or tpAxppB",

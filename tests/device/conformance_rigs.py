@@ -8,7 +8,9 @@ there: that of virtual cards passes only then.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import random
 import select
 import time
@@ -17,9 +19,12 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+from driver_model import DriverModel
 
 from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
+from spanker.device.kernel.rig import KernelRig
+from spanker.device.kernel.spec import first_cards
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.device.virtual.card import VirtualCard, VirtualRig
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -72,12 +77,49 @@ def virtual_rig(count: int, ddr_bytes: int) -> VirtualRig:
     return VirtualRig([VirtualCardSpec(ddr_bytes=ddr_bytes)] * count, REV_A)
 
 
+class ModelledDriverRig:
+    """Kernel cards over a model of the module; their cards can fail as a test plants it."""
+
+    def __init__(self, count: int, ddr_bytes: int) -> None:
+        self.driver = DriverModel(count, ddr_bytes)
+        self._rig: KernelRig | None = None
+        try:
+            self._rig = KernelRig(first_cards(count), system=self.driver)
+        except BaseException:
+            self.driver.shut_down()
+            raise
+        self.cards = self._rig.cards
+        for card in self.cards:
+            card.kill = functools.partial(self.driver.kill, card.number)
+            card.hang = self.driver.cards[card.number].soft.hang
+
+    def close(self) -> None:
+        assert self._rig
+        self._rig.close()
+        assert not self.driver.mapped
+        self.driver.shut_down()
+
+
+# How many real cards there are: /dev/spanker0 and so on are tested instead of the model.
+REAL_CARDS = int(os.environ.get("SPANKER_TEST_KERNEL_CARDS", "0"))
+
+
+def kernel_rig(count: int, ddr_bytes: int) -> KernelRig:
+    """Cards of the module that is loaded, whose memory is as large as it is."""
+    if count > REAL_CARDS:
+        pytest.skip(f"{count} cards are wanted, SPANKER_TEST_KERNEL_CARDS says {REAL_CARDS}")
+    return KernelRig(first_cards(count))
+
+
 BODIES: dict[str, Callable[[int, int], Rig]] = {
     "soft": soft_rig,
     "recorded": RecordedRig,
     "throttled": throttled_rig,
     "virtual": virtual_rig,
+    "kernel": ModelledDriverRig,
 }
+if REAL_CARDS:
+    BODIES = {"kernel": kernel_rig}
 
 
 # --- time -------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from spanker.device.kernel.spec import KernelCardSpec, first_cards
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_bytes, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -31,10 +34,22 @@ SCALAR = SoftCardSpec("scalar", DEFAULT_DDR_BYTES)
         ("virtual:2", (VirtualCardSpec(),) * 2),
         ("virtual:1@scalar:1M", (VirtualCardSpec("scalar", 1 << 20),)),
         ("hollow:1,hollow:1", (VirtualCardSpec(hollow=True),) * 2),
+        ("kernel:2", (KernelCardSpec(0), KernelCardSpec(1))),
+        (" kernel:1, kernel:2 ", tuple(KernelCardSpec(n) for n in range(3))),
     ],
 )
 def test_specifications_name_cards_in_order(spec: str | int, cards: tuple[SoftCardSpec]) -> None:
     assert parse_fleet(spec) == cards
+
+
+def test_all_kernel_cards_are_those_up_to_the_first_that_is_missing(tmp_path: Path) -> None:
+    # One at least: opening it says what is wrong.
+    assert first_cards(device_dir=str(tmp_path)) == (KernelCardSpec(0, str(tmp_path)),)
+    for number in (0, 1, 3):
+        (tmp_path / f"spanker{number}").touch()
+    cards = first_cards(device_dir=str(tmp_path))
+    assert [card.number for card in cards] == [0, 1]
+    assert cards[1].path == str(tmp_path / "spanker1")
 
 
 def test_every_instruction_set_of_this_machine_can_be_named() -> None:
@@ -68,6 +83,14 @@ def test_every_instruction_set_of_this_machine_can_be_named() -> None:
         ("soft:1:", "no cards"),
         ("soft:1:12X", "no size '12X'"),
         ("soft:1:MiB", "no size 'MiB'"),
+        ("kernel:0", "at least one card"),
+        ("kernel:65", "65 cards are too many: a kernel fleet has 1 to 64"),
+        ("kernel:1@scalar", "kernel cards are what they are: write kernel:1"),
+        ("kernel:2:64MiB", "kernel cards are what they are: write kernel:2"),
+        ("kernel:2,soft:1", "kernel and soft cards do not go together"),
+        ("virtual:1,kernel:1", "virtual and kernel cards do not go together"),
+        ("kernel,soft:1", "no cards 'kernel'"),
+        ("kernel:", "no cards 'kernel:'"),
     ],
 )
 def test_bad_specifications_are_explained_on_one_line(spec: str | int, words: str) -> None:

@@ -16,6 +16,7 @@ from spanker.sched.layout import (
     fit_kv_pages,
     kv_page_bytes,
     layer_rows,
+    rounding_bytes,
 )
 from spanker.sched.plan import Limits, ModelShape, Plan, tensor_pipeline
 
@@ -203,6 +204,22 @@ def test_ddr_bytes_are_whole_allocation_units() -> None:
         assert card_bytes(shape, plan, card, LIMITS) == sum(
             -(-b.nbytes // 64) * 64 for b in buffers
         )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("tensor", "pipeline"), PLANS)
+def test_room_for_rounding_is_enough_for_any_plan(name: str, tensor: int, pipeline: int) -> None:
+    shape = SHAPES[name]
+    if pipeline > len(shape.layers):
+        return
+    plan = tensor_pipeline(shape, tensor, pipeline)
+    assert rounding_bytes(shape, LIMITS, 64) == 0
+    for granule in (128, 4096, 65536):
+        room = rounding_bytes(shape, attrs.evolve(LIMITS, kv_pages=0), granule)
+        for card in plan.cards:
+            taken = card_bytes(shape, plan, card, LIMITS, granule=granule)
+            assert taken % granule == 0
+            assert 0 <= taken - card_bytes(shape, plan, card, LIMITS) <= room
 
 
 # --- KV pages ------------------------------------------------------------------------------

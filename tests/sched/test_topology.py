@@ -96,3 +96,7 @@ def test_enumeration_without_cards_says_so_and_names_the_path(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="no Sails") as caught:
         Topology.enumerate(tmp_path)
     assert str(tmp_path / "spanker0") in str(caught.value)
+    assert "module is not loaded" in str(caught.value)
+    (tmp_path / "spankerctl").touch()
+    with pytest.raises(ConfigError, match="module is loaded, and has found no card"):
+        Topology.enumerate(tmp_path)

@@ -34,7 +34,8 @@ static bool is_dead(struct spk_card *c)
 
 /* --- life ------------------------------------------------------------------------------- */
 
-struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
+/* `ddr` NULL: memory of its own. */
+static struct spk_card *create(uint8_t *ddr, uint64_t ddr_bytes, int isa, int *status)
 {
     const struct spk_kernels *kernels = spk_kernels_get(isa);
     struct spk_card *c = NULL;
@@ -55,7 +56,8 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
     atomic_init(&c->abort_epoch, 1);
     c->event_fd = -1;
     pthread_mutex_init(&c->mutex, NULL);
-    if (!pages_reserve(c))
+    c->ddr = ddr;
+    if (!ddr && !pages_reserve(c))
         goto fail;
     c->links = calloc(SPK_CARDS_MAX, sizeof *c->links);
     c->meeting = aligned_alloc(_Alignof(struct meeting), sizeof *c->meeting);
@@ -70,6 +72,19 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
 fail:
     spk_card_destroy(c);
     return NULL;
+}
+
+struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status)
+{
+    return create(NULL, ddr_bytes, isa, status);
+}
+
+struct spk_card *spk_card_create_on(void *ddr, uint64_t ddr_bytes, int isa, int *status)
+{
+    *status = SPK_E_ARG;
+    if (!ddr || (uintptr_t)ddr % 4096)
+        return NULL;
+    return create(ddr, ddr_bytes, isa, status);
 }
 
 static uint8_t *writable(const uint8_t *p)
@@ -137,12 +152,16 @@ static bool find_gap(struct spk_card *c, uint64_t need, uint64_t *offset)
     }
 }
 
-static uint32_t free_slot(const struct spk_card *c)
+static uint32_t free_slot_from(const struct spk_card *c, uint32_t slot)
 {
-    uint32_t slot = 0;
     while (slot < c->buffer_count && c->buffers[slot].bytes)
         slot++;
     return slot;
+}
+
+static uint32_t free_slot(const struct spk_card *c)
+{
+    return free_slot_from(c, 0);
 }
 
 static int enter_buffer(struct spk_card *c, uint32_t slot, struct buffer b)
@@ -150,10 +169,14 @@ static int enter_buffer(struct spk_card *c, uint32_t slot, struct buffer b)
     if (slot == c->buffer_count) {
         if (slot == SPK_BUFFERS_MAX)
             return SPK_E_NOMEM;
-        struct buffer *grown = realloc(c->buffers, (slot + 1) * sizeof *grown);
-        if (!grown)
-            return SPK_E_SYSTEM;
-        c->buffers = grown;
+        if (slot == c->buffer_room) {
+            uint32_t room = slot ? 2 * slot : 64;
+            struct buffer *grown = realloc(c->buffers, room * sizeof *grown);
+            if (!grown)
+                return SPK_E_SYSTEM;
+            c->buffers = grown;
+            c->buffer_room = room;
+        }
         c->buffer_count++;
     }
     c->buffers[slot] = b;
@@ -220,6 +243,47 @@ int spk_card_window(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
     return status;
 }
 
+static int enter_locked(struct spk_card *c, const struct spk_range *ranges, size_t count,
+                        uint32_t *handles)
+{
+    uint32_t slot = 0;
+    int status = c->queue_count ? SPK_E_BUSY : SPK_OK;
+    size_t entered = 0;
+    for (; entered < count && status == SPK_OK; entered++) {
+        const struct spk_range *r = &ranges[entered];
+        slot = free_slot_from(c, slot);
+        status = enter_buffer(c, slot,
+                              (struct buffer){.offset = r->offset,
+                                              .bytes = r->nbytes,
+                                              .entered = true,
+                                              .memory = c->ddr + r->offset});
+        if (status != SPK_OK)
+            break;
+        c->ddr_used += align_up(r->nbytes);
+        handles[entered] = slot;
+    }
+    for (size_t i = 0; status != SPK_OK && i < entered; i++) {
+        c->ddr_used -= align_up(c->buffers[handles[i]].bytes);
+        c->buffers[handles[i]].bytes = 0;
+    }
+    return status;
+}
+
+int spk_card_enter(struct spk_card *c, const struct spk_range *ranges, size_t count,
+                   uint32_t *handles)
+{
+    if (is_dead(c))
+        return SPK_E_LOST;
+    for (size_t i = 0; i < count; i++)
+        if (!ranges[i].nbytes || ranges[i].offset % SPK_DDR_ALIGN ||
+            ranges[i].offset > c->ddr_bytes || ranges[i].nbytes > c->ddr_bytes - ranges[i].offset)
+            return SPK_E_BOUNDS;
+    pthread_mutex_lock(&c->mutex);
+    int status = enter_locked(c, ranges, count, handles);
+    pthread_mutex_unlock(&c->mutex);
+    return status;
+}
+
 static struct buffer *find_buffer(struct spk_card *c, uint32_t handle)
 {
     if (handle >= c->buffer_count || !c->buffers[handle].bytes)
@@ -263,7 +327,7 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
         status = SPK_E_BUSY;
     } else {
         uint64_t bytes = b->window ? 0 : align_up(b->bytes);
-        if (bytes && !b->lent)
+        if (bytes && !b->lent && !b->entered)
             empty(c, b);
         c->ddr_used -= bytes;
         b->bytes = 0;
@@ -279,7 +343,7 @@ int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint6
         return SPK_E_LOST;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
-    if (!b || b->window)
+    if (!b || b->window || b->entered)
         status = SPK_E_HANDLE;
     else if (!memory || (uintptr_t)memory % SPK_LENT_ALIGN || nbytes != b->bytes)
         status = SPK_E_BOUNDS;
@@ -397,6 +461,8 @@ static int load_locked(struct spk_card *c, struct program *p, uint32_t *handle, 
         }
         c->scratch_bytes = scratch;
     }
+    if (p->table)
+        program_translate(p);
     uint32_t command = 0;
     int ref = 0;
     for (struct buffer *b; (b = program_next_written(c, p, &command, &ref));)
@@ -415,6 +481,13 @@ static int load_locked(struct spk_card *c, struct program *p, uint32_t *handle, 
 
 int spk_card_load_program(struct spk_card *c, const void *blob, size_t nbytes, uint32_t *handle,
                           uint32_t *bad, char *why)
+{
+    return spk_card_load_by_table(c, blob, nbytes, NULL, 0, handle, bad, why);
+}
+
+int spk_card_load_by_table(struct spk_card *c, const void *blob, size_t nbytes,
+                           const uint32_t *table, size_t table_count, uint32_t *handle,
+                           uint32_t *bad, char *why)
 {
     struct program *p;
     size_t body;
@@ -453,6 +526,8 @@ int spk_card_load_program(struct spk_card *c, const void *blob, size_t nbytes, u
     }
     if (body)
         memcpy(p->commands, (const uint8_t *)blob + sizeof p->header, body);
+    p->table = table;
+    p->table_count = table_count;
     pthread_mutex_lock(&c->mutex);
     int status = load_locked(c, p, handle, bad, why);
     pthread_mutex_unlock(&c->mutex);
@@ -543,6 +618,17 @@ static int check_lent(struct spk_card *c, const struct program *p, struct submis
     return SPK_OK;
 }
 
+/* What comes next was given out in the belief that the step before it succeeds. */
+static bool unknown_fault(const struct spk_card *c)
+{
+    bool found = false;
+    for (uint32_t i = 0; i < c->completion_count; i++) {
+        int status = c->completions[(c->completion_head + i) % SPK_QUEUE_MAX].status;
+        found |= status != SPK_OK && status != SPK_E_ABORTED;
+    }
+    return found;
+}
+
 static int submit_locked(struct spk_card *c, uint32_t handle, struct submission *s, size_t nbytes,
                          const struct spk_lent *lent, size_t lent_count, char *why)
 {
@@ -553,6 +639,10 @@ static int submit_locked(struct spk_card *c, uint32_t handle, struct submission 
     }
     if (c->queue_count + c->completion_count >= SPK_QUEUE_MAX) {
         snprintf(why, 256, "%d steps are queued or wait to be collected", SPK_QUEUE_MAX);
+        return SPK_E_BUSY;
+    }
+    if (!c->mapping && unknown_fault(c)) {
+        snprintf(why, 256, "a completion that has not been collected tells of a fault");
         return SPK_E_BUSY;
     }
     int status = step_check(c->programs[handle], s->params, nbytes, why);
@@ -653,7 +743,7 @@ int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *par
     return status;
 }
 
-static void signal_fd(struct spk_card *c)
+void card_signal(struct spk_card *c)
 {
     uint64_t one = 1;
     ssize_t n = write(c->event_fd, &one, sizeof one);
@@ -716,7 +806,7 @@ static void complete(struct spk_card *c, int status)
     pthread_mutex_unlock(&c->mutex);
     /* After the lock is free, or the host wakes up only to wait for it.  So a collector that was
      * quicker can find the fd readable once with nothing behind it. */
-    signal_fd(c);
+    card_signal(c);
 }
 
 int spk_card_completion(struct spk_card *c, struct spk_completion *out)
@@ -763,6 +853,14 @@ void spk_card_plant(struct spk_card *c, int fault)
     atomic_store(&c->plant, fault);
     atomic_store(&c->ready, 1);
     pool_notify(c);
+}
+
+void spk_card_restart(struct spk_card *c)
+{
+    /* Before it has restarted the counters must not say so. */
+    atomic_store(&c->epoch_seen, UINT32_MAX);
+    atomic_store(&c->restarts, 1);
+    spk_card_plant(c, SPK_PLANT_NONE);
 }
 
 void spk_card_counters(struct spk_card *c, struct spk_counters *out)
@@ -910,19 +1008,36 @@ static void flush(struct spk_card *c, int status, uint32_t before_epoch)
         complete(c, status);
 }
 
+static void restart(struct spk_card *c)
+{
+    flush(c, SPK_E_ABORTED, UINT32_MAX);
+    c->epoch = 0;
+    atomic_store(&c->abort_epoch, 0);
+    link_restart(c);
+    atomic_store(&c->restarts, 0);
+    atomic_store(&c->epoch_seen, 0);
+    card_signal(c); /* whoever waits for that may look */
+}
+
 /* What comes before work: death, aborts, taking up the next step.  Whether there is work; what the
  * step of the engine was, if not. */
 static bool has_work(struct spk_card *c, int *result)
 {
     uint32_t abort_epoch = atomic_load(&c->abort_epoch);
     int plant = atomic_load(&c->plant);
+    int restarts = atomic_load(&c->restarts);
     *result = SPK_STEP_IDLE;
-    if ((plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
+    if ((restarts || plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
         *result = SPK_STEP_RAN; /* a slice of somebody else's, whose end rings no doorbell */
         return false;
     }
     if (plant == SPK_PLANT_DIE) {
         flush(c, SPK_E_LOST, UINT32_MAX);
+        return false;
+    }
+    if (restarts) {
+        restart(c);
+        *result = SPK_STEP_RAN;
         return false;
     }
     if (abort_epoch != c->epoch) {

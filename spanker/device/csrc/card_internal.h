@@ -16,6 +16,7 @@ struct buffer {
     bool window;            /* nothing of the DDR is its own */
     bool used;              /* the host has written to it, or a program has named it */
     bool lent;              /* its place in the DDR is empty: its bytes are the host's, to be read */
+    bool entered;           /* its place in the DDR is a front's, which may have entered it twice */
     uint8_t *memory;        /* its bytes; a window's only while a step runs */
 };
 
@@ -29,6 +30,8 @@ struct program {
     bool quick;              /* bulk operations on little: quicker done than handed to a worker */
     bool brief;              /* meetings alone, over in a millisecond: sooner than a host thread sleeps */
     uint32_t window[SPK_WINDOWS_MAX], window_align[SPK_WINDOWS_MAX], window_count;
+    const uint32_t *table; /* while it is loaded: what its buffers are indices into, or NULL */
+    size_t table_count;
 };
 
 /* A link's ring: one producer, one consumer, positions grow without wrapping. */
@@ -36,15 +39,23 @@ struct ring {
     uint64_t capacity;
     _Alignas(64) _Atomic uint64_t head; /* consumer */
     _Alignas(64) _Atomic uint64_t tail; /* producer */
+    _Atomic uint64_t forget;            /* what is before was sent before the producer's restart */
     _Alignas(64) uint8_t data[];
+};
+
+/* What both ends of a link share. */
+struct wire {
+    _Atomic uint32_t refs; /* cards that still use the pair of rings */
+    _Atomic uint32_t down; /* ends that want it down */
 };
 
 struct link {
     struct ring *tx, *rx;
     struct spk_card *peer;
-    _Atomic uint32_t *refs; /* cards that still use the pair of rings */
+    struct wire *wire;
+    uint32_t end; /* 1 or 2: this card's bit in `down` */
     uint64_t tx_sequence, rx_sequence;
-    _Atomic uint64_t tx_bytes, rx_bytes;
+    _Atomic uint64_t tx_bytes, rx_bytes, errors;
 };
 
 /* What a card lets its peers see of the meeting that it is in: meeting.c. */
@@ -98,7 +109,8 @@ struct transfer {
 
 struct spk_card {
     const struct spk_kernels *kernels;
-    uint8_t *mapping; /* what was mapped; `ddr` is its first multiple of a huge page */
+    uint8_t *mapping; /* what was mapped; `ddr` is its first multiple of a huge page.  NULL where the
+                       * DDR is a front's */
     uint64_t mapping_bytes;
     uint8_t *ddr;
     uint64_t ddr_bytes;
@@ -113,7 +125,7 @@ struct spk_card {
 
     pthread_mutex_t mutex; /* guards the tables, the queue and the completions */
     struct buffer *buffers;
-    uint32_t buffer_count;
+    uint32_t buffer_count, buffer_room;
     struct program *programs[SPK_PROGRAMS_MAX];
     struct submission queue[SPK_QUEUE_MAX];
     uint32_t queue_head, queue_count; /* the running submission stays in the queue */
@@ -135,6 +147,7 @@ struct spk_card {
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
+    _Atomic int restarts; /* a restart is wanted */
     _Atomic int stepping; /* taken by the worker that steps the card */
     _Atomic int ready;    /* a hint that a step would find work */
     struct pace *pace;    /* its part of a throttle, or NULL */
@@ -163,8 +176,15 @@ static inline uint64_t bulk_count(const struct spk_command *cmd, int arg)
     return cmd->arg[arg] | (uint64_t)cmd->arg[arg + 1] << 32;
 }
 
+/* card.c: whoever waits for its completions looks. */
+void card_signal(struct spk_card *c);
+
 /* program.c */
 int program_check(struct spk_card *c, struct program *p, uint32_t *bad_command, char *why);
+/* From indices into `table`, as the program came, to handles: for the check, whose messages tell the
+ * host its own numbers, one by one; then for good. */
+uint32_t program_handle(const struct program *p, uint32_t buffer);
+void program_translate(struct program *p);
 int step_check(const struct program *p, const uint8_t *params, size_t nbytes, char *why);
 void step_bind(struct execution *run);
 size_t program_scratch_bytes(const struct program *p);
@@ -180,6 +200,8 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting);
 /* link.c */
 int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
+/* Nothing that is under way to the card or from it will ever arrive. */
+void link_restart(struct spk_card *c);
 void link_release(struct spk_card *c);
 
 /* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */

@@ -87,16 +87,17 @@ int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, 
         ring_bytes < RING_BYTES_MIN)
         return SPK_E_ARG;
     struct ring *ab = ring_create(ring_bytes), *ba = ring_create(ring_bytes);
-    _Atomic uint32_t *refs = malloc(sizeof *refs);
-    if (!ab || !ba || !refs) {
+    struct wire *wire = malloc(sizeof *wire);
+    if (!ab || !ba || !wire) {
         ring_destroy(ab);
         ring_destroy(ba);
-        free((void *)refs);
+        free(wire);
         return SPK_E_SYSTEM;
     }
-    atomic_init(refs, 2);
-    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .peer = b, .refs = refs};
-    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .peer = a, .refs = refs};
+    atomic_init(&wire->refs, 2);
+    atomic_init(&wire->down, 0);
+    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .peer = b, .wire = wire, .end = 1};
+    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .peer = a, .wire = wire, .end = 2};
     return SPK_OK;
 }
 
@@ -108,10 +109,10 @@ void link_release(struct spk_card *c)
         for (int j = 0; l->peer && j < SPK_CARDS_MAX; j++)
             if (l->peer->links[j].peer == c)
                 l->peer->links[j].peer = NULL;
-        if (l->tx && atomic_fetch_sub(l->refs, 1) == 1) {
+        if (l->tx && atomic_fetch_sub(&l->wire->refs, 1) == 1) {
             ring_destroy(l->tx);
             ring_destroy(l->rx);
-            free((void *)l->refs);
+            free(l->wire);
         }
     }
 }
@@ -122,6 +123,60 @@ void link_new_epoch(struct spk_card *c)
         c->links[i].tx_sequence = c->links[i].rx_sequence = 0;
     c->meeting->number = 0;
     memset(c->transfers, 0, sizeof c->transfers);
+}
+
+void link_restart(struct spk_card *c)
+{
+    link_new_epoch(c);
+    atomic_store(&c->meeting->done, 0); /* meetings are counted anew */
+    for (int i = 0; i < SPK_CARDS_MAX; i++) {
+        struct link *l = &c->links[i];
+        if (!l->tx)
+            continue;
+        atomic_store(&l->tx->forget, atomic_load(&l->tx->tail));
+        atomic_store(&l->rx->head, atomic_load(&l->rx->tail));
+        if (l->peer)
+            pool_notify(l->peer);
+    }
+}
+
+/* --- up and down ----------------------------------------------------------------------------- */
+
+static bool is_down(const struct link *l)
+{
+    return atomic_load_explicit(&l->wire->down, memory_order_relaxed) != 0;
+}
+
+void spk_card_link_want(struct spk_card *c, uint32_t peer, int up)
+{
+    if (peer >= SPK_CARDS_MAX || !c->links[peer].tx)
+        return;
+    struct link *l = &c->links[peer];
+    if (up)
+        atomic_fetch_and(&l->wire->down, ~l->end);
+    else
+        atomic_fetch_or(&l->wire->down, l->end);
+    /* Both ends may have something to send, and those who watch over them to tell. */
+    card_signal(c);
+    pool_notify(c);
+    if (l->peer) {
+        card_signal(l->peer);
+        pool_notify(l->peer);
+    }
+}
+
+int spk_card_link_state(struct spk_card *c, uint32_t peer)
+{
+    if (peer >= SPK_CARDS_MAX || !c->links[peer].tx)
+        return SPK_LINK_NONE;
+    const struct link *l = &c->links[peer];
+    uint32_t down = atomic_load(&l->wire->down);
+    return down & l->end ? SPK_LINK_DOWN : down ? SPK_LINK_WAITS : SPK_LINK_UP;
+}
+
+uint64_t spk_card_link_errors(struct spk_card *c, uint32_t peer)
+{
+    return peer < SPK_CARDS_MAX ? atomic_load(&c->links[peer].errors) : 0;
 }
 
 /* --- one transfer ---------------------------------------------------------------------------- */
@@ -200,6 +255,12 @@ static int receive_some(struct spk_card *c, struct link *l, const struct rows *r
 {
     struct ring *r = l->rx;
     uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed), received = 0;
+    uint64_t forget = atomic_load_explicit(&r->forget, memory_order_acquire);
+    if (head < forget) {
+        head = forget;
+        atomic_store_explicit(&r->head, head, memory_order_release);
+        *moved = true;
+    }
     while (t->done_bytes < total && received < SLICE_BYTES) {
         uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
         if (tail == head)
@@ -258,12 +319,16 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
         bool *unfinished = &behind[x->op == SPK_OP_LINK_SEND][x->arg[0]];
         if (c->transfers[i].done_bytes < total && !*unfinished) {
             bool some = false;
-            if (x->op == SPK_OP_LINK_SEND) {
+            if (is_down(l)) {
+                /* What is in the rings, and whoever waits, stays there. */
+            } else if (x->op == SPK_OP_LINK_SEND) {
                 some = send_some(c, l, &rows, total, &c->transfers[i]);
             } else {
                 int status = receive_some(c, l, &rows, total, &c->transfers[i], &some);
-                if (status != SPK_OK)
+                if (status != SPK_OK) {
+                    atomic_fetch_add(&l->errors, 1);
                     return status;
+                }
             }
             if (some && l->peer)
                 pool_notify(l->peer);

@@ -61,12 +61,13 @@ static uint64_t key_of(const struct spk_card *c)
     return (uint64_t)c->epoch << 32 | c->meeting->number;
 }
 
-/* The first peer that has not opened its memory under this card's key, or -1. */
+/* The first peer that has not opened its memory under this card's key, or whose link is down; -1. */
 static int32_t missing_from(const struct spk_card *c, uint32_t cards, uint64_t key)
 {
     for (uint32_t i = 0; i < cards; i++) {
         const struct spk_card *peer = c->links[i].peer;
-        if (c->links[i].tx && (!peer || atomic_load(&peer->meeting->open) != key))
+        if (c->links[i].tx && (!peer || atomic_load(&peer->meeting->open) != key ||
+                               atomic_load(&c->links[i].wire->down)))
             return (int32_t)i;
     }
     return -1;

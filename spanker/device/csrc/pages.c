@@ -114,6 +114,8 @@ static void before_write(struct spk_card *c, uint64_t page, bool large, uint8_t 
 
 void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 {
+    if (!c->mapping)
+        return; /* a front's memory, whose pages are its own */
     uint64_t begin = (uint64_t)(at - c->ddr), end = begin + nbytes;
     bool large = nbytes >= LARGE_WRITE && !atomic_load(&c->small_pages);
     /* Before a page can be found to collapse: the settler begins so much later. */
@@ -130,7 +132,7 @@ void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes)
 
 void pages_freed(struct spk_card *c, uint64_t offset, uint64_t nbytes)
 {
-    uint64_t end = offset + nbytes;
+    uint64_t end = c->mapping ? offset + nbytes : 0;
     for (uint64_t page = offset / SPK_HUGE_PAGE; page * SPK_HUGE_PAGE < end; page++) {
         _Atomic uint8_t *state = &c->page_state[page];
         uint64_t at = page * SPK_HUGE_PAGE;

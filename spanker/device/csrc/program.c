@@ -51,12 +51,20 @@ static int refuse(char *why, const char *op, const char *what)
     return SPK_E_ARG;
 }
 
-static int check_operand(struct spk_card *c, const struct spk_command *cmd, const struct operand *o,
-                         const char *op, char *why)
+uint32_t program_handle(const struct program *p, uint32_t buffer)
+{
+    if (!p->table)
+        return buffer;
+    return buffer < p->table_count ? p->table[buffer] : UINT32_MAX;
+}
+
+static int check_operand(struct spk_card *c, const struct program *p, const struct spk_command *cmd,
+                         const struct operand *o, const char *op, char *why)
 {
     const struct spk_ref *ref = &cmd->ref[o->ref];
+    uint32_t handle = program_handle(p, ref->buffer);
     uint64_t span = 0;
-    if (ref->buffer >= c->buffer_count || !c->buffers[ref->buffer].bytes) {
+    if (handle >= c->buffer_count || !c->buffers[handle].bytes) {
         snprintf(why, 256, "%s: operand %d names buffer %u, which does not exist", op, o->ref,
                  ref->buffer);
         return SPK_E_HANDLE;
@@ -71,7 +79,7 @@ static int check_operand(struct spk_card *c, const struct spk_command *cmd, cons
                  (unsigned long long)o->row_bytes, ref->stride);
         return SPK_E_ARG;
     }
-    uint64_t have = c->buffers[ref->buffer].bytes;
+    uint64_t have = c->buffers[handle].bytes;
     bool fits = o->rows == 0 || (mul(o->rows - 1, ref->stride, &span) &&
                                  ref->offset <= have && o->row_bytes <= have - ref->offset &&
                                  span <= have - ref->offset - o->row_bytes);
@@ -179,6 +187,12 @@ static int check_meeting(const struct spk_card *c, const struct spk_command *cmd
         if ((c->links[i].tx != NULL) != (i < cards && i != own))
             return refuse(why, op, "is done by all cards together, each linked to all others");
     return SPK_OK;
+}
+
+static const uint8_t *operand_at(const struct spk_card *c, const struct program *p,
+                                 const struct spk_ref *ref)
+{
+    return c->buffers[program_handle(p, ref->buffer)].memory + ref->offset;
 }
 
 static int check_command(struct spk_card *c, struct program *p, uint32_t i, char *why)
@@ -349,16 +363,22 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         break;
     }
     for (int j = 0; j < count; j++) {
-        status = check_operand(c, cmd, &o[j], op, why);
+        status = check_operand(c, p, cmd, &o[j], op, why);
         if (status != SPK_OK)
             return status;
-        if (!c->buffers[cmd->ref[o[j].ref].buffer].window)
+        if (!c->buffers[program_handle(p, cmd->ref[o[j].ref].buffer)].window)
             continue;
         if (!is_bulk(cmd) && !transfer && cmd->op != SPK_OP_ALL_REDUCE)
             return refuse(why, op, "takes no window");
         status = enter_window(p, cmd->ref[o[j].ref].buffer, o[j].align, op, why);
         if (status != SPK_OK)
             return status;
+    }
+    /* Of a front's card, different buffers may be the same memory. */
+    if (!c->mapping && count == 2 && is_bulk(cmd)) {
+        const uint8_t *from = operand_at(c, p, &cmd->ref[0]), *into = operand_at(c, p, &cmd->ref[3]);
+        if (from < into + bytes && into < from + bytes)
+            return refuse(why, op, "has operands that overlap");
     }
     return SPK_OK;
 }
@@ -530,6 +550,15 @@ size_t program_scratch_bytes(const struct program *p)
         most = need > most ? need : most;
     }
     return align64(most);
+}
+
+void program_translate(struct program *p)
+{
+    for (uint32_t i = 0; i < p->header.commands; i++)
+        for (int r = 0; r < 4; r++)
+            if (refs_of[p->commands[i].op] & (1u << r))
+                p->commands[i].ref[r].buffer = program_handle(p, p->commands[i].ref[r].buffer);
+    p->table = NULL;
 }
 
 /* Whether an operation writes to nothing but its last operand; in doubt it does. */

@@ -276,4 +276,38 @@ struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t w
 void spk_pool_destroy(struct spk_pool *pool);
 /* cffi: end */
 
+/* --- for a front: whoever lets a host lay out the DDR by itself ------------------------------ */
+
+struct spk_range {
+    uint64_t offset; /* in the DDR, a multiple of SPK_DDR_ALIGN */
+    uint64_t nbytes;
+};
+
+/* A card whose DDR is this memory, which others may see and write, too: aligned to a page, and there
+ * until the card has been destroyed.  Where a completion that has not been collected tells of a
+ * fault, nothing more is submitted (SPK_E_BUSY): the front knows of it first. */
+struct spk_card *spk_card_create_on(void *ddr, uint64_t ddr_bytes, int isa, int *status);
+/* Buffers on these ranges, which may overlap and be entered often: all of them, or none.  Freeing them
+ * leaves the bytes as they are. */
+int spk_card_enter(struct spk_card *card, const struct spk_range *ranges, size_t count,
+                   uint32_t *handles);
+/* As spk_card_load_program, of a program that names buffers by their index in `table`. */
+int spk_card_load_by_table(struct spk_card *card, const void *program, size_t nbytes,
+                           const uint32_t *table, size_t table_count, uint32_t *handle,
+                           uint32_t *bad_command, char *why);
+/* As when it was made, as soon as it is stepped: everything queued completes with SPK_E_ABORTED, what is
+ * under way on its links is lost, plants end, and the epoch is 0.  Programs, buffers and bytes stay.
+ * Until the counters say `epoch` 0 and nothing queued, nothing else may be asked of the card. */
+void spk_card_restart(struct spk_card *card);
+/* This end of a link wants it up (they begin so) or down; it is up while both want it.  Messages wait
+ * in a link that is down. */
+void spk_card_link_want(struct spk_card *card, uint32_t peer, int up);
+#define SPK_LINK_NONE 0 /* nobody at the other end */
+#define SPK_LINK_DOWN 1
+#define SPK_LINK_WAITS 2 /* for the other end */
+#define SPK_LINK_UP 3
+int spk_card_link_state(struct spk_card *card, uint32_t peer);
+/* Messages from this peer that failed their check. */
+uint64_t spk_card_link_errors(struct spk_card *card, uint32_t peer);
+
 #endif

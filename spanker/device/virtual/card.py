@@ -81,30 +81,21 @@ class VirtualCard(SoftCard):
 
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         if self.hollow:
-            self._check_range(handle, offset, len(data), "writing")
+            self.check_range(handle, offset, len(data), "writing")
         else:
             super().write(handle, offset, data)
 
     def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
         if self.hollow:
-            self._check_range(handle, offset, nbytes, "filling")
+            self.check_range(handle, offset, nbytes, "filling")
         else:
             super().fill(handle, offset, nbytes, make)
 
     def read(self, handle: int, offset: int, nbytes: int) -> bytes:
         if not self.hollow:
             return super().read(handle, offset, nbytes)
-        self._check_range(handle, offset, nbytes, "reading")
+        self.check_range(handle, offset, nbytes, "reading")
         return bytes(nbytes)
-
-    def _check_range(self, handle: int, offset: int, nbytes: int, doing: str) -> None:
-        self._u32(handle, "buffer")
-        self._u64(offset, "offset")
-        self._u64(nbytes, "size")
-        self._check(
-            lib.spk_card_can_read(self.handle, handle, offset, nbytes),
-            f"{doing} {nbytes} bytes at {offset} of buffer {handle}",
-        )
 
     # --- programs and steps ---------------------------------------------------------------
 
