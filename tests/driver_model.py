@@ -517,7 +517,7 @@ def _errno_of(error: Exception) -> int:
     for words, number in (
         ("NaN", errno.EDOM),
         ("f16", errno.ERANGE),
-        ("no token", errno.EINVAL),
+        ("no token", errno.EIO),
         ("link message", errno.EBADMSG),
     ):
         if words in text:

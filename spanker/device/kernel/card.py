@@ -493,10 +493,11 @@ class KernelCard(CardDevice):
         number, what = -got.error, f"card {self.number}, command {got.command}"
         if number == errno.ENODEV:
             return self._lost()
-        if number == errno.EINVAL:
+        if number == errno.EIO:
             # All else about a step is checked before it is queued.
             return CardFaultError(
-                f"{what}: what an earlier step has chosen is no token of the vocabulary",
+                f"{what}: what an earlier step has chosen is no token of the vocabulary, or the "
+                f"card could not reach memory",
                 card=self.number,
             )
         if number in _STATUS_OF_ERROR:
