@@ -10,6 +10,8 @@
  */
 #include "common.h"
 
+#include <sys/time.h>
+
 #define FILES 4
 #define REMEMBERED 16
 
@@ -273,6 +275,20 @@ static long fuzz_once(struct open_file *f)
     return result;
 }
 
+/* A pointer to anywhere may find a timeout there that is for ever: calls end with EINTR then. */
+static void nothing(int number)
+{
+    (void)number;
+}
+
+static void interrupt_every(int ms)
+{
+    struct sigaction action = {.sa_handler = nothing};
+    struct itimerval timer = {{.tv_usec = ms * 1000}, {.tv_usec = ms * 1000}};
+    sigaction(SIGALRM, &action, NULL);
+    setitimer(ITIMER_REAL, &timer, NULL);
+}
+
 /* --- before and after --------------------------------------------------------------------------- */
 
 static uint64_t free_before[16];
@@ -327,6 +343,7 @@ int main(int argc, char **argv)
         files[i].fd = -1;
         fuzz_reopen(&files[i]);
     }
+    interrupt_every(100);
     for (long i = 0; i < count; i++) {
         struct open_file *f = &files[below(FILES)];
         if (one_in(200))
@@ -340,6 +357,7 @@ int main(int argc, char **argv)
         if (result == -ESTALE || result == -ESHUTDOWN)
             fuzz_reopen(f);
     }
+    interrupt_every(0);
     printf("%ld of %ld calls were good\n", good, count);
     for (int i = 0; i < FILES; i++)
         close(files[i].fd);

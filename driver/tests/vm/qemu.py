@@ -123,7 +123,7 @@ class Guest:
     cards: int = 0
     ddr_bytes: int = 64 * MIB
     memory_bytes: int = 512 * MIB
-    timeout_s: float = 180
+    timeout_s: float = 240
     disk: Path | None = None
     modules: list[tuple[str, bytes]] = field(default_factory=list)
     files: dict[str, tuple[int, bytes, float]] = field(default_factory=dict)
