@@ -384,9 +384,14 @@ static void links_that_flap_are_told(void)
     NEED(fd >= 0);
     IS(info_of(fd, &info), 0);
     struct spanker_link link = {.state = SPANKER_LINK_DOWN};
-    for (uint32_t i = 0; i < info.links && link.state != SPANKER_LINK_UP; i++) {
-        link = (struct spanker_link){.link = i};
-        IS(call(fd, SPANKER_IOC_LINK, &link), 0);
+    /* After a reset they train for a moment. */
+    for (int tries = 0; tries < 300 && cards > 1 && link.state != SPANKER_LINK_UP; tries++) {
+        for (uint32_t i = 0; i < info.links && link.state != SPANKER_LINK_UP; i++) {
+            link = (struct spanker_link){.link = i};
+            IS(call(fd, SPANKER_IOC_LINK, &link), 0);
+        }
+        if (link.state != SPANKER_LINK_UP)
+            sleep_ms(10);
     }
     /* A card alone has none that is up. */
     CHECK(cards == 1 || link.state == SPANKER_LINK_UP);

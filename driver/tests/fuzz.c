@@ -310,6 +310,19 @@ static void every_card_has_all_its_memory(void)
     }
 }
 
+/* A pointer to anywhere may find there that a link shall go down: not for the tests that come after. */
+static void links_up(int number)
+{
+    struct spanker_info info = {0};
+    int fd = open_card(number);
+    info_of(fd, &info);
+    for (uint32_t i = 0; i < info.links; i++) {
+        struct spanker_link_control up = {.link = i, .up = 1};
+        call(fd, SPANKER_IOC_LINK_CONTROL, &up);
+    }
+    close(fd);
+}
+
 static void every_card_works(void)
 {
     for (int i = 0; i < cards; i++)
@@ -361,6 +374,8 @@ int main(int argc, char **argv)
     printf("%ld of %ld calls were good\n", good, count);
     for (int i = 0; i < FILES; i++)
         close(files[i].fd);
+    for (int i = 0; i < cards; i++)
+        links_up(i);
     TEST(every_card_has_all_its_memory);
     TEST(every_card_works);
     return tests_end();
