@@ -150,9 +150,10 @@ int spanker_card_start(struct spanker_card *card)
 			spanker_read32(card, SAIL_REG_FAILURE));
 		return -EIO;
 	}
+	/* First: what comes up after it is seen below, or interrupts. */
+	spanker_write32(card, SAIL_REG_EVENTS, SAIL_EVENT_ALL);
 	for (i = 0; i < card->links; i++)
 		card->link_state[i] = spanker_read32(card, SAIL_REG_LINK(i) + SAIL_LINK_STATE);
-	spanker_write32(card, SAIL_REG_EVENTS, SAIL_EVENT_ALL);
 	spanker_write32(card, SAIL_REG_EVENTS_MASK, SAIL_EVENT_ALL);
 	card->state = SPANKER_READY;
 	return 0;
@@ -244,7 +245,7 @@ void spanker_card_events(struct spanker_card *card, struct list_head *finished)
 
 	lockdep_assert_held(&card->queue_lock);
 	/* More may come meanwhile, but a card that never ends must not keep the lock. */
-	for (round = 0; round < 4 && card->state != SPANKER_GONE; round++) {
+	for (round = 0; round < 4 && card->state != SPANKER_GONE && !card->away; round++) {
 		causes = spanker_read32(card, SAIL_REG_EVENTS);
 		trace_spanker_irq(card->number, SAIL_VECTOR_EVENT, causes);
 		if (causes == SPANKER_ALL_ONES) {
@@ -287,7 +288,7 @@ void spanker_card_health(struct work_struct *work)
 	u32 status;
 
 	mutex_lock(&card->queue_lock);
-	if (card->state != SPANKER_GONE) {
+	if (card->state != SPANKER_GONE && !card->away) {
 		status = spanker_read32(card, SAIL_REG_STATUS);
 		if (status == SPANKER_ALL_ONES) {
 			dev_err(&card->pci->dev, "%s does not answer any more\n",
@@ -298,6 +299,8 @@ void spanker_card_health(struct work_struct *work)
 			if (status & SAIL_STATUS_FAILED)
 				spanker_card_fail(card, spanker_read32(card, SAIL_REG_FAILURE),
 						  &finished);
+			else if (!(status & SAIL_STATUS_RUNNING)) /* somebody else has reset it */
+				spanker_card_fail(card, SAIL_FAILURE_INTERNAL, &finished);
 		}
 	}
 	gone = card->state == SPANKER_GONE;

@@ -56,15 +56,15 @@ static bool spanker_event_peek(struct spanker_file *file, u64 *number, struct sp
 	return ready;
 }
 
-static void spanker_event_take(struct spanker_file *file, u64 number)
+static void spanker_event_take(struct spanker_file *file, u64 number, u32 lost)
 {
 	struct spanker_card *card = file->card;
 
 	mutex_lock(&card->files_lock);
 	if (file->event_head == number)
 		WRITE_ONCE(file->event_head, number + 1);
-	else /* it has been pushed out meanwhile, and counted as lost, but was not */
-		file->events[file->event_head % SPANKER_EVENTS].lost--;
+	else /* it has been pushed out meanwhile, and counted as lost with those it told of */
+		file->events[file->event_head % SPANKER_EVENTS].lost -= lost + 1;
 	mutex_unlock(&card->files_lock);
 }
 
@@ -81,8 +81,14 @@ ssize_t spanker_event_read(struct file *filp, char __user *to, size_t bytes, lof
 		if (!spanker_event_ready(file)) {
 			/* What has been told is told, but nothing comes any more. */
 			ret = spanker_file_check(file);
-			if (ret)
+			if (ret) {
+				/* The last ones are posted before this lock is given up. */
+				mutex_lock(&file->card->queue_lock);
+				mutex_unlock(&file->card->queue_lock);
+				if (spanker_event_ready(file))
+					continue;
 				return ret;
+			}
 			if (filp->f_flags & O_NONBLOCK)
 				return -EAGAIN;
 			if (wait_event_interruptible(file->wait, spanker_event_ready(file) ||
@@ -97,7 +103,7 @@ ssize_t spanker_event_read(struct file *filp, char __user *to, size_t bytes, lof
 				ret = -EFAULT;
 				break;
 			}
-			spanker_event_take(file, number);
+			spanker_event_take(file, number, event.lost);
 			done += sizeof(event);
 		}
 		mutex_unlock(&file->read_lock);

@@ -93,6 +93,8 @@ static int spanker_ask(struct spanker_file *file,
 
 	mutex_lock(&card->queue_lock);
 	ret = spanker_file_check(file);
+	if (!ret && card->away)
+		ret = -EIO;
 	if (!ret) {
 		ask(card, data);
 		if (spanker_read32(card, SAIL_REG_STATUS) == U32_MAX) {
@@ -207,6 +209,8 @@ static int spanker_call_reset(struct spanker_file *file)
 
 	mutex_lock(&card->queue_lock);
 	ret = spanker_file_check(file);
+	if (!ret && card->away)
+		ret = -EIO;
 	if (!ret)
 		ret = spanker_card_reset(card, &finished);
 	mutex_unlock(&card->queue_lock);

@@ -152,7 +152,9 @@ up:
 
 /* --- handles ------------------------------------------------------------------------------------- */
 
-static int spanker_buffer_open(struct spanker_buffer *buffer)
+/* With the handle the buffer is anybody's who guesses it, and so is destroying it: what the caller is
+ * told is taken down before the lock is. */
+static int spanker_buffer_open(struct spanker_buffer *buffer, struct spanker_buffer_create *arg)
 {
 	struct spanker_file *file = buffer->file;
 	u64 pages = buffer->bytes >> PAGE_SHIFT;
@@ -176,6 +178,9 @@ static int spanker_buffer_open(struct spanker_buffer *buffer)
 		goto unlock;
 	}
 	file->buffer_count++;
+	arg->handle = buffer->handle;
+	arg->mmap_offset = buffer->offset.count ? buffer->offset.first << PAGE_SHIFT : 0;
+	arg->address = buffer->ddr.count ? buffer->ddr.first << PAGE_SHIFT : 0;
 unlock:
 	mutex_unlock(&file->lock);
 	return ret;
@@ -223,15 +228,10 @@ int spanker_buffer_create(struct spanker_file *file, struct spanker_buffer_creat
 	else
 		ret = spanker_host_alloc(buffer);
 	if (!ret)
-		ret = spanker_buffer_open(buffer);
-	if (ret) {
+		ret = spanker_buffer_open(buffer, arg);
+	if (ret)
 		spanker_buffer_put(buffer);
-		return ret;
-	}
-	arg->handle = buffer->handle;
-	arg->mmap_offset = buffer->offset.count ? buffer->offset.first << PAGE_SHIFT : 0;
-	arg->address = buffer->ddr.count ? buffer->ddr.first << PAGE_SHIFT : 0;
-	return 0;
+	return ret;
 }
 
 int spanker_buffer_destroy(struct spanker_file *file, u32 handle)
@@ -317,7 +317,7 @@ int spanker_mmap(struct file *filp, struct vm_area_struct *vma)
 	if (ret)
 		return ret;
 	/* A private copy could not be taken away from its process. */
-	if (!(vma->vm_flags & VM_SHARED))
+	if (!(vma->vm_flags & VM_MAYSHARE))
 		return -EINVAL;
 
 	mutex_lock(&file->lock);

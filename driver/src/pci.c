@@ -265,6 +265,7 @@ static pci_ers_result_t spanker_error_detected(struct pci_dev *pci, pci_channel_
 		spanker_card_gone(card, &finished);
 		result = PCI_ERS_RESULT_DISCONNECT;
 	} else {
+		card->away = true;
 		spanker_card_fail(card, SAIL_FAILURE_DMA, &finished);
 	}
 	mutex_unlock(&card->queue_lock);
@@ -275,14 +276,46 @@ static pci_ers_result_t spanker_error_detected(struct pci_dev *pci, pci_channel_
 /* The link works again; the card itself waits for SPANKER_IOC_RESET. */
 static pci_ers_result_t spanker_slot_reset(struct pci_dev *pci)
 {
+	struct spanker_card *card = pci_get_drvdata(pci);
+
 	pci_restore_state(pci);
+	/* Before 6.19 what has been restored is not there to be restored again. */
+	pci_save_state(pci);
 	pci_set_master(pci);
+	mutex_lock(&card->queue_lock);
+	card->away = false;
+	mutex_unlock(&card->queue_lock);
 	return PCI_ERS_RESULT_RECOVERED;
+}
+
+/* Somebody resets the function, as /sys/bus/pci/devices/.../reset does. */
+static void spanker_reset_prepare(struct pci_dev *pci)
+{
+	struct spanker_card *card = pci_get_drvdata(pci);
+	LIST_HEAD(finished);
+
+	mutex_lock(&card->queue_lock);
+	card->away = true;
+	spanker_card_fail(card, SAIL_FAILURE_INTERNAL, &finished);
+	mutex_unlock(&card->queue_lock);
+	spanker_finish(&finished);
+}
+
+/* It waits for SPANKER_IOC_RESET, too. */
+static void spanker_reset_done(struct pci_dev *pci)
+{
+	struct spanker_card *card = pci_get_drvdata(pci);
+
+	mutex_lock(&card->queue_lock);
+	card->away = false;
+	mutex_unlock(&card->queue_lock);
 }
 
 static const struct pci_error_handlers spanker_error_handlers = {
 	.error_detected = spanker_error_detected,
 	.slot_reset = spanker_slot_reset,
+	.reset_prepare = spanker_reset_prepare,
+	.reset_done = spanker_reset_done,
 };
 
 static const struct pci_device_id spanker_ids[] = {

@@ -277,11 +277,11 @@ int spanker_program_load(struct spanker_file *file, struct spanker_program_load 
 			       GFP_KERNEL_ACCOUNT);
 	if (ret)
 		spanker_program_unname(program);
+	else /* without the lock another thread may unload it */
+		arg->program_id = program->id;
 	mutex_unlock(&file->lock);
 	if (ret)
 		spanker_program_put(program);
-	else
-		arg->program_id = program->id;
 	if (ret == -ENOEXEC && arg->why &&
 	    copy_to_user(u64_to_user_ptr(arg->why), why, SPANKER_WHY_BYTES))
 		ret = -EFAULT;

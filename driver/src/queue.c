@@ -334,6 +334,12 @@ static void spanker_queue_cancel(struct spanker_card *card, struct spanker_file 
 	list_for_each_entry(job, &card->pending, node)
 		if (spanker_is_step(job) && (!file || job->file == file))
 			job->cancelled = true;
+	/* Those that the card was given after it failed, but before anybody knew, it does run. */
+	if (!file)
+		return;
+	list_for_each_entry(job, &card->inflight, node)
+		if (job->file == file)
+			job->cancelled = true;
 }
 
 /* Takes what the card has answered. */
@@ -369,7 +375,7 @@ void spanker_queue_completions(struct spanker_card *card, struct list_head *fini
 		card->inflight_count--;
 		job->busy_ns = le64_to_cpu(entry.busy_ns);
 		job->detail = le32_to_cpu(entry.detail);
-		error = spanker_error(le32_to_cpu(entry.status));
+		error = job->cancelled ? -ECANCELED : spanker_error(le32_to_cpu(entry.status));
 		if (spanker_takes_others(job, le32_to_cpu(entry.status)))
 			spanker_queue_cancel(card, job->file);
 		spanker_job_finish(job, error, false, finished);
@@ -442,6 +448,27 @@ u64 spanker_progress(struct spanker_card *card)
 	return (u64)lower_32_bits(card->finished) << 32 | spanker_read32(card, SAIL_REG_PROGRESS);
 }
 
+/* Nobody waits for it any more: what the card does not have yet it does not get. */
+static void spanker_job_withdraw(struct spanker_job *job)
+{
+	struct spanker_card *card = job->card;
+	LIST_HEAD(finished);
+
+	mutex_lock(&card->queue_lock);
+	if (!job->finished && !job->fence)
+		spanker_job_finish(job, -ECANCELED, false, &finished);
+	mutex_unlock(&card->queue_lock);
+	spanker_finish(&finished);
+}
+
+/* A reset ends what is queued with ENODEV; to a call that means ESTALE. */
+static int spanker_job_error(struct spanker_job *job)
+{
+	if (job->error == -ENODEV && spanker_state(job->card) != SPANKER_GONE)
+		return -ESTALE;
+	return job->error;
+}
+
 /* Until the job has finished, however long the card works on what is before it; but not on a card
  * that does nothing. */
 int spanker_job_wait(struct spanker_job *job)
@@ -451,22 +478,26 @@ int spanker_job_wait(struct spanker_job *job)
 	long left;
 
 	if (try_wait_for_completion(&job->done))
-		return job->error;
+		return spanker_job_error(job);
 	mutex_lock(&card->queue_lock);
 	before = spanker_progress(card);
 	mutex_unlock(&card->queue_lock);
 	for (;;) {
 		left = wait_for_completion_interruptible_timeout(&job->done,
 								 msecs_to_jiffies(spanker_stall_ms));
-		if (left < 0)
+		if (left < 0) {
+			spanker_job_withdraw(job);
 			return -ERESTARTSYS;
+		}
 		if (left > 0)
-			return job->error;
+			return spanker_job_error(job);
 		mutex_lock(&card->queue_lock);
 		after = spanker_progress(card);
 		mutex_unlock(&card->queue_lock);
-		if (after == before)
+		if (after == before) {
+			spanker_job_withdraw(job);
 			return -ETIMEDOUT;
+		}
 		before = after;
 	}
 }

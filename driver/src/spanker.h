@@ -98,6 +98,7 @@ struct spanker_card {
 	void __iomem *regs;
 	enum spanker_state state;	/* read without the lock where a late answer does no harm */
 	u32 generation;			/* likewise */
+	bool away;			/* the bus resets it: registers say nothing, all ones included */
 	u32 epoch;
 	struct sail_command *commands;
 	struct sail_completion *completions;

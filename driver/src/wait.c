@@ -100,8 +100,13 @@ int spanker_collect(struct spanker_file *file, struct spanker_collect *arg,
 			/* Another thread was faster. */
 		}
 		ret = spanker_no_more(file);
-		if (ret && !spanker_collectable(file))
-			return ret;
+		if (ret) {
+			/* What ends with the card is complete before this lock is given up. */
+			mutex_lock(&file->card->queue_lock);
+			mutex_unlock(&file->card->queue_lock);
+			if (!spanker_collectable(file))
+				return ret;
+		}
 		left = spanker_left(end);
 		if (!left && !spanker_collectable(file))
 			return -EAGAIN;
