@@ -103,6 +103,10 @@ class ModelledDriverRig:
 # How many real cards there are: /dev/spanker0 and so on are tested instead of the model.
 REAL_CARDS = int(os.environ.get("SPANKER_TEST_KERNEL_CARDS", "0"))
 
+# What an abort may take.  The machine around real cards is an emulated one, whose calls and
+# interrupts together take milliseconds when its host has other things to do.
+ABORT_WITHIN_S = 0.2 if REAL_CARDS else 0.010
+
 
 def kernel_rig(count: int, ddr_bytes: int) -> KernelRig:
     """Cards of the module that is loaded, whose memory is as large as it is."""
