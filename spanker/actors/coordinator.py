@@ -184,7 +184,8 @@ class Coordinator:
         at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(chains))
 
         # From small pages every step would read slower, and loading is only once.
-        maps = packed is not None and packed.is_huge()
+        reached = [c for c in todo if self.clients[c].shares_memory and self.cards[c].maps]
+        mapping = reached if packed is not None and reached and packed.is_huge() else []
 
         def sent(nbytes: int) -> None:
             nonlocal done
@@ -204,7 +205,7 @@ class Coordinator:
             number, first = chain[0]
             handles = replicas[number].handles[first]
             client, uploads = self.clients[first], todo[first]
-            if packed is not None and maps and client.shares_memory and self.cards[first].maps:
+            if packed is not None and first in mapping:
                 mapped = [upload for upload in uploads if upload.place is not None]
                 uploads = tuple([upload for upload in uploads if upload.place is None])
                 await loading.map_all(client, packed.fd, mapped, handles, sent)

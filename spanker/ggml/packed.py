@@ -35,7 +35,7 @@ from spanker.ggml import files
 from spanker.ggml.catalog import cache_dir
 from spanker.ggml.gguf import GGUFFile
 from spanker.kernels.formats import Format, pack, packed_bytes
-from spanker.sched.plan import WeightShape
+from spanker.sched.plan import TILE_ROWS, WeightShape
 from spanker.values import Value
 
 MAGIC = b"SPKPACK\0"
@@ -43,7 +43,6 @@ MAGIC = b"SPKPACK\0"
 VERSION = 1
 ALIGN = 64
 SUFFIX = ".packed"
-TILE_ROWS = 16
 
 _HEADER = struct.Struct("<8sIII")
 _INDEX_BYTES_MAX = 16 << 20
