@@ -45,7 +45,8 @@ from spanker.aio_collectives import (
 from spanker.device.soft import SoftCard
 from spanker.device.spec import CardSpec
 from spanker.errors import ConfigError, RequestError
-from spanker.fleet import DEFAULT_MAX_TOKENS, FleetStats, Token
+from spanker.events import EventLog
+from spanker.fleet import DEFAULT_MAX_TOKENS, FleetStats, Health, Token
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision
@@ -581,8 +582,21 @@ class Fleet:
         await self._portal.call(tracer.stop)
 
     async def stats(self) -> FleetStats:
-        """Read every card's counters."""
+        """Read the counters of every card that is not lost."""
         return await self._portal.call(self._fleet.stats)
+
+    async def health(self) -> Health:
+        """Which cards are in use, and which models can serve, right now; asks no card."""
+
+        async def look() -> Health:
+            return self._fleet.health()
+
+        return await self._portal.call(look)
+
+    @property
+    def events(self) -> EventLog:
+        """What has happened; its listeners are called in the fleet's thread."""
+        return self._fleet.events
 
 
 @contextlib.asynccontextmanager
@@ -595,6 +609,7 @@ async def open_fleet(
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
+    recover: bool = True,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -608,6 +623,7 @@ async def open_fleet(
             workers=workers,
             hang_timeout_s=hang_timeout_s,
             plan=plan,
+            recover=recover,
         )
     )
     try:

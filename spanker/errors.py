@@ -181,6 +181,10 @@ class CardFaultError(CardError):
     """A program stopped on a fault: non-finite value, corrupt link message."""
 
 
+class CardLinkError(CardFaultError):
+    """A message from another card failed its checks, after all retries of the link."""
+
+
 class CardAbortedError(CardError):
     """A program was aborted before it finished."""
 

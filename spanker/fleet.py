@@ -34,6 +34,7 @@ import trio
 from spanker.actors import session as sessions
 from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
+from spanker.actors.placement import ModelFile, Placement, Wanted
 from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
@@ -47,30 +48,25 @@ from spanker.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from spanker.events import EventLog
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
 from spanker.ggml.chat import ChatTemplate
 from spanker.ggml.detokenizer import StopMatcher, StreamDecoder
-from spanker.ggml.gguf import GGUFFile
-from spanker.ggml.packed import PackedFile
 from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision, decide
-from spanker.sched.layout import rounding_bytes
 from spanker.sched.limits import (
     DEFAULT_PROMPT_CHUNK,
     step_limits,
-    with_kv_pages,
 )
 from spanker.sched.plan import (
     FleetPlan,
     Limits,
     ModelShape,
     Plan,
-    check_fleet_plan,
-    tensor_pipeline,
 )
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Link, LinkState, Topology
@@ -92,10 +88,7 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 DEFAULT_MAX_TOKENS = 256
-# Where a plan chosen automatically is to decode fastest.
-PLANNED_POSITION = 512
-
-_Put = tuple[FleetPlan, tuple[LoadedModel, ...]]
+_Put = tuple[Placement, FleetPlan, tuple[LoadedModel, ...]]
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -145,6 +138,31 @@ class FleetStats(Value):
 
 
 @attrs.frozen(eq=False, repr=False)
+class ModelHealth(Value):
+    """How many replicas of a model can serve, of how many, by its plan of now."""
+
+    name: str
+    plan: str
+    replicas_alive: int
+    replicas: int
+
+
+@attrs.frozen(eq=False, repr=False)
+class Health(Value):
+    """What a fleet can do: the cards it uses, those it has lost and why, and its models in order of
+    loading."""
+
+    cards: tuple[int, ...]
+    lost: tuple[tuple[int, str], ...]
+    models: tuple[ModelHealth, ...]
+
+    @property
+    def serving(self) -> bool:
+        """Whether every model can take a sequence."""
+        return all(model.replicas_alive for model in self.models)
+
+
+@attrs.frozen(eq=False, repr=False)
 class Usage(Value):
     """How a virtual fleet has spent its time so far, and bytes over the host link (0 where it is
     not modelled)."""
@@ -167,7 +185,6 @@ class Generation:
         tokenizer: Tokenizer | None,
         stops: StopMatcher,
     ) -> None:
-        self._session = sequence.session
         self._sequence = sequence
         # Without a tokenizer tokens have no text.
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
@@ -221,7 +238,7 @@ class Generation:
     def close(self) -> None:
         """End the generation; never blocks, idempotent."""
         self._over = True
-        self._session.release(self._sequence)
+        self._sequence.session.release(self._sequence)
 
     async def collect(self) -> str:
         """Run to the end; the whole text."""
@@ -243,7 +260,7 @@ class Generation:
     def __del__(self) -> None:
         if not getattr(self, "_over", True):
             self._over = True
-            self._session.release_from_anywhere(self._sequence)
+            self._sequence.session.release_from_anywhere(self._sequence)
 
 
 class Model:
@@ -261,8 +278,8 @@ class Model:
         decisions: tuple[Decision, ...],
     ) -> None:
         self.path = path
-        self.plan = plan
         self.decisions = decisions
+        self._first_plan = plan
         self._model = model
         self._limits = limits
         self._replicas = replicas
@@ -273,8 +290,12 @@ class Model:
     @property
     def name(self) -> str:
         """The name in the file's metadata, else the file's name."""
-        name = self._metadata.get("general.name")
-        return name if isinstance(name, str) and name else os.path.basename(self.path)
+        return _name(self.path, self._metadata)
+
+    @property
+    def plan(self) -> FleetPlan:
+        """The plan it has now: another one than it was loaded with once cards have been lost."""
+        return self._replicas.plan(self._first_plan)
 
     @property
     def context(self) -> int:
@@ -398,8 +419,10 @@ class Fleet:
         profile: Profile,
         nursery: trio.Nursery,
         default_plan: str,
+        recover: bool,
     ) -> None:
         self.profile = profile
+        self._recover = recover
         self._default_plan = default_plan
         self._coordinator = coordinator
         self._rig = rig
@@ -468,8 +491,9 @@ class Fleet:
         CardMemoryError.
         """
         path = str(catalog.resolve(os.fspath(model)))
-        gguf = GGUFFile(path)
+        file = ModelFile(path)
         try:
+            gguf = file.gguf
             parsed = llama.read_model(gguf)
             tokenizer = Tokenizer.from_metadata(gguf.metadata)
             if tokenizer.vocab_size != parsed.shape.vocabulary:
@@ -477,17 +501,10 @@ class Fleet:
                     f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
                     f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
                 )
-            with contextlib.ExitStack() as stack:
-                # A modelled card's time must not depend on what is in a cache.
-                packed = None if self._coordinator.modelled else PackedFile.find(gguf)
-                if packed is not None:
-                    stack.enter_context(packed)
-                made, loaded = await self._put(
-                    parsed, gguf, packed, plan, ctx, prompt_chunk, kv_tokens, batch, progress
-                )
+            put = await self._put(parsed, file, plan, ctx, prompt_chunk, kv_tokens, batch, progress)
         finally:
-            gguf.close()
-        return self._start(path, gguf.metadata, tokenizer, made, loaded)
+            file.close()
+        return self._start(path, gguf.metadata, tokenizer, put)
 
     async def load_shape(
         self,
@@ -506,51 +523,13 @@ class Fleet:
         """
         name = shape if isinstance(shape, str) else "shape"
         parsed = llama.outline(named_shape(shape) if isinstance(shape, str) else shape)
-        made, loaded = await self._put(
-            parsed, None, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress
-        )
-        return self._start("", {"general.name": name}, None, made, loaded)
-
-    def _plan(
-        self,
-        plan: str | Plan | FleetPlan | None,
-        shape: ModelShape,
-        limits: Limits,
-        free_bytes: Sequence[int],
-        batch: int,
-        kv_tokens: int | None,
-    ) -> FleetPlan:
-        """The plan that a name or a value stands for on this fleet; PlanError where none does."""
-        cards = len(self.cards)
-        plan = self._default_plan if plan is None else plan
-        if not isinstance(plan, str):
-            plan = FleetPlan.of(plan) if isinstance(plan, Plan) else plan
-            check_fleet_plan(shape, plan, cards)
-            return plan
-        if plan == "auto" and cards == 1:
-            only = tensor_pipeline(shape, 1, 1)
-            return FleetPlan.of(attrs.evolve(only, reason="there is one card"))
-        # A fleet of one card starts sooner without these.
-        from spanker.sched.planner import plan_for
-        from spanker.sched.planning import Request
-
-        request = Request(
-            shape,
-            self.profile,
-            self.topology,
-            tuple(free_bytes),
-            limits,
-            batch=batch,
-            position=min(PLANNED_POSITION, limits.context),
-            kv_tokens=kv_tokens,
-        )
-        return plan_for(plan, request)
+        put = await self._put(parsed, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress)
+        return self._start("", {"general.name": name}, None, put)
 
     async def _put(
         self,
         parsed: llama.LlamaModel,
-        gguf: GGUFFile | None,
-        packed: PackedFile | None,
+        file: ModelFile | None,
         plan: str | Plan | FleetPlan | None,
         ctx: int | None,
         prompt_chunk: int,
@@ -559,42 +538,56 @@ class Fleet:
         progress: Progress | None,
     ) -> _Put:
         """Put a model on the cards of each replica."""
-        shape = parsed.shape
-        limits = step_limits(shape, ctx, prompt_chunk)
+        limits = step_limits(parsed.shape, ctx, prompt_chunk)
         if kv_tokens is not None and kv_tokens < limits.context:
             raise ConfigError(
                 f"kv_tokens must hold at least one context of {limits.context}, got {kv_tokens}"
             )
         if batch < 1:
             raise ConfigError(f"batch must be at least 1, got {batch}")
-        # One at a time: other models may be on the cards already, or on their way.
-        async with self._load_lock:
-            # What collectives hold for next time, the model may need.
-            if "_collectives" in self.__dict__:
-                await self._collectives.trim()
-            counters = await self._coordinator.counters()
-            free = tuple(
-                c.ddr_total_bytes
-                - c.ddr_used_bytes
-                - rounding_bytes(shape, limits, card.ddr_granule)
-                for card, c in zip(self.cards, counters, strict=True)
-            )
-            made = self._plan(plan, shape, limits, free, batch, kv_tokens)
-            limits = with_kv_pages(shape, made, limits, free, kv_tokens)
-            loaded = await self._coordinator.load(parsed, gguf, made, limits, progress, packed)
-            return made, loaded
+        asked = self._default_plan if plan is None else plan
+        wanted = Wanted(
+            FleetPlan.of(asked) if isinstance(asked, Plan) else asked, limits, kv_tokens, batch
+        )
+        placement = Placement(
+            self._coordinator,
+            self._load_lock,
+            self._make_room,
+            parsed,
+            file,
+            wanted,
+            self._recover,
+        )
+        made, loaded = await placement.place(progress)
+        return placement, made, loaded
+
+    async def _make_room(self) -> None:
+        """What collectives hold for next time, a model may need."""
+        if "_collectives" in self.__dict__:
+            await self._collectives.trim()
 
     def _start(
         self,
         path: str,
         metadata: Mapping[str, object],
         tokenizer: Tokenizer | None,
-        plan: FleetPlan,
-        loaded: Sequence[LoadedModel],
+        put: _Put,
     ) -> Model:
+        placement, plan, loaded = put
         model, limits = loaded[0].model, loaded[0].limits
         decisions = decide(model.shape, len(self.cards), self.profile)
-        replicas = Replicas([Session(self._coordinator, replica) for replica in loaded])
+        replicas = Replicas(
+            [
+                Session(
+                    self._coordinator,
+                    replica,
+                    placement=placement if self._recover else None,
+                    number=number,
+                    name=_name(path, metadata),
+                )
+                for number, replica in enumerate(loaded)
+            ]
+        )
         out = Model(path, metadata, tokenizer, model, plan, limits, replicas, decisions)
         self._nursery.start_soon(replicas.run)
         self._models.append(out)
@@ -660,6 +653,21 @@ class Fleet:
                 self._coordinator, name=name, seconds=seconds, progress=progress
             )
 
+    @property
+    def events(self) -> EventLog:
+        """What has happened to the cards, and what became of the models on them."""
+        return self._coordinator.events
+
+    def health(self) -> Health:
+        """Which cards are in use, and which models can serve, right now; asks no card."""
+        coordinator = self._coordinator
+        models = tuple(
+            ModelHealth(model.name, model.plan.name, *model._replicas.alive)
+            for model in self._models
+        )
+        lost = tuple(sorted((card, str(error)) for card, error in coordinator.lost.items()))
+        return Health(coordinator.alive, lost, models)
+
     def usage(self) -> Usage:
         """What the cards of a virtual fleet, their links and the host link have been used by now.
 
@@ -677,8 +685,9 @@ class Fleet:
         )
 
     async def stats(self) -> FleetStats:
-        """Read every card's counters."""
-        counters = await self._coordinator.counters()
+        """Read the counters of every card that is not lost."""
+        coordinator = self._coordinator
+        counters = await coordinator.counters_of(range(len(self.cards)))
         plan = self.plan if self._models else None
         cards = tuple(
             CardStats(
@@ -697,9 +706,15 @@ class Fleet:
                 link_tx_bytes=c.link_tx_bytes,
                 link_rx_bytes=c.link_rx_bytes,
             )
-            for number, (info, c) in enumerate(zip(self.cards, counters, strict=True))
+            for number, c in counters.items()
+            for info in (self.cards[number],)
         )
         return FleetStats(cards, tuple(m.stats for m in self._models))
+
+
+def _name(path: str, metadata: Mapping[str, object]) -> str:
+    name = metadata.get("general.name")
+    return name if isinstance(name, str) and name else os.path.basename(path)
 
 
 def describe_share(plan: FleetPlan, card: int) -> str:
@@ -729,6 +744,7 @@ async def open_fleet(
     workers: int | None = None,
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
+    recover: bool = True,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -739,7 +755,9 @@ async def open_fleet(
     them do, as far as the machine is faster (`pace` of a device tells); `channel` is memory or
     unix; `workers` native threads step the cards (default: one per card, at most one per core); a
     card that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
-    models that are loaded without one.  Raises ConfigError and CardError.
+    models that are loaded without one.  When a card is lost or hangs, models go on with the cards
+    that are left, every generation with the very tokens it would have had; without `recover` they
+    fail.  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -762,7 +780,7 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan)
+                yield Fleet(coordinator, rig, chosen, nursery, plan, recover)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)
@@ -854,6 +872,8 @@ def _one_error(first: list[Exception]) -> Iterator[None]:
 __all__ = [
     "CardStats",
     "Fleet",
+    "Health",
+    "ModelHealth",
     "FleetStats",
     "Generation",
     "Model",

@@ -14,6 +14,7 @@ from spanker.errors import (
     CardCommandError,
     CardError,
     CardFaultError,
+    CardLinkError,
     CardLostError,
     CardMemoryError,
     ConfigError,
@@ -49,7 +50,7 @@ _ERRORS: dict[int, tuple[type[CardError], str]] = {
     lib.SPK_E_BUSY: (CardCommandError, "busy: the queue is full, or the object is in use"),
     lib.SPK_E_PARAMS: (CardCommandError, "the step's parameters do not fit the program"),
     lib.SPK_E_ABORTED: (CardAbortedError, "the step was aborted"),
-    lib.SPK_E_LINK: (CardFaultError, "a link message failed its checks"),
+    lib.SPK_E_LINK: (CardLinkError, "a link message failed its checks"),
     lib.SPK_E_LOST: (
         CardLostError,
         "the card is gone; close the fleet and open it without that card",

@@ -497,7 +497,7 @@ def test_a_failing_card_is_named_to_every_task(
     fault: Callable[[aio.Fleet, int], None], kind: type[CardLostError], tiny_model: Path
 ):
     async def main() -> None:
-        async with aio.open_fleet("soft:2", plan="tp", hang_timeout_s=0.3) as fleet:
+        async with aio.open_fleet("soft:2", plan="tp", hang_timeout_s=0.3, recover=False) as fleet:
             model = await fleet.load(tiny_model)
             generations = [
                 model.generate(PROMPT, max_tokens=200, ignore_eos=True) for _ in range(3)

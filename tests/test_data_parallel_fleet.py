@@ -128,7 +128,7 @@ def sessions(model: spanker.Model) -> tuple[Session, ...]:
 
 
 def replica_of(model: spanker.Model, generation: spanker.Generation) -> int:
-    return sessions(model).index(generation._session)
+    return sessions(model).index(generation._sequence.session)
 
 
 async def reduced(fleet: spanker.Fleet) -> None:
@@ -391,7 +391,7 @@ async def test_a_failing_card_takes_its_replica_alone(
     card: int, fault: type, kind: type, tiny: Path, expected: list[Answer]
 ) -> None:
     dead, alive = (0, 1) if card == 0 else (1, 0)
-    async with spanker.open_fleet(4, hang_timeout_s=0.5) as fleet:
+    async with spanker.open_fleet(4, hang_timeout_s=0.5, recover=False) as fleet:
         model = await fleet.load(tiny, plan="dp2xtp2")
         ask = Ask((4, 5, 6), most=150)
         made = [generate(model, ask) for _ in range(4)]

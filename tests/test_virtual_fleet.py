@@ -287,7 +287,7 @@ def test_a_card_that_dies_ends_the_sequences_at_once(models: dict[str, Path]) ->
         with pytest.raises(CardLostError, match="card 1"):
             await generation.collect()
 
-    in_a_fleet(job, models)
+    in_a_fleet(job, models, recover=False)
 
 
 def test_a_hung_card_is_found_after_its_timeout_in_no_time(models: dict[str, Path]) -> None:
@@ -300,7 +300,7 @@ def test_a_hung_card_is_found_after_its_timeout_in_no_time(models: dict[str, Pat
             await generation.collect()
         assert 100 <= trio.current_time() - begin < 160
 
-    in_a_fleet(job, models, hang_timeout_s=100)
+    in_a_fleet(job, models, hang_timeout_s=100, recover=False)
 
 
 def test_a_cancelled_step_is_aborted_and_the_fleet_goes_on(models: dict[str, Path]) -> None:

@@ -55,7 +55,9 @@ from spanker.errors import (
     CardLostError,
     ConfigError,
     SpankerError,
+    again,
 )
+from spanker.events import CardLost, EventLog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
@@ -96,9 +98,14 @@ class Coordinator:
         modelled: bool = False,
         hollow: bool = False,
         topology: Topology | None = None,
+        scopes: Sequence[trio.CancelScope] = (),
     ) -> None:
         self.clients = tuple(clients)
         self.profile = profile
+        # Cards that are used no more, and why; what has happened to the fleet.
+        self.lost: dict[int, CardError] = {}
+        self.events = EventLog()
+        self._scopes = tuple(scopes)
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
         self.hollow = hollow
@@ -137,6 +144,25 @@ class Coordinator:
                 )
             found.append(info)
         self.cards = tuple(found)
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """The cards that are not lost, as far as anybody knows."""
+        return tuple(card for card in self._every_card if card not in self.lost)
+
+    def lose(self, error: CardError) -> bool:
+        """Use the card of this error no more: its actor ends, and whoever asks it for something
+        gets the error.  False, and nothing done, where that is no news or no card is to blame."""
+        card = error.card
+        if card is None or card in self.lost:
+            return False
+        # Not the one with the traceback, which keeps what its frames hold.
+        self.lost[card] = again(error)
+        self.clients[card].fail(again(error))
+        if self._scopes:
+            self._scopes[card].cancel()
+        self.events.tell(CardLost(trio.current_time(), card, _reason(error, card)))
+        return True
 
     # --- loading ----------------------------------------------------------------------
 
@@ -459,6 +485,14 @@ class Coordinator:
         """The counters of every card."""
         return tuple([await client.request(ReadCounters()) for client in self.clients])
 
+    async def counters_of(self, cards: Sequence[int]) -> dict[int, Counters]:
+        """Those of these cards that answer, by number."""
+        found: dict[int, Counters] = {}
+        for card in cards:
+            with contextlib.suppress(CardError):
+                found[card] = await self.clients[card].request(ReadCounters())
+        return found
+
     async def stop(self) -> None:
         """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
         with trio.move_on_after(STOP_S):
@@ -472,6 +506,14 @@ class Coordinator:
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
     with contextlib.suppress(SpankerError):
         await job()
+
+
+def _reason(error: CardError, card: int) -> str:
+    """What an error says has happened, without the name of the card and what to do about it."""
+    text = str(error).partition("; ")[0]
+    for prefix in (f"card {card} is lost: ", *(f"card {card}{end}" for end in (", ", ": ", " "))):
+        text = text.removeprefix(prefix)
+    return text
 
 
 # --- opening ----------------------------------------------------------------------------
@@ -513,6 +555,7 @@ async def open_coordinator(
             modelled=modelled,
             hollow=all(device.hollow for device in devices),
             topology=topology,
+            scopes=scopes,
         )
         coordinator.host_link = channels.link
         try:

@@ -2,7 +2,8 @@
 """The replicas of one model: each sequence runs on one of them, from its start to its end.
 
 A replica has cards, KV pages and steps of its own (session.py), so replicas neither wait for each
-other nor fail together.  Which one a sequence gets changes nothing in what comes out of it.
+other nor fail together; the sequences of one that cannot go on move to others.  Which one a
+sequence gets changes nothing in what comes out of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from spanker.actors.session import Sequence, Session, SessionStats
 from spanker.ggml.sampling import SamplingParams
+from spanker.sched.plan import FleetPlan
 
 
 class Replicas:
@@ -21,6 +23,9 @@ class Replicas:
 
     def __init__(self, sessions: Seq[Session]) -> None:
         self.sessions = tuple(sessions)
+        if len(self.sessions) > 1:
+            for session in self.sessions:
+                session.heir = self._move
 
     def add(
         self,
@@ -43,6 +48,27 @@ class Replicas:
             want_logits=want_logits,
             score=score,
         )
+
+    def _move(self, sequences: Seq[Sequence]) -> int:
+        """Spread sequences of a session that is over; how many have found another one."""
+        moved = 0
+        for sequence in sequences:
+            alive = [s for s in self.sessions if s.failure is None]
+            order = sorted(alive, key=lambda session: session.unfinished)
+            moved += any(session.adopt(sequence) for session in order)
+        return moved
+
+    @property
+    def alive(self) -> tuple[int, int]:
+        """How many can take sequences, of how many."""
+        return sum(s.failure is None for s in self.sessions), len(self.sessions)
+
+    def plan(self, first: FleetPlan) -> FleetPlan:
+        """The plan of those that are alive: the first one, unless one has failed or moved."""
+        replicas = tuple(s.loaded.plan for s in self.sessions if s.failure is None)
+        if not replicas or replicas == first.replicas:
+            return first
+        return FleetPlan("+".join(plan.name for plan in replicas), replicas, replicas[0].reason)
 
     async def run(self) -> None:
         """Make steps, of all replicas at the same time, until cancelled."""

@@ -5,6 +5,9 @@ One task (`Session.run`) makes the steps.  Each step takes one token of every se
 decoding and fills up with prompt tokens; KV pages are reserved for a sequence's whole length before
 it starts, so that none runs out half way.  Because of "one answer", what shares a step never
 changes what a sequence gets.
+
+When cards are lost, the model is put on those that are left (placement.py) and every sequence goes
+on with its next token: its tokens so far are computed again, as a prompt.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import heapq
 import math
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import attrs
@@ -20,14 +24,20 @@ import numpy as np
 import trio
 
 from spanker.actors.coordinator import Coordinator
+from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
     CardFaultError,
+    CardHungError,
+    CardLinkError,
+    CardLostError,
+    CardMemoryError,
     ContextLengthError,
     RequestError,
     SpankerError,
     again,
 )
+from spanker.events import LinkRetried, Recovered, ReplicaLost
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
@@ -38,6 +48,8 @@ RUN_AHEAD_MAX = 64
 SCORE_AHEAD_MAX = 4
 # Steps that are on the cards at once: one runs, the next waits behind it.
 STEPS_AHEAD = 2
+# How often a step is made again, without another one in between, that a link has failed.
+LINK_RETRIES_MAX = 2
 # Requests that may wait for KV pages.
 WAITING_MAX = 4096
 
@@ -66,8 +78,10 @@ class Sequence:
 
     `outbox` holds what the consumer has not taken; `changed` is set whenever it grows or the
     sequence ends.  `finish` says why it ended: `stop`, `length`, `context`, or None.
-    Positions up to `computed` are on all cards, those up to `scheduled` are in steps under way;
-    `pending` is the output of the newest such step that gives the next token, or None.
+    Positions up to `computed` are on all cards, those up to `scheduled` are in steps under way,
+    and those up to `delivered` have been counted and, of a forced sequence, scored: after a
+    recovery they are computed again.  `pending` is the output of the newest such step that gives
+    the next token, or None.
     """
 
     session: Session
@@ -81,12 +95,18 @@ class Sequence:
     pages: list[int] = attrs.Factory(list)
     computed: int = 0
     scheduled: int = 0
+    delivered: int = 0
     pending: int | None = None
     outbox: deque[Sampled | Scored] = attrs.Factory(deque)
     changed: trio.Event = attrs.Factory(trio.Event)
     finish: str | None = None
     error: SpankerError | None = None
     released: bool = False
+
+    def forget_positions(self) -> None:
+        """Nothing of it is on any card: all of it is to be computed again."""
+        self.computed = self.scheduled = 0
+        self.pending = None
 
     @property
     def ended(self) -> bool:
@@ -166,9 +186,25 @@ class SessionStats(Value):
 class Session:
     """All sequences of one replica of a loaded model."""
 
-    def __init__(self, coordinator: Coordinator, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        loaded: LoadedModel,
+        *,
+        placement: Placement | None = None,
+        number: int = 0,
+        name: str = "model",
+    ) -> None:
+        """`placement` brings replica `number` back when cards are lost; without one that is the
+        end of the session.  `name` is the model's, for events."""
         self.coordinator = coordinator
         self.loaded = loaded
+        self.number = number
+        self.name = name
+        # Takes sequences of this session, once it is over, and says how many.
+        self.heir: Callable[[Seq[Sequence]], int] | None = None
+        self._placement = placement
+        self._link_faults = 0
         self.pool = PagePool(loaded.limits.kv_pages)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -287,7 +323,7 @@ class Session:
 
     async def run(self) -> None:
         """Make steps until cancelled.  A fault ends the sequences of its step; a lost or hung card
-        ends the session, and so does the end of this task."""
+        ends the session where nothing is left to go on with, and so does the end of this task."""
         try:
             await self._run()
         finally:
@@ -304,8 +340,20 @@ class Session:
                 self._work = trio.Event()
                 await self._work.wait()
                 continue
+            failure: SpankerError | None = None
             try:
                 await self._run_steps()
+            except CardLinkError as error:
+                # Bytes that got lost on their way: what was computed from them is nowhere kept.
+                self._link_faults += 1
+                if self._link_faults > LINK_RETRIES_MAX:
+                    self._link_faults = 0
+                    self._end(tuple(s for s, _ in self._flights[0]), error)
+                else:
+                    attempt, now = self._link_faults, trio.current_time()
+                    self.coordinator.events.tell(
+                        LinkRetried(now, self.name, error.card, attempt, str(error))
+                    )
             except CardFaultError as error:
                 # Of the oldest step; what was queued behind it can be made again.  So can that step
                 # without those that have ended since it was planned: the fault may be theirs.
@@ -313,7 +361,7 @@ class Session:
                 if not any(s.ended for s in batch):
                     self._end(batch, error)
             except SpankerError as error:
-                self._fail(error)
+                failure = error
             finally:
                 self._step_scope = None
                 flown = [s for batch in self._flights for s, _ in batch]
@@ -322,6 +370,85 @@ class Session:
                     sequence.scheduled, sequence.pending = sequence.computed, None
                     if sequence.ended:
                         self._retire(sequence)
+            if failure is not None:
+                await self._recover(failure)
+
+    async def _recover(self, failure: SpankerError) -> None:
+        """Go on after a failure on the cards that are left; where there is no way, the session is
+        over."""
+        placement, begin = self._placement, trio.current_time()
+        if placement is None or not isinstance(failure, CardLostError | CardHungError):
+            self._fail(failure)
+            return
+        coordinator, before = self.coordinator, self.loaded.plan
+        if not coordinator.lose(failure) and failure.card not in coordinator.lost:
+            self._fail(failure)
+            return
+        self._suspend()
+        try:
+            self.loaded = await placement.replace(self.number)
+        except SpankerError as error:
+            error.__cause__ = failure
+            placement.give_up(self.number)
+            self._give_up(error)
+            return
+        self.pool = PagePool(self.loaded.limits.kv_pages)
+        self._end_too_long()
+        lost = tuple(card for card in before.cards if card in coordinator.lost)
+        now, after = trio.current_time(), self.loaded.plan
+        resumed = sum(bool(s.delivered) for s in self._waiting)
+        coordinator.events.tell(
+            Recovered(
+                now, self.name, lost, before.name, after.name, after.cards, resumed, now - begin
+            )
+        )
+
+    def _give_up(self, error: SpankerError) -> None:
+        """The session is over; whoever can may have its sequences."""
+        self._failure = error
+        moved = 0
+        if self.heir is not None:
+            waiting, self._waiting = self._waiting, deque()
+            moved = self.heir(waiting)
+            self._waiting = deque(s for s in waiting if s.session is self)
+        ended = len(self._waiting)
+        self._end(tuple(self._waiting), error)
+        self.coordinator.events.tell(
+            ReplicaLost(trio.current_time(), self.name, self.number, moved, ended, str(error))
+        )
+
+    def adopt(self, sequence: Sequence) -> bool:
+        """Take over a sequence that waits in a session that is over, behind those that wait here;
+        False where it can never have the pages it needs."""
+        if self._failure is not None or self._pages_of(sequence) > self.pool.total:
+            return False
+        sequence.session = self
+        self._waiting.append(sequence)
+        self.wake()
+        return True
+
+    def _suspend(self) -> None:
+        """Have all sequences wait again, those that ran before the others, in their order."""
+        for sequence in reversed(self._running):
+            self.pool.give(sequence.pages)
+            sequence.forget_positions()
+            self._waiting.appendleft(sequence)
+        self._running.clear()
+
+    def _end_too_long(self) -> None:
+        """End sequences that the pages there are now cannot hold."""
+        for sequence in tuple(self._waiting):
+            need = self._pages_of(sequence)
+            if need > self.pool.total:
+                page = self.loaded.limits.page_positions
+                self._end(
+                    (sequence,),
+                    CardMemoryError(
+                        f"the cards that are left have room for the KV of "
+                        f"{self.pool.total * page:,} positions, this sequence needs "
+                        f"{need * page:,}: ask for fewer tokens"
+                    ),
+                )
 
     async def _run_steps(self) -> None:
         """Steps until there is nothing to do, or until someone else wants the cards.
@@ -374,7 +501,8 @@ class Session:
             if not count or not outputs:
                 continue
             if sequence.score:
-                wanted = tuple(range(count))
+                known_already = max(sequence.delivered - sequence.scheduled, 0)
+                wanted = tuple(range(min(known_already, count), count))
             else:
                 wanted = (count - 1,) if count == len(known) else ()
             tokens -= count
@@ -416,26 +544,33 @@ class Session:
 
     def _admit(self) -> None:
         """Start waiting sequences, first come first served, while their pages are free."""
-        limits = self.loaded.limits
         while self._waiting:
             sequence = self._waiting[0]
-            length = sequence.prompt_length + (0 if sequence.score else sequence.tokens_max)
-            need = math.ceil(min(length, limits.context) / limits.page_positions)
+            need = self._pages_of(sequence)
             if need > self.pool.free:
                 return
             self._waiting.popleft()
             sequence.pages = self.pool.take(need)
             self._running.append(sequence)
 
+    def _pages_of(self, sequence: Sequence) -> int:
+        """The pages that a sequence takes for its whole length."""
+        limits = self.loaded.limits
+        length = sequence.prompt_length + (0 if sequence.score else sequence.tokens_max)
+        return math.ceil(min(length, limits.context) / limits.page_positions)
+
     async def _collect(self, result: StepResult) -> None:
         """Take in the oldest step under way."""
         batch = self._flights[0]
         self._steps += 1
+        self._link_faults = 0
         output = 0
         for sequence, step in batch:
             sequence.computed += len(step.tokens)
-            if sequence.computed <= sequence.prompt_length:
-                self._prompt_tokens += len(step.tokens)
+            if sequence.computed > sequence.delivered:
+                new = min(sequence.computed, sequence.prompt_length) - sequence.delivered
+                self._prompt_tokens += max(new, 0)
+                sequence.delivered = sequence.computed
             if step.outputs and not sequence.ended:
                 await self._deliver(sequence, step, result, output)
             output += len(step.outputs)
@@ -452,7 +587,7 @@ class Session:
         if sequence.score:
             assert result.logits is not None
             rows = result.logits[output : output + len(step.outputs)]
-            sequence.outbox.append(Scored(step.position, rows))
+            sequence.outbox.append(Scored(step.position + step.outputs[0], rows))
             if sequence.computed == len(sequence.tokens):
                 sequence.finish = "length"
             sequence.signal()

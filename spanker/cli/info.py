@@ -10,6 +10,7 @@ import attrs
 
 from spanker._version import __version__
 from spanker.actors.message import PROTOCOL_VERSION
+from spanker.actors.placement import PLANNED_POSITION
 from spanker.cli import terminal
 from spanker.cli.machine import this_machine
 from spanker.cli.opening import Inspected, inspect
@@ -18,7 +19,7 @@ from spanker.cli.reports import plan_json
 from spanker.device import uapi
 from spanker.device.kernel.survey import Survey, survey
 from spanker.device.spec import parse_fleet
-from spanker.fleet import PLANNED_POSITION, describe_share
+from spanker.fleet import describe_share
 from spanker.ggml import catalog
 from spanker.native import default_isa, isas, lib
 from spanker.sched import profiles

@@ -13,7 +13,7 @@ import attrs
 
 from spanker.cli.errors import Failure
 from spanker.cli.options import FleetOptions
-from spanker.cli.terminal import progress_bar
+from spanker.cli.terminal import note, progress_bar
 from spanker.fleet import Fleet, Model, open_fleet
 from spanker.ggml import catalog
 from spanker.ggml.architectures import llama
@@ -82,6 +82,7 @@ async def open_model(where: FleetOptions, ctx: int | None = None) -> AsyncIterat
     The cards get KV memory for one sequence, which is all that a command runs at a time.
     """
     async with open_fleet(where.cards, profile=where.profile, throttle=where.throttle) as fleet:
+        fleet.events.listen(lambda event: note(str(event)))
         inspected = inspect(where.model)
         context = ctx or where.ctx or min(inspected.model.shape.context, DEFAULT_CONTEXT)
         begin = time.perf_counter()

@@ -82,7 +82,9 @@ class CardWork:
 def work_between(
     before: tuple[CardStats, ...], after: tuple[CardStats, ...], wall_s: float
 ) -> tuple[CardWork, ...]:
-    """Each card's work between two readings of its counters, `wall_s` apart."""
+    """Each card's work between two readings of its counters, `wall_s` apart; without those that
+    were lost in between."""
+    begun = {card.number: card for card in before}
     return tuple(
         CardWork(
             after=b,
@@ -90,7 +92,8 @@ def work_between(
             link_sent_bytes=sum(b.link_tx_bytes) - sum(a.link_tx_bytes),
             link_received_bytes=sum(b.link_rx_bytes) - sum(a.link_rx_bytes),
         )
-        for a, b in zip(before, after, strict=True)
+        for b in after
+        for a in (begun[b.number],)
     )
 
 

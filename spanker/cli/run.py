@@ -43,6 +43,7 @@ class Report:
     timing: Timing
     load_s: float
     behind: float | None
+    events: tuple[str, ...]
 
     def json(self) -> dict[str, object]:
         out: dict[str, object] = {
@@ -54,6 +55,8 @@ class Report:
             "cards": [card.json() for card in self.cards],
             "timings": self.timing.json(self.load_s),
         }
+        if self.events:
+            out["events"] = self.events
         if self.behind is not None:
             out["behind"] = self.behind
         if self.logits_sha256 is not None:
@@ -146,6 +149,7 @@ async def _generate(
         timing=Timing(len(prompt), len(generation.token_ids), first - begin, last - first),
         load_s=opened.load_s,
         behind=fleet.behind,
+        events=tuple(str(event) for event in fleet.events.history),
     )
 
 

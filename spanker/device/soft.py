@@ -377,10 +377,14 @@ class SoftCard(CardDevice):
 
     def kill(self) -> None:
         """Fault injection: the card vanishes; all it holds and all later calls fail."""
+        if self.closed:
+            return
         lib.spk_card_plant(self.handle, lib.SPK_PLANT_DIE)
 
     def hang(self) -> None:
         """Fault injection: the card accepts work and never does it."""
+        if self.closed:
+            return
         lib.spk_card_plant(self.handle, lib.SPK_PLANT_HANG)
 
     def close(self) -> None:

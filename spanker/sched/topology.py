@@ -114,6 +114,12 @@ class Topology(Value):
             )
         return cls._mesh(n, LinkState.DOWN)
 
+    def among(self, cards: Iterable[int]) -> Topology:
+        """These cards alone, by the same numbers, and the links between them."""
+        kept = set(cards)
+        links = [k for k in self.links if k.local_sail in kept and k.remote_sail in kept]
+        return Topology(tuple(c for c in self.cards if c in kept), tuple(links))
+
     @classmethod
     def _mesh(cls, n: int, state: LinkState) -> Topology:
         if not 0 <= n <= MAX_CARDS:

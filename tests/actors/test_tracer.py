@@ -233,7 +233,7 @@ async def test_a_fault_is_in_the_trace(tmp_path: Path) -> None:
 
 async def test_a_trace_of_a_dying_fleet_is_written(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    async with spanker.open_fleet(2, plan="tp") as fleet:
+    async with spanker.open_fleet(2, plan="tp", recover=False) as fleet:
         model = await fleet.load(tiny)
         with trio.fail_after(10), pytest.raises(CardLostError, match="card 1"):
             async with fleet.trace(path):

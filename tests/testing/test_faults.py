@@ -79,7 +79,7 @@ async def test_every_generation_hears_of_it(
 ):
     async def scenario(cards: int, card: int) -> None:
         async with spanker.open_fleet(
-            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", recover=False
         ) as fleet:
             model = await fleet.load(long_model, plan="tp", prompt_chunk=16)
             blow = Blow(fleet, fault, card)
@@ -120,7 +120,7 @@ async def test_every_generation_hears_of_it(
 async def test_a_card_killed_during_a_load_fails_the_load_and_frees_the_others(long_model: Path):
     async def scenario(cards: int, card: int) -> None:
         async with spanker.open_fleet(
-            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", recover=False
         ) as fleet:
             blow = Blow(fleet, kill, card)
 
@@ -144,7 +144,7 @@ async def test_a_card_killed_during_a_load_fails_the_load_and_frees_the_others(l
 async def test_a_card_that_hangs_during_a_load_fails_the_first_generation(long_model: Path):
     async def scenario(cards: int, card: int) -> None:
         async with spanker.open_fleet(
-            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp"
+            f"soft:{cards}", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", recover=False
         ) as fleet:
             # A hung card still answers, so that the load itself can go on.
             hang(fleet, card)
@@ -162,7 +162,7 @@ async def test_it_makes_no_difference_how_messages_travel(
     options: dict[str, str], fault: Fault, kind: type[CardError], long_model: Path
 ):
     async with spanker.open_fleet(
-        "soft:2", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", **options
+        "soft:2", hang_timeout_s=HANG_TIMEOUT_S, plan="tp", recover=False, **options
     ) as fleet:
         model = await fleet.load(long_model)
         generation = model.generate([1, 2], max_tokens=500, ignore_eos=True)

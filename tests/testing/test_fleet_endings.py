@@ -44,7 +44,7 @@ async def test_a_crash_of_a_card_actor_names_card_and_cause(
     method: str, options: dict[str, str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with trio.fail_after(5):
-        async with spanker.open_fleet("soft:2", plan="tp", **options) as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp", recover=False, **options) as fleet:
             model = await fleet.load(tiny_model)
             monkeypatch.setattr(fleet.devices[1], method, boom)
             with pytest.raises(CardLostError) as caught:
@@ -63,7 +63,7 @@ async def test_a_crash_of_a_card_actor_fails_a_load(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with trio.fail_after(5):
-        async with spanker.open_fleet("soft:3", plan="tp") as fleet:
+        async with spanker.open_fleet("soft:3", plan="tp", recover=False) as fleet:
             monkeypatch.setattr(fleet.devices[2], "fill", boom)
             with pytest.raises(CardLostError, match=r"card 2 is lost: .* RuntimeError: a bug"):
                 await fleet.load(tiny_model)
@@ -75,7 +75,7 @@ async def test_a_failed_load_leaves_no_file_open(tiny_model: Path, monkeypatch: 
     gc.collect()
     gc.disable()
     try:
-        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
+        async with spanker.open_fleet("soft:2", plan="tp", recover=False) as fleet:
             monkeypatch.setattr(fleet.devices[1], "fill", boom)
             before = os.listdir("/proc/self/fd")
             try:

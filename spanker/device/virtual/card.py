@@ -239,12 +239,16 @@ class VirtualCard(SoftCard):
     # --- failures, the end ----------------------------------------------------------------
 
     def kill(self) -> None:
+        if self.closed:
+            return
         engine = self.rig.synced()
         super().kill()
         self.step_native()
         self._fail(engine.kill(self.number), lib.SPK_E_LOST)
 
     def hang(self) -> None:
+        if self.closed:
+            return
         engine = self.rig.synced()
         super().hang()
         engine.hang(self.number)

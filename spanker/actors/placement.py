@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is on the cards of a fleet: chosen when it is loaded, and anew when cards are lost.
+
+Which plan is the planner's business (sched/planner.py), bringing the bytes the coordinator's; here
+is what both need to know: which cards still answer, what memory they have left, what was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from spanker.actors.loading import run_all
+from spanker.actors.message import Counters, ReadCounters
+from spanker.actors.steps import LoadedModel
+from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelError, PlanError
+from spanker.ggml.architectures import llama
+from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.packed import PackedFile
+from spanker.sched.layout import fit_kv_pages, rounding_bytes
+from spanker.sched.limits import with_kv_pages
+from spanker.sched.plan import (
+    FleetPlan,
+    Limits,
+    ModelShape,
+    Plan,
+    check_fleet_plan,
+    on_cards,
+    tensor_pipeline,
+)
+from spanker.values import Value
+
+if TYPE_CHECKING:
+    from spanker.actors.coordinator import Coordinator, Progress
+
+# Where a plan chosen automatically is to decode fastest.
+PLANNED_POSITION = 512
+# Plans that go over any number of cards: whoever asks for one wants it on those that are left, too.
+_ANY_CARDS = ("tp", "pp")
+
+
+class ModelFile:
+    """A GGUF that may have to be read again later, when it must still be the same."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.gguf = GGUFFile(path)
+        self._open = True
+        self._identity = _identity(path)
+
+    def close(self) -> None:
+        """For as long as nobody reads it."""
+        self._open = False
+        self.gguf.close()
+
+    @contextlib.contextmanager
+    def open(self, modelled: bool) -> Iterator[tuple[GGUFFile, PackedFile | None]]:
+        """The file and its packed copy, within the block.  ModelError where it has changed since it
+        was loaded."""
+        with contextlib.ExitStack() as stack:
+            gguf = self.gguf
+            if not self._open:
+                gguf = stack.enter_context(contextlib.closing(GGUFFile(self.path)))
+            if _identity(self.path) != self._identity:
+                raise ModelError(
+                    f"{self.path} is not the file any more that was loaded: other weights would "
+                    f"give other answers; load the model again"
+                )
+            # A modelled card's time must not depend on what is in a cache.
+            packed = None if modelled else PackedFile.find(gguf)
+            if packed is not None:
+                stack.enter_context(packed)
+            yield gguf, packed
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@attrs.frozen(eq=False, repr=False)
+class Wanted(Value):
+    """What was asked for: a plan by name or as a value, the limits of steps and contexts, room for
+    the KV of so many positions, and a batch to be fast with."""
+
+    plan: str | FleetPlan
+    limits: Limits
+    kv_tokens: int | None
+    batch: int
+
+
+class Placement:
+    """One model's place on the cards of a fleet.
+
+    `lock` is held while memory is counted and taken; `make_room` gives back what is only kept for
+    next time; with `recover` a load goes on without a card that is lost meanwhile.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        lock: trio.Lock,
+        make_room: Callable[[], Awaitable[None]],
+        model: llama.LlamaModel,
+        file: ModelFile | None,
+        wanted: Wanted,
+        recover: bool,
+    ) -> None:
+        self._coordinator = coordinator
+        self._lock = lock
+        self._make_room = make_room
+        self._model = model
+        self._file = file
+        self._wanted = wanted
+        self._recover = recover
+        # A plan for certain cards is not for others.
+        self._flexible = recover and wanted.plan in ("auto", *_ANY_CARDS)
+        # What each replica has on its cards, None while it has nothing.
+        self.replicas: list[LoadedModel | None] = []
+
+    async def place(self, progress: Progress | None) -> tuple[FleetPlan, tuple[LoadedModel, ...]]:
+        """Put the model on the cards of each replica, for the first time.
+
+        A card that is lost meanwhile is left out where the plan is not one for certain cards.
+        Raises PlanError, CardMemoryError, ConfigError, CardLostError.
+        """
+        wanted, coordinator = self._wanted, self._coordinator
+        async with self._lock:
+            while True:
+                try:
+                    cards, free = await self._cards(coordinator.alive)
+                    plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens)
+                    limits = with_kv_pages(
+                        self._model.shape, plan, wanted.limits, free, wanted.kv_tokens
+                    )
+                    loaded = await self._load(plan, limits, progress)
+                    break
+                except (CardLostError, CardHungError) as error:
+                    if not self._flexible or not coordinator.lose(error):
+                        raise
+        self.replicas = list(loaded)
+        return plan, loaded
+
+    async def replace(self, number: int) -> LoadedModel:
+        """Put a replica, some of whose cards are lost, on those that are left to it: its own, and
+        those that no replica of the model uses.  The context stays what it was.
+
+        The limits may allow fewer KV pages than before.  Raises CardMemoryError, with the bytes
+        needed, where it does not fit any more, ModelError where its file is gone, CardLostError
+        where no card is left.  A card that is lost meanwhile is left out, too.
+        """
+        before = self.replicas[number]
+        assert before is not None
+        coordinator = self._coordinator
+        async with self._lock:
+            await coordinator.unload(before)
+            while True:
+                try:
+                    cards, free = await self._cards(self._left_to(number))
+                    plan = self._replan(cards, free)
+                    pages = fit_kv_pages(
+                        self._model.shape, plan, before.limits, free, before.limits.kv_pages
+                    )
+                    limits = attrs.evolve(before.limits, kv_pages=pages)
+                    (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
+                    break
+                except (CardLostError, CardHungError) as error:
+                    if not coordinator.lose(error):
+                        raise
+        self.replicas[number] = loaded
+        return loaded
+
+    def give_up(self, number: int) -> None:
+        """This replica will not be brought back: its cards are free for the others."""
+        self.replicas[number] = None
+
+    def _left_to(self, number: int) -> tuple[int, ...]:
+        others = {
+            card
+            for place, replica in enumerate(self.replicas)
+            if replica is not None and place != number
+            for card in replica.plan.cards
+        }
+        return tuple(card for card in self._coordinator.alive if card not in others)
+
+    async def _cards(self, candidates: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of the cards that answer, and the free memory of all cards by number, nothing for
+        those that are out of the question."""
+        await self._make_room()
+        coordinator, found = self._coordinator, dict[int, Counters]()
+
+        async def ask(card: int) -> None:
+            try:
+                with trio.fail_after(coordinator.hang_timeout_s):
+                    found[card] = await coordinator.clients[card].request(ReadCounters())
+            except CardLostError as error:
+                if not self._recover:
+                    raise
+                coordinator.lose(error)
+            except trio.TooSlowError:
+                silent = CardHungError(
+                    f"card {card} has not answered for {coordinator.hang_timeout_s:.3g} s; "
+                    f"close the fleet and open it without that card",
+                    card=card,
+                )
+                if not self._recover:
+                    raise silent from None
+                coordinator.lose(silent)
+
+        await run_all([(lambda card=card: ask(card)) for card in candidates])  # type: ignore[misc]
+        if not found:
+            raise CardLostError("no card is left to load the model onto")
+        shape, limits = self._model.shape, self._wanted.limits
+        free = [0] * len(coordinator.clients)
+        for card, counters in found.items():
+            rounding = rounding_bytes(shape, limits, coordinator.cards[card].ddr_granule)
+            free[card] = counters.ddr_total_bytes - counters.ddr_used_bytes - rounding
+        return tuple(sorted(found)), tuple(free)
+
+    def _replan(self, cards: Sequence[int], free: Sequence[int]) -> Plan:
+        """The plan for what is left: as asked where that goes over any cards, else the best."""
+        asked = self._wanted.plan
+        if isinstance(asked, str) and asked in _ANY_CARDS:
+            with contextlib.suppress(PlanError):
+                plan = self._plan(asked, cards, free, None).replicas[0]
+                with contextlib.suppress(CardMemoryError):
+                    fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
+                    return plan
+        found = self._plan("auto", cards, free, None)
+        # One replica is asked for: of several side by side the first is the model, too.
+        return found.replicas[0]
+
+    def _plan(
+        self,
+        plan: str | FleetPlan,
+        cards: Sequence[int],
+        free: Sequence[int],
+        kv_tokens: int | None,
+    ) -> FleetPlan:
+        """The plan that a name or a value stands for on these cards; PlanError where none does."""
+        coordinator, shape, limits = self._coordinator, self._model.shape, self._wanted.limits
+        if isinstance(plan, FleetPlan):
+            return self._checked(plan, shape, cards)
+        if plan == "auto" and len(cards) == 1:
+            only = on_cards(tensor_pipeline(shape, 1, 1), cards)
+            return FleetPlan.of(attrs.evolve(only, reason="there is one card"))
+        # A fleet of one card starts sooner without these.
+        from spanker.sched.planner import is_path, plan_for
+        from spanker.sched.planning import Request
+
+        request = Request(
+            shape,
+            coordinator.profile,
+            coordinator.topology.among(cards),
+            tuple(free),
+            limits,
+            batch=self._wanted.batch,
+            position=min(PLANNED_POSITION, limits.context),
+            kv_tokens=kv_tokens,
+        )
+        made = plan_for(plan, request)
+        if plan.strip().lower() == "auto":
+            return made
+        if is_path(plan):
+            return self._checked(made, shape, cards)
+        replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
+        return attrs.evolve(made, replicas=replicas)
+
+    def _checked(self, plan: FleetPlan, shape: ModelShape, cards: Sequence[int]) -> FleetPlan:
+        check_fleet_plan(shape, plan, len(self._coordinator.clients))
+        missing = sorted(set(plan.cards) - set(cards))
+        if missing:
+            raise PlanError(f"plan {plan.name} uses card {missing[0]}, which is lost")
+        return plan
+
+    async def _load(
+        self, plan: FleetPlan, limits: Limits, progress: Progress | None
+    ) -> tuple[LoadedModel, ...]:
+        coordinator = self._coordinator
+        if self._file is None:
+            return await coordinator.load(self._model, None, plan, limits, progress, None)
+        with self._file.open(coordinator.modelled) as (gguf, packed):
+            return await coordinator.load(self._model, gguf, plan, limits, progress, packed)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fleet tells of its own failures: typed values, one readable line each.
+
+A value's text is its line.  They also go to the logger `spanker.fleet`, with the value as the
+record's `event`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import attrs
+
+from spanker.values import Value
+
+HISTORY_MAX = 256
+
+LOGGER = "spanker.fleet"
+
+
+@attrs.frozen(eq=False, repr=False)
+class Event(Value):
+    """Something that happened at `time_s` of trio's clock."""
+
+    time_s: float
+
+
+@attrs.frozen(eq=False, repr=False)
+class CardLost(Event):
+    """A card is used no more, and why."""
+
+    card: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"card {self.card} lost: {self.reason}"
+
+
+@attrs.frozen(eq=False, repr=False)
+class Recovered(Event):
+    """A model goes on after its cards `lost` were lost: the plan it had, the one it has now, and
+    how many sequences resume, so long after the failure was noticed."""
+
+    model: str
+    lost: tuple[int, ...]
+    before: str
+    after: str
+    cards: tuple[int, ...]
+    sequences: int
+    seconds: float
+
+    def __str__(self) -> str:
+        cards = ", ".join(map(str, self.cards))
+        plural = "" if self.sequences == 1 else "s"
+        return (
+            f"{self.model}: re-planned {self.before} -> {self.after} on card"
+            f"{'' if len(self.cards) == 1 else 's'} {cards}; resumed {self.sequences} "
+            f"sequence{plural} after {self.seconds:.2f} s"
+        )
+
+
+@attrs.frozen(eq=False, repr=False)
+class LinkRetried(Event):
+    """A step was made again, as messages between cards had failed their checks."""
+
+    model: str
+    card: int | None
+    attempt: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: step made again (attempt {self.attempt + 1}): {self.reason}"
+
+
+@attrs.frozen(eq=False, repr=False)
+class ReplicaLost(Event):
+    """A replica of a model could not be brought back; `moved` of its sequences go on elsewhere,
+    `ended` have failed."""
+
+    model: str
+    replica: int
+    moved: int
+    ended: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}: replica {self.replica} is given up, {self.moved} sequences moved, "
+            f"{self.ended} ended: {self.reason}"
+        )
+
+
+class EventLog:
+    """The events of one fleet: the last of them, and who wants to hear of new ones."""
+
+    def __init__(self) -> None:
+        self._history: deque[Event] = deque(maxlen=HISTORY_MAX)
+        self._listeners: dict[int, Callable[[Event], None]] = {}
+        self._next = 0
+
+    @property
+    def history(self) -> tuple[Event, ...]:
+        """The last HISTORY_MAX of them, oldest first."""
+        return tuple(self._history)
+
+    def listen(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `listener` with every event from now on, in the fleet's task: it must neither block
+        nor raise.  What comes back ends that."""
+        number = self._next
+        self._next += 1
+        self._listeners[number] = listener
+        return lambda: self._listeners.pop(number, None) and None
+
+    def tell(self, event: Event) -> None:
+        """For the fleet: it happened."""
+        import logging  # a fleet that nothing happens to starts without it
+
+        self._history.append(event)
+        logger = logging.getLogger(LOGGER)
+        if not logger.handlers:
+            # Whoever has configured no logging wants no lines on standard error.
+            logger.addHandler(logging.NullHandler())
+        logger.warning("%s", event, extra={"event": event})
+        for listener in tuple(self._listeners.values()):
+            listener(event)

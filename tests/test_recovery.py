@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet that loses cards goes on: every sequence comes out as if nothing had happened.
+
+A failing case is replayed by its name: faults and their moments are drawn from the seed in it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import trio
+from waiting import until
+
+import spanker
+from spanker.errors import (
+    CardLinkError,
+    CardLostError,
+    CardMemoryError,
+    ModelError,
+)
+from spanker.events import CardLost, Event, LinkRetried, Recovered, ReplicaLost
+from spanker.sched.plan import tensor_pipeline
+from spanker.testing import hang, kill, run_virtual, write_tiny_llama
+
+HANG_TIMEOUT_S = 0.3
+TOKENS = 40
+FAULTS = {"kill": kill, "hang": hang}
+Fault = Callable[[spanker.Fleet, int], None]
+# What each sequence gave, in order of position: the ids, and all bytes of the logits.
+Answers = list[tuple[tuple[int, ...], bytes]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    return write_tiny_llama(path, layers=3, hidden=128, heads=8, kv_heads=4, ffn=256)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> Answers:
+    """What a fleet of one card answers, to which nothing happens."""
+
+    async def main() -> Answers:
+        async with spanker.open_fleet(1) as fleet:
+            return await Crowd(await fleet.load(tiny)).run()
+
+    return trio.run(main)
+
+
+class Crowd:
+    """Sequences of all kinds at the same time; `moment(n)` is called when n items have come."""
+
+    def __init__(
+        self, model: spanker.Model, moment: Callable[[int], None] = lambda items: None
+    ) -> None:
+        self._model = model
+        self._moment = moment
+        self._items = 0
+
+    async def run(self) -> Answers:
+        made: dict[int, tuple[tuple[int, ...], bytes]] = {}
+
+        async def generate(number: int, prompt: Sequence[int], temperature: float) -> None:
+            ids, logits = [], []
+            generation = self._model.generate(
+                prompt,
+                max_tokens=TOKENS,
+                temperature=temperature,
+                seed=number,
+                ignore_eos=True,
+                logits=number != 2,
+            )
+            async for token in generation:
+                ids.append(token.id)
+                logits.append(b"" if token.logits is None else token.logits.tobytes())
+                self._come()
+            made[number] = tuple(ids), b"".join(logits)  # type: ignore[arg-type]
+
+        async def score(number: int, prompt: Sequence[int]) -> None:
+            rows, at = [], 0
+            async for position, logits in self._model.score(prompt):
+                assert position == at
+                at += len(logits)
+                rows.append(logits)
+                self._come()
+            made[number] = (), np.concatenate(rows).tobytes()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, 0, [5, 6, 7], 0.0)
+            nursery.start_soon(generate, 1, range(100, 180), 0.8)
+            nursery.start_soon(generate, 2, [9], 0.0)
+            nursery.start_soon(score, 3, range(150))
+        return [made[number] for number in sorted(made)]
+
+    def _come(self) -> None:
+        self._items += 1
+        self._moment(self._items)
+
+
+ITEMS = 3 * TOKENS + 4  # about as many as come, 64 rows of logits being one
+
+
+class Schedule:
+    """Faults at moments of a crowd."""
+
+    def __init__(self, fleet: spanker.Fleet, faults: Sequence[tuple[int, Fault, int]]) -> None:
+        self._fleet = fleet
+        self._faults = list(faults)
+
+    def __call__(self, items: int) -> None:
+        for fault in [f for f in self._faults if f[0] <= items]:
+            self._faults.remove(fault)
+            fault[1](self._fleet, fault[2])
+
+
+def lost_cards(fleet: spanker.Fleet) -> list[int]:
+    return sorted(e.card for e in fleet.events.history if isinstance(e, CardLost))
+
+
+def kinds(fleet: spanker.Fleet) -> list[type[Event]]:
+    return [type(event) for event in fleet.events.history]
+
+
+async def check_nothing_held(model: spanker.Model) -> None:
+    await until(
+        lambda: not (model.stats.running or model.stats.waiting or model.stats.kv_pages_used)
+    )
+
+
+# --- any moment ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", range(8))
+async def test_a_fault_at_any_moment_changes_no_bit(
+    seed: int, fault: str, tiny: Path, expected: Answers
+) -> None:
+    draw = random.Random(f"{seed} {fault}")
+    cards, plan = draw.choice([(2, "tp"), (3, "tp"), (4, "tp"), (3, "pp"), (4, "tp2xpp2")])
+    card, moment = draw.randrange(cards), draw.randrange(1, ITEMS)
+    with trio.fail_after(20):
+        async with spanker.open_fleet(cards, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan=plan, prompt_chunk=draw.choice([16, 64]))
+            schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
+            assert await Crowd(model, schedule).run() == expected
+            assert lost_cards(fleet) == [card]
+            assert kinds(fleet) == [CardLost, Recovered]
+            assert card not in model.plan.cards
+            assert fleet.health().serving
+            assert fleet.health().cards == tuple(c for c in range(cards) if c != card)
+            await check_nothing_held(model)
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+async def test_down_to_the_last_card(channel: str, tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S, channel=channel) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        faults = [(10, kill, 2), (50, hang, 0), (90, kill, 3)]
+        assert await Crowd(model, Schedule(fleet, faults)).run() == expected
+        assert (model.plan.name, model.plan.cards) == ("tp1", (1,))
+        assert await Crowd(model).run() == expected
+        # The stages in between, each with what it resumed.
+        moves = [e for e in fleet.events.history if isinstance(e, Recovered)]
+        assert [(e.before, e.after) for e in moves] == [
+            ("tp4", "tp3"),
+            ("tp3", "tp2"),
+            ("tp2", "tp1"),
+        ]
+        assert all(0 < e.sequences <= 4 and e.seconds > 0 for e in moves)
+
+
+async def test_two_at_once(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        faults = [(20, kill, 0), (20, kill, 3)]
+        assert await Crowd(model, Schedule(fleet, faults)).run() == expected
+        assert lost_cards(fleet) == [0, 3]
+        assert model.plan.cards == (1, 2)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_another_one_during_a_recovery(fault: str, tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+
+        def strike_again(event: Event) -> None:
+            if isinstance(event, CardLost) and event.card == 1:
+                FAULTS[fault](fleet, 2)
+
+        fleet.events.listen(strike_again)
+        assert await Crowd(model, Schedule(fleet, [(20, kill, 1)])).run() == expected
+        assert lost_cards(fleet) == [1, 2]
+
+
+async def test_an_idle_fleet_finds_out_with_the_next_request(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        assert await Crowd(model).run() == expected
+        kill(fleet, 1)
+        assert await Crowd(model).run() == expected
+        assert lost_cards(fleet) == [1]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_load_goes_on_without_a_card_that_dies_meanwhile(
+    fault: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+
+        def progress(done: int, total: int) -> None:
+            if done:
+                FAULTS[fault](fleet, 1)
+
+        model = await fleet.load(tiny, plan="tp", progress=progress)
+        assert await Crowd(model).run() == expected
+        assert lost_cards(fleet) == [1]
+        assert model.plan.cards == (0, 2)
+
+
+async def test_a_plan_for_certain_cards_fails_with_one_of_them(tiny: Path) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        kill(fleet, 1)
+        with pytest.raises(CardLostError, match="card 1"):
+            await fleet.load(tiny, plan="tp3")
+
+
+async def test_without_recovery_the_first_loss_is_the_end(tiny: Path) -> None:
+    async with spanker.open_fleet(3, recover=False) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        kill(fleet, 1)
+        with pytest.raises(CardLostError, match="card 1"):
+            await model.generate([1]).collect()
+
+
+# --- too little is left --------------------------------------------------------------------
+
+
+async def test_no_card_left_is_an_error_for_everybody(tiny: Path) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        made = [model.generate([n], max_tokens=200, ignore_eos=True) for n in range(3)]
+        await anext(made[0])
+        kill(fleet, 0)
+        kill(fleet, 1)
+        with trio.fail_after(2):
+            for generation in made:
+                with pytest.raises(CardLostError, match="no card is left"):
+                    await generation.collect()
+            with pytest.raises(CardLostError):
+                model.generate([1])
+        health = fleet.health()
+        assert not health.serving and health.cards == ()
+        assert [card for card, _ in health.lost] == [0, 1]
+        assert kinds(fleet)[-1] is ReplicaLost
+
+
+async def test_too_little_memory_names_what_is_needed(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512, vocabulary=2000)
+    async with spanker.open_fleet("soft:2:1900KiB") as fleet:
+        model = await fleet.load(path, plan="tp", ctx=64)
+        generation = model.generate([1], max_tokens=50, ignore_eos=True)
+        await anext(generation)
+        kill(fleet, 1)
+        with trio.fail_after(2), pytest.raises(CardMemoryError, match=r"[\d,]{5,} bytes"):
+            await generation.collect()
+        with pytest.raises(CardMemoryError, match="on card 0"):
+            model.generate([1])
+        assert fleet.devices[0].counters().ddr_used_bytes == 0
+
+
+async def test_fewer_pages_make_sequences_wait_and_end_what_they_cannot_hold(
+    tiny: Path,
+) -> None:
+    """One card has room for a quarter of the KV that two have."""
+    async with spanker.open_fleet("soft:1:2500KiB,soft:1:64MiB") as fleet:
+        model = await fleet.load(tiny, plan="tp", ctx=256)
+        pages = model.stats.kv_pages_total
+        made = [model.generate([n], max_tokens=250, ignore_eos=True) for n in range(3)]
+        for generation in made:
+            await anext(generation)
+        kill(fleet, 1)
+        for generation in made:
+            await generation.collect()
+        assert model.stats.kv_pages_total < pages
+        assert len({tuple(g.token_ids) for g in made}) == 3
+        async with spanker.open_fleet(1) as other:
+            alone = await other.load(tiny, ctx=256)
+            for number, generation in enumerate(made):
+                again = alone.generate([number], max_tokens=250, ignore_eos=True)
+                await again.collect()
+                assert again.token_ids == generation.token_ids
+
+
+async def test_a_model_whose_file_has_changed_cannot_be_loaded_again(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy.gguf"
+    shutil.copy(tiny, path)
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(path, plan="tp")
+        generation = model.generate([1], max_tokens=200, ignore_eos=True)
+        await anext(generation)
+        write_tiny_llama(tmp_path / "other.gguf", seed=1).replace(path)
+        kill(fleet, 0)
+        with pytest.raises(ModelError, match="not the file any more"):
+            await generation.collect()
+
+
+# --- replicas -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("card", [0, 3])
+async def test_a_replica_goes_on_with_the_cards_it_has(
+    card: int, fault: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="dp2xtp2")
+        schedule = Schedule(fleet, [(30, FAULTS[fault], card)])
+        assert await Crowd(model, schedule).run() == expected
+        assert sorted(model.plan.cards) == [c for c in range(4) if c != card]
+        assert fleet.health().models[0].replicas_alive == 2
+        assert await Crowd(model).run() == expected
+
+
+async def test_the_sequences_of_a_replica_without_cards_move(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="dp2")
+        assert await Crowd(model, Schedule(fleet, [(10, kill, 0)])).run() == expected
+        assert kinds(fleet) == [CardLost, ReplicaLost]
+        (gone,) = [e for e in fleet.events.history if isinstance(e, ReplicaLost)]
+        assert (gone.replica, gone.ended) == (0, 0) and gone.moved in (1, 2)
+        health = fleet.health().models[0]
+        assert (health.replicas_alive, health.replicas) == (1, 2)
+        assert await Crowd(model).run() == expected
+        await check_nothing_held(model)
+
+
+async def test_an_idle_card_takes_the_place_of_a_lost_one(tiny: Path, expected: Answers) -> None:
+    from spanker.ggml.architectures.llama import read_model
+    from spanker.ggml.gguf import GGUFFile
+
+    with GGUFFile(tiny) as gguf:
+        plan = tensor_pipeline(read_model(gguf).shape, 1, 1)
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan=attrs.evolve(plan, reason="by hand"))
+        assert model.plan.cards == (0,)
+        assert await Crowd(model, Schedule(fleet, [(10, kill, 0)])).run() == expected
+        assert model.plan.cards == (1,)
+
+
+async def test_other_models_of_the_fleet_recover_by_themselves(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        models = [await fleet.load(tiny, plan="tp") for _ in range(2)]
+        found: list[Answers] = []
+
+        async def one(model: spanker.Model, faults: list[tuple[int, Fault, int]]) -> None:
+            found.append(await Crowd(model, Schedule(fleet, faults)).run())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, models[0], [(40, kill, 1)])
+            nursery.start_soon(one, models[1], [])
+        assert found == [expected, expected]
+        assert lost_cards(fleet) == [1]
+        assert [model.plan.cards for model in models] == [(0, 2), (0, 2)]
+
+
+# --- callers that leave ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_sequences_that_are_closed_around_a_recovery_leave_nothing(
+    seed: int, tiny: Path, expected: Answers, nothing_left_behind: None
+) -> None:
+    draw = random.Random(f"close {seed}")
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        made = [model.generate([n], max_tokens=200, ignore_eos=True) for n in range(6)]
+
+        def close_some(event: Event) -> None:
+            for generation in draw.sample(made, 3):
+                generation.close()
+
+        fleet.events.listen(close_some)
+        await anext(made[0])
+        kill(fleet, draw.randrange(3))
+        for generation in made:
+            with trio.move_on_after(draw.random() * 0.05):
+                await generation.collect()
+        await check_nothing_held(model)
+        assert await Crowd(model).run() == expected
+
+
+async def test_a_fleet_that_is_closed_during_a_recovery_leaves_nothing(
+    tiny: Path, nothing_left_behind: None
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        generation = model.generate([1], max_tokens=200, ignore_eos=True)
+        await anext(generation)
+        told = trio.Event()
+        fleet.events.listen(lambda event: told.set())
+        kill(fleet, 1)
+        await told.wait()
+
+
+# --- links -----------------------------------------------------------------------------------
+
+
+async def test_a_step_that_a_link_has_failed_is_made_again(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        fail_completions(monkeypatch, fleet, 1, {3, 9, 10})
+        assert await Crowd(model).run() == expected
+        assert kinds(fleet) == [LinkRetried] * 3
+        assert [e.attempt for e in fleet.events.history] == [1, 1, 2]  # type: ignore[attr-defined]
+
+
+async def test_a_link_that_fails_again_and_again_ends_the_step(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        fail_completions(monkeypatch, fleet, 1, set(range(5, 1000)))
+        with pytest.raises(CardLinkError, match="failed its checks"):
+            await model.generate([1], max_tokens=50, ignore_eos=True).collect()
+
+
+def fail_completions(
+    monkeypatch: pytest.MonkeyPatch, fleet: spanker.Fleet, card: int, which: set[int]
+) -> None:
+    """Completions of a card, by their number from now on, report a link's failure."""
+    device, count = fleet.devices[card], 0
+    completions = device.completions
+
+    def failing() -> Sequence[object]:
+        nonlocal count
+        out = []
+        for done in completions():
+            count += 1
+            if count in which and done.error is None:
+                error = CardLinkError(f"card {card}: a link message failed its checks", card=card)
+                done = done._replace(error=error, data=())
+            out.append(done)
+        return out
+
+    monkeypatch.setattr(device, "completions", failing)
+
+
+# --- virtual time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_virtual_fleet_recovers_the_same_way_every_time(
+    fault: str, tiny: Path, expected: Answers
+) -> None:
+    async def main() -> tuple[Answers, list[str], float]:
+        async with spanker.open_fleet(
+            "virtual:3", profile="rev-a", plan="tp", hang_timeout_s=5
+        ) as fleet:
+            model = await fleet.load(tiny)
+            faults = [(35, FAULTS[fault], 1)]
+            answers = await Crowd(model, Schedule(fleet, faults)).run()
+            return answers, [str(e) for e in fleet.events.history], trio.current_time()
+
+    first, second = run_virtual(main), run_virtual(main)
+    assert first[0] == expected
+    assert len(first[1]) == 2
+    assert first == second
+
+
+# --- what is told -----------------------------------------------------------------------------
+
+
+async def test_events_are_lines_and_log_records(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        generation = model.generate([1], max_tokens=60, ignore_eos=True)
+        await anext(generation)
+        hang(fleet, 2)
+        stop = fleet.events.listen(lambda event: None)
+        await generation.collect()
+        stop()
+        lines = [str(event) for event in fleet.events.history]
+    assert lines[0] == (
+        "card 2 lost: hangs: it holds a step and no card of the fleet has made progress for 0.3 s"
+    )
+    assert lines[1].startswith(
+        "tiny llama: re-planned tp3 -> tp2 on cards 0, 1; resumed 1 sequence after 0."
+    )
+    assert [record.getMessage() for record in caplog.records] == lines
+    assert [record.name for record in caplog.records] == ["spanker.fleet"] * 2
