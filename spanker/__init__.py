@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     )
     from spanker.device.q4_k import matmul_q4_k
     from spanker.device.soft import SoftCardSpec
+    from spanker.events import CardLost, Event, LinkRetried, Recovered, ReplicaLost
     from spanker.fleet import (
         CardStats,
         Fleet,
         FleetStats,
         Generation,
+        Health,
         Model,
+        ModelHealth,
         Token,
         open_fleet,
     )
@@ -46,13 +49,20 @@ if TYPE_CHECKING:
 _MODULES = {
     "CardArrays": "card_arrays",
     "CardInfo": "actors.message",
+    "CardLost": "events",
     "CardStats": "fleet",
+    "Event": "events",
     "Fleet": "fleet",
     "FleetPlan": "sched.plan",
     "FleetStats": "fleet",
     "Generation": "fleet",
+    "Health": "fleet",
+    "LinkRetried": "events",
     "Model": "fleet",
+    "ModelHealth": "fleet",
     "Plan": "sched.plan",
+    "Recovered": "events",
+    "ReplicaLost": "events",
     "SamplingParams": "ggml.sampling",
     "Scenario": "simulation",
     "SessionStats": "actors.session",
@@ -74,13 +84,20 @@ _MODULES = {
 __all__ = [
     "CardArrays",
     "CardInfo",
+    "CardLost",
     "CardStats",
+    "Event",
     "Fleet",
     "FleetPlan",
     "FleetStats",
     "Generation",
+    "Health",
+    "LinkRetried",
     "Model",
+    "ModelHealth",
     "Plan",
+    "Recovered",
+    "ReplicaLost",
     "SamplingParams",
     "Scenario",
     "SessionStats",

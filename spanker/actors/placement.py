@@ -79,7 +79,10 @@ class ModelFile:
 
 
 def _identity(path: str) -> tuple[int, ...]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read any more: {error.strerror}") from error
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -118,8 +121,10 @@ class Placement:
         self._file = file
         self._wanted = wanted
         self._recover = recover
+        asked = wanted.plan
+        self._asked = asked.strip().lower() if isinstance(asked, str) else ""
         # A plan for certain cards is not for others.
-        self._flexible = recover and wanted.plan in ("auto", *_ANY_CARDS)
+        self._flexible = recover and self._asked in ("auto", *_ANY_CARDS)
         # What each replica has on its cards, None while it has nothing.
         self.replicas: list[LoadedModel | None] = []
 
@@ -158,7 +163,9 @@ class Placement:
         assert before is not None
         coordinator = self._coordinator
         async with self._lock:
-            await coordinator.unload(before)
+            # A card that does not answer is found out below.
+            with trio.move_on_after(coordinator.hang_timeout_s):
+                await coordinator.unload(before)
             while True:
                 try:
                     cards, free = await self._cards(self._left_to(number))
@@ -224,10 +231,9 @@ class Placement:
 
     def _replan(self, cards: Sequence[int], free: Sequence[int]) -> Plan:
         """The plan for what is left: as asked where that goes over any cards, else the best."""
-        asked = self._wanted.plan
-        if isinstance(asked, str) and asked in _ANY_CARDS:
+        if self._asked in _ANY_CARDS:
             with contextlib.suppress(PlanError):
-                plan = self._plan(asked, cards, free, None).replicas[0]
+                plan = self._plan(self._asked, cards, free, None).replicas[0]
                 with contextlib.suppress(CardMemoryError):
                     fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
                     return plan

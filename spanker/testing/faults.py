@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 def kill(fleet: Fleet | AioFleet, card: int) -> None:
     """Card number `card` vanishes, with all that it holds; never blocks.
 
-    Whoever waits for a step or a load gets CardLostError at once; with nothing under way, whoever
-    comes next does.  There is no way back: close the fleet and open another.
+    The fleet notices with the next step or load, and goes on without it where it can
+    (`fleet.events` tells); where it cannot, callers get CardLostError, or CardMemoryError where the
+    other cards are too small.  The card does not come back.
     """
     _fault(fleet, card, "kill")()
 
@@ -23,7 +24,8 @@ def kill(fleet: Fleet | AioFleet, card: int) -> None:
 def hang(fleet: Fleet | AioFleet, card: int) -> None:
     """Card number `card` still answers and accepts work, but never does it; never blocks.
 
-    Whoever waits for a step of the fleet gets CardHungError after the fleet's `hang_timeout_s`.
+    The fleet takes it for lost when a step makes no progress for its `hang_timeout_s`; then as
+    `kill`, with CardHungError.
     """
     _fault(fleet, card, "hang")()
 
