@@ -15,6 +15,7 @@ import report
 
 from spanker.errors import SpankerError
 from spanker.ggml.gguf import GGUFFile, TensorInfo
+from spanker.sched.plan import Plan
 
 Record = dict[str, Any]
 
@@ -37,6 +38,7 @@ class ModelFacts:
     multiply_adds: int
     layer_multiply_adds: int
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     context: int
@@ -46,6 +48,11 @@ class ModelFacts:
     def shape_key(self) -> tuple[int, ...]:
         """What the costs of attention depend on."""
         return (self.layers, self.kv_heads, self.head_dim, self.layer_multiply_adds)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
 
 
 def model_facts(path: str) -> ModelFacts:
@@ -78,6 +85,7 @@ def model_facts(path: str) -> ModelFacts:
             multiply_adds=layer_weights + weights(output),
             layer_multiply_adds=layer_weights,
             layers=number("block_count"),
+            heads=heads,
             kv_heads=number("attention.head_count_kv", heads),
             head_dim=number("attention.key_length", number("embedding_length") // heads),
             context=number("context_length"),
@@ -136,20 +144,37 @@ def rate_figures(facts: ModelFacts, samples: dict[str, list[float]]) -> Record:
     return out
 
 
+def kv_bytes_of_a_position(facts: ModelFacts, plan: Plan) -> int:
+    """What the card that reads most of them reads of one position's keys and values."""
+    heads: dict[int, int] = {}
+    for stage in plan.stages:
+        for share in stage.shares:
+            held = share.kv_heads(facts.group)
+            layers = stage.layers.stop - stage.layers.start
+            heads[share.card] = heads.get(share.card, 0) + layers * (held.stop - held.start)
+    return report.kv_bytes_per_token(1, max(heads.values()), facts.head_dim, 1)
+
+
 def context_figures(
     facts: ModelFacts,
+    plan: Plan,
     positions: Sequence[int],
     tokens: int,
     ours_at: dict[int, list[float]],
     theirs_at: dict[int, list[float]],
     reading_at: dict[int, list[float]],
+    attention: Sequence[float],
 ) -> list[Record]:
     """Per position: rates over so many tokens, the bytes each reads, and what these explain.
 
-    `explained_tokens_per_s` is the rate at the first position, were time in proportion to bytes.
+    `explained_tokens_per_s` is the rate at the first position, the keys and values added since
+    read by the card with the most of them, at the rate (`attention`, GB/s) at which the kernel
+    alone reads them from memory.
     """
     out: list[Record] = []
-    first_bytes, first_rate = 0, 0.0
+    of_a_position = kv_bytes_of_a_position(facts, plan)
+    attention_gb_per_s = report.median(attention) or 0.0
+    first_middle, first_rate = 0, 0.0
     for position in positions:
         # The tokens of a measurement stand at `position` and after it: take the middle.
         middle = position + tokens // 2
@@ -157,11 +182,13 @@ def context_figures(
         nbytes = facts.weight_bytes + kv_bytes
         rate, bandwidth = report.median(ours_at[position]), report.median(reading_at[position])
         if not out:
-            first_bytes, first_rate = nbytes, rate or 0.0
+            first_middle, first_rate = middle, rate or 0.0
+        added_s = (middle - first_middle) * of_a_position / (attention_gb_per_s * 1e9)
         out.append(
             {
                 "position": position,
                 "kv_bytes_per_token": kv_bytes,
+                "busiest_card_kv_bytes": middle * of_a_position,
                 "bytes_per_token": nbytes,
                 "spanker_tokens_per_s": rate,
                 "llama_cpp_tokens_per_s": report.median(theirs_at[position]),
@@ -169,11 +196,12 @@ def context_figures(
                 "limit_tokens_per_s": (
                     report.tokens_per_s_by_bytes(nbytes, bandwidth) if bandwidth else None
                 ),
-                "explained_tokens_per_s": first_rate * first_bytes / nbytes,
+                "explained_tokens_per_s": 1 / (1 / first_rate + added_s),
                 "samples": {
                     "spanker": ours_at[position],
                     "llama_cpp": theirs_at[position],
                     "read_gb_per_s": reading_at[position],
+                    "attention_gb_per_s": list(attention),
                 },
             }
         )

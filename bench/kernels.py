@@ -215,15 +215,17 @@ def kv_pool(positions: int, dim: int) -> KvPool:
     head_bytes = positions * dim * 2 * 2
     heads = max(1, probe.memory_working_set_bytes() // head_bytes)
     pool = KvPool.zeros(positions // PAGE_POSITIONS, heads, PAGE_POSITIONS, dim)
-    pool.words[:] = normal(pool.words.shape[2]).astype(np.float16).view(np.uint16)
+    pool.words[:] = normal(pool.words.shape[-1]).astype(np.float16).view(np.uint16)
     return pool
 
 
-def attention_of_one(kernels: NativeKernels, model: str, pool: KvPool, positions: int) -> Measured:
-    """The queries of one token: those that share a KV head, for one head after another."""
-    group, dim = GROUPS[model]
+def attention_of_one(
+    kernels: NativeKernels, model: str, group: int, pool: KvPool, positions: int
+) -> Measured:
+    """The queries of one token: the `group` that share a KV head, for one head after another."""
+    dim = pool.head_dim
     query, out = normal(group, dim), np.empty((group, dim), np.float32)
-    pages = range(pool.words.shape[0])
+    pages = range(pool.pages)
 
     def call(visible: int) -> None:
         seen = [visible] * group
@@ -247,7 +249,7 @@ def attention_of_many(kernels: NativeKernels, pool: KvPool, positions: int) -> M
     """The last queries of a prompt on one KV head, each seeing one position more."""
     tokens, dim = PROMPT_TOKENS, pool.head_dim
     queries, out = normal(tokens, dim), np.empty((tokens, dim), np.float32)
-    pages = range(pool.words.shape[0])
+    pages = range(pool.pages)
     seen = [positions - tokens + 1 + i for i in range(tokens)]
 
     def call(visible: list[int]) -> np.ndarray:
@@ -270,7 +272,7 @@ def attentions(kernels: NativeKernels) -> Iterator[Measured]:
         for dim in sorted({dim for _, dim in GROUPS.values()}):
             pool = kv_pool(positions, dim)
             for model in (name for name in GROUPS if GROUPS[name][1] == dim):
-                yield attention_of_one(kernels, model, pool, positions)
+                yield attention_of_one(kernels, model, GROUPS[model][0], pool, positions)
             yield attention_of_many(kernels, pool, positions)
 
 

@@ -35,6 +35,7 @@ from typing import Any
 import attrs
 import engines
 import figures
+import kernels
 import make_model
 import probe
 import report
@@ -44,6 +45,8 @@ import trio
 import spanker
 from spanker.errors import SpankerError
 from spanker.ggml import catalog
+from spanker.kernels.native import NativeKernels
+from spanker.native import isas
 
 PARTS = ("decode", "prefill", "start", "cards", "idle", "context")
 MODELS = ("smollm2", "tinyllama-q4_0", "tinyllama-q4_k_m")
@@ -231,7 +234,11 @@ async def contexts(run: Run, facts: figures.ModelFacts, cards: int, out: Record)
     ours_at: dict[int, list[float]] = {p: [] for p in positions}
     theirs_at: dict[int, list[float]] = {p: [] for p in positions}
     reading_at: dict[int, list[float]] = {p: [] for p in positions}
+    attention: list[float] = []
     size = probe.memory_working_set_bytes()
+    native = NativeKernels(isas()[-1])
+    pages = -(-positions[-1] // kernels.PAGE_POSITIONS)
+    pool = kernels.kv_pool(pages * kernels.PAGE_POSITIONS, facts.head_dim)
     async with spanker.open_fleet(cards) as fleet:
         model = await fleet.load(facts.path, plan="tp", ctx=last, kv_tokens=last)
         ours = engines.Spanker(model)
@@ -251,8 +258,19 @@ async def contexts(run: Run, facts: figures.ModelFacts, cards: int, out: Record)
                         f"  {cards} cards, position {position}, round {number + 1} of {rounds}: "
                         f"spanker {rate:.1f}{beside}"
                     )
+                alone = kernels.attention_of_one(
+                    native, facts.path, facts.group, pool, positions[-1]
+                )
+                attention.append(alone.gb_per_s)
                 out["positions"] = figures.context_figures(
-                    facts, positions, CONTEXT_TOKENS, ours_at, theirs_at, reading_at
+                    facts,
+                    model.plan.replicas[0],
+                    positions,
+                    CONTEXT_TOKENS,
+                    ours_at,
+                    theirs_at,
+                    reading_at,
+                    attention,
                 )
 
 

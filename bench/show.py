@@ -92,7 +92,7 @@ def _show_rest(record: Record) -> None:
             model["name"],
             c["cards"],
             p["position"],
-            p["kv_bytes_per_token"] / 1e6,
+            p["busiest_card_kv_bytes"] / 1e6,
             p["spanker_tokens_per_s"],
             p["llama_cpp_tokens_per_s"],
             p["explained_tokens_per_s"],
@@ -103,9 +103,9 @@ def _show_rest(record: Record) -> None:
         for p in c.get("positions", ())
     ]
     if rows:
-        columns = ("model", "cards", "position", "KV MB/token", "spanker", "llama.cpp")
+        columns = ("model", "cards", "position", "KV MB of a card", "spanker", "llama.cpp")
         title = "decode at later positions, tokens/s"
-        report.show_table(title, (*columns, "by bytes", "limit"), rows)
+        report.show_table(title, (*columns, "by KV bytes", "limit"), rows)
 
 
 def plot(record: Record, path: Path) -> bool:
