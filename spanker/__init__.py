@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from spanker.device.q4_k import matmul_q4_k
     from spanker.device.soft import SoftCardSpec
-    from spanker.events import CardLost, Event, LinkRetried, Recovered, ReplicaLost
+    from spanker.events import CardLost, Event, LinkRetried, Moved, Recovered, ReplicaLost
     from spanker.fleet import (
         CardStats,
         Fleet,
@@ -60,6 +60,7 @@ _MODULES = {
     "LinkRetried": "events",
     "Model": "fleet",
     "ModelHealth": "fleet",
+    "Moved": "events",
     "Plan": "sched.plan",
     "Recovered": "events",
     "ReplicaLost": "events",
@@ -95,6 +96,7 @@ __all__ = [
     "LinkRetried",
     "Model",
     "ModelHealth",
+    "Moved",
     "Plan",
     "Recovered",
     "ReplicaLost",

@@ -585,6 +585,14 @@ class Fleet:
         """Read the counters of every card that is not lost."""
         return await self._portal.call(self._fleet.stats)
 
+    async def drain(self, card: int) -> None:
+        """Take a card out of use without losing a token; as `spanker.Fleet.drain`."""
+        await self._portal.call(lambda: self._fleet.drain(card))
+
+    async def admit(self, card: int) -> None:
+        """Use a drained card again; as `spanker.Fleet.admit`."""
+        await self._portal.call(lambda: self._fleet.admit(card))
+
     async def health(self) -> Health:
         """Which cards are in use, and which models can serve, right now; asks no card."""
 

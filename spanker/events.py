@@ -51,13 +51,31 @@ class Recovered(Event):
     seconds: float
 
     def __str__(self) -> str:
-        cards = ", ".join(map(str, self.cards))
-        plural = "" if self.sequences == 1 else "s"
-        return (
-            f"{self.model}: re-planned {self.before} -> {self.after} on card"
-            f"{'' if len(self.cards) == 1 else 's'} {cards}; resumed {self.sequences} "
-            f"sequence{plural} after {self.seconds:.2f} s"
-        )
+        return _replanned(self)
+
+
+@attrs.frozen(eq=False, repr=False)
+class Moved(Event):
+    """A model has another plan because cards were drained or admitted; as `Recovered`."""
+
+    model: str
+    before: str
+    after: str
+    cards: tuple[int, ...]
+    sequences: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return _replanned(self)
+
+
+def _replanned(event: Recovered | Moved) -> str:
+    cards = ", ".join(map(str, event.cards))
+    return (
+        f"{event.model}: re-planned {event.before} -> {event.after} on card"
+        f"{'' if len(event.cards) == 1 else 's'} {cards}; resumed {event.sequences} "
+        f"sequence{'' if event.sequences == 1 else 's'} after {event.seconds:.2f} s"
+    )
 
 
 @attrs.frozen(eq=False, repr=False)

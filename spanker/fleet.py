@@ -46,7 +46,9 @@ from spanker.errors import (
     ConfigError,
     PlanError,
     RequestError,
+    SpankerError,
     UnsupportedModelError,
+    again,
 )
 from spanker.events import EventLog
 from spanker.ggml import catalog
@@ -149,10 +151,11 @@ class ModelHealth(Value):
 
 @attrs.frozen(eq=False, repr=False)
 class Health(Value):
-    """What a fleet can do: the cards it uses, those it has lost and why, and its models in order of
-    loading."""
+    """What a fleet can do: the cards it uses, those that are drained, those it has lost and why,
+    and its models in order of loading."""
 
     cards: tuple[int, ...]
+    drained: tuple[int, ...]
     lost: tuple[tuple[int, str], ...]
     models: tuple[ModelHealth, ...]
 
@@ -581,7 +584,8 @@ class Fleet:
                 Session(
                     self._coordinator,
                     replica,
-                    placement=placement if self._recover else None,
+                    placement=placement,
+                    recover=self._recover,
                     number=number,
                     name=_name(path, metadata),
                 )
@@ -591,6 +595,10 @@ class Fleet:
         out = Model(path, metadata, tokenizer, model, plan, limits, replicas, decisions)
         self._nursery.start_soon(replicas.run)
         self._models.append(out)
+        for session, replica in zip(replicas.sessions, loaded, strict=True):
+            if not self._coordinator.drained.isdisjoint(replica.plan.cards):
+                # Drained while the model was being loaded.
+                self._nursery.start_soon(_moved, session)
         return out
 
     async def arrays(
@@ -653,6 +661,47 @@ class Fleet:
                 self._coordinator, name=name, seconds=seconds, progress=progress
             )
 
+    async def drain(self, card: int) -> None:
+        """Take a card out of use without losing a token: models move to the other cards, each
+        between two of its steps.  Returns when no model is on it; then it may fail or be removed.
+
+        Collectives go on using every card.  Raises ConfigError where there is no such card, and
+        what stands in the way, CardMemoryError where the others are too small: then models that
+        have not moved stay, and so does the card.
+        """
+        coordinator = self._coordinator
+        if not 0 <= card < len(self.cards):
+            raise ConfigError(f"no card {card}: the fleet has cards 0 to {len(self.cards) - 1}")
+        if card in coordinator.drained:
+            return
+        coordinator.drained.add(card)
+        try:
+            for session in self._sessions():
+                if card in session.loaded.plan.cards:
+                    await session.move()
+        except BaseException:
+            coordinator.drained.discard(card)
+            raise
+
+    async def admit(self, card: int) -> None:
+        """Use a drained card again: models are planned anew with it, each between two of its steps,
+        and go back to the plan that was asked for where they can.
+
+        Raises ConfigError where the card is not drained, CardLostError where it is lost.
+        """
+        coordinator = self._coordinator
+        if card in coordinator.lost:
+            raise again(coordinator.lost[card])
+        if card not in coordinator.drained:
+            raise ConfigError(f"card {card} is not drained")
+        coordinator.drained.discard(card)
+        for session in self._sessions():
+            await session.move()
+
+    def _sessions(self) -> list[Session]:
+        """Those that are not over, of all models."""
+        return [s for model in self._models for s in model._replicas.sessions if s.failure is None]
+
     @property
     def events(self) -> EventLog:
         """What has happened to the cards, and what became of the models on them."""
@@ -666,7 +715,8 @@ class Fleet:
             for model in self._models
         )
         lost = tuple(sorted((card, str(error)) for card, error in coordinator.lost.items()))
-        return Health(coordinator.alive, lost, models)
+        drained = tuple(sorted(coordinator.drained.difference(coordinator.lost)))
+        return Health(coordinator.alive, drained, lost, models)
 
     def usage(self) -> Usage:
         """What the cards of a virtual fleet, their links and the host link have been used by now.
@@ -710,6 +760,11 @@ class Fleet:
             for info in (self.cards[number],)
         )
         return FleetStats(cards, tuple(m.stats for m in self._models))
+
+
+async def _moved(session: Session) -> None:
+    with contextlib.suppress(SpankerError):
+        await session.move()
 
 
 def _name(path: str, metadata: Mapping[str, object]) -> str:

@@ -22,9 +22,10 @@ from spanker.errors import (
     CardLinkError,
     CardLostError,
     CardMemoryError,
+    ConfigError,
     ModelError,
 )
-from spanker.events import CardLost, Event, LinkRetried, Recovered, ReplicaLost
+from spanker.events import CardLost, Event, LinkRetried, Moved, Recovered, ReplicaLost
 from spanker.sched.plan import tensor_pipeline
 from spanker.testing import hang, kill, run_virtual, write_tiny_llama
 
@@ -371,6 +372,96 @@ async def test_other_models_of_the_fleet_recover_by_themselves(
         assert found == [expected, expected]
         assert lost_cards(fleet) == [1]
         assert [model.plan.cards for model in models] == [(0, 2), (0, 2)]
+
+
+# --- cards that leave and come back ------------------------------------------------------------
+
+
+async def while_running(model: spanker.Model, moments: dict[int, Callable[[], object]]) -> Answers:
+    """A crowd's answers; at certain numbers of items something is begun beside it."""
+    async with trio.open_nursery() as nursery:
+
+        def moment(items: int) -> None:
+            for at in [at for at in moments if at <= items]:
+                nursery.start_soon(moments.pop(at))  # type: ignore[arg-type]
+
+        return await Crowd(model, moment).run()
+
+
+@pytest.mark.parametrize("cards", ["soft:3", "soft:4@scalar"])
+async def test_a_drained_card_is_left_and_taken_again(
+    cards: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(cards, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        before = model.plan
+        moments = {
+            10: lambda: fleet.drain(1),
+            50: lambda: fleet.admit(1),
+            90: lambda: fleet.drain(0),
+        }
+        assert await while_running(model, moments) == expected  # type: ignore[arg-type]
+        assert kinds(fleet) == [Moved] * 3
+        assert fleet.health().drained == (0,) and 0 not in model.plan.cards
+        assert fleet.devices[0].counters().ddr_used_bytes == 0
+        # Nobody minds any more.
+        kill(fleet, 0)
+        assert await Crowd(model).run() == expected
+        assert kinds(fleet) == [Moved] * 3
+        await fleet.drain(1)
+        await fleet.admit(1)
+        assert model.plan.cards == tuple(c for c in before.cards if c)
+        await check_nothing_held(model)
+
+
+async def test_a_plan_for_certain_cards_comes_back(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(4) as fleet:
+        model = await fleet.load(tiny, plan="tp2xpp2")
+        before = model.plan
+        await fleet.drain(2)
+        assert 2 not in model.plan.cards
+        assert await Crowd(model).run() == expected
+        await fleet.admit(2)
+        assert model.plan == before
+        assert await Crowd(model).run() == expected
+
+
+async def test_a_drained_card_of_a_replica(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="dp2")
+        assert await while_running(model, {10: lambda: fleet.drain(1)}) == expected
+        assert model.plan.cards == (0,)
+        with pytest.raises(CardLostError, match="no card is left"):
+            await fleet.drain(0)
+        assert fleet.health().cards == (0,)
+        assert await Crowd(model).run() == expected
+
+
+async def test_what_does_not_fit_elsewhere_stays(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "wide.gguf", hidden=256, ffn=512, vocabulary=2000)
+    async with spanker.open_fleet("soft:2:1900KiB") as fleet:
+        model = await fleet.load(path, plan="tp", ctx=64)
+        generation = model.generate([1], max_tokens=50, ignore_eos=True)
+        await anext(generation)
+        with pytest.raises(CardMemoryError, match="needs"):
+            await fleet.drain(1)
+        await generation.collect()
+        assert model.plan.cards == (0, 1) and fleet.health().drained == ()
+        assert len(generation.token_ids) == 50
+
+
+async def test_what_cannot_be_drained_or_admitted(tiny: Path) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        for card in (2, -1):
+            with pytest.raises(ConfigError, match=f"no card {card}: the fleet has cards 0 to 1"):
+                await fleet.drain(card)
+        with pytest.raises(ConfigError, match="card 1 is not drained"):
+            await fleet.admit(1)
+        model = await fleet.load(tiny, plan="tp")
+        kill(fleet, 1)
+        await model.generate([1], max_tokens=2).collect()
+        with pytest.raises(CardLostError, match="card 1"):
+            await fleet.admit(1)
 
 
 # --- callers that leave ------------------------------------------------------------------------

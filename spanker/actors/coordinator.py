@@ -104,6 +104,8 @@ class Coordinator:
         self.profile = profile
         # Cards that are used no more, and why; what has happened to the fleet.
         self.lost: dict[int, CardError] = {}
+        # Cards that are to hold no model for now.
+        self.drained: set[int] = set()
         self.events = EventLog()
         self._scopes = tuple(scopes)
         # As of the cards; a fleet is of one kind.
@@ -147,8 +149,9 @@ class Coordinator:
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The cards that are not lost, as far as anybody knows."""
-        return tuple(card for card in self._every_card if card not in self.lost)
+        """The cards that models may use: neither drained nor, as far as anybody knows, lost."""
+        out = self.drained.union(self.lost)
+        return tuple(card for card in self._every_card if card not in out)
 
     def lose(self, error: CardError) -> bool:
         """Use the card of this error no more: its actor ends, and whoever asks it for something

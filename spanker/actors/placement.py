@@ -22,7 +22,7 @@ from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelE
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
-from spanker.sched.layout import fit_kv_pages, rounding_bytes
+from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
 from spanker.sched.plan import (
     FleetPlan,
@@ -124,7 +124,8 @@ class Placement:
         asked = wanted.plan
         self._asked = asked.strip().lower() if isinstance(asked, str) else ""
         # A plan for certain cards is not for others.
-        self._flexible = recover and self._asked in ("auto", *_ANY_CARDS)
+        self._flexible = self._asked in ("auto", *_ANY_CARDS)
+        self._first: tuple[Plan, ...] = ()
         # What each replica has on its cards, None while it has nothing.
         self.replicas: list[LoadedModel | None] = []
 
@@ -138,7 +139,7 @@ class Placement:
         async with self._lock:
             while True:
                 try:
-                    cards, free = await self._cards(coordinator.alive)
+                    cards, free = await self._cards(coordinator.alive, None)
                     plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens)
                     limits = with_kv_pages(
                         self._model.shape, plan, wanted.limits, free, wanted.kv_tokens
@@ -146,34 +147,39 @@ class Placement:
                     loaded = await self._load(plan, limits, progress)
                     break
                 except (CardLostError, CardHungError) as error:
-                    if not self._flexible or not coordinator.lose(error):
+                    if not (self._recover and self._flexible and coordinator.lose(error)):
                         raise
         self.replicas = list(loaded)
+        self._first = plan.replicas
         return plan, loaded
 
     async def replace(self, number: int) -> LoadedModel:
-        """Put a replica, some of whose cards are lost, on those that are left to it: its own, and
-        those that no replica of the model uses.  The context stays what it was.
+        """Put a replica anew on the cards that are left to it: those of its own that are in use,
+        and those that no replica of the model has.  The context stays what it was, and so does what
+        it has where the plan is the same.
 
         The limits may allow fewer KV pages than before.  Raises CardMemoryError, with the bytes
-        needed, where it does not fit any more, ModelError where its file is gone, CardLostError
-        where no card is left.  A card that is lost meanwhile is left out, too.
+        needed, where it does not fit any more, CardLostError where no card is left: then it still
+        has what it had.  Of a failure later, ModelError where its file is gone, it has nothing.  A
+        card that is lost meanwhile is left out, too.
         """
         before = self.replicas[number]
         assert before is not None
-        coordinator = self._coordinator
+        coordinator, held = self._coordinator, self.replicas[number]
         async with self._lock:
-            # A card that does not answer is found out below.
-            with trio.move_on_after(coordinator.hang_timeout_s):
-                await coordinator.unload(before)
             while True:
                 try:
-                    cards, free = await self._cards(self._left_to(number))
-                    plan = self._replan(cards, free)
+                    cards, free = await self._cards(self._left_to(number), held)
+                    plan = self._replan(number, cards, free)
                     pages = fit_kv_pages(
                         self._model.shape, plan, before.limits, free, before.limits.kv_pages
                     )
                     limits = attrs.evolve(before.limits, kv_pages=pages)
+                    if held is not None and plan.stages == held.plan.stages:
+                        return held
+                    if held is not None:
+                        held = None
+                        await self.give_up(number)
                     (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
                     break
                 except (CardLostError, CardHungError) as error:
@@ -182,9 +188,13 @@ class Placement:
         self.replicas[number] = loaded
         return loaded
 
-    def give_up(self, number: int) -> None:
-        """This replica will not be brought back: its cards are free for the others."""
-        self.replicas[number] = None
+    async def give_up(self, number: int) -> None:
+        """Free what a replica has on its cards; they are there for the others."""
+        replica, self.replicas[number] = self.replicas[number], None
+        if replica is not None:
+            # A card that does not answer is found out elsewhere.
+            with trio.move_on_after(self._coordinator.hang_timeout_s):
+                await self._coordinator.unload(replica)
 
     def _left_to(self, number: int) -> tuple[int, ...]:
         others = {
@@ -195,9 +205,11 @@ class Placement:
         }
         return tuple(card for card in self._coordinator.alive if card not in others)
 
-    async def _cards(self, candidates: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    async def _cards(
+        self, candidates: Sequence[int], held: LoadedModel | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Those of the cards that answer, and the free memory of all cards by number, nothing for
-        those that are out of the question."""
+        those that are out of the question; what is `held` will be freed."""
         await self._make_room()
         coordinator, found = self._coordinator, dict[int, Counters]()
 
@@ -227,10 +239,21 @@ class Placement:
         for card, counters in found.items():
             rounding = rounding_bytes(shape, limits, coordinator.cards[card].ddr_granule)
             free[card] = counters.ddr_total_bytes - counters.ddr_used_bytes - rounding
+            if held is not None and card in held.plan.cards:
+                free[card] += card_bytes(
+                    shape,
+                    held.plan,
+                    card,
+                    held.limits,
+                    granule=coordinator.cards[card].ddr_granule,
+                )
         return tuple(sorted(found)), tuple(free)
 
-    def _replan(self, cards: Sequence[int], free: Sequence[int]) -> Plan:
-        """The plan for what is left: as asked where that goes over any cards, else the best."""
+    def _replan(self, number: int, cards: Sequence[int], free: Sequence[int]) -> Plan:
+        """The plan for what there is: as asked where its cards are there or any will do, else the
+        best."""
+        if not self._flexible and set(self._first[number].cards) <= set(cards):
+            return self._first[number]
         if self._asked in _ANY_CARDS:
             with contextlib.suppress(PlanError):
                 plan = self._plan(self._asked, cards, free, None).replicas[0]

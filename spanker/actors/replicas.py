@@ -25,7 +25,7 @@ class Replicas:
         self.sessions = tuple(sessions)
         if len(self.sessions) > 1:
             for session in self.sessions:
-                session.heir = self._move
+                session.heir = self
 
     def add(
         self,
@@ -49,8 +49,12 @@ class Replicas:
             score=score,
         )
 
-    def _move(self, sequences: Seq[Sequence]) -> int:
-        """Spread sequences of a session that is over; how many have found another one."""
+    def others_alive(self, session: Session) -> bool:
+        """As Heir."""
+        return any(other.failure is None for other in self.sessions if other is not session)
+
+    def take(self, sequences: Seq[Sequence]) -> int:
+        """As Heir."""
         moved = 0
         for sequence in sequences:
             alive = [s for s in self.sessions if s.failure is None]

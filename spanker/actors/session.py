@@ -16,8 +16,8 @@ import contextlib
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 import attrs
 import numpy as np
@@ -27,17 +27,19 @@ from spanker.actors.coordinator import Coordinator
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
+    CardError,
     CardFaultError,
     CardHungError,
     CardLinkError,
     CardLostError,
     CardMemoryError,
+    ConfigError,
     ContextLengthError,
     RequestError,
     SpankerError,
     again,
 )
-from spanker.events import LinkRetried, Recovered, ReplicaLost
+from spanker.events import LinkRetried, Moved, Recovered, ReplicaLost
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
@@ -150,6 +152,28 @@ class Sequence:
         return item
 
 
+class Heir(Protocol):
+    """Takes the sequences of a session that is over."""
+
+    def take(self, sequences: Seq[Sequence]) -> int:
+        """Enter them elsewhere; of how many that was possible."""
+
+    def others_alive(self, session: Session) -> bool:
+        """Whether there is anywhere else to go from a session."""
+
+
+@attrs.define(eq=False)
+class _Move:
+    """Somebody waits for the replica to be placed anew."""
+
+    done: trio.Event = attrs.Factory(trio.Event)
+    error: SpankerError | None = None
+
+    def end(self, error: SpankerError | None) -> None:
+        self.error = error
+        self.done.set()
+
+
 class PagePool:
     """KV pages by number; the lowest free pages are given first, so runs are repeatable."""
 
@@ -192,18 +216,21 @@ class Session:
         loaded: LoadedModel,
         *,
         placement: Placement | None = None,
+        recover: bool = True,
         number: int = 0,
         name: str = "model",
     ) -> None:
-        """`placement` brings replica `number` back when cards are lost; without one that is the
-        end of the session.  `name` is the model's, for events."""
+        """`placement` brings replica `number` to other cards, with `recover` also when cards are
+        lost: else that is the end of the session.  `name` is the model's, for events."""
         self.coordinator = coordinator
         self.loaded = loaded
         self.number = number
         self.name = name
-        # Takes sequences of this session, once it is over, and says how many.
-        self.heir: Callable[[Seq[Sequence]], int] | None = None
+        # Who takes its sequences once it is over.
+        self.heir: Heir | None = None
         self._placement = placement
+        self._recovers = recover and placement is not None
+        self._moves: list[_Move] = []
         self._link_faults = 0
         self.pool = PagePool(loaded.limits.kv_pages)
         self._waiting: deque[Sequence] = deque()
@@ -336,6 +363,9 @@ class Session:
 
     async def _run(self) -> None:
         while True:
+            if self._moves:
+                await self._move()
+                continue
             if not self._plan_batch():
                 self._work = trio.Event()
                 await self._work.wait()
@@ -377,7 +407,13 @@ class Session:
         """Go on after a failure on the cards that are left; where there is no way, the session is
         over."""
         placement, begin = self._placement, trio.current_time()
-        if placement is None or not isinstance(failure, CardLostError | CardHungError):
+        lossy = isinstance(failure, CardLostError | CardHungError)
+        if (
+            placement is None
+            or not self._recovers
+            or not isinstance(failure, CardError)
+            or not lossy
+        ):
             self._fail(failure)
             return
         coordinator, before = self.coordinator, self.loaded.plan
@@ -386,22 +422,74 @@ class Session:
             return
         self._suspend()
         try:
-            self.loaded = await placement.replace(self.number)
+            loaded = await placement.replace(self.number)
         except SpankerError as error:
             error.__cause__ = failure
-            placement.give_up(self.number)
+            await placement.give_up(self.number)
             self._give_up(error)
             return
-        self.pool = PagePool(self.loaded.limits.kv_pages)
-        self._end_too_long()
+        resumed = self._resume_on(loaded)
         lost = tuple(card for card in before.cards if card in coordinator.lost)
-        now, after = trio.current_time(), self.loaded.plan
-        resumed = sum(bool(s.delivered) for s in self._waiting)
+        now, after = trio.current_time(), loaded.plan
         coordinator.events.tell(
             Recovered(
                 now, self.name, lost, before.name, after.name, after.cards, resumed, now - begin
             )
         )
+
+    async def move(self) -> None:
+        """Have the replica placed anew, on the cards that may be used by now, between two steps;
+        waits until it is.
+
+        Raises ConfigError without a placement, and what stands in the way, CardMemoryError say:
+        where nothing has been freed for it yet, all is as before.
+        """
+        if self._placement is None:
+            raise ConfigError("this session cannot move: it was made without a placement")
+        if self._failure is not None:
+            return
+        move = _Move()
+        self._moves.append(move)
+        self.wake()
+        await move.done.wait()
+        if move.error is not None:
+            raise again(move.error)
+
+    async def _move(self) -> None:
+        placement, begin, before = self._placement, trio.current_time(), self.loaded.plan
+        assert placement is not None
+        asked, error = len(self._moves), None
+        try:
+            loaded = await placement.replace(self.number)
+        except SpankerError as caught:
+            leaves = isinstance(caught, CardLostError) and self.heir is not None
+            if leaves and self.heir is not None and self.heir.others_alive(self):
+                # Without a card of its own it is not needed: others do its work.
+                await placement.give_up(self.number)
+            else:
+                error = caught
+            if placement.replicas[self.number] is None:
+                self._suspend()
+                self._give_up(caught)
+        else:
+            if loaded is not self.loaded:
+                self._suspend()
+                resumed, now, after = self._resume_on(loaded), trio.current_time(), loaded.plan
+                self.coordinator.events.tell(
+                    Moved(
+                        now, self.name, before.name, after.name, after.cards, resumed, now - begin
+                    )
+                )
+        for move in self._moves[:asked]:
+            move.end(error)
+        del self._moves[:asked]
+
+    def _resume_on(self, loaded: LoadedModel) -> int:
+        """Go on with what is on other cards; how many sequences that had begun do."""
+        self.loaded = loaded
+        self.pool = PagePool(loaded.limits.kv_pages)
+        self._end_too_long()
+        return sum(bool(sequence.delivered) for sequence in self._waiting)
 
     def _give_up(self, error: SpankerError) -> None:
         """The session is over; whoever can may have its sequences."""
@@ -409,7 +497,7 @@ class Session:
         moved = 0
         if self.heir is not None:
             waiting, self._waiting = self._waiting, deque()
-            moved = self.heir(waiting)
+            moved = self.heir.take(waiting)
             self._waiting = deque(s for s in waiting if s.session is self)
         ended = len(self._waiting)
         self._end(tuple(self._waiting), error)
@@ -461,7 +549,7 @@ class Session:
             async with coordinator.steps(self.loaded) as pipe:
                 while True:
                     while len(self._flights) < STEPS_AHEAD:
-                        if made and coordinator.wanted(cards):
+                        if self._moves or (made and coordinator.wanted(cards)):
                             break
                         batch = self._plan_batch()
                         if not batch:
@@ -642,6 +730,9 @@ class Session:
     def _fail(self, error: SpankerError) -> None:
         """The session is over; the first reason stays."""
         self._failure = self._failure or error
+        for move in self._moves:
+            move.end(self._failure)
+        self._moves.clear()
         self._end((*self._running, *self._waiting), self._failure)
 
     def _end(self, sequences: Seq[Sequence], error: SpankerError) -> None:
