@@ -27,7 +27,6 @@ from spanker.actors.coordinator import Coordinator
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
-    CardError,
     CardFaultError,
     CardHungError,
     CardLinkError,
@@ -407,12 +406,10 @@ class Session:
         """Go on after a failure on the cards that are left; where there is no way, the session is
         over."""
         placement, begin = self._placement, trio.current_time()
-        lossy = isinstance(failure, CardLostError | CardHungError)
         if (
             placement is None
             or not self._recovers
-            or not isinstance(failure, CardError)
-            or not lossy
+            or not isinstance(failure, CardLostError | CardHungError)
         ):
             self._fail(failure)
             return
