@@ -25,7 +25,7 @@ import report
 import trio
 
 import spanker
-from spanker.events import Recovered
+from spanker.events import Replanned
 from spanker.ggml import catalog
 from spanker.testing import hang, kill
 
@@ -69,7 +69,7 @@ async def generate(
             if fault is not None and len(ids) == fault[2]:
                 FAULTS[fault[0]](fleet, fault[1])
                 struck = time.perf_counter()
-        moves = [e.seconds for e in fleet.events.history if isinstance(e, Recovered)]
+        moves = [e.seconds for e in fleet.events.history if isinstance(e, Replanned)]
         recovery_s = moves[0] if moves else None
         return Run(tuple(ids), digest.hexdigest(), still, recovery_s, model.plan.name)
 

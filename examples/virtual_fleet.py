@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet in virtual time: seconds are the boards', and a hung card is found at once.
+"""A fleet in virtual time: seconds are the boards', and a hung card is found and left at once.
 
 python virtual_fleet.py
 """
@@ -23,10 +23,8 @@ async def main(path: Path) -> None:
                 print(f"token {token.id} after {trio.current_time() * 1e3:.2f} ms")
                 break
         hang(fleet, 1)
-        try:
-            await generation.collect()
-        except spanker.SpankerError as error:
-            print(f"{error}, at {trio.current_time() / 3600:.0f} h")
+        fleet.events.listen(lambda event: print(f"at {event.time_s / 3600:.0f} h: {event}"))
+        await generation.collect()
 
 
 with tempfile.TemporaryDirectory() as folder:

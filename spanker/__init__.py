@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from spanker.device.q4_k import matmul_q4_k
     from spanker.device.soft import SoftCardSpec
-    from spanker.events import CardLost, Event, LinkRetried, Moved, Recovered, ReplicaLost
+    from spanker.events import CardLost, Event, LinkRetried, Replanned, ReplicaLost
     from spanker.fleet import (
         CardStats,
         Fleet,
@@ -60,9 +60,8 @@ _MODULES = {
     "LinkRetried": "events",
     "Model": "fleet",
     "ModelHealth": "fleet",
-    "Moved": "events",
     "Plan": "sched.plan",
-    "Recovered": "events",
+    "Replanned": "events",
     "ReplicaLost": "events",
     "SamplingParams": "ggml.sampling",
     "Scenario": "simulation",
@@ -96,9 +95,8 @@ __all__ = [
     "LinkRetried",
     "Model",
     "ModelHealth",
-    "Moved",
     "Plan",
-    "Recovered",
+    "Replanned",
     "ReplicaLost",
     "SamplingParams",
     "Scenario",

@@ -38,9 +38,10 @@ class CardLost(Event):
 
 
 @attrs.frozen(eq=False, repr=False)
-class Recovered(Event):
-    """A model goes on after its cards `lost` were lost: the plan it had, the one it has now, and
-    how many sequences resume, so long after the failure was noticed."""
+class Replanned(Event):
+    """A model goes on with another plan, because its cards `lost` were lost, or, where there are
+    none, some were drained or admitted: the plan it had, the one it has now, and how many sequences
+    resume, so long after the failure was noticed or the move begun."""
 
     model: str
     lost: tuple[int, ...]
@@ -51,31 +52,12 @@ class Recovered(Event):
     seconds: float
 
     def __str__(self) -> str:
-        return _replanned(self)
-
-
-@attrs.frozen(eq=False, repr=False)
-class Moved(Event):
-    """A model has another plan because cards were drained or admitted; as `Recovered`."""
-
-    model: str
-    before: str
-    after: str
-    cards: tuple[int, ...]
-    sequences: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return _replanned(self)
-
-
-def _replanned(event: Recovered | Moved) -> str:
-    cards = ", ".join(map(str, event.cards))
-    return (
-        f"{event.model}: re-planned {event.before} -> {event.after} on card"
-        f"{'' if len(event.cards) == 1 else 's'} {cards}; resumed {event.sequences} "
-        f"sequence{'' if event.sequences == 1 else 's'} after {event.seconds:.2f} s"
-    )
+        cards = ", ".join(map(str, self.cards))
+        return (
+            f"{self.model}: re-planned {self.before} -> {self.after} on card"
+            f"{'' if len(self.cards) == 1 else 's'} {cards}; resumed {self.sequences} "
+            f"sequence{'' if self.sequences == 1 else 's'} after {self.seconds:.2f} s"
+        )
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -92,5 +92,6 @@ def test_virtual_fleet() -> None:
     out = run("virtual_fleet.py")
     assert out == run("virtual_fleet.py")
     assert re.search(r"^loaded after \d\.\d\d ms\ntoken \d+ after \d\.\d\d ms\n", out)
-    assert "card 1 hangs" in out and "at 1 h" in out
+    assert "at 1 h: card 1 lost: hangs" in out
+    assert "at 1 h: tiny llama: re-planned tp3 -> tp2 on cards 0, 2; resumed 1 sequence" in out
     assert re.search(r"^an 8B model on 8 boards: [23]\.\d\d tokens/s$", out, re.MULTILINE)

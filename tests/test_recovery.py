@@ -25,7 +25,7 @@ from spanker.errors import (
     ConfigError,
     ModelError,
 )
-from spanker.events import CardLost, Event, LinkRetried, Moved, Recovered, ReplicaLost
+from spanker.events import CardLost, Event, LinkRetried, Replanned, ReplicaLost
 from spanker.sched.plan import tensor_pipeline
 from spanker.testing import hang, kill, run_virtual, write_tiny_llama
 
@@ -151,7 +151,7 @@ async def test_a_fault_at_any_moment_changes_no_bit(
             schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
             assert await Crowd(model, schedule).run() == expected
             assert lost_cards(fleet) == [card]
-            assert kinds(fleet) == [CardLost, Recovered]
+            assert kinds(fleet) == [CardLost, Replanned]
             assert card not in model.plan.cards
             assert fleet.health().serving
             assert fleet.health().cards == tuple(c for c in range(cards) if c != card)
@@ -167,7 +167,7 @@ async def test_down_to_the_last_card(channel: str, tiny: Path, expected: Answers
         assert (model.plan.name, model.plan.cards) == ("tp1", (1,))
         assert await Crowd(model).run() == expected
         # The stages in between, each with what it resumed.
-        moves = [e for e in fleet.events.history if isinstance(e, Recovered)]
+        moves = [e for e in fleet.events.history if isinstance(e, Replanned)]
         assert [(e.before, e.after) for e in moves] == [
             ("tp4", "tp3"),
             ("tp3", "tp2"),
@@ -222,6 +222,30 @@ async def test_a_load_goes_on_without_a_card_that_dies_meanwhile(
         assert await Crowd(model).run() == expected
         assert lost_cards(fleet) == [1]
         assert model.plan.cards == (0, 2)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_load_goes_on_where_another_model_finds_the_loss_first(
+    fault: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        first = await fleet.load(tiny, plan="tp")
+        struck = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal struck
+            if not struck:
+                struck = True
+                FAULTS[fault](fleet, 1)
+
+        async with trio.open_nursery() as nursery:
+            generation = first.generate([1], max_tokens=200, ignore_eos=True)
+            await anext(generation)
+            nursery.start_soon(generation.collect)
+            second = await fleet.load(tiny, plan="tp", progress=progress)
+        assert await Crowd(second).run() == await Crowd(first).run() == expected
+        assert lost_cards(fleet) == [1]
+        assert first.plan.cards == second.plan.cards == (0, 2)
 
 
 async def test_a_plan_for_certain_cards_fails_with_one_of_them(tiny: Path) -> None:
@@ -401,13 +425,13 @@ async def test_a_drained_card_is_left_and_taken_again(
             90: lambda: fleet.drain(0),
         }
         assert await while_running(model, moments) == expected  # type: ignore[arg-type]
-        assert kinds(fleet) == [Moved] * 3
+        assert kinds(fleet) == [Replanned] * 3
         assert fleet.health().drained == (0,) and 0 not in model.plan.cards
         assert fleet.devices[0].counters().ddr_used_bytes == 0
         # Nobody minds any more.
         kill(fleet, 0)
         assert await Crowd(model).run() == expected
-        assert kinds(fleet) == [Moved] * 3
+        assert kinds(fleet) == [Replanned] * 3
         await fleet.drain(1)
         await fleet.admit(1)
         assert model.plan.cards == tuple(c for c in before.cards if c)

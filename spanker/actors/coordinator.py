@@ -155,10 +155,12 @@ class Coordinator:
 
     def lose(self, error: CardError) -> bool:
         """Use the card of this error no more: its actor ends, and whoever asks it for something
-        gets the error.  False, and nothing done, where that is no news or no card is to blame."""
+        gets the error.  False where no card is to blame."""
         card = error.card
-        if card is None or card in self.lost:
+        if card is None:
             return False
+        if card in self.lost:
+            return True  # someone else has found out before
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
         self.clients[card].fail(again(error))

@@ -217,7 +217,7 @@ class Placement:
             try:
                 with trio.fail_after(coordinator.hang_timeout_s):
                     found[card] = await coordinator.clients[card].request(ReadCounters())
-            except CardLostError as error:
+            except (CardLostError, CardHungError) as error:
                 if not self._recover:
                     raise
                 coordinator.lose(error)

@@ -38,10 +38,11 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import LinkRetried, Moved, Recovered, ReplicaLost
+from spanker.events import LinkRetried, Replanned, ReplicaLost
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
+from spanker.sched.plan import Plan
 from spanker.values import Value
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
@@ -414,7 +415,7 @@ class Session:
             self._fail(failure)
             return
         coordinator, before = self.coordinator, self.loaded.plan
-        if not coordinator.lose(failure) and failure.card not in coordinator.lost:
+        if not coordinator.lose(failure):
             self._fail(failure)
             return
         self._suspend()
@@ -427,9 +428,14 @@ class Session:
             return
         resumed = self._resume_on(loaded)
         lost = tuple(card for card in before.cards if card in coordinator.lost)
-        now, after = trio.current_time(), loaded.plan
-        coordinator.events.tell(
-            Recovered(
+        self._tell_replanned(lost, before, resumed, begin)
+
+    def _tell_replanned(
+        self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float
+    ) -> None:
+        now, after = trio.current_time(), self.loaded.plan
+        self.coordinator.events.tell(
+            Replanned(
                 now, self.name, lost, before.name, after.name, after.cards, resumed, now - begin
             )
         )
@@ -471,12 +477,8 @@ class Session:
         else:
             if loaded is not self.loaded:
                 self._suspend()
-                resumed, now, after = self._resume_on(loaded), trio.current_time(), loaded.plan
-                self.coordinator.events.tell(
-                    Moved(
-                        now, self.name, before.name, after.name, after.cards, resumed, now - begin
-                    )
-                )
+                resumed = self._resume_on(loaded)
+                self._tell_replanned((), before, resumed, begin)
         for move in self._moves[:asked]:
             move.end(error)
         del self._moves[:asked]

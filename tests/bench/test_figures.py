@@ -12,6 +12,8 @@ import pytest
 import report
 import show
 
+from spanker.sched.plan import CardShare, Plan, Stage
+from spanker.sched.shares import Share
 from spanker.testing import write_tiny_llama
 
 FACTS = figures.ModelFacts(
@@ -21,6 +23,7 @@ FACTS = figures.ModelFacts(
     multiply_adds=2_500_000_000,
     layer_multiply_adds=2_000_000_000,
     layers=10,
+    heads=8,
     kv_heads=4,
     head_dim=64,
     context=4096,
@@ -101,18 +104,27 @@ def test_parts_that_were_not_measured_are_left_out():
 
 
 def test_context_says_what_the_bytes_explain():
+    # Query heads 0 to 4 and 5 to 7: KV heads 0 to 2 and 2 to 3, the third one on both cards.
+    shares = tuple(
+        CardShare(card, heads, *[Share(0, 0)] * 4)
+        for card, heads in enumerate((Share(0, 5), Share(5, 8)))
+    )
     found = figures.context_figures(
         FACTS,
+        Plan("tp2", (Stage(Share(0, 10), shares),)),
         [0, 1000],
         32,
         {0: [25.0], 1000: [20.0]},
         {0: [], 1000: []},
         {0: [50.0], 1000: [50.0]},
+        [0.5, 0.768, 9.0],
     )
     # 10 layers, 4 heads, 64 keys and 64 values of two bytes: 10,240 a position.
     assert [row["kv_bytes_per_token"] for row in found] == [16 * 10240, 1016 * 10240]
     assert found[0]["explained_tokens_per_s"] == 25.0
-    assert found[1]["explained_tokens_per_s"] == pytest.approx(25 * 1.00016384 / 1.01040384)
+    assert found[1]["busiest_card_kv_bytes"] == 1016 * 7680
+    # 1000 positions of 7,680 bytes at 0.768 GB/s are 10 ms more than 40.
+    assert found[1]["explained_tokens_per_s"] == pytest.approx(20)
     assert found[1]["limit_tokens_per_s"] == pytest.approx(50 / 1.01040384)
     assert found[1]["llama_cpp_tokens_per_s"] is None
 

@@ -45,8 +45,6 @@ from spanker.values import Value
 UPLOAD_BYTES = 2 << 20
 # Buffers or pieces that one message is about.
 BATCH_MAX = 64
-# Times that every card is asked for its counters: one by one, twice before and once after.
-COUNTERS_READ = 3
 # A card's turn on the host link.
 TURN_S = 500e-6
 # Of what is handed on from card to card in one program, at least.
@@ -139,7 +137,10 @@ def _load_s(
     if not rate:
         return 0.0
     counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
-    counters_s = ((COUNTERS_READ - 2) * cards + 2 * used) * _round_trip_s(profile, counters)
+    # All cards are asked for their counters at the same time, then the used ones one by one, before
+    # and after.
+    counters_s = _round_trip_s(profile, cards * counters)
+    counters_s += 2 * used * _round_trip_s(profile, counters)
     allocation_s = _round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
     rounds = max(u.allocations for u in uploads)
     answer_s = _round_trip_s(profile, messages.SMALL_BYTES)
