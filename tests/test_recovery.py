@@ -18,6 +18,7 @@ import trio
 from waiting import until
 
 import spanker
+from spanker.actors import session as sessions
 from spanker.errors import (
     CardLinkError,
     CardLostError,
@@ -365,6 +366,27 @@ async def test_the_sequences_of_a_replica_without_cards_move(tiny: Path, expecte
         assert (health.replicas_alive, health.replicas) == (1, 2)
         assert await Crowd(model).run() == expected
         await check_nothing_held(model)
+
+
+async def test_a_sequence_that_is_dropped_while_it_moves_leaves_no_pages(tiny: Path) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        model = await fleet.load(tiny, plan="dp2")
+        session = model._replicas.sessions[0]
+        made = [model.generate([n], max_tokens=200, ignore_eos=True) for n in range(4)]
+        move = session.heir
+        assert move is not None
+
+        def drop_and_move(sequences: Sequence[sessions.Sequence]) -> int:
+            made.clear()
+            return move(sequences)
+
+        session.heir = drop_and_move
+        await anext(made[0])
+        kill(fleet, 0)
+        await until(lambda: session.failure is not None)
+        await check_nothing_held(model)
+        # Nor has one session got pages of the other.
+        assert [s.stats.kv_pages_used for s in model._replicas.sessions] == [0, 0]
 
 
 async def test_an_idle_card_takes_the_place_of_a_lost_one(tiny: Path, expected: Answers) -> None:

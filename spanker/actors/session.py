@@ -340,7 +340,8 @@ class Session:
         """`release`, soon, for a destructor: that may run in any thread, between any two steps of
         this very class, or after trio has ended."""
         with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self.release, sequence)
+            # Until then it may have moved to another session.
+            self._token.run_sync_soon(lambda: sequence.session.release(sequence))
 
     def wake(self) -> None:
         """Something changed that may make a step possible."""
