@@ -464,11 +464,12 @@ class Fleet:
     @property
     def behind(self) -> float | None:
         """How much later than in the model steps of throttled cards have ended so far, as a part of
-        what they take, on the card that is worst; None where cards are not throttled.
+        what they take, on the card not lost that is worst; None where cards are not throttled.
 
         Beyond a tenth or so this machine is too slow for the profile, and times are its own.
         """
-        paces = [pace for device in self.devices if (pace := device.pace) is not None]
+        used = [self.devices[card] for card in self._coordinator.alive]
+        paces = [pace for device in used if (pace := device.pace) is not None]
         return max((pace.behind for pace in paces), default=None)
 
     async def load(

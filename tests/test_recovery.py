@@ -549,6 +549,18 @@ async def test_a_fleet_that_is_closed_during_a_recovery_leaves_nothing(
         await told.wait()
 
 
+# --- what is beside it ------------------------------------------------------------------------
+
+
+async def test_throttled_cards_that_are_left_tell_how_far_they_are_behind(tiny: Path) -> None:
+    async with spanker.open_fleet("soft:3", profile="rev-a", throttle=True) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        kill(fleet, 1)
+        await model.generate([1], max_tokens=10, ignore_eos=True).collect()
+        assert lost_cards(fleet) == [1]
+        assert fleet.behind is not None
+
+
 # --- links -----------------------------------------------------------------------------------
 
 
