@@ -561,6 +561,20 @@ async def test_throttled_cards_that_are_left_tell_how_far_they_are_behind(tiny: 
         assert fleet.behind is not None
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_the_cards_that_are_left_are_traced(
+    fault: str, tiny: Path, expected: Answers, tmp_path: Path
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        FAULTS[fault](fleet, 1)
+        await model.generate([1], max_tokens=10, ignore_eos=True).collect()
+        assert lost_cards(fleet) == [1]
+        async with fleet.trace(tmp_path / "trace.json") as trace:
+            assert await Crowd(model).run() == expected
+        assert trace.steps and trace.commands
+
+
 # --- links -----------------------------------------------------------------------------------
 
 

@@ -92,8 +92,8 @@ class Tracer:
             raise ConfigError("a trace of this fleet is being recorded already: end that first")
         self._coordinator.trace = self.trace
         try:
-            for client in self._coordinator.clients:
-                await client.request(StartTrace(self._events_max))
+            for card in self._coordinator.alive:
+                await self._coordinator.clients[card].request(StartTrace(self._events_max))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._switch_off()
