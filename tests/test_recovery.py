@@ -368,19 +368,20 @@ async def test_the_sequences_of_a_replica_without_cards_move(tiny: Path, expecte
         await check_nothing_held(model)
 
 
-async def test_a_sequence_that_is_dropped_while_it_moves_leaves_no_pages(tiny: Path) -> None:
+async def test_a_sequence_that_is_dropped_while_it_moves_leaves_no_pages(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with spanker.open_fleet(2) as fleet:
         model = await fleet.load(tiny, plan="dp2")
         session = model._replicas.sessions[0]
         made = [model.generate([n], max_tokens=200, ignore_eos=True) for n in range(4)]
-        move = session.heir
-        assert move is not None
+        take = model._replicas.take
 
-        def drop_and_move(sequences: Sequence[sessions.Sequence]) -> int:
+        def drop_and_take(sequences: Sequence[sessions.Sequence]) -> int:
             made.clear()
-            return move(sequences)
+            return take(sequences)
 
-        session.heir = drop_and_move
+        monkeypatch.setattr(model._replicas, "take", drop_and_take)
         await anext(made[0])
         kill(fleet, 0)
         await until(lambda: session.failure is not None)
