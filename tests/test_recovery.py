@@ -323,6 +323,35 @@ async def test_fewer_pages_make_sequences_wait_and_end_what_they_cannot_hold(
                 assert again.token_ids == generation.token_ids
 
 
+@pytest.mark.parametrize(
+    ("cards", "plan", "count"),
+    [("soft:1:2500KiB,soft:1:64MiB", "tp", 3), ("soft:2:2500KiB", "dp2", 2)],
+)
+async def test_sequences_that_are_taken_from_in_turn_do_not_wait_for_each_other(
+    cards: str, plan: str, count: int, tiny: Path
+) -> None:
+    """What is left has pages for fewer sequences than there are, and all must go on."""
+    async with spanker.open_fleet(cards) as fleet:
+        model = await fleet.load(tiny, plan=plan, ctx=256)
+        made = [model.generate([n], max_tokens=250, ignore_eos=True) for n in range(count)]
+        for generation in made:
+            await anext(generation)
+        kill(fleet, 1)
+        with trio.fail_after(20):
+            for _ in range(249):
+                for generation in made:
+                    await anext(generation)
+        assert (model.stats.prompt_tokens, model.stats.generated_tokens) == (
+            count,
+            250 * count,
+        )
+        for number, generation in enumerate(made):
+            again = model.generate([number], max_tokens=250, ignore_eos=True)
+            await again.collect()
+            assert again.token_ids == generation.token_ids
+        await check_nothing_held(model)
+
+
 async def test_a_model_whose_file_has_changed_cannot_be_loaded_again(
     tiny: Path, tmp_path: Path
 ) -> None:

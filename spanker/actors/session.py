@@ -133,6 +133,11 @@ class Sequence:
     def ahead_max(self) -> int:
         return SCORE_AHEAD_MAX if self.score else RUN_AHEAD_MAX
 
+    @property
+    def paused(self) -> bool:
+        """Its consumer is so far behind that nothing is computed for it."""
+        return len(self.outbox) >= self.ahead_max
+
     def signal(self) -> None:
         self.changed.set()
 
@@ -147,7 +152,7 @@ class Sequence:
             self.changed = trio.Event()
             await self.changed.wait()
         item = self.outbox.popleft()
-        if len(self.outbox) == self.ahead_max - 1:
+        if len(self.outbox) == self.ahead_max - 1 or not (self.pages or self.outbox):
             self.session.wake()
         return item
 
@@ -232,6 +237,8 @@ class Session:
         self._recovers = recover and placement is not None
         self._moves: list[_Move] = []
         self._link_faults = 0
+        # Whether sequences that had pages side by side may not all have them any more.
+        self._crowded = False
         self.pool = PagePool(loaded.limits.kv_pages)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -488,6 +495,7 @@ class Session:
         """Go on with what is on other cards; how many sequences that had begun do."""
         self.loaded = loaded
         self.pool = PagePool(loaded.limits.kv_pages)
+        self._crowded = True
         self._end_too_long()
         return sum(bool(sequence.delivered) for sequence in self._waiting)
 
@@ -511,6 +519,7 @@ class Session:
         if self._failure is not None or self._pages_of(sequence) > self.pool.total:
             return False
         sequence.session = self
+        self._crowded = True
         self._waiting.append(sequence)
         self.wake()
         return True
@@ -518,10 +527,13 @@ class Session:
     def _suspend(self) -> None:
         """Have all sequences wait again, those that ran before the others, in their order."""
         for sequence in reversed(self._running):
-            self.pool.give(sequence.pages)
-            sequence.forget_positions()
+            self._take_back(sequence)
             self._waiting.appendleft(sequence)
         self._running.clear()
+
+    def _take_back(self, sequence: Sequence) -> None:
+        self.pool.give(sequence.pages)
+        sequence.forget_positions()
 
     def _end_too_long(self) -> None:
         """End sequences that the pages there are now cannot hold."""
@@ -631,15 +643,31 @@ class Session:
         )
 
     def _admit(self) -> None:
-        """Start waiting sequences, first come first served, while their pages are free."""
-        while self._waiting:
-            sequence = self._waiting[0]
+        """Start waiting sequences, first come first served, while their pages are free.
+
+        Sequences that ran side by side may not all have pages once cards are lost.  Whoever takes
+        tokens of them in turn would wait for ever if those with a full outbox kept theirs.
+        """
+        while sequence := next((s for s in self._waiting if not s.paused), None):
+            if self._pages_of(sequence) > self.pool.free and self._crowded:
+                # Whoever has something in its outbox can wait; computing again is dear.
+                sequence = next((s for s in self._waiting if not s.outbox), sequence)
+                if not sequence.outbox:
+                    self._make_room(self._pages_of(sequence))
             need = self._pages_of(sequence)
             if need > self.pool.free:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             sequence.pages = self.pool.take(need)
             self._running.append(sequence)
+
+    def _make_room(self, need: int) -> None:
+        """Have sequences wait that nobody takes anything of, until so many pages are free."""
+        for sequence in tuple(self._running):
+            if self.pool.free < need and sequence.paused and not self._in_flight(sequence):
+                self._running.remove(sequence)
+                self._take_back(sequence)
+                self._waiting.append(sequence)
 
     def _pages_of(self, sequence: Sequence) -> int:
         """The pages that a sequence takes for its whole length."""
