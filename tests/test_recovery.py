@@ -367,6 +367,17 @@ async def test_a_model_whose_file_has_changed_cannot_be_loaded_again(
             await generation.collect()
 
 
+async def test_a_relative_path_is_found_again_from_elsewhere(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Answers
+) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        monkeypatch.chdir(tiny.parent)
+        model = await fleet.load(tiny.name, plan="tp")
+        monkeypatch.chdir(tmp_path)
+        kill(fleet, 1)
+        assert await Crowd(model).run() == expected
+
+
 # --- replicas -------------------------------------------------------------------------------
 
 

@@ -48,7 +48,8 @@ class ModelFile:
     """A GGUF that may have to be read again later, when it must still be the same."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        # By then the working directory may be another one.
+        self.path = os.path.abspath(path)
         self.gguf = GGUFFile(path)
         self._open = True
         self._identity = _identity(path)
