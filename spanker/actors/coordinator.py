@@ -334,14 +334,17 @@ class Coordinator:
             with contextlib.suppress(CardError):
                 await client.request(request)
 
-        # Not one by one: hundreds of answers over a slow host link take seconds.
+        async def free(card: int, handles: dict[str, int]) -> None:
+            if card in loaded.programs:
+                await ask(self.clients[card], UnloadProgram(loaded.programs.pop(card)))
+            for name in list(handles):
+                nursery.start_soon(ask, self.clients[card], FreeBuffer(handles.pop(name)))
+
+        # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
+        # does not answer must not keep the others' memory.
         async with trio.open_nursery() as nursery:
             for card, handles in loaded.handles.items():
-                client = self.clients[card]
-                if card in loaded.programs:
-                    await ask(client, UnloadProgram(loaded.programs.pop(card)))
-                for name in list(handles):
-                    nursery.start_soon(ask, client, FreeBuffer(handles.pop(name)))
+                nursery.start_soon(free, card, handles)
 
     # --- steps ------------------------------------------------------------------------
 
