@@ -116,6 +116,7 @@ step abi abi 1
 step "abi, 32 bit" abi32 1
 step fuzz fuzz {FUZZ_SEED} {FUZZ_COUNT} 1
 step "abi after the fuzzer" abi 1
+step "no unload while a file is open" sh -c "rmmod spanker 3<>/dev/spanker0 2>&1 | grep unavailable"
 step unload rmmod spanker
 step "load again" insmod /spanker.ko
 step faults faults 1
