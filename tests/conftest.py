@@ -16,6 +16,13 @@ import pytest
 from spanker.ggml import catalog
 
 
+def pytest_collection_finish() -> None:
+    """Fifteen thousand tests are some million objects, which every later collection would look at:
+    a third of a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The catalogue's smallest real model, pulled if the cache does not have it."""
