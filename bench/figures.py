@@ -149,9 +149,8 @@ def kv_bytes_of_a_position(facts: ModelFacts, plan: Plan) -> int:
     heads: dict[int, int] = {}
     for stage in plan.stages:
         for share in stage.shares:
-            held = share.kv_heads(facts.group)
-            layers = stage.layers.stop - stage.layers.start
-            heads[share.card] = heads.get(share.card, 0) + layers * (held.stop - held.start)
+            held = stage.layers.size * share.kv_heads(facts.group).size
+            heads[share.card] = heads.get(share.card, 0) + held
     return report.kv_bytes_per_token(1, max(heads.values()), facts.head_dim, 1)
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import attrs
 import report
 import trio
+from roofline import find_model
 
 import spanker
 from spanker.events import Replanned
-from spanker.ggml import catalog
 from spanker.testing import hang, kill
 
 FAULTS: dict[str, Callable[[spanker.Fleet, int], None]] = {"kill": kill, "hang": hang}
@@ -160,9 +160,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    name = options.model
-    path = str(catalog.pull(name) if name in catalog.CATALOG else catalog.resolve(name))
-    record = trio.run(measure, options, path)
+    record = trio.run(measure, options, find_model(options.model))
     wrong = show(record)
     if options.json:
         report.save_json(options.json, record)

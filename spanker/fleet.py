@@ -702,7 +702,7 @@ class Fleet:
 
     def _sessions(self) -> list[Session]:
         """Those that are not over, of all models."""
-        return [s for model in self._models for s in model._replicas.sessions if s.failure is None]
+        return [session for model in self._models for session in model._replicas.alive]
 
     @property
     def events(self) -> EventLog:
@@ -713,8 +713,8 @@ class Fleet:
         """Which cards are in use, and which models can serve, right now; asks no card."""
         coordinator = self._coordinator
         models = tuple(
-            ModelHealth(model.name, model.plan.name, *model._replicas.alive)
-            for model in self._models
+            ModelHealth(m.name, m.plan.name, len(m._replicas.alive), len(m._replicas.sessions))
+            for m in self._models
         )
         lost = tuple(sorted((card, str(error)) for card, error in coordinator.lost.items()))
         drained = tuple(sorted(coordinator.drained.difference(coordinator.lost)))
@@ -738,14 +738,13 @@ class Fleet:
 
     async def stats(self) -> FleetStats:
         """Read the counters of every card that is not lost."""
-        coordinator = self._coordinator
-        counters = await coordinator.counters_of(range(len(self.cards)))
+        counters = await self._coordinator.counters_of(range(len(self.cards)))
         plan = self.plan if self._models else None
         cards = tuple(
             CardStats(
                 number=number,
-                name=info.name,
-                isa=info.isa,
+                name=self.cards[number].name,
+                isa=self.cards[number].isa,
                 share=describe_share(plan, number) if plan else "-",
                 replica=plan.replica_of(number) if plan else None,
                 ddr_used_bytes=c.ddr_used_bytes,
@@ -759,7 +758,6 @@ class Fleet:
                 link_rx_bytes=c.link_rx_bytes,
             )
             for number, c in counters.items()
-            for info in (self.cards[number],)
         )
         return FleetStats(cards, tuple(m.stats for m in self._models))
 
@@ -929,11 +927,11 @@ def _one_error(first: list[Exception]) -> Iterator[None]:
 __all__ = [
     "CardStats",
     "Fleet",
-    "Health",
-    "ModelHealth",
     "FleetStats",
     "Generation",
+    "Health",
     "Model",
+    "ModelHealth",
     "Token",
     "describe_share",
     "open_fleet",

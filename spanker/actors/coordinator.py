@@ -102,7 +102,7 @@ class Coordinator:
     ) -> None:
         self.clients = tuple(clients)
         self.profile = profile
-        # Cards that are used no more, and why; what has happened to the fleet.
+        # Cards that are used no more, and why.
         self.lost: dict[int, CardError] = {}
         # Cards that are to hold no model for now.
         self.drained: set[int] = set()
@@ -163,11 +163,19 @@ class Coordinator:
             return True  # someone else has found out before
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
-        self.clients[card].fail(again(error))
+        self.clients[card].fail(self.lost[card])
         if self._scopes:
             self._scopes[card].cancel()
         self.events.tell(CardLost(trio.current_time(), card, _reason(error, card)))
         return True
+
+    def silent(self, card: int) -> CardHungError:
+        """The error for a card that has answered nothing for the hang timeout."""
+        return CardHungError(
+            f"card {card} has not answered for {self._hang_timeout_s:.3g} s; "
+            f"close the fleet and open it without that card",
+            card=card,
+        )
 
     # --- loading ----------------------------------------------------------------------
 
@@ -469,11 +477,7 @@ class Coordinator:
             await loading.run_all(self._entering(cards))
         silent = [card for card in cards if self._epochs[card] is None]
         if silent:
-            raise CardHungError(
-                f"card {silent[0]} has not answered for {self._hang_timeout_s:.3g} s; "
-                f"close the fleet and open it without that card",
-                card=silent[0],
-            )
+            raise self.silent(silent[0])
 
     def _entering(self, cards: Sequence[int]) -> list[Callable[[], Awaitable[None]]]:
         """What takes each of these cards into a new epoch, the same for all of them."""

@@ -8,6 +8,7 @@ is what both need to know: which cards still answer, what memory they have left,
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -166,7 +167,8 @@ class Placement:
         """
         before = self.replicas[number]
         assert before is not None
-        coordinator, held = self._coordinator, self.replicas[number]
+        coordinator = self._coordinator
+        held: LoadedModel | None = before
         async with self._lock:
             while True:
                 try:
@@ -175,12 +177,12 @@ class Placement:
                     pages = fit_kv_pages(
                         self._model.shape, plan, before.limits, free, before.limits.kv_pages
                     )
-                    limits = attrs.evolve(before.limits, kv_pages=pages)
-                    if held is not None and plan.stages == held.plan.stages:
-                        return held
                     if held is not None:
+                        if plan.stages == held.plan.stages:
+                            return held
                         held = None
                         await self.give_up(number)
+                    limits = attrs.evolve(before.limits, kv_pages=pages)
                     (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
                     break
                 except (CardLostError, CardHungError) as error:
@@ -216,23 +218,16 @@ class Placement:
 
         async def ask(card: int) -> None:
             try:
-                with trio.fail_after(coordinator.hang_timeout_s):
+                with trio.move_on_after(coordinator.hang_timeout_s):
                     found[card] = await coordinator.clients[card].request(ReadCounters())
+                if card not in found:
+                    raise coordinator.silent(card)
             except (CardLostError, CardHungError) as error:
                 if not self._recover:
                     raise
                 coordinator.lose(error)
-            except trio.TooSlowError:
-                silent = CardHungError(
-                    f"card {card} has not answered for {coordinator.hang_timeout_s:.3g} s; "
-                    f"close the fleet and open it without that card",
-                    card=card,
-                )
-                if not self._recover:
-                    raise silent from None
-                coordinator.lose(silent)
 
-        await run_all([(lambda card=card: ask(card)) for card in candidates])  # type: ignore[misc]
+        await run_all([functools.partial(ask, card) for card in candidates])
         if not found:
             raise CardLostError("no card is left to load the model onto")
         shape, limits = self._model.shape, self._wanted.limits

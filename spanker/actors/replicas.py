@@ -39,8 +39,7 @@ class Replicas:
     ) -> Sequence:
         """Enter a sequence where there are the fewest, of equal ones in the first; as
         `Session.add`.  Where all have failed, the failure of the first."""
-        alive = [s for s in self.sessions if s.failure is None]
-        return min(alive or self.sessions[:1], key=lambda session: session.unfinished).add(
+        return min(self.alive or self.sessions[:1], key=lambda session: session.unfinished).add(
             prompt,
             tokens_max,
             params,
@@ -51,25 +50,24 @@ class Replicas:
 
     def others_alive(self, session: Session) -> bool:
         """As Heir."""
-        return any(other.failure is None for other in self.sessions if other is not session)
+        return any(other is not session for other in self.alive)
 
     def take(self, sequences: Seq[Sequence]) -> int:
         """As Heir."""
         moved = 0
         for sequence in sequences:
-            alive = [s for s in self.sessions if s.failure is None]
-            order = sorted(alive, key=lambda session: session.unfinished)
+            order = sorted(self.alive, key=lambda session: session.unfinished)
             moved += any(session.adopt(sequence) for session in order)
         return moved
 
     @property
-    def alive(self) -> tuple[int, int]:
-        """How many can take sequences, of how many."""
-        return sum(s.failure is None for s in self.sessions), len(self.sessions)
+    def alive(self) -> tuple[Session, ...]:
+        """Those that can take sequences."""
+        return tuple(session for session in self.sessions if session.failure is None)
 
     def plan(self, first: FleetPlan) -> FleetPlan:
         """The plan of those that are alive: the first one, unless one has failed or moved."""
-        replicas = tuple(s.loaded.plan for s in self.sessions if s.failure is None)
+        replicas = tuple(session.loaded.plan for session in self.alive)
         if not replicas or replicas == first.replicas:
             return first
         return FleetPlan("+".join(plan.name for plan in replicas), replicas, replicas[0].reason)

@@ -234,7 +234,7 @@ class Session:
         # Who takes its sequences once it is over.
         self.heir: Heir | None = None
         self._placement = placement
-        self._recovers = recover and placement is not None
+        self._recovers = recover
         self._moves: list[_Move] = []
         self._link_faults = 0
         # Whether sequences that had pages side by side may not all have them any more.
@@ -473,8 +473,8 @@ class Session:
         try:
             loaded = await placement.replace(self.number)
         except SpankerError as caught:
-            leaves = isinstance(caught, CardLostError) and self.heir is not None
-            if leaves and self.heir is not None and self.heir.others_alive(self):
+            heir = self.heir
+            if isinstance(caught, CardLostError) and heir is not None and heir.others_alive(self):
                 # Without a card of its own it is not needed: others do its work.
                 await placement.give_up(self.number)
             else:
@@ -649,12 +649,13 @@ class Session:
         tokens of them in turn would wait for ever if those with a full outbox kept theirs.
         """
         while sequence := next((s for s in self._waiting if not s.paused), None):
-            if self._pages_of(sequence) > self.pool.free and self._crowded:
+            need = self._pages_of(sequence)
+            if need > self.pool.free and self._crowded:
                 # Whoever has something in its outbox can wait; computing again is dear.
                 sequence = next((s for s in self._waiting if not s.outbox), sequence)
+                need = self._pages_of(sequence)
                 if not sequence.outbox:
-                    self._make_room(self._pages_of(sequence))
-            need = self._pages_of(sequence)
+                    self._make_room(need)
             if need > self.pool.free:
                 return
             self._waiting.remove(sequence)

@@ -92,8 +92,7 @@ def work_between(
             link_sent_bytes=sum(b.link_tx_bytes) - sum(a.link_tx_bytes),
             link_received_bytes=sum(b.link_rx_bytes) - sum(a.link_rx_bytes),
         )
-        for b in after
-        for a in (begun[b.number],)
+        for a, b in [(begun[card.number], card) for card in after]
     )
 
 

@@ -117,6 +117,8 @@ class Topology(Value):
     def among(self, cards: Iterable[int]) -> Topology:
         """These cards alone, by the same numbers, and the links between them."""
         kept = set(cards)
+        if kept.issuperset(self.cards):
+            return self
         links = [k for k in self.links if k.local_sail in kept and k.remote_sail in kept]
         return Topology(tuple(c for c in self.cards if c in kept), tuple(links))
 
