@@ -350,15 +350,8 @@ class Coordinator:
         return rerouted
 
     async def _unload_programs(self, loaded: LoadedModel) -> None:
-        """Whatever is being cancelled: nobody else knows of them.  Bounded in time."""
-
-        async def unload() -> None:
-            for card in list(loaded.programs):
-                with contextlib.suppress(CardError):
-                    await self.clients[card].request(UnloadProgram(loaded.programs.pop(card)))
-
-        with trio.CancelScope(shield=True):
-            await in_time(STOP_S, unload)
+        for card in list(loaded.programs):
+            await self.give_program_back(card, loaded.programs.pop(card))
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -406,6 +399,16 @@ class Coordinator:
         async with self._locks.holding((card,)):
             request = LoadProgram(buffers=(program,))
             return (await self.owning(self.clients[card], request)).program
+
+    async def give_program_back(self, card: int, program: int) -> None:
+        """The end of what `load_program` began, whatever is being cancelled; bounded in time."""
+
+        async def unload() -> None:
+            with contextlib.suppress(CardError):
+                await self.clients[card].request(UnloadProgram(program))
+
+        with trio.CancelScope(shield=True):
+            await in_time(STOP_S, unload)
 
     async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
