@@ -8,7 +8,7 @@ fault is a line, and faults are separated by `;`, a comma and a space, or a new 
     WHERE = CARD | CARD "," CARD ... | CARD "-" CARD | "host" | "channel:" CARD | "client:" NUMBER
     WHEN  = ("time" | "step" | "token" | "byte") ":" NUMBER | "command:" STEP ":" COMMAND
 
-    kill 2@token:20      slow 3@time:0.5 x4      cut 0-2@token:10 for 0.5s      flap 1@step:9 3 times
+    kill 2@token:20    slow 3@time:0.5 x4    cut 0-2@token:10 for 0.5s    drop channel:1@step:9
 
 What goes together is the table `KINDS`.  docs/testing.md explains each kind.
 """
@@ -18,10 +18,8 @@ from __future__ import annotations
 import enum
 import json
 import math
-import random
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -57,6 +55,10 @@ class What(enum.Enum):
     CANCEL = "cancel"
 
 
+def _ascending(numbers: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(numbers)))
+
+
 # --- where --------------------------------------------------------------------------------
 
 
@@ -74,7 +76,7 @@ class Card(Value):
 class Cards(Value):
     """A set of cards, in ascending order."""
 
-    numbers: tuple[int, ...] = attrs.field(converter=lambda numbers: tuple(sorted(set(numbers))))
+    numbers: tuple[int, ...] = attrs.field(converter=_ascending)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.numbers))
@@ -181,6 +183,22 @@ When = AtTime | AtStep | AtCommand | AtToken | AtByte
 
 # --- what goes together -------------------------------------------------------------------
 
+PLACES: Mapping[type[Where], str] = {
+    Card: "a card",
+    Cards: "a set of cards",
+    Link: "a link",
+    HostLink: "the host link",
+    Channel: "a channel",
+    Client: "a client",
+}
+MOMENT_NAMES: Mapping[type[When], str] = {
+    AtTime: "time",
+    AtStep: "step",
+    AtCommand: "command",
+    AtToken: "token",
+    AtByte: "byte",
+}
+
 
 class Option(enum.Enum):
     """Whether a kind of fault has a factor, or a duration."""
@@ -253,13 +271,15 @@ class Fault(Value):
     def __attrs_post_init__(self) -> None:
         kind = KINDS[self.what]
         if type(self.where) not in kind.where:
-            self._refuse(f"strikes {_places(kind.where)}", _PLACES[type(self.where)])
+            self._refuse(f"strikes {_places(kind.where)}", PLACES[type(self.where)])
         moments = MOMENTS[type(self.where)]
         if self.what not in AT_COMMANDS:
             moments = tuple(m for m in moments if m is not AtCommand)
         if type(self.when) not in moments:
-            named = ", ".join(_MOMENTS[moment] for moment in moments)
-            self._refuse(f"of {_PLACES[type(self.where)]} is at {named}", _MOMENTS[type(self.when)])
+            named = ", ".join(MOMENT_NAMES[moment] for moment in moments)
+            self._refuse(
+                f"of {PLACES[type(self.where)]} is at {named}", MOMENT_NAMES[type(self.when)]
+            )
         self._check_numbers()
         for name, value, wanted, least in (
             ("a factor", self.factor, kind.factor, 1.0),
@@ -292,7 +312,7 @@ class Fault(Value):
         elif isinstance(when, AtCommand):
             numbers += [("step", when.step, 1), ("command", when.command, 0)]
         else:
-            numbers.append((_MOMENTS[type(when)], when.n, 1))
+            numbers.append((MOMENT_NAMES[type(when)], when.n, 1))
         for name, number, least in numbers:
             if type(number) is not int or not least <= number < NUMBER_MAX:
                 self._refuse(f"needs a {name} from {least} on", number)
@@ -328,7 +348,7 @@ class FaultPlan(Value):
     """Faults, in any order: each has its own moment.  `str` and `parse` are each other's inverse,
     and so are `to_json` and `from_json`."""
 
-    faults: tuple[Fault, ...] = attrs.field(default=(), converter=tuple)
+    faults: tuple[Fault, ...] = ()
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.faults))
@@ -338,10 +358,12 @@ class FaultPlan(Value):
         """The plan of a text; of an empty one, no faults.  ConfigError says what is wrong."""
         if len(text) > TEXT_CHARACTERS_MAX:
             raise ConfigError(
-                f"fault plan: expected at most {TEXT_CHARACTERS_MAX:,} characters, got {len(text):,}"
+                f"fault plan: expected at most {TEXT_CHARACTERS_MAX:,} characters, "
+                f"got {len(text):,}"
             )
-        lines = [line.strip() for line in _BETWEEN.split(text)]
-        plan = cls(tuple(_parse_fault(line) for line in lines if line))
+        from spanker.testing.fault_text import parse
+
+        plan = cls(parse(text))
         if len(plan.faults) > FAULTS_MAX:
             raise ConfigError(
                 f"fault plan: expected at most {FAULTS_MAX} faults, got {len(plan.faults)}"
@@ -366,13 +388,13 @@ class FaultPlan(Value):
                 raise ConfigError(f"fault plan: expected JSON, got {error}") from None
         if not isinstance(value, Mapping) or set(value) != {"version", "faults"}:
             raise ConfigError(
-                f"fault plan: expected an object of version and faults, got {_brief(value)}"
+                f"fault plan: expected an object of version and faults, got {brief(value)}"
             )
         version, faults = value["version"], value["faults"]
         if type(version) is not int or version != VERSION:
-            raise ConfigError(f"fault plan: expected version {VERSION}, got {_brief(version)}")
+            raise ConfigError(f"fault plan: expected version {VERSION}, got {brief(version)}")
         if not isinstance(faults, list) or not all(isinstance(line, str) for line in faults):
-            raise ConfigError(f"fault plan: expected a list of texts, got {_brief(faults)}")
+            raise ConfigError(f"fault plan: expected a list of texts, got {brief(faults)}")
         return cls.parse("\n".join(faults))
 
     def check(self, cards: int) -> None:
@@ -408,110 +430,10 @@ class FaultPlan(Value):
         `seconds`, counts 1 to 3.  No plan touches more than `cards - survivors` cards with what may
         cost the fleet a card: a draw that would is drawn again, and after 100 of them left out.
         """
-        draw = random.Random(f"spanker faults {seed}")
-        wanted = draw.choice([1, 2, 3]) if faults is None else faults
-        made: list[Fault] = []
-        struck: set[int] = set()
-        for _ in range(wanted):
-            for _ in range(100):
-                fault = _drawn(draw, cards, kinds, tokens, steps, seconds, clients)
-                risk = struck.union(_at_risk(fault, cards)) if fault else struck
-                if fault and len(risk) <= max(cards - survivors, 0):
-                    struck = risk
-                    made.append(fault)
-                    break
-        return cls(tuple(made))
+        from spanker.testing.fault_drawing import Chances, draw_faults
 
-
-# --- texts --------------------------------------------------------------------------------
-
-_PLACES: Mapping[type[Where], str] = {
-    Card: "a card",
-    Cards: "a set of cards",
-    Link: "a link",
-    HostLink: "the host link",
-    Channel: "a channel",
-    Client: "a client",
-}
-_MOMENTS: Mapping[type[When], str] = {
-    AtTime: "time",
-    AtStep: "step",
-    AtCommand: "command",
-    AtToken: "token",
-    AtByte: "byte",
-}
-_NUMBERED: Mapping[str, type[AtStep] | type[AtToken] | type[AtByte]] = {
-    "step": AtStep,
-    "token": AtToken,
-    "byte": AtByte,
-}
-
-_NUMBER = r"(?:\d{1,20}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,3})?)"
-_BETWEEN = re.compile(r"[;\n]|,\s+")
-_FAULT = re.compile(
-    rf"(?P<what>[a-z][a-z_-]*)\s+(?P<where>[a-z0-9:,-]+)\s*@\s*"
-    rf"(?P<when>[a-z]+):(?P<number>{_NUMBER})(?::(?P<command>\d{{1,20}}))?"
-    rf"(?:\s+x(?P<factor>{_NUMBER}))?"
-    rf"(?:\s+for\s+(?P<duration>{_NUMBER})\s*(?P<unit>ms|s))?"
-    rf"(?:\s+(?P<count>\d{{1,20}})\s+times?)?"
-)
-_EXAMPLE = "e.g. kill 2@token:20, slow 1@time:0.5 x4 or cut 0-2@step:10 for 0.5s"
-
-
-def _parse_fault(line: str) -> Fault:
-    match = _FAULT.fullmatch(line)
-    if not match:
-        raise ConfigError(f"no fault {_brief(line)}: expected WHAT WHERE@WHEN, {_EXAMPLE}")
-    word = match["what"].replace("_", "-")
-    try:
-        what = What.DIE if word == "die" else What(word)
-    except ValueError:
-        words = ", ".join(kind.value for kind in What)
-        raise ConfigError(f"no kind of fault {word!r}: expected {words}") from None
-    duration = match["duration"]
-    seconds = None if duration is None else float(duration)
-    if seconds is not None and match["unit"] == "ms":
-        seconds /= 1000
-    return Fault(
-        what,
-        _parse_where(match["where"], what, line),
-        _parse_when(match["when"], match["number"], match["command"], line),
-        None if match["factor"] is None else float(match["factor"]),
-        seconds,
-        1 if match["count"] is None else int(match["count"]),
-    )
-
-
-def _parse_where(text: str, what: What, line: str) -> Where:
-    if text == "host":
-        return HostLink()
-    if match := re.fullmatch(r"(channel|client):(\d{1,20})", text):
-        number = int(match[2])
-        return Channel(number) if match[1] == "channel" else Client(number)
-    if match := re.fullmatch(r"(\d{1,20})-(\d{1,20})", text):
-        return Link(int(match[1]), int(match[2]))
-    if re.fullmatch(r"\d{1,20}(,\d{1,20})*", text):
-        numbers = [int(number) for number in text.split(",")]
-        # A partition is of a set of cards, be it of one.
-        return Cards(numbers) if len(numbers) > 1 or what is What.PARTITION else Card(numbers[0])
-    raise ConfigError(
-        f"fault {_brief(line)}: no place {text!r}: expected a card such as 2, cards 0,1, a link 0-2, "
-        f"host, channel:2 or client:0"
-    )
-
-
-def _parse_when(word: str, number: str, command: str | None, line: str) -> When:
-    if word == "time" and command is None:
-        return AtTime(float(number))
-    if number.isdecimal():
-        if word == "command" and command is not None:
-            return AtCommand(int(number), int(command))
-        if word in _NUMBERED and command is None:
-            return _NUMBERED[word](int(number))
-    raise ConfigError(
-        f"fault {_brief(line)}: no moment {word}:{number}: expected time:SECONDS, step:N, token:N, "
-        f"byte:N or command:STEP:COMMAND"
-    )
+        chances = Chances(cards, clients, tuple(kinds or What), tokens, steps, seconds, survivors)
+        return cls(draw_faults(seed, faults, chances))
 
 
 def _decimal(value: float) -> str:
@@ -519,78 +441,9 @@ def _decimal(value: float) -> str:
 
 
 def _places(kinds: Sequence[type[Where]]) -> str:
-    return " or ".join(_PLACES[kind] for kind in kinds)
+    return " or ".join(PLACES[kind] for kind in kinds)
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     text = repr(value)
     return text[:60] + "..." * (len(text) > 60)
-
-
-# --- drawing ------------------------------------------------------------------------------
-
-_T = TypeVar("_T")
-
-
-def _drawn(
-    draw: random.Random,
-    cards: int,
-    kinds: Sequence[What] | None,
-    tokens: int,
-    steps: int,
-    seconds: float,
-    clients: int,
-) -> Fault | None:
-    """A fault, or None where the kind that was drawn has no place in such a fleet."""
-    what = draw.choice(list(kinds or What))
-    kind = KINDS[what]
-    there = {Card: cards, Cards: cards, Link: cards - 1, HostLink: 1, Channel: cards}
-    possible = [place for place in kind.where if there.get(place, clients) > 0]
-    if not possible:
-        return None
-    where = _drawn_place(draw, draw.choice(possible), cards, clients)
-    moments = MOMENTS[type(where)]
-    moment = draw.choice([m for m in moments if m is not AtCommand or what in AT_COMMANDS])
-    when: When
-    if moment is AtTime:
-        when = AtTime(_milliseconds(draw, 0, seconds))
-    elif moment is AtCommand:
-        when = AtCommand(draw.randint(1, steps), draw.randrange(16))
-    elif moment is AtStep:
-        when = AtStep(draw.randint(1, steps))
-    elif moment is AtToken:
-        when = AtToken(draw.randint(1, tokens))
-    else:
-        when = AtByte(draw.randint(1, 1 << 16))
-    factor = None if kind.factor is Option.NO else float(draw.choice([2, 4, 8, 16]))
-    lasts = kind.duration is Option.MUST or (kind.duration is Option.MAY and draw.random() < 0.5)
-    duration_s = _milliseconds(draw, 1, seconds / 4) if lasts else None
-    return Fault(what, where, when, factor, duration_s, draw.randint(1, 3) if kind.counted else 1)
-
-
-def _drawn_place(draw: random.Random, kind: type[Where], cards: int, clients: int) -> Where:
-    if kind is Link:
-        a, b = draw.sample(range(cards), 2)
-        return Link(a, b)
-    if kind is Cards:
-        return Cards(draw.sample(range(cards), draw.randint(1, max(cards // 2, 1))))
-    if kind is HostLink:
-        return HostLink()
-    if kind is Client:
-        return Client(draw.randrange(clients))
-    number = draw.randrange(cards)
-    return Card(number) if kind is Card else Channel(number)
-
-
-def _milliseconds(draw: random.Random, least: int, most_s: float) -> float:
-    """Seconds in whole milliseconds."""
-    return draw.randint(least, max(round(most_s * 1000), least)) / 1000
-
-
-def _at_risk(fault: Fault, cards: int) -> Sequence[int]:
-    """The cards that a fault may cost the fleet: of a link its first, for it can be but one."""
-    if not KINDS[fault.what].loses:
-        return ()
-    if isinstance(fault.where, HostLink):
-        return range(cards)
-    return fault.cards[:1] if isinstance(fault.where, Link) else fault.cards
