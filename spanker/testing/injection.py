@@ -338,7 +338,7 @@ class Injection:
 @contextlib.asynccontextmanager
 async def faulty_fleet(
     cards: str | int | Sequence[CardSpec] = "soft:3",
-    plan: FaultPlan | str = "",
+    faults: FaultPlan | str = "",
     *,
     clients: Callable[[Fault], None] | None = None,
     **options: Any,
@@ -352,7 +352,7 @@ async def faulty_fleet(
     from spanker.device.spec import parse_fleet
     from spanker.fleet import open_fleet
 
-    parsed = FaultPlan.parse(plan) if isinstance(plan, str) else plan
+    parsed = FaultPlan.parse(faults) if isinstance(faults, str) else faults
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     parsed.check(len(specs))
     injection = Injection(parsed, clients)

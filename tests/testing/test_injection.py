@@ -11,10 +11,9 @@ import pytest
 import trio
 
 import spanker
-from spanker.errors import CardLostError, ConfigError, SpankerError
 from spanker.events import CardLost
 from spanker.testing import run_virtual
-from spanker.testing.fault_plan import Client, Fault, FaultPlan
+from spanker.testing.fault_plan import FaultPlan
 from spanker.testing.injection import Injection, faulty_fleet
 
 TOKENS = 30
@@ -22,7 +21,9 @@ HANG_TIMEOUT_S = 0.4
 PROMPT = [5, 6, 7]
 
 
-async def answers(fleet: spanker.Fleet, injection: Injection, path: Path) -> list[tuple[int, bytes]]:
+async def answers(
+    fleet: spanker.Fleet, injection: Injection, path: Path
+) -> list[tuple[int, bytes]]:
     model = injection.watch(await fleet.load(path, plan="tp"))
     out = []
     generation = model.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, logits=True)
@@ -84,7 +85,7 @@ def test_the_answer_survives(
 ) -> None:
     async def main() -> None:
         with trio.fail_after(60):
-            async with faulty_fleet(plan=plan, **FLEETS[fleet_name]) as (fleet, injection):
+            async with faulty_fleet(faults=plan, **FLEETS[fleet_name]) as (fleet, injection):
                 assert await answers(fleet, injection, tiny_model) == expected
                 assert lost(fleet) == OUTCOMES[plan], injection.story
                 assert injection.pending == ()
