@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from driver_model import DriverModel
 
 import spanker
+from spanker.device import uapi
 from spanker.errors import CardMemoryError, ConfigError
 from spanker.events import CardLost
 from spanker.testing import run_virtual
@@ -82,6 +84,8 @@ OUTCOMES = {
     "flap 0-1@token:3 for 0.02s 3 times": [],
     "flap 1@token:3 for 0.05s": [1],
 }
+# What only bodies with links of their own can do.
+NO_KNOB = {"cut", "0-1@token:3"}
 # Of requests that nobody waits for the next one comes behind; of others none does for a while.
 MAYBE = {"reorder channel:1@token:4"}
 
@@ -107,6 +111,36 @@ def test_the_answer_survives(
                     assert str(fault) in told
 
     run(main, fleet_name)
+
+
+# --- cards behind the kernel module ------------------------------------------------------------
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    driver = DriverModel(3, 32 << 20)
+    monkeypatch.setattr(uapi, "LINUX", driver)
+    yield
+    assert not driver.mapped
+    driver.shut_down()
+
+
+@pytest.mark.parametrize("plan", [plan for plan in OUTCOMES if not set(plan.split()) & NO_KNOB])
+async def test_the_answer_of_kernel_cards_survives(
+    plan: str, tiny_model: Path, expected: list[tuple[int, bytes]], module: None
+) -> None:
+    with trio.fail_after(30):
+        async with faulty_fleet("kernel:3", plan, hang_timeout_s=HANG_TIMEOUT_S) as opened:
+            assert await answers(*opened, tiny_model) == expected
+            if plan not in MAYBE:
+                assert lost(opened[0]) == OUTCOMES[plan], opened[1].story
+
+
+async def test_nobody_can_cut_the_links_of_kernel_cards(module: None) -> None:
+    for plan in ("cut 0-2@time:0", "flap 0-1@time:0 for 1s"):
+        with pytest.raises(ConfigError, match=r"nobody can cut the links of .*: only soft and"):
+            async with faulty_fleet("kernel:3", plan):
+                pass
 
 
 # --- what is told -----------------------------------------------------------------------------
@@ -182,6 +216,9 @@ async def test_clients_are_somebody_elses() -> None:
 async def test_what_a_fleet_does_not_have_is_refused_before_it_opens() -> None:
     with pytest.raises(ConfigError, match="no card 2: the fleet has cards 0 to 1"):
         async with faulty_fleet(2, "kill 2@time:0"):
+            pass
+    with pytest.raises(ConfigError, match="no channel 'pigeon'"):
+        async with faulty_fleet(2, "kill 1@time:0", channel="pigeon"):
             pass
 
 
