@@ -189,6 +189,9 @@ async def test_a_fault_may_happen_at_a_word(tiny_model: Path, expected: Any) -> 
         # What cannot be done is told.
         injection.strike("slow 0@time:0 x1e9")
         assert "not done: card 0: slower by a factor" in injection.story[-1][1]
+        for text in ("kill 9@time:0", "", "kill 0@time:0; kill 2@time:0"):
+            with pytest.raises(ConfigError):
+                injection.strike(text)
 
 
 async def test_no_memory(tiny_model: Path) -> None:
