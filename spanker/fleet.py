@@ -77,10 +77,12 @@ from spanker.values import Value
 if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
     from spanker.actors import calibration
+    from spanker.actors.around import Around
     from spanker.actors.collectives import Collectives
     from spanker.actors.trace import Trace
     from spanker.actors.tracer import Tracer
     from spanker.card_arrays import CardArrays
+    from spanker.device.base import CardDevice
     from spanker.device.kernel.card import KernelCard
     from spanker.device.kernel.rig import KernelRig
     from spanker.device.virtual.card import VirtualRig
@@ -423,8 +425,11 @@ class Fleet:
         nursery: trio.Nursery,
         default_plan: str,
         recover: bool,
+        devices: Sequence[CardDevice] | None = None,
     ) -> None:
+        """`devices` stand in the place of the rig's cards, where that is not what they are."""
         self.profile = profile
+        self._devices = rig.cards if devices is None else devices
         self._recover = recover
         self._default_plan = default_plan
         self._coordinator = coordinator
@@ -459,7 +464,7 @@ class Fleet:
     @property
     def devices(self) -> tuple[SoftCard | KernelCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
-        return tuple(self._rig.cards)
+        return tuple(self._devices)  # type: ignore[arg-type]
 
     @property
     def behind(self) -> float | None:
@@ -800,6 +805,7 @@ async def open_fleet(
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
     recover: bool = True,
+    _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -823,19 +829,23 @@ async def open_fleet(
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
     with _one_error(first), _rig(specs, chosen, workers, throttle) as rig:
+        devices: Sequence[CardDevice] = rig.cards
+        if _around is not None:
+            devices = [_around.device(card) for card in rig.cards]
         async with (
             _passing_time(rig),
             open_coordinator(
-                rig.cards,
+                devices,
                 chosen,
                 channel=channel,
                 hang_timeout_s=hang_timeout_s,
                 topology=_topology(rig),
+                around=_around,
             ) as coordinator,
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan, recover)
+                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, devices)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

@@ -70,6 +70,7 @@ from spanker.sched.topology import Topology
 from spanker.values import Value
 
 if TYPE_CHECKING:
+    from spanker.actors.around import Around
     from spanker.actors.host_link import HostLink
     from spanker.actors.paced import PacedLink
     from spanker.actors.trace import Trace
@@ -539,13 +540,14 @@ async def open_coordinator(
     channel: str = "memory",
     hang_timeout_s: float = 10.0,
     topology: Topology | None = None,
+    around: Around | None = None,
 ) -> AsyncIterator[Coordinator]:
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
     `topology` says which cards are linked; without it all are.  `channel` is how messages travel:
     `memory` or `unix`.  A profile with a throttled host link
     sends them over that link instead.  The actors own the devices, all modelled or none, and close
-    them.
+    them.  `around` stands around the host's end of every channel.
     """
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
@@ -555,6 +557,8 @@ async def open_coordinator(
         scopes: list[trio.CancelScope] = []
         for device in devices:
             host_end, card_end = channels.pair(f"channel of card {device.number}")
+            if around is not None:
+                host_end = around.channel(device.number, host_end)
             clients.append(CardClient(device.number, host_end))
             # Cancellation from outside must not reach the cards before their coordinator has asked
             # them to stop; it does so below, within STOP_S.
