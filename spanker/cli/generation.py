@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One generation as a command makes it, streamed, and the report of it: what run and drill share."""
+"""One generation as run and drill make it, streamed, and the report of it."""
 
 from __future__ import annotations
 
