@@ -162,6 +162,11 @@ class Injection:
                 self._at(fault.when.seconds, fault)
         nursery.start_soon(self._run)
 
+    def close(self) -> None:
+        """The fleet is closed, or was never opened: let go of what no actor has closed."""
+        for card in self._cards.values():
+            card.close()
+
     def _at(self, seconds: float, fault: Fault) -> None:
         assert self._opened_s is not None
         self.at(self._opened_s + seconds, lambda: self.strike(fault))
@@ -356,6 +361,9 @@ async def faulty_fleet(
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     parsed.check(len(specs))
     injection = Injection(parsed, clients)
-    async with open_fleet(specs, _around=injection, **options) as fleet:
-        injection.start(fleet._nursery)
-        yield fleet, injection
+    try:
+        async with open_fleet(specs, _around=injection, **options) as fleet:
+            injection.start(fleet._nursery)
+            yield fleet, injection
+    finally:
+        injection.close()
