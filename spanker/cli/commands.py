@@ -136,19 +136,20 @@ def drill(
     """Generate as run does, twice: undisturbed, then with cards and links that fail.
 
     \b
-    Says when tokens came and what happened meanwhile, and whether the answer is the
-    same: every token and all logits. If not, or if a fault never happened, it fails.
+    Says when tokens came, what happened meanwhile, and whether the answer is
+    the same: every token and all logits. If not, or if a fault never happened,
+    it fails.
       spanker drill "Once upon a time" --cards 4 --kill 2@token:20
-      spanker drill "Once upon a time" --cards 4 --hang 1@token:9 --hang-timeout 1
-      spanker drill "Once" --cards virtual:4 --profile rev-a --slow 3@token:5x4
+      spanker drill "Once" --cards 4 --hang 1@token:9 --hang-timeout 1
+      spanker drill "Once" --cards virtual:4 --slow 3@token:5x4
 
     \b
     WHEN is one of
       token:20         when the 20th token has come
       time:0.5         so many seconds after the cards were opened
       step:9           just before the 9th step that is submitted to the card
-      command:9:100    at that command of its 9th step, for kill, hang and reset
-    and a slow card or a cut link may get well: "0-2@token:10 for 0.5s".
+      command:9:100    at that command of its 9th step: kill, hang and reset
+    and slow cards and cut links can get well: "0-2@token:10 for 0.5s".
 
     The steps and tokens of virtual cards take modelled time, which is what is shown.
     """
