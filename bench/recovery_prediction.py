@@ -15,6 +15,7 @@ predictions alone, of what a fleet does not do: weights from the cards that are 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -263,7 +264,8 @@ async def _simulate(case: Case) -> Simulated:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """A record of a case; `difference` is the prediction's, as a part of what was simulated."""
+    """A record of a case; `difference` is the prediction's, as a part of what was simulated, and
+    `later_s` how much later than predicted that was."""
     said = predict(case)
     record: dict[str, Any] = {
         "case": case.name,
@@ -283,11 +285,13 @@ def compare(case: Case) -> dict[str, Any]:
         },
         "simulated": None,
         "difference": None,
+        "later_s": None,
     }
     if case.simulated:
         happened = simulate(case)
         record["simulated"] = attrs.asdict(happened)
         record["difference"] = said.seconds / happened.seconds - 1
+        record["later_s"] = happened.seconds - said.seconds
     return record
 
 
@@ -302,6 +306,13 @@ def agrees(record: dict[str, Any]) -> bool:
         if not -bound_s <= happened[name] - said[name] <= bound_s + later_s:
             return False
     return True
+
+
+def save(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write the record; what the two differ by shows in the seventh digit."""
+    record = {"tolerance": TOLERANCE, "tolerance_s": TOLERANCE_S, "cases": records}
+    text = json.dumps(report.rounded(record, digits=8), indent=1)
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
@@ -342,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(records)
     path = options.json or (None if options.only else RESULTS)
     if path:
-        report.save_json(path, {"tolerance": TOLERANCE, "cases": records})
+        save(path, records)
     wrong = [record["case"] for record in records if not agrees(record)]
     for name in wrong:
         print(f"{name}: prediction and simulation do not agree", file=sys.stderr)
