@@ -590,7 +590,7 @@ class Fleet:
         await self._portal.call(lambda: self._fleet.drain(card))
 
     async def admit(self, card: int) -> None:
-        """Use a drained card again; as `spanker.Fleet.admit`."""
+        """Use a drained or lost card again; as `spanker.Fleet.admit`."""
         await self._portal.call(lambda: self._fleet.admit(card))
 
     async def health(self) -> Health:
@@ -618,6 +618,7 @@ async def open_fleet(
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
     recover: bool = True,
+    audit_every: int | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -632,6 +633,7 @@ async def open_fleet(
             hang_timeout_s=hang_timeout_s,
             plan=plan,
             recover=recover,
+            audit_every=audit_every,
         )
     )
     try:

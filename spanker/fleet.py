@@ -48,7 +48,6 @@ from spanker.errors import (
     RequestError,
     SpankerError,
     UnsupportedModelError,
-    again,
 )
 from spanker.events import EventLog
 from spanker.ggml import catalog
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
     from spanker.actors import calibration
     from spanker.actors.around import Around
+    from spanker.actors.audit import Auditor
     from spanker.actors.collectives import Collectives
     from spanker.actors.trace import Trace
     from spanker.actors.tracer import Tracer
@@ -425,11 +425,13 @@ class Fleet:
         nursery: trio.Nursery,
         default_plan: str,
         recover: bool,
+        audit_every: int | None,
         devices: Sequence[CardDevice] | None = None,
     ) -> None:
         """`devices` stand in the place of the rig's cards, where that is not what they are."""
         self.profile = profile
         self._devices = rig.cards if devices is None else devices
+        self._audit_every = audit_every
         self._recover = recover
         self._default_plan = default_plan
         self._coordinator = coordinator
@@ -594,6 +596,7 @@ class Fleet:
                     recover=self._recover,
                     number=number,
                     name=_name(path, metadata),
+                    auditor=self._auditor(placement, number),
                 )
                 for number, replica in enumerate(loaded)
             ]
@@ -606,6 +609,14 @@ class Fleet:
                 # Drained while the model was being loaded.
                 self._nursery.start_soon(_moved, session)
         return out
+
+    def _auditor(self, placement: Placement, number: int) -> Auditor | None:
+        file = placement.file
+        if self._audit_every is None or file is None or self._coordinator.hollow:
+            return None
+        from spanker.actors.audit import Auditor
+
+        return Auditor(self._coordinator, file, self._audit_every, seed=number)
 
     async def arrays(
         self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
@@ -670,7 +681,8 @@ class Fleet:
 
     async def drain(self, card: int) -> None:
         """Take a card out of use without losing a token: models move to the other cards, each
-        between two of its steps.  Returns when no model is on it; then it may fail or be removed.
+        between two of its steps.  Returns when no model is on it; then it may fail or be removed,
+        and `admit` brings it back.
 
         Collectives go on using every card.  Raises ConfigError where there is no such card, and
         what stands in the way, CardMemoryError where the others are too small: then models that
@@ -691,16 +703,18 @@ class Fleet:
             raise
 
     async def admit(self, card: int) -> None:
-        """Use a drained card again: models are planned anew with it, each between two of its steps,
-        and go back to the plan that was asked for where they can.
+        """Use a drained card again, or, as a new one, a card that was lost: models are planned anew
+        with it, each between two of its steps, and go back to the plan that was asked for where
+        they can.
 
-        Raises ConfigError where the card is not drained, CardLostError where it is lost.
+        Raises ConfigError where the card is neither, and of one that is lost what still stands in
+        its way: CardLostError where it is gone or was the last one, CardCommandError where its kind
+        cannot be opened again.
         """
         coordinator = self._coordinator
-        if card in coordinator.lost:
-            raise again(coordinator.lost[card])
-        if card not in coordinator.drained:
-            raise ConfigError(f"card {card} is not drained")
+        if card not in coordinator.lost and card not in coordinator.drained:
+            raise ConfigError(f"card {card} is neither drained nor lost")
+        await coordinator.revive(card)
         coordinator.drained.discard(card)
         for session in self._sessions():
             await session.move()
@@ -805,6 +819,7 @@ async def open_fleet(
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
     recover: bool = True,
+    audit_every: int | None = None,
     _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
@@ -818,13 +833,17 @@ async def open_fleet(
     card that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
     models that are loaded without one.  When a card is lost or hangs, models go on with the cards
     that are left, every generation with the very tokens it would have had; without `recover` they
-    fail.  Raises ConfigError and CardError.
+    fail.  After every `audit_every` steps of a replica one tile of a matrix, drawn at random, is
+    computed again on the host, and a card that has it wrong is lost (spanker/actors/audit.py has
+    the odds).  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
     no longer than it takes to compute.  Those of `hollow:3` skip the arithmetic: their answers are
     those of a model of zeros.
     """
+    if audit_every is not None and audit_every < 1:
+        raise ConfigError(f"audit_every must be at least 1 step, got {audit_every}")
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
@@ -845,7 +864,7 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, devices)
+                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, audit_every, devices)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class Around(Protocol):
-    """Is shown each part of a fleet once, before it is used, and says what stands in its place."""
+    """Is shown each part of a fleet, before it is used, and says what stands in its place."""
 
     def device(self, device: CardDevice) -> CardDevice:
         """What a card's actor takes for its device, and closes."""
 
     def channel(self, card: int, host_end: Channel) -> Channel:
-        """What the coordinator takes for its end of a card's channel, and closes."""
+        """What the coordinator takes for its end of a card's channel, and closes; a new one each
+        time the card is opened again."""

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -21,7 +20,7 @@ import numpy as np
 import trio
 
 from spanker.actors import copying, loading
-from spanker.actors.card import CardActor
+from spanker.actors.card_life import CardLife
 from spanker.actors.card_locks import CardLocks
 from spanker.actors.channel import (
     Channel,
@@ -30,6 +29,7 @@ from spanker.actors.channel import (
     unix_channel_pair,
 )
 from spanker.actors.client import CardClient
+from spanker.actors.link_watch import LinkWatch
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
@@ -47,6 +47,7 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
+from spanker.actors.patience import Patience, in_time
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
 from spanker.device.base import CardDevice
 from spanker.errors import (
@@ -57,13 +58,14 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import CardLost, EventLog
+from spanker.events import CardLost, CardReturned, EventLog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
 from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import Profile
+from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
@@ -74,9 +76,6 @@ if TYPE_CHECKING:
     from spanker.actors.host_link import HostLink
     from spanker.actors.paced import PacedLink
     from spanker.actors.trace import Trace
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 Progress = Callable[[int, int], None]
@@ -99,22 +98,27 @@ class Coordinator:
         modelled: bool = False,
         hollow: bool = False,
         topology: Topology | None = None,
-        scopes: Sequence[trio.CancelScope] = (),
+        lives: Sequence[CardLife] = (),
     ) -> None:
-        self.clients = tuple(clients)
+        # By card number; one that returns has a new one.
+        self.clients = list(clients)
+        self._lives = tuple(lives)
+        self._reviving = trio.Lock()
+        # How often each card has been taken into use anew: what was put on it before is gone.
+        self.births = [0] * len(clients)
         self.profile = profile
         # Cards that are used no more, and why.
         self.lost: dict[int, CardError] = {}
         # Cards that are to hold no model for now.
         self.drained: set[int] = set()
         self.events = EventLog()
-        self._scopes = tuple(scopes)
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
         self.hollow = hollow
         # The model of the host link, where there is one.
         self.host_link: HostLink | PacedLink | None = None
-        self.topology = topology or Topology.with_mock(len(clients))
+        self.links = LinkWatch(self, topology or Topology.with_mock(len(clients)))
+        self._concerned: list[Callable[[], None]] = []
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
         self.trace: Trace | None = None
@@ -130,23 +134,7 @@ class Coordinator:
 
     async def discover(self) -> None:
         """Ask every card what it is; refuses a card that speaks or computes differently."""
-        found: list[CardInfo] = []
-        for client in self.clients:
-            info = await client.request(Describe())
-            if info.protocol_version != PROTOCOL_VERSION:
-                raise CardError(
-                    f"card {client.number} speaks protocol {info.protocol_version}, expected "
-                    f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
-                    card=client.number,
-                )
-            if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
-                raise CardError(
-                    f"card {client.number} computes by semantics {info.semantics_version}, "
-                    f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
-                    card=client.number,
-                )
-            found.append(info)
-        self.cards = tuple(found)
+        self.cards = tuple([await _describe(client) for client in self.clients])
 
     @property
     def alive(self) -> tuple[int, ...]:
@@ -165,10 +153,66 @@ class Coordinator:
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
         self.clients[card].fail(self.lost[card])
-        if self._scopes:
-            self._scopes[card].cancel()
+        if self._lives:
+            self._lives[card].end()
         self.events.tell(CardLost(trio.current_time(), card, _reason(error, card)))
         return True
+
+    async def revive(self, card: int) -> None:
+        """Use a card that was lost again, as a new one; models do not know of it yet.
+
+        Raises what stands in its way, and then the card stays lost.
+        """
+        async with self._reviving:
+            if card in self.lost:
+                await self._revive(card)
+
+    async def _revive(self, card: int) -> None:
+        client: CardClient | None = None
+
+        async def begin() -> None:
+            nonlocal client
+            client = await self._lives[card].again()
+            self.cards = (*self.cards[:card], await _describe(client), *self.cards[card + 1 :])
+
+        try:
+            if not await in_time(self._hang_timeout_s, begin):
+                raise self.silent(card)
+        except BaseException:
+            self._lives[card].end()
+            raise
+        assert client is not None
+        self.clients[card] = client
+        self.births[card] += 1
+        self._epochs[card] = None
+        del self.lost[card]
+        self.links.forget(card)
+        self.events.tell(CardReturned(trio.current_time(), card))
+
+    def whole(self, loaded: LoadedModel) -> bool:
+        """Whether what was loaded is still on all of its cards: none of them is a new one."""
+        return all(self.holds(loaded, card) for card in loaded.plan.cards)
+
+    def holds(self, loaded: LoadedModel, card: int) -> bool:
+        """Whether what was loaded has something on a card, and that is still the same."""
+        if card not in loaded.handles:
+            return False
+        return not loaded.births or loaded.births[card] == self.births[card]
+
+    def concern(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever links have changed; what comes back ends that."""
+        self._concerned.append(listener)
+        return lambda: self._concerned.remove(listener)
+
+    def changed(self) -> None:
+        """For the watch over links: what it says now is not what it said."""
+        for listener in tuple(self._concerned):
+            listener()
+
+    @property
+    def topology(self) -> Topology:
+        """The cards and the links between them, as they are now."""
+        return self.links.topology
 
     def silent(self, card: int) -> CardHungError:
         """The error for a card that has answered nothing for the hang timeout."""
@@ -209,11 +253,21 @@ class Coordinator:
         progress: Progress | None,
         packed: PackedFile | None,
     ) -> tuple[LoadedModel, ...]:
+        births = tuple(self.births)
         replicas = tuple(
-            LoadedModel(model, replica, limits, {c: {} for c in replica.cards}, {})
+            LoadedModel(
+                model,
+                replica,
+                limits,
+                {c: {} for c in replica.cards},
+                {},
+                self.links.down_among(replica.cards),
+                births,
+            )
             for replica in plan.replicas
         )
-        chains = copying.chains(plan, self.profile)
+        # Along a chain everything goes over one link after the other.
+        chains = copying.chains(plan, self.profile, straight=not self.links.down)
         todo = {
             card: llama.uploads(model, gguf, plan.replicas[number], card, limits, packed)
             for (number, card), *_ in chains
@@ -244,12 +298,12 @@ class Coordinator:
                     handles.update(zip((spec.name for spec in specs), new, strict=True))
             number, first = chain[0]
             handles = replicas[number].handles[first]
-            client, uploads = self.clients[first], todo[first]
+            uploads, ask = todo[first], functools.partial(self.ask, first)
             if packed is not None and first in mapping:
                 mapped = [upload for upload in uploads if upload.place is not None]
                 uploads = tuple([upload for upload in uploads if upload.place is None])
-                await loading.map_all(client, packed.fd, mapped, handles, sent)
-            await loading.upload(client, uploads, handles, at_once, sent)
+                await loading.map_all(ask, packed.fd, mapped, handles, sent)
+            await loading.upload(ask, uploads, handles, at_once, sent)
             if len(chain) > 1:
                 names = {upload.buffer for upload in todo[first]}
                 buffers = card_buffers(model.shape, plan.replicas[number], first, limits)
@@ -260,9 +314,7 @@ class Coordinator:
                 )
             for number, card in chain:
                 loaded = replicas[number]
-                made = llama.build_program(model, loaded.plan, card, limits)
-                program = made.encode(loaded.handles[card])
-                loaded.programs[card] = await self.load_program(card, program)
+                loaded.programs[card] = await self._load_step(loaded, card)
 
         sent(0)
         before = await self._memory_used(plan)
@@ -276,21 +328,62 @@ class Coordinator:
             raise
         return replicas
 
+    async def _load_step(self, loaded: LoadedModel, card: int) -> int:
+        """The program of a model's steps on a card, around the links that it avoids."""
+        made = llama.build_program(loaded.model, loaded.plan, card, loaded.limits, loaded.down)
+        return await self.load_program(card, made.encode(loaded.handles[card]))
+
+    async def reroute(self, loaded: LoadedModel) -> LoadedModel:
+        """Have a model's steps go around the links that are down now; its weights and KV stay where
+        they are.  Between two of its steps, for who makes them.
+
+        Raises PlanError where there is no way, when all is as before, and what cards report.
+        """
+        rerouted = attrs.evolve(loaded, down=self.links.down_among(loaded.plan.cards), programs={})
+        check_ways(loaded.plan, rerouted.down)
+        try:
+            for card in loaded.plan.cards:
+                rerouted.programs[card] = await self._load_step(rerouted, card)
+        except BaseException:
+            await self._unload_programs(rerouted)
+            raise
+        await self._unload_programs(loaded)
+        return rerouted
+
+    async def _unload_programs(self, loaded: LoadedModel) -> None:
+        for card in list(loaded.programs):
+            await self.give_program_back(card, loaded.programs.pop(card))
+
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
         between it would leave on the card what nobody knows of.  A card answers it at once, once
         it has come over a host link that all cards may be using."""
-        limit_s = STOP_S
-        if self.profile.host_link_bytes_per_s is not None:
-            nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
-            limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
         try:
-            with trio.move_on_after(limit_s, shield=True):
-                return await client.request(request)
+            with trio.CancelScope(shield=True):
+                reply = await self._ask(client, request, STOP_S)
         except CardLostError:
             # Where everything is being cancelled, the card with it, that is what happened.
             await trio.lowlevel.checkpoint_if_cancelled()
             raise
+        return reply
+
+    async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
+        """A request that a card answers at once, or after the work of a message; CardHungError
+        where it does not within the hang timeout."""
+        limit_s = max(self._hang_timeout_s, STOP_S)
+        return await self._ask(self.clients[card], request, limit_s)
+
+    async def _ask(self, client: CardClient, request: Request[ReplyT], limit_s: float) -> ReplyT:
+        if self.profile.host_link_bytes_per_s is not None:
+            nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
+            limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
+        reply: list[ReplyT] = []
+
+        async def wait() -> None:
+            reply.append(await client.request(request))
+
+        if await in_time(limit_s, wait):
+            return reply.pop()
         raise CardHungError(
             f"card {client.number} has not answered {type(request).__name__} for {limit_s:.3g} s; "
             f"close the fleet and open it without that card",
@@ -308,12 +401,19 @@ class Coordinator:
             request = LoadProgram(buffers=(program,))
             return (await self.owning(self.clients[card], request)).program
 
+    async def give_program_back(self, card: int, program: int) -> None:
+        """The end of what `load_program` began, whatever is being cancelled; bounded in time."""
+
+        async def unload() -> None:
+            with contextlib.suppress(CardError):
+                await self.clients[card].request(UnloadProgram(program))
+
+        with trio.CancelScope(shield=True):
+            await in_time(STOP_S, unload)
+
     async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
-        return {
-            card: (await self.clients[card].request(ReadCounters())).ddr_used_bytes
-            for card in plan.cards
-        }
+        return {card: (await self.ask(card, ReadCounters())).ddr_used_bytes for card in plan.cards}
 
     def _check_memory(
         self, replicas: Sequence[LoadedModel], before: dict[int, int], after: dict[int, int]
@@ -337,23 +437,35 @@ class Coordinator:
                     )
 
     async def unload(self, loaded: LoadedModel) -> None:
-        """Free what a model holds on its cards; a card that is lost has nothing to free."""
+        """Free what a model holds on its cards; a card that is lost has nothing to free, and one
+        that answers nothing for the hang timeout is lost."""
 
-        async def ask(client: CardClient, request: Request[Ok]) -> None:
-            with contextlib.suppress(CardError):
-                await client.request(request)
+        async def free(card: int) -> None:
+            client, handles = self.clients[card], loaded.handles[card]
+            patience = Patience(self._hang_timeout_s)
 
-        async def free(card: int, handles: dict[str, int]) -> None:
-            if card in loaded.programs:
-                await ask(self.clients[card], UnloadProgram(loaded.programs.pop(card)))
-            for name in list(handles):
-                nursery.start_soon(ask, self.clients[card], FreeBuffer(handles.pop(name)))
+            async def ask(request: Request[Ok]) -> None:
+                with contextlib.suppress(CardError):
+                    await client.request(request)
+                patience.came()
+
+            async def free_all() -> None:
+                if card in loaded.programs:
+                    await ask(UnloadProgram(loaded.programs.pop(card)))
+                async with trio.open_nursery() as asking:
+                    for name in list(handles):
+                        asking.start_soon(ask, FreeBuffer(handles.pop(name)))
+
+            if not await patience.with_(free_all):
+                # What it still holds nobody will ever know.
+                self.lose(self.silent(card))
 
         # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
         # does not answer must not keep the others' memory.
         async with trio.open_nursery() as nursery:
-            for card, handles in loaded.handles.items():
-                nursery.start_soon(free, card, handles)
+            for card in loaded.handles:
+                if self.holds(loaded, card):
+                    nursery.start_soon(free, card)
 
     # --- steps ------------------------------------------------------------------------
 
@@ -366,7 +478,7 @@ class Coordinator:
         """
         async with self._locks.holding(loaded.plan.cards):
             await self._agree(loaded.plan.cards)
-            pipe = StepPipe(self, loaded, self._hang_timeout_s)
+            pipe = StepPipe(self, loaded)
             try:
                 yield pipe
             finally:
@@ -446,9 +558,7 @@ class Coordinator:
         for share in loaded.output_shares:
             nbytes = share.vocabulary.size * 4
             handle = loaded.handles[share.card]["logits"]
-            reply = await self.clients[share.card].request(
-                ReadBuffer(handle, output * nbytes, nbytes)
-            )
+            reply = await self.ask(share.card, ReadBuffer(handle, output * nbytes, nbytes))
             parts.append(np.frombuffer(reply.buffers[0], np.float32))
         return np.concatenate(parts)
 
@@ -457,11 +567,14 @@ class Coordinator:
     ) -> None:
         """Enter a new epoch on these cards, or all, and wait until what was posted is back; bounded
         in time.  For who holds the cards between its own steps."""
-        with trio.move_on_after(STOP_S):
+
+        async def enter() -> None:
             async with trio.open_nursery() as nursery:
                 for entering in self._entering(self._every_card if cards is None else cards):
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
+
+        await in_time(STOP_S, enter)
 
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""
@@ -474,8 +587,8 @@ class Coordinator:
         with nothing queued."""
         if self._agreed(cards):
             return
-        with trio.move_on_after(self._hang_timeout_s):
-            await loading.run_all(self._entering(cards))
+        entering = self._entering(cards)
+        await in_time(self._hang_timeout_s, functools.partial(loading.run_all, entering))
         silent = [card for card in cards if self._epochs[card] is None]
         if silent:
             raise self.silent(silent[0])
@@ -503,7 +616,7 @@ class Coordinator:
         found: dict[int, Counters] = {}
         for card in cards:
             with contextlib.suppress(CardError):
-                found[card] = await self.clients[card].request(ReadCounters())
+                found[card] = await self.ask(card, ReadCounters())
         return found
 
     async def stop(self) -> None:
@@ -514,6 +627,24 @@ class Coordinator:
                 for client in self.clients:
                     stopping = functools.partial(client.request, Stop())
                     nursery.start_soon(_ignoring_errors, stopping)
+
+
+async def _describe(client: CardClient) -> CardInfo:
+    """What a card says of itself; CardError where it speaks or computes differently."""
+    info = await client.request(Describe())
+    if info.protocol_version != PROTOCOL_VERSION:
+        raise CardError(
+            f"card {client.number} speaks protocol {info.protocol_version}, expected "
+            f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
+            card=client.number,
+        )
+    if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
+        raise CardError(
+            f"card {client.number} computes by semantics {info.semantics_version}, "
+            f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
+            card=client.number,
+        )
+    return info
 
 
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
@@ -553,37 +684,42 @@ async def open_coordinator(
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
     modelled = any(device.modelled for device in devices)
     async with _channels(profile, channel, modelled) as channels, trio.open_nursery() as nursery:
-        clients: list[CardClient] = []
-        scopes: list[trio.CancelScope] = []
-        for device in devices:
-            host_end, card_end = channels.pair(f"channel of card {device.number}")
-            if around is not None:
-                host_end = around.channel(device.number, host_end)
-            clients.append(CardClient(device.number, host_end))
-            # Cancellation from outside must not reach the cards before their coordinator has asked
-            # them to stop; it does so below, within STOP_S.
-            scopes.append(trio.CancelScope(shield=True))
-            nursery.start_soon(_serve, CardActor(card_end, device), clients[-1], scopes[-1])
+
+        def pair(card: int, name: str) -> tuple[Channel, Channel]:
+            host_end, card_end = channels.pair(name)
+            return host_end if around is None else around.channel(card, host_end), card_end
+
+        lives = [
+            CardLife(nursery, device, functools.partial(pair, device.number)) for device in devices
+        ]
         coordinator = Coordinator(
-            clients,
+            [life.begin() for life in lives],
             profile,
             hang_timeout_s=hang_timeout_s,
             modelled=modelled,
             hollow=all(device.hollow for device in devices),
             topology=topology,
-            scopes=scopes,
+            lives=lives,
         )
         coordinator.host_link = channels.link
+        watching = trio.CancelScope()
+
+        async def watch() -> None:
+            with watching:
+                await coordinator.links.run()
+
         try:
             await coordinator.discover()
+            nursery.start_soon(watch)
             yield coordinator
         finally:
+            watching.cancel()
             with trio.CancelScope(shield=True):
                 await coordinator.stop()
-                for client in clients:
+                for client in coordinator.clients:
                     await client.aclose()
-            for scope in scopes:
-                scope.cancel()
+            for life in lives:
+                life.end()
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -621,35 +757,3 @@ async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIter
             return StreamChannel(host, name=name), StreamChannel(card, name=name)
 
         yield _Channels(stream_pair, link)
-
-
-async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:
-    """Run both ends of a card's channel until told to stop."""
-    with scope:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_supervise, actor, client)
-            await client.run()
-
-
-async def _supervise(actor: CardActor, client: CardClient) -> None:
-    """Turn the end of an actor, however it comes, into an error for whoever waits on its card.
-
-    The channel closes after that: it would only tell that it was closed, not why.
-    """
-    try:
-        try:
-            await actor.serve()
-            error = CardLostError(f"card {client.number} has stopped", card=client.number)
-        except Exception as raised:
-            crash = raised
-            while isinstance(crash, ExceptionGroup):
-                crash = crash.exceptions[0]
-            error = CardLostError(
-                f"card {client.number} is lost: its actor crashed with "
-                f"{type(crash).__name__}: {crash}; close the fleet and open it again",
-                card=client.number,
-            )
-            error.__cause__ = crash
-        client.fail(error)
-    finally:
-        await actor.aclose()

@@ -41,7 +41,7 @@ class FaultyChannel(Channel):
         self._counting = counting
         self._bytes = 0
         self._armed: deque[What] = deque()
-        self._stalled_until = -math.inf
+        self.stalled_until_s = -math.inf
         self._changed = trio.Event()
         self._sending = trio.Lock()
         self._closed = False
@@ -62,7 +62,7 @@ class FaultyChannel(Channel):
     def stall(self, until_s: float) -> None:
         """Hold everything back, both ways, until a time of trio's clock, or longer if it is
         already."""
-        self._stalled_until = max(self._stalled_until, until_s)
+        self.stalled_until_s = max(self.stalled_until_s, until_s)
 
     async def disconnect(self) -> None:
         """The connection breaks."""
@@ -77,13 +77,13 @@ class FaultyChannel(Channel):
             or self._ready
             or self._outgoing
             or self._incoming
-            or trio.current_time() < self._stalled_until
+            or trio.current_time() < self.stalled_until_s
         )
 
     async def _flowing(self) -> None:
         """Wait until nothing holds messages back; no checkpoint where nothing does."""
-        while trio.current_time() < self._stalled_until and not self._closed:
-            with trio.CancelScope(deadline=self._stalled_until):
+        while trio.current_time() < self.stalled_until_s and not self._closed:
+            with trio.CancelScope(deadline=self.stalled_until_s):
                 await self._changed.wait()
 
     def _about_to_go(self, message: Message, request_id: int) -> int:

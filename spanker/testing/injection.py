@@ -150,6 +150,9 @@ class Injection:
                         self.strike(fault)
 
         faulty = FaultyChannel(host_end, f"channel of card {card}", counting)
+        if card in self._channels:
+            # Whatever keeps host and card apart does so on a new channel, too.
+            faulty.stall(self._channels[card].stalled_until_s)
         self._channels[card] = faulty
         return faulty
 
@@ -207,10 +210,15 @@ class Injection:
     def strike(self, fault: Fault | str) -> None:
         """Let a fault happen now, whether it is in the plan or not; its moment does not matter.
 
-        Never blocks.  What cannot be done is told by `story`, too.
+        Never blocks.  ConfigError where the fleet does not have what it names; what cannot be done
+        is told by `story`.
         """
         if isinstance(fault, str):
-            (fault,) = FaultPlan.parse(fault).faults
+            plan = FaultPlan.parse(fault)
+            if len(plan.faults) != 1:
+                raise ConfigError(f"expected one fault, got {len(plan.faults)} in {fault!r}")
+            fault = plan.faults[0]
+        FaultPlan((fault,)).check(len(self._cards))
         self._forget(fault)
         self._tell(str(fault))
         try:
