@@ -35,7 +35,7 @@ import spanker, trio
 
 async def main(path, cards, tokens, options):
     async with spanker.open_fleet(cards, **options) as fleet:
-        model = await fleet.load(path, ctx=1024, kv_tokens=1024)
+        model = await fleet.load(path, ctx=tokens + 32, kv_tokens=tokens + 32)
         for count in (8, tokens):
             ids, times = [], []
             async for token in model.generate("Once upon", max_tokens=count, ignore_eos=True):
