@@ -47,6 +47,7 @@ from spanker.actors.message import (
     Stop,
     UnloadProgram,
 )
+from spanker.actors.patience import Patience, in_time
 from spanker.actors.steps import F32, LoadedModel, StepPipe, StepResult
 from spanker.device.base import CardDevice
 from spanker.errors import (
@@ -283,9 +284,15 @@ class Coordinator:
         if self.profile.host_link_bytes_per_s is not None:
             nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
             limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
+        reply: list[ReplyT] = []
+
+        async def ask() -> None:
+            reply.append(await client.request(request))
+
         try:
-            with trio.move_on_after(limit_s, shield=True):
-                return await client.request(request)
+            with trio.CancelScope(shield=True):
+                if await in_time(limit_s, ask):
+                    return reply.pop()
         except CardLostError:
             # Where everything is being cancelled, the card with it, that is what happened.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -336,23 +343,34 @@ class Coordinator:
                     )
 
     async def unload(self, loaded: LoadedModel) -> None:
-        """Free what a model holds on its cards; a card that is lost has nothing to free."""
+        """Free what a model holds on its cards; a card that is lost has nothing to free, and one
+        that answers nothing for the hang timeout is lost."""
 
-        async def ask(client: CardClient, request: Request[Ok]) -> None:
-            with contextlib.suppress(CardError):
-                await client.request(request)
+        async def free(card: int) -> None:
+            client, handles = self.clients[card], loaded.handles[card]
+            patience = Patience(self._hang_timeout_s)
 
-        async def free(card: int, handles: dict[str, int]) -> None:
-            if card in loaded.programs:
-                await ask(self.clients[card], UnloadProgram(loaded.programs.pop(card)))
-            for name in list(handles):
-                nursery.start_soon(ask, self.clients[card], FreeBuffer(handles.pop(name)))
+            async def ask(request: Request[Ok]) -> None:
+                with contextlib.suppress(CardError):
+                    await client.request(request)
+                patience.came()
+
+            async def free_all() -> None:
+                if card in loaded.programs:
+                    await ask(UnloadProgram(loaded.programs.pop(card)))
+                async with trio.open_nursery() as asking:
+                    for name in list(handles):
+                        asking.start_soon(ask, FreeBuffer(handles.pop(name)))
+
+            if not await patience.with_(free_all):
+                # What it still holds nobody will ever know.
+                self.lose(self.silent(card))
 
         # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
         # does not answer must not keep the others' memory.
         async with trio.open_nursery() as nursery:
-            for card, handles in loaded.handles.items():
-                nursery.start_soon(free, card, handles)
+            for card in loaded.handles:
+                nursery.start_soon(free, card)
 
     # --- steps ------------------------------------------------------------------------
 
@@ -365,7 +383,7 @@ class Coordinator:
         """
         async with self._locks.holding(loaded.plan.cards):
             await self._agree(loaded.plan.cards)
-            pipe = StepPipe(self, loaded, self._hang_timeout_s)
+            pipe = StepPipe(self, loaded)
             try:
                 yield pipe
             finally:
@@ -456,11 +474,14 @@ class Coordinator:
     ) -> None:
         """Enter a new epoch on these cards, or all, and wait until what was posted is back; bounded
         in time.  For who holds the cards between its own steps."""
-        with trio.move_on_after(STOP_S):
+
+        async def enter() -> None:
             async with trio.open_nursery() as nursery:
                 for entering in self._entering(self._every_card if cards is None else cards):
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
+
+        await in_time(STOP_S, enter)
 
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""
@@ -473,8 +494,8 @@ class Coordinator:
         with nothing queued."""
         if self._agreed(cards):
             return
-        with trio.move_on_after(self._hang_timeout_s):
-            await loading.run_all(self._entering(cards))
+        entering = self._entering(cards)
+        await in_time(self._hang_timeout_s, functools.partial(loading.run_all, entering))
         silent = [card for card in cards if self._epochs[card] is None]
         if silent:
             raise self.silent(silent[0])

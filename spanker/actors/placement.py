@@ -18,6 +18,7 @@ import trio
 
 from spanker.actors.loading import run_all
 from spanker.actors.message import Counters, ReadCounters
+from spanker.actors.patience import in_time
 from spanker.actors.steps import LoadedModel
 from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelError, PlanError
 from spanker.ggml.architectures import llama
@@ -195,9 +196,7 @@ class Placement:
         """Free what a replica has on its cards; they are there for the others."""
         replica, self.replicas[number] = self.replicas[number], None
         if replica is not None:
-            # A card that does not answer is found out elsewhere.
-            with trio.move_on_after(self._coordinator.hang_timeout_s):
-                await self._coordinator.unload(replica)
+            await self._coordinator.unload(replica)
 
     def _left_to(self, number: int) -> tuple[int, ...]:
         others = {
@@ -217,10 +216,11 @@ class Placement:
         coordinator, found = self._coordinator, dict[int, Counters]()
 
         async def ask(card: int) -> None:
+            async def count() -> None:
+                found[card] = await coordinator.clients[card].request(ReadCounters())
+
             try:
-                with trio.move_on_after(coordinator.hang_timeout_s):
-                    found[card] = await coordinator.clients[card].request(ReadCounters())
-                if card not in found:
+                if not await in_time(coordinator.hang_timeout_s, count):
                     raise coordinator.silent(card)
             except (CardLostError, CardHungError) as error:
                 if not self._recover:

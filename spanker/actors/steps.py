@@ -8,6 +8,7 @@ A pipe exists only within `Coordinator.steps`, which aborts what is left of it. 
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import trio
 
 from spanker.actors.message import Counters, Message, ReadCounters, RunStep, StepDone
+from spanker.actors.patience import in_time
 from spanker.device.base import Completion
 from spanker.errors import CardAbortedError, CardHungError, SpankerError
 from spanker.ggml.architectures import llama
@@ -37,6 +39,8 @@ _U32, _F32 = struct.Struct("<I"), struct.Struct("<f")
 
 # How often a step in flight is looked at, at most.
 WATCH_S = 1.0
+# How often without seeing anything move before a card counts as hung, at least.
+LOOKS_MIN = 4
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -144,12 +148,9 @@ class StepPipe:
     A card's failure, a hung card and cancellation end the pipe: leave its block.
     """
 
-    def __init__(
-        self, coordinator: Coordinator, loaded: LoadedModel, hang_timeout_s: float
-    ) -> None:
+    def __init__(self, coordinator: Coordinator, loaded: LoadedModel) -> None:
         self._coordinator = coordinator
         self._loaded = loaded
-        self._hang_timeout_s = hang_timeout_s
         self._flights: deque[Flight] = deque()
 
     @property
@@ -209,13 +210,9 @@ class StepPipe:
         return _assemble(self._loaded, flight)
 
     async def _settled(self, flight: Flight) -> None:
-        watch = ProgressWatch(self._coordinator, self._loaded.plan.cards, self._hang_timeout_s)
-        look_s = min(max(WATCH_S, self._hang_timeout_s / 10), self._hang_timeout_s / 4)
-        while not flight.settled.is_set():
-            with trio.move_on_after(look_s):
-                await flight.settled.wait()
-            if not flight.settled.is_set():
-                await watch.look()
+        # A step of a slow card takes long, and to look costs it a message.
+        look_min_s = self._coordinator.hang_timeout_s / 10
+        await settled(self._coordinator, flight, self._loaded.plan.cards, look_min_s)
 
     async def all_back(self) -> None:
         """Wait until every card has answered every step."""
@@ -284,42 +281,55 @@ class Flight:
         return self.errors[0]
 
 
-async def settled(coordinator: Coordinator, flight: Flight, cards: Sequence[int]) -> None:
+async def settled(
+    coordinator: Coordinator, flight: Flight, cards: Sequence[int], look_min_s: float = 0.0
+) -> None:
     """Wait until a run on these cards has settled; CardHungError when none makes progress for the
     hang timeout."""
     watch: ProgressWatch | None = None
     timeout_s = coordinator.hang_timeout_s
+    look_s = min(max(WATCH_S, look_min_s), timeout_s / LOOKS_MIN)
     if flight.settled.is_set():
         await trio.lowlevel.checkpoint()
     while not flight.settled.is_set():
-        with trio.move_on_after(min(WATCH_S, timeout_s / 4)):
+        with trio.move_on_after(look_s):
             await flight.settled.wait()
         if not flight.settled.is_set():
-            watch = watch or ProgressWatch(coordinator, cards, timeout_s)
+            watch = watch or ProgressWatch(coordinator, cards, math.ceil(timeout_s / look_s))
             await watch.look()
 
 
 class ProgressWatch:
-    """Tells a slow step from a hung card: by progress, not by a fixed wait."""
+    """Tells a slow step from a hung card: by progress, not by a fixed wait.
 
-    def __init__(self, coordinator: Coordinator, cards: Sequence[int], timeout_s: float) -> None:
+    It is looks that are counted, not time: while this process stands still nobody looks, and the
+    cards may stand still, too.
+    """
+
+    def __init__(self, coordinator: Coordinator, cards: Sequence[int], looks: int) -> None:
         self._coordinator = coordinator
         self._cards = cards
-        self._timeout_s = timeout_s
+        self._looks = looks
+        self._left = looks
         self._progress = -1
         self._since = trio.current_time()
 
     async def look(self) -> None:
-        """Raise CardHungError when nothing has moved on any card for the timeout."""
+        """Raise CardHungError when nothing has moved on any card between so many looks."""
         counters: dict[int, Counters] = {}
-        with trio.move_on_after(self._timeout_s):
+
+        async def count() -> None:
             for card in self._cards:
                 counters[card] = await self._coordinator.clients[card].request(ReadCounters())
+
+        await in_time(self._coordinator.hang_timeout_s, count)
         missing = [card for card in self._cards if card not in counters]
         progress = sum(c.progress for c in counters.values())
         if progress != self._progress and not missing:
-            self._progress, self._since = progress, trio.current_time()
-        elif missing or trio.current_time() - self._since >= self._timeout_s:
+            self._progress, self._since, self._left = progress, trio.current_time(), self._looks
+            return
+        self._left -= 1
+        if missing or not self._left:
             idle_s = trio.current_time() - self._since
             stuck = missing or [card for card in counters if _stands_still(card, counters)]
             card = stuck[0] if stuck else self._cards[0]

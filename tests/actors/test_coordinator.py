@@ -183,6 +183,20 @@ async def test_unloading_one_model_leaves_the_other(tmp_path: Path) -> None:
         await check_step(coordinator, first, TINY)
 
 
+async def test_a_card_that_is_silent_while_a_model_is_unloaded_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(3, hang_timeout_s=0.2) as (coordinator, rig):
+        loaded = await load(coordinator, TINY, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(coordinator.clients[1], "request", _never)
+            await coordinator.unload(loaded)
+        assert set(coordinator.lost) == {1}
+        assert "has not answered" in str(coordinator.lost[1])
+        used = [rig.cards[card].counters().ddr_used_bytes for card in (0, 2)]
+        assert used == [0, 0]
+
+
 async def test_models_can_be_loaded_at_the_same_time(tmp_path: Path) -> None:
     async with opened(2) as (coordinator, _):
         models = [tiny_llama(seed=i) for i in range(3)]
