@@ -14,7 +14,7 @@ import spanker
 from spanker.actors.virtual_time import run_virtual
 from spanker.testing.misfortune.models import CONTEXT, path_of
 from spanker.testing.misfortune.profiles import INSTANT
-from spanker.testing.misfortune.scenario import Client, Scenario
+from spanker.testing.misfortune.scenario import Client, Scenario, What
 
 # The most that a client may ask for.
 TOKENS_MAX = 24
@@ -52,7 +52,7 @@ def prompt_of(client: Client) -> list[int]:
 
 def question_of(scenario: Scenario, client: Client) -> Question:
     """What a client asks."""
-    model = second_model(scenario) if client.model else scenario.model
+    model = second_model(scenario) if number_of_model(scenario, client) else scenario.model
     prompt = tuple(prompt_of(client))
     if client.score:
         return Question(model, prompt, 0.0, 1.0, 0, True)
@@ -65,6 +65,11 @@ def question_of(scenario: Scenario, client: Client) -> Question:
         0 if greedy else client.sampling_seed,
         False,
     )
+
+
+def number_of_model(scenario: Scenario, client: Client) -> int:
+    """The model that a client asks, the first one where nobody loads a second."""
+    return client.model if any(deed.what is What.LOAD for deed in scenario.deeds) else 0
 
 
 def second_model(scenario: Scenario) -> str:

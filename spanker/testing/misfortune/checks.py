@@ -22,7 +22,7 @@ from spanker.errors import (
 from spanker.events import Replanned
 from spanker.fleet import Model
 from spanker.sched.layout import card_bytes
-from spanker.testing.misfortune.answers import answer_to, question_of
+from spanker.testing.misfortune.answers import answer_to, number_of_model, question_of
 from spanker.testing.misfortune.outcome import Got
 from spanker.testing.misfortune.scenario import Client, Deed, Scenario, What
 from spanker.testing.misfortune.world import World
@@ -88,7 +88,9 @@ def check_deed(world: World, deed: Deed, error: SpankerError) -> None:
 
 
 def check_drained(world: World, card: int) -> None:
-    """A card is said to be drained."""
+    """A card is said to be drained, unless somebody has admitted it meanwhile."""
+    if card not in world.fleet._coordinator.drained:
+        return
     for model in filter(None, world.models):
         if model._replicas.alive and card in model.plan.cards:
             world.violate(f"card {card} is drained, but a model is on it: {model.plan.cards}")
@@ -137,7 +139,7 @@ def _wrong(world: World, client: Client, got: Got) -> list[str]:
 
 def _is_of_load(world: World, client: Client, error: SpankerError) -> bool:
     """Whether its model is not there: `check_load` has seen to the reason."""
-    return world.models[client.model] is None
+    return world.models[number_of_model(world.scenario, client)] is None
 
 
 def wanted(scenario: Scenario, client: Client) -> int:
@@ -166,8 +168,14 @@ def is_idle(world: World) -> bool:
             for session in model._replicas.sessions
         )
         and not coordinator._locks._taken
+        and not _loading(world)
         and not any(client._waiting for client in coordinator.clients)
     )
+
+
+def _loading(world: World) -> bool:
+    """Whether a model is being put somewhere."""
+    return world.fleet._coordinator._load_lock.locked() or world.fleet._load_lock.locked()
 
 
 def check_idle(world: World) -> None:
@@ -183,7 +191,7 @@ def check_idle(world: World) -> None:
     locks = coordinator._locks
     if locks._taken or locks._waiters:
         world.violate(f"cards {sorted(locks._taken)} are locked, {locks._waiters} wait")
-    if coordinator._load_lock.locked() or world.fleet._load_lock.locked():
+    if _loading(world):
         world.violate("a lock of loads is held")
     for client in coordinator.clients:
         if client._waiting or client._unwritten:
@@ -198,7 +206,7 @@ def check_counters(world: World) -> None:
         mine = [
             (client, got)
             for client, got in zip(world.scenario.clients, world.got, strict=True)
-            if client.model == number
+            if number_of_model(world.scenario, client) == number
         ]
         made = sum(len(got.ids) for _, got in mine)
         stats = model.stats

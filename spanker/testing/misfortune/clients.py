@@ -8,9 +8,9 @@ import math
 
 import trio
 
-from spanker.errors import SpankerError
+from spanker.errors import SpankerError, again
 from spanker.fleet import Model
-from spanker.testing.misfortune.answers import prompt_of
+from spanker.testing.misfortune.answers import number_of_model, prompt_of
 from spanker.testing.misfortune.outcome import Got
 from spanker.testing.misfortune.scenario import Client, Way
 from spanker.testing.misfortune.world import World
@@ -25,7 +25,7 @@ async def attend(world: World, number: int) -> None:
         world.tell(f"client {number} asks: {describe(client)}")
         patience_s = math.inf if client.deadline_s is None else client.deadline_s
         with trio.CancelScope(deadline=begin + patience_s) as scope:
-            model = await world.model(client.model)
+            model = await world.model(number_of_model(world.scenario, client))
             if client.score:
                 await _score(world, client, got, model, scope)
             else:
@@ -33,7 +33,8 @@ async def attend(world: World, number: int) -> None:
         if scope.cancelled_caught:
             got.left = "cancelled" if scope.deadline != begin + patience_s else "deadline"
     except SpankerError as error:
-        got.error = error
+        # Its traceback refers to all that was under way.
+        got.error = again(error)
     finally:
         got.ended_s = trio.current_time()
         world.tell(f"client {number} {_ending(got)}")

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from spanker.errors import SpankerError
+from spanker.errors import SpankerError, again
 from spanker.testing.faults import hang, kill
 from spanker.testing.misfortune.answers import second_model
 from spanker.testing.misfortune.checks import check_deed, check_drained
@@ -76,7 +76,7 @@ async def load(world: World, number: int, name: str, plan: str) -> None:
             prompt_chunk=scenario.prompt_chunk,
         )
     except SpankerError as error:
-        world.loaded(number, None, error)
+        world.loaded(number, None, again(error))
         raise
     world.loaded(number, model)
     world.tell(f"{name} is loaded, plan {model.plan.name} on cards {model.plan.cards}")

@@ -36,7 +36,7 @@ FAULTS_MAX = 4
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(f"misfortune {seed}")
-    cards = rng.choices(range(1, CARDS_MAX + 1), (2, 7, 6, 3, 2))[0]
+    cards = rng.choices(range(1, CARDS_MAX + 1), (3, 8, 6, 2, 1))[0]
     model = rng.choice(list(MODELS))
     profile = rng.choices(
         ("instant", "distant", "native", "rev-a", "straggler"), (10, 5, 2, 1, 1)
@@ -44,10 +44,10 @@ def draw(seed: int) -> Scenario:
     plan = _plan(rng, cards, shape_of(model))
     knobs = _knobs(rng)
     ctx = rng.choice((32, 48, 96, 128))
-    chunk = rng.choice((1, 5, 16, 64)) if knobs.outputs_max < 64 else rng.choice((16, 64))
+    chunk = rng.choice((5, 16, 64)) if knobs.outputs_max < 64 else rng.choice((16, 64))
     step_s = 1e-3 if profile in ("instant", "distant") else 0.2e-3
     clients = tuple(
-        _client(rng, ctx, step_s) for _ in range(rng.choices((1, 2, 3, 4, 6), (4, 5, 4, 2, 1))[0])
+        _client(rng, ctx, step_s) for _ in range(rng.choices((1, 2, 3, 4, CLIENTS_MAX), (5, 6, 4, 2, 1))[0])
     )
     deeds = _deeds(rng, cards, clients, step_s)
     if any(deed.what is What.LOAD for deed in deeds):
@@ -116,8 +116,8 @@ def _moment(rng: random.Random, items: int, step_s: float, *, events: bool = Fal
 
 def _client(rng: random.Random, ctx: int, step_s: float) -> Client:
     score = rng.random() < 0.15
-    length = rng.choice([n for n in (1, 3, 17, 40, 80) if n < ctx])
-    tokens = rng.choices((1, 2, 5, 8, 12, 20), (1, 1, 4, 4, 3, 1))[0]
+    length = rng.choice([n for n in (1, 2, 9, 17, 17, 40) if n < ctx])
+    tokens = rng.choices((1, 2, 4, 6, 9, 18), (1, 2, 5, 5, 3, 1))[0]
     made = Client(
         start=Moment() if rng.random() < 0.7 else _moment(rng, 12, step_s),
         prompt_first=rng.choice((0, 100)),
@@ -152,7 +152,7 @@ def _deeds(
 ) -> tuple[Deed, ...]:
     items = sum(client.tokens_max or 2 for client in clients)
     deeds = []
-    for _ in range(rng.choices(range(FAULTS_MAX + 1), (3, 8, 5, 2, 1))[0]):
+    for _ in range(rng.choices(range(FAULTS_MAX + 1), (4, 9, 4, 2, 1))[0]):
         what = rng.choice((What.KILL, What.HANG))
         at = _moment(rng, items, step_s, events=bool(deeds))
         if deeds and rng.random() < 0.2:
@@ -166,7 +166,8 @@ def _deeds(
             more = attrs.evolve(at, items=at.items + rng.randrange(6), then_s=at.then_s + step_s)
             deeds.append(Deed(more, What.ADMIT, card))
     if rng.random() < 0.12:
-        deeds.append(Deed(_moment(rng, items // 2, step_s), What.LOAD))
+        # Clients wait for it, so that it must not wait for their items.
+        deeds.append(Deed(_moment(rng, 0, step_s), What.LOAD))
     return tuple(deeds)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import sys
 import threading
 from contextlib import AbstractContextManager
 
@@ -25,6 +26,9 @@ from spanker.testing.misfortune.profiles import PROFILES
 from spanker.testing.misfortune.scenario import Scenario
 from spanker.testing.misfortune.watchdog import StuckError, Turns, wall_clock
 from spanker.testing.misfortune.world import World
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 # The coordinator gives an abort, or a stop, so long.
 _STOP_S = 2.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import trio
 
+from spanker.errors import SpankerError, again
 from spanker.events import CardLost, Event
 from spanker.fleet import Fleet, Model
 from spanker.testing.misfortune.outcome import Got
@@ -31,7 +32,7 @@ class World:
         self._items = self._events = 0
         self._changed = trio.lowlevel.ParkingLot()
         self._loaded = [trio.Event(), trio.Event()]
-        self._why_not: list[Exception | None] = [None, None]
+        self._why_not: list[SpankerError | None] = [None, None]
         self._active = sum(_at_once(client.start) for client in scenario.clients)
         fleet.events.listen(self._hear)
 
@@ -92,7 +93,7 @@ class World:
 
     # --- models -----------------------------------------------------------------------------
 
-    def loaded(self, number: int, model: Model | None, error: Exception | None = None) -> None:
+    def loaded(self, number: int, model: Model | None, error: SpankerError | None = None) -> None:
         """A model is there, or it is known why not."""
         self.models[number], self._why_not[number] = model, error
         self._loaded[number].set()
@@ -104,7 +105,7 @@ class World:
         if model is None:
             error = self._why_not[number]
             assert error is not None
-            raise error
+            raise again(error)
         return model
 
 
