@@ -590,7 +590,7 @@ class Fleet:
         await self._portal.call(lambda: self._fleet.drain(card))
 
     async def admit(self, card: int) -> None:
-        """Use a drained card again; as `spanker.Fleet.admit`."""
+        """Use a drained or lost card again; as `spanker.Fleet.admit`."""
         await self._portal.call(lambda: self._fleet.admit(card))
 
     async def health(self) -> Health:

@@ -185,6 +185,14 @@ class CardLinkError(CardFaultError):
     """A message from another card failed its checks, after all retries of the link."""
 
 
+class CardLinkDownError(CardError):
+    """A step waits for bytes that cannot come: the link between `card` and `peer` is down."""
+
+    def __init__(self, message: str, *, card: int | None = None, peer: int | None = None) -> None:
+        super().__init__(message, card=card)
+        self.peer = peer
+
+
 class CardAbortedError(CardError):
     """A program was aborted before it finished."""
 

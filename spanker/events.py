@@ -38,6 +38,53 @@ class CardLost(Event):
 
 
 @attrs.frozen(eq=False, repr=False)
+class CardReturned(Event):
+    """A card that was lost is in use again, as new: nothing of before is on it."""
+
+    card: int
+
+    def __str__(self) -> str:
+        return f"card {self.card} is back"
+
+
+@attrs.frozen(eq=False, repr=False)
+class LinkDown(Event):
+    """What goes from a card to its peer, and back, goes another way from now on."""
+
+    card: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"link {self.card}-{self.peer} is down"
+
+
+@attrs.frozen(eq=False, repr=False)
+class LinkUp(Event):
+    """A link that was down is up again, and has been for a while."""
+
+    card: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"link {self.card}-{self.peer} is up again"
+
+
+@attrs.frozen(eq=False, repr=False)
+class Rerouted(Event):
+    """The steps of a model go around the links that are down by now, which may be none: weights and
+    KV are where they were."""
+
+    model: str
+    down: tuple[tuple[int, int], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        links = ", ".join(f"{a}-{b}" for a, b in self.down if a < b or (b, a) not in self.down)
+        ways = f"around {links}" if links else "straight again"
+        return f"{self.model}: steps go {ways}, after {self.seconds:.2f} s"
+
+
+@attrs.frozen(eq=False, repr=False)
 class Replanned(Event):
     """A model goes on with another plan, because its cards `lost` were lost, or, where there are
     none, some were drained or admitted: the plan it had, the one it has now, and how many sequences

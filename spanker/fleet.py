@@ -48,7 +48,6 @@ from spanker.errors import (
     RequestError,
     SpankerError,
     UnsupportedModelError,
-    again,
 )
 from spanker.events import EventLog
 from spanker.ggml import catalog
@@ -665,7 +664,8 @@ class Fleet:
 
     async def drain(self, card: int) -> None:
         """Take a card out of use without losing a token: models move to the other cards, each
-        between two of its steps.  Returns when no model is on it; then it may fail or be removed.
+        between two of its steps.  Returns when no model is on it; then it may fail or be removed,
+        and `admit` brings it back.
 
         Collectives go on using every card.  Raises ConfigError where there is no such card, and
         what stands in the way, CardMemoryError where the others are too small: then models that
@@ -686,16 +686,18 @@ class Fleet:
             raise
 
     async def admit(self, card: int) -> None:
-        """Use a drained card again: models are planned anew with it, each between two of its steps,
-        and go back to the plan that was asked for where they can.
+        """Use a drained card again, or, as a new one, a card that was lost: models are planned anew
+        with it, each between two of its steps, and go back to the plan that was asked for where
+        they can.
 
-        Raises ConfigError where the card is not drained, CardLostError where it is lost.
+        Raises ConfigError where the card is neither, and of one that is lost what still stands in
+        its way: CardLostError where it is gone or was the last one, CardCommandError where its kind
+        cannot be opened again.
         """
         coordinator = self._coordinator
-        if card in coordinator.lost:
-            raise again(coordinator.lost[card])
-        if card not in coordinator.drained:
-            raise ConfigError(f"card {card} is not drained")
+        if card not in coordinator.lost and card not in coordinator.drained:
+            raise ConfigError(f"card {card} is neither drained nor lost")
+        await coordinator.revive(card)
         coordinator.drained.discard(card)
         for session in self._sessions():
             await session.move()

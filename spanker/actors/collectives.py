@@ -41,7 +41,7 @@ from spanker.actors.message import (
 )
 from spanker.actors.steps import Flight, settled
 from spanker.device.base import Lent
-from spanker.errors import CardError, CardMemoryError, SpankerError
+from spanker.errors import CardError, CardLostError, CardMemoryError, SpankerError
 from spanker.kernels.program import encode_step
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ RELEASE_S = 2.0
 
 @attrs.frozen
 class Resident:
-    """An array's buffers, one a card, by handle; equal ones are the same memory."""
+    """An array's buffers, one a card, by handle; equal ones are the same memory.  `births` are
+    those of the cards (`Coordinator.births`) when it was made: on a newer one it is no more."""
 
     handles: tuple[int, ...]
     nbytes: int
+    births: tuple[int, ...]
 
 
 Memory = memoryview | None
@@ -75,10 +77,11 @@ Memory = memoryview | None
 
 class _Key(NamedTuple):
     """A tuple, because it is looked up with every call.  `resident` is empty, or has an item for
-    each of the work's arrays."""
+    each of the work's arrays; `changes` counts what has become of links and cards."""
 
     work: Work
     resident: tuple[Resident | None, ...]
+    changes: int
 
 
 @attrs.define(eq=False)
@@ -97,6 +100,8 @@ class _Card:
 @attrs.define(eq=False)
 class _Prepared:
     lent: bool
+    # As they were when it was made.
+    births: tuple[int, ...]
     cards: list[_Card] = attrs.Factory(list)
     card_bytes: int = 0
     users: int = 0
@@ -132,7 +137,7 @@ class Collectives:
         Raises what the cards report, CardHungError, CardMemoryError.  Cancelled or failed, what the
         outputs hold is undefined; nobody writes to them any more, unless a card hangs.
         """
-        key = _Key(work, tuple(resident))
+        key = _Key(work, tuple(resident), self._coordinator.links.changes)
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = await self._get(key)
@@ -279,6 +284,10 @@ class Collectives:
             return await self._prepare(key) if prepared is None else prepared
 
     async def _prepare(self, key: _Key) -> _Prepared:
+        for array in key.resident:
+            if array is not None:
+                for card in range(self.cards):
+                    self._check(array, card)
         lent = self.lends and not any(key.resident) and self._lendable(key.work)
         works = build(key.work, self._coordinator.topology, meet=self._meet)
         resident = {
@@ -310,7 +319,7 @@ class Collectives:
     async def _load(
         self, key: _Key, lent: bool, resident: Mapping[str, Resident], works: Sequence[CardWork]
     ) -> _Prepared:
-        prepared = _Prepared(lent)
+        prepared = _Prepared(lent, tuple(self._coordinator.births))
         try:
             for client, work in zip(self._clients, works, strict=True):
                 prepared.cards.append(_Card())
@@ -375,29 +384,40 @@ class Collectives:
             resident = self._doomed.pop()
             for key in [key for key in self._prepared if resident in key.resident]:
                 await self._release(self._prepared.pop(key))
-            await self._free(resident.handles)
+            await self._free(resident.handles, resident.births)
 
     async def allocate(self, nbytes: int) -> Resident:
         """A buffer of so many bytes on every card."""
         handles: list[int] = []
         async with self._coordinator.changing_memory():
+            births = tuple(self._coordinator.births)
             try:
                 for client in self._clients:
                     reply = await self._coordinator.owning(client, AllocBuffers((nbytes,)))
                     handles += reply.handles
             except BaseException:
-                await self._free(handles)
+                await self._free(handles, births)
                 raise
-        return Resident(tuple(handles), nbytes)
+        return Resident(tuple(handles), nbytes, births)
 
-    async def _free(self, handles: Sequence[int]) -> None:
-        """One buffer a card, from the first card on."""
+    async def _free(self, handles: Sequence[int], births: Sequence[int]) -> None:
+        """One buffer a card, from the first card on, where it is still there."""
         with trio.move_on_after(RELEASE_S, shield=True):
-            for client, handle in zip(self._clients, handles, strict=False):
-                await _ask(client, FreeBuffer(handle))
+            for card, handle in enumerate(handles):
+                if births[card] == self._coordinator.births[card]:
+                    await _ask(self._clients[card], FreeBuffer(handle))
+
+    def _check(self, resident: Resident, card: int) -> None:
+        if resident.births[card] != self._coordinator.births[card]:
+            raise CardLostError(
+                f"card {card} has been lost and is a new one now: the values that an array had on "
+                f"it are gone; make a new array with `fleet.arrays`",
+                card=card,
+            )
 
     async def write(self, resident: Resident, card: int, data: memoryview) -> None:
         """Fill the buffer of a card."""
+        self._check(resident, card)
         for at in range(0, data.nbytes, PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             writes = ((resident.handles[card], at, piece.nbytes),)
@@ -405,6 +425,7 @@ class Collectives:
 
     async def read(self, resident: Resident, card: int, data: memoryview) -> None:
         """Bring the buffer of a card."""
+        self._check(resident, card)
         for at in range(0, data.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, data.nbytes - at)
             request = ReadBuffer(resident.handles[card], at, nbytes)
@@ -434,8 +455,9 @@ class Collectives:
 
         with trio.move_on_after(RELEASE_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for client, card in zip(self._clients, prepared.cards, strict=False):
-                    nursery.start_soon(release, client, card)
+                for number, card in enumerate(prepared.cards):
+                    if prepared.births[number] == self._coordinator.births[number]:
+                        nursery.start_soon(release, self._clients[number], card)
 
 
 def _lent(card: _Card, number: int, memory: Sequence[Sequence[Memory]]) -> list[Any]:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -21,7 +20,7 @@ import numpy as np
 import trio
 
 from spanker.actors import copying, loading
-from spanker.actors.card import CardActor
+from spanker.actors.card_life import CardLife
 from spanker.actors.card_locks import CardLocks
 from spanker.actors.channel import (
     Channel,
@@ -30,6 +29,7 @@ from spanker.actors.channel import (
     unix_channel_pair,
 )
 from spanker.actors.client import CardClient
+from spanker.actors.link_watch import LinkWatch
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
@@ -58,13 +58,14 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import CardLost, EventLog
+from spanker.events import CardLost, CardReturned, EventLog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
 from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import Profile
+from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits
 from spanker.sched.topology import Topology
@@ -74,9 +75,6 @@ if TYPE_CHECKING:
     from spanker.actors.host_link import HostLink
     from spanker.actors.paced import PacedLink
     from spanker.actors.trace import Trace
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 Progress = Callable[[int, int], None]
@@ -99,22 +97,27 @@ class Coordinator:
         modelled: bool = False,
         hollow: bool = False,
         topology: Topology | None = None,
-        scopes: Sequence[trio.CancelScope] = (),
+        lives: Sequence[CardLife] = (),
     ) -> None:
-        self.clients = tuple(clients)
+        # By card number; one that returns has a new one.
+        self.clients = list(clients)
+        self._lives = tuple(lives)
+        self._reviving = trio.Lock()
+        # How often each card has been taken into use anew: what was put on it before is gone.
+        self.births = [0] * len(clients)
         self.profile = profile
         # Cards that are used no more, and why.
         self.lost: dict[int, CardError] = {}
         # Cards that are to hold no model for now.
         self.drained: set[int] = set()
         self.events = EventLog()
-        self._scopes = tuple(scopes)
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
         self.hollow = hollow
         # The model of the host link, where there is one.
         self.host_link: HostLink | PacedLink | None = None
-        self.topology = topology or Topology.with_mock(len(clients))
+        self.links = LinkWatch(self, topology or Topology.with_mock(len(clients)))
+        self._concerned: list[Callable[[], None]] = []
         self.cards: tuple[CardInfo, ...] = ()
         # Where what happens is told, while someone wants to know.
         self.trace: Trace | None = None
@@ -130,23 +133,7 @@ class Coordinator:
 
     async def discover(self) -> None:
         """Ask every card what it is; refuses a card that speaks or computes differently."""
-        found: list[CardInfo] = []
-        for client in self.clients:
-            info = await client.request(Describe())
-            if info.protocol_version != PROTOCOL_VERSION:
-                raise CardError(
-                    f"card {client.number} speaks protocol {info.protocol_version}, expected "
-                    f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
-                    card=client.number,
-                )
-            if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
-                raise CardError(
-                    f"card {client.number} computes by semantics {info.semantics_version}, "
-                    f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
-                    card=client.number,
-                )
-            found.append(info)
-        self.cards = tuple(found)
+        self.cards = tuple([await _describe(client) for client in self.clients])
 
     @property
     def alive(self) -> tuple[int, ...]:
@@ -165,10 +152,66 @@ class Coordinator:
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
         self.clients[card].fail(self.lost[card])
-        if self._scopes:
-            self._scopes[card].cancel()
+        if self._lives:
+            self._lives[card].end()
         self.events.tell(CardLost(trio.current_time(), card, _reason(error, card)))
         return True
+
+    async def revive(self, card: int) -> None:
+        """Use a card that was lost again, as a new one; models do not know of it yet.
+
+        Raises what stands in its way, and then the card stays lost.
+        """
+        async with self._reviving:
+            if card in self.lost:
+                await self._revive(card)
+
+    async def _revive(self, card: int) -> None:
+        client: CardClient | None = None
+
+        async def begin() -> None:
+            nonlocal client
+            client = await self._lives[card].again()
+            self.cards = (*self.cards[:card], await _describe(client), *self.cards[card + 1 :])
+
+        try:
+            if not await in_time(self._hang_timeout_s, begin):
+                raise self.silent(card)
+        except BaseException:
+            self._lives[card].end()
+            raise
+        assert client is not None
+        self.clients[card] = client
+        self.births[card] += 1
+        self._epochs[card] = None
+        del self.lost[card]
+        self.links.forget(card)
+        self.events.tell(CardReturned(trio.current_time(), card))
+
+    def whole(self, loaded: LoadedModel) -> bool:
+        """Whether what was loaded is still on all of its cards: none of them is a new one."""
+        return all(self.holds(loaded, card) for card in loaded.plan.cards)
+
+    def holds(self, loaded: LoadedModel, card: int) -> bool:
+        """Whether what was loaded has something on a card, and that is still the same."""
+        if card not in loaded.handles:
+            return False
+        return not loaded.births or loaded.births[card] == self.births[card]
+
+    def concern(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever links have changed; what comes back ends that."""
+        self._concerned.append(listener)
+        return lambda: self._concerned.remove(listener)
+
+    def changed(self) -> None:
+        """For the watch over links: what it says now is not what it said."""
+        for listener in tuple(self._concerned):
+            listener()
+
+    @property
+    def topology(self) -> Topology:
+        """The cards and the links between them, as they are now."""
+        return self.links.topology
 
     def silent(self, card: int) -> CardHungError:
         """The error for a card that has answered nothing for the hang timeout."""
@@ -209,11 +252,21 @@ class Coordinator:
         progress: Progress | None,
         packed: PackedFile | None,
     ) -> tuple[LoadedModel, ...]:
+        births = tuple(self.births)
         replicas = tuple(
-            LoadedModel(model, replica, limits, {c: {} for c in replica.cards}, {})
+            LoadedModel(
+                model,
+                replica,
+                limits,
+                {c: {} for c in replica.cards},
+                {},
+                self.links.down_among(replica.cards),
+                births,
+            )
             for replica in plan.replicas
         )
-        chains = copying.chains(plan, self.profile)
+        # Along a chain everything goes over one link after the other.
+        chains = copying.chains(plan, self.profile, straight=not self.links.down)
         todo = {
             card: llama.uploads(model, gguf, plan.replicas[number], card, limits, packed)
             for (number, card), *_ in chains
@@ -260,9 +313,7 @@ class Coordinator:
                 )
             for number, card in chain:
                 loaded = replicas[number]
-                made = llama.build_program(model, loaded.plan, card, limits)
-                program = made.encode(loaded.handles[card])
-                loaded.programs[card] = await self.load_program(card, program)
+                loaded.programs[card] = await self._load_step(loaded, card)
 
         sent(0)
         before = await self._memory_used(plan)
@@ -275,6 +326,39 @@ class Coordinator:
                     await self.unload(loaded)
             raise
         return replicas
+
+    async def _load_step(self, loaded: LoadedModel, card: int) -> int:
+        """The program of a model's steps on a card, around the links that it avoids."""
+        made = llama.build_program(loaded.model, loaded.plan, card, loaded.limits, loaded.down)
+        return await self.load_program(card, made.encode(loaded.handles[card]))
+
+    async def reroute(self, loaded: LoadedModel) -> LoadedModel:
+        """Have a model's steps go around the links that are down now; its weights and KV stay where
+        they are.  Between two of its steps, for who makes them.
+
+        Raises PlanError where there is no way, when all is as before, and what cards report.
+        """
+        rerouted = attrs.evolve(loaded, down=self.links.down_among(loaded.plan.cards), programs={})
+        check_ways(loaded.plan, rerouted.down)
+        try:
+            for card in loaded.plan.cards:
+                rerouted.programs[card] = await self._load_step(rerouted, card)
+        except BaseException:
+            await self._unload_programs(rerouted)
+            raise
+        await self._unload_programs(loaded)
+        return rerouted
+
+    async def _unload_programs(self, loaded: LoadedModel) -> None:
+        """Whatever is being cancelled: nobody else knows of them.  Bounded in time."""
+
+        async def unload() -> None:
+            for card in list(loaded.programs):
+                with contextlib.suppress(CardError):
+                    await self.clients[card].request(UnloadProgram(loaded.programs.pop(card)))
+
+        with trio.CancelScope(shield=True):
+            await in_time(STOP_S, unload)
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -370,7 +454,8 @@ class Coordinator:
         # does not answer must not keep the others' memory.
         async with trio.open_nursery() as nursery:
             for card in loaded.handles:
-                nursery.start_soon(free, card)
+                if self.holds(loaded, card):
+                    nursery.start_soon(free, card)
 
     # --- steps ------------------------------------------------------------------------
 
@@ -536,6 +621,24 @@ class Coordinator:
                     nursery.start_soon(_ignoring_errors, stopping)
 
 
+async def _describe(client: CardClient) -> CardInfo:
+    """What a card says of itself; CardError where it speaks or computes differently."""
+    info = await client.request(Describe())
+    if info.protocol_version != PROTOCOL_VERSION:
+        raise CardError(
+            f"card {client.number} speaks protocol {info.protocol_version}, expected "
+            f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
+            card=client.number,
+        )
+    if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
+        raise CardError(
+            f"card {client.number} computes by semantics {info.semantics_version}, "
+            f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
+            card=client.number,
+        )
+    return info
+
+
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
     with contextlib.suppress(SpankerError):
         await job()
@@ -572,35 +675,35 @@ async def open_coordinator(
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
     modelled = any(device.modelled for device in devices)
     async with _channels(profile, channel, modelled) as channels, trio.open_nursery() as nursery:
-        clients: list[CardClient] = []
-        scopes: list[trio.CancelScope] = []
-        for device in devices:
-            host_end, card_end = channels.pair(f"channel of card {device.number}")
-            clients.append(CardClient(device.number, host_end))
-            # Cancellation from outside must not reach the cards before their coordinator has asked
-            # them to stop; it does so below, within STOP_S.
-            scopes.append(trio.CancelScope(shield=True))
-            nursery.start_soon(_serve, CardActor(card_end, device), clients[-1], scopes[-1])
+        lives = [CardLife(nursery, device, channels.pair) for device in devices]
         coordinator = Coordinator(
-            clients,
+            [life.begin() for life in lives],
             profile,
             hang_timeout_s=hang_timeout_s,
             modelled=modelled,
             hollow=all(device.hollow for device in devices),
             topology=topology,
-            scopes=scopes,
+            lives=lives,
         )
         coordinator.host_link = channels.link
+        watching = trio.CancelScope()
+
+        async def watch() -> None:
+            with watching:
+                await coordinator.links.run()
+
         try:
             await coordinator.discover()
+            nursery.start_soon(watch)
             yield coordinator
         finally:
+            watching.cancel()
             with trio.CancelScope(shield=True):
                 await coordinator.stop()
-                for client in clients:
+                for client in coordinator.clients:
                     await client.aclose()
-            for scope in scopes:
-                scope.cancel()
+            for life in lives:
+                life.end()
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -638,35 +741,3 @@ async def _channels(profile: Profile, channel: str, modelled: bool) -> AsyncIter
             return StreamChannel(host, name=name), StreamChannel(card, name=name)
 
         yield _Channels(stream_pair, link)
-
-
-async def _serve(actor: CardActor, client: CardClient, scope: trio.CancelScope) -> None:
-    """Run both ends of a card's channel until told to stop."""
-    with scope:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_supervise, actor, client)
-            await client.run()
-
-
-async def _supervise(actor: CardActor, client: CardClient) -> None:
-    """Turn the end of an actor, however it comes, into an error for whoever waits on its card.
-
-    The channel closes after that: it would only tell that it was closed, not why.
-    """
-    try:
-        try:
-            await actor.serve()
-            error = CardLostError(f"card {client.number} has stopped", card=client.number)
-        except Exception as raised:
-            crash = raised
-            while isinstance(crash, ExceptionGroup):
-                crash = crash.exceptions[0]
-            error = CardLostError(
-                f"card {client.number} is lost: its actor crashed with "
-                f"{type(crash).__name__}: {crash}; close the fleet and open it again",
-                card=client.number,
-            )
-            error.__cause__ = crash
-        client.fail(error)
-    finally:
-        await actor.aclose()

@@ -37,10 +37,11 @@ Chain = tuple[tuple[int, int], ...]
 the replica, card)."""
 
 
-def chains(plan: FleetPlan, profile: Profile) -> tuple[Chain, ...]:
-    """Every card of a plan once, in order of the first cards' replicas."""
+def chains(plan: FleetPlan, profile: Profile, *, straight: bool = True) -> tuple[Chain, ...]:
+    """Every card of a plan once, in order of the first cards' replicas.  Unless every card can send
+    `straight` to every other, each has a chain of its own."""
     host = profile.host_link_bytes_per_s
-    slow = host is not None and host < profile.intercard_bytes_per_s
+    slow = straight and host is not None and host < profile.intercard_bytes_per_s
     alike: dict[object, list[int]] = {}
     for number, replica in enumerate(plan.replicas):
         alike.setdefault(_form(replica) if slow else number, []).append(number)

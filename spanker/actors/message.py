@@ -40,7 +40,7 @@ from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 from spanker.values import Value
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -314,7 +314,7 @@ class Counters(Message):
 
     `progress` grows whenever anything gets done; `queued` submissions have not completed;
     `waiting_for` is the card whose link the current command waits on.  The link counters are by
-    card number.
+    card number; `links_down` are the cards whose link with this one is not up.
     """
 
     commands: U64
@@ -329,6 +329,7 @@ class Counters(Message):
     waiting_for: CardNumber
     link_tx_bytes: LinkCounters
     link_rx_bytes: LinkCounters
+    links_down: LinkCounters = ()
 
 
 @_wire(0x88, buffers=1)

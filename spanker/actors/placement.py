@@ -24,6 +24,7 @@ from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelE
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
+from spanker.sched.detours import check_ways, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
 from spanker.sched.plan import (
@@ -179,8 +180,8 @@ class Placement:
                         self._model.shape, plan, before.limits, free, before.limits.kv_pages
                     )
                     if held is not None:
-                        if plan.stages == held.plan.stages:
-                            return held
+                        if plan.stages == held.plan.stages and coordinator.whole(held):
+                            return await self._rerouted(number, held)
                         held = None
                         await self.give_up(number)
                     limits = attrs.evolve(before.limits, kv_pages=pages)
@@ -191,6 +192,21 @@ class Placement:
                         raise
         self.replicas[number] = loaded
         return loaded
+
+    async def reroute(self, number: int) -> LoadedModel:
+        """Have a replica's steps go around the links that are down, where it is.
+
+        Raises PlanError where there is no way, and what cards report; then all is as before.
+        """
+        held = self.replicas[number]
+        assert held is not None
+        return await self._rerouted(number, held)
+
+    async def _rerouted(self, number: int, held: LoadedModel) -> LoadedModel:
+        links = self._coordinator.links
+        if links.down_among(held.plan.cards) != held.down:
+            held = self.replicas[number] = await self._coordinator.reroute(held)
+        return held
 
     async def give_up(self, number: int) -> None:
         """Free what a replica has on its cards; they are there for the others."""
@@ -230,12 +246,16 @@ class Placement:
         await run_all([functools.partial(ask, card) for card in candidates])
         if not found:
             raise CardLostError("no card is left to load the model onto")
+        if coordinator.links.down and self._flexible:
+            # Cards between which there is no way can share nothing.
+            together = reaching(sorted(found), coordinator.links.down)[0]
+            found = {card: found[card] for card in together}
         shape, limits = self._model.shape, self._wanted.limits
         free = [0] * len(coordinator.clients)
         for card, counters in found.items():
             rounding = rounding_bytes(shape, limits, coordinator.cards[card].ddr_granule)
             free[card] = counters.ddr_total_bytes - counters.ddr_used_bytes - rounding
-            if held is not None and card in held.plan.cards:
+            if held is not None and coordinator.holds(held, card):
                 free[card] += card_bytes(
                     shape,
                     held.plan,
@@ -248,17 +268,21 @@ class Placement:
     def _replan(self, number: int, cards: Sequence[int], free: Sequence[int]) -> Plan:
         """The plan for what there is: as asked where its cards are there or any will do, else the
         best."""
+        down = self._coordinator.links.down
         if not self._flexible and set(self._first[number].cards) <= set(cards):
-            return self._first[number]
+            with contextlib.suppress(PlanError):
+                check_ways(self._first[number], down)
+                return self._first[number]
+        if down:
+            cards = reaching(cards, down)[0]
         if self._asked in _ANY_CARDS:
             with contextlib.suppress(PlanError):
                 plan = self._plan(self._asked, cards, free, None).replicas[0]
+                check_ways(plan, down)
                 with contextlib.suppress(CardMemoryError):
                     fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
                     return plan
-        found = self._plan("auto", cards, free, None)
-        # One replica is asked for: of several side by side the first is the model, too.
-        return found.replicas[0]
+        return self._plan("auto", cards, free, None).replicas[0]
 
     def _plan(
         self,
@@ -290,17 +314,30 @@ class Placement:
         )
         made = plan_for(plan, request)
         if plan.strip().lower() == "auto":
-            return made
+            # One that is asked for anew stands for one replica: the first is the model, too.
+            return made if self._has_ways(made) else self._plan("tp", cards, free, kv_tokens)
         if is_path(plan):
             return self._checked(made, shape, cards)
         replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
         return attrs.evolve(made, replicas=replicas)
+
+    def _has_ways(self, plan: FleetPlan) -> bool:
+        """Whether the cards of each replica reach each other: those of a part of the fleet may be
+        linked by others alone."""
+        try:
+            for replica in plan.replicas:
+                check_ways(replica, self._coordinator.links.down)
+        except PlanError:
+            return False
+        return True
 
     def _checked(self, plan: FleetPlan, shape: ModelShape, cards: Sequence[int]) -> FleetPlan:
         check_fleet_plan(shape, plan, len(self._coordinator.clients))
         missing = sorted(set(plan.cards) - set(cards))
         if missing:
             raise PlanError(f"plan {plan.name} uses card {missing[0]}, which is lost")
+        for replica in plan.replicas:
+            check_ways(replica, self._coordinator.links.down)
         return plan
 
     async def _load(

@@ -24,21 +24,23 @@ import numpy as np
 import trio
 
 from spanker.actors.coordinator import Coordinator
+from spanker.actors.decisions import Action, Failure, Situation, decide
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
-    CardFaultError,
+    CardError,
     CardHungError,
-    CardLinkError,
+    CardLinkDownError,
     CardLostError,
     CardMemoryError,
     ConfigError,
     ContextLengthError,
+    PlanError,
     RequestError,
     SpankerError,
     again,
 )
-from spanker.events import LinkRetried, Replanned, ReplicaLost
+from spanker.events import LinkRetried, Replanned, ReplicaLost, Rerouted
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
@@ -50,8 +52,6 @@ RUN_AHEAD_MAX = 64
 SCORE_AHEAD_MAX = 4
 # Steps that are on the cards at once: one runs, the next waits behind it.
 STEPS_AHEAD = 2
-# How often a step is made again, without another one in between, that a link has failed.
-LINK_RETRIES_MAX = 2
 # Requests that may wait for KV pages.
 WAITING_MAX = 4096
 
@@ -234,9 +234,11 @@ class Session:
         # Who takes its sequences once it is over.
         self.heir: Heir | None = None
         self._placement = placement
-        self._recovers = recover
+        self._recovers = recover and placement is not None
         self._moves: list[_Move] = []
         self._link_faults = 0
+        # The changes of links that are known here.
+        self._links = coordinator.links.changes
         # Whether sequences that had pages side by side may not all have them any more.
         self._crowded = False
         self.pool = PagePool(loaded.limits.kv_pages)
@@ -359,9 +361,11 @@ class Session:
     async def run(self) -> None:
         """Make steps until cancelled.  A fault ends the sequences of its step; a lost or hung card
         ends the session where nothing is left to go on with, and so does the end of this task."""
+        unconcern = self.coordinator.concern(self.wake)
         try:
             await self._run()
         finally:
+            unconcern()
             self._fail(
                 RequestError(
                     "the fleet is closed: use its models only inside of the `async with` block "
@@ -374,6 +378,13 @@ class Session:
             if self._moves:
                 await self._move()
                 continue
+            if self._links != self.coordinator.links.changes:
+                await self._reroute()
+                continue
+            if not self.coordinator.whole(self.loaded):
+                # A card was lost and has come back while nobody looked.
+                await self._replace(trio.current_time(), None)
+                continue
             if not self._plan_batch():
                 self._work = trio.Event()
                 await self._work.wait()
@@ -381,25 +392,8 @@ class Session:
             failure: SpankerError | None = None
             try:
                 await self._run_steps()
-            except CardLinkError as error:
-                # Bytes that got lost on their way: what was computed from them is nowhere kept.
-                self._link_faults += 1
-                if self._link_faults > LINK_RETRIES_MAX:
-                    self._link_faults = 0
-                    self._end(tuple(s for s, _ in self._flights[0]), error)
-                else:
-                    attempt, now = self._link_faults, trio.current_time()
-                    self.coordinator.events.tell(
-                        LinkRetried(now, self.name, error.card, attempt, str(error))
-                    )
-            except CardFaultError as error:
-                # Of the oldest step; what was queued behind it can be made again.  So can that step
-                # without those that have ended since it was planned: the fault may be theirs.
-                batch = tuple(s for s, _ in self._flights[0])
-                if not any(s.ended for s in batch):
-                    self._end(batch, error)
             except SpankerError as error:
-                failure = error
+                failure = self._failed(error)
             finally:
                 self._step_scope = None
                 flown = [s for batch in self._flights for s, _ in batch]
@@ -411,32 +405,86 @@ class Session:
             if failure is not None:
                 await self._recover(failure)
 
+    def _failed(self, error: SpankerError) -> SpankerError | None:
+        """Do what can be done at once about the failure of the oldest step; what was queued behind
+        it can be made again.  What is left for `_recover` comes back."""
+        batch = tuple(s for s, _ in self._flights[0]) if self._flights else ()
+        situation = Situation(
+            Failure.of(error),
+            retries=self._link_faults,
+            ended=any(s.ended for s in batch),
+            recovers=self._recovers,
+            blamed=isinstance(error, CardError) and error.card is not None,
+        )
+        action = decide(situation)
+        if action in (Action.REPLAN, Action.GIVE_UP):
+            return error
+        if situation.failure in (Failure.LINK, Failure.LINK_DOWN):
+            # Bytes that got lost on their way: what was computed from them is nowhere kept.
+            self._link_faults = 0 if action is Action.END_SEQUENCES else self._link_faults + 1
+        if action is Action.REROUTE and isinstance(error, CardLinkDownError):
+            assert error.card is not None and error.peer is not None
+            self.coordinator.links.lose(error.card, error.peer)
+        elif action is Action.RETRY and situation.failure is Failure.LINK:
+            assert isinstance(error, CardError)
+            attempt, now = self._link_faults, trio.current_time()
+            self.coordinator.events.tell(
+                LinkRetried(now, self.name, error.card, attempt, str(error))
+            )
+        elif action is Action.END_SEQUENCES:
+            self._end(batch, error)
+        return None
+
     async def _recover(self, failure: SpankerError) -> None:
         """Go on after a failure on the cards that are left; where there is no way, the session is
         over."""
-        placement, begin = self._placement, trio.current_time()
+        begin = trio.current_time()
         if (
-            placement is None
-            or not self._recovers
-            or not isinstance(failure, CardLostError | CardHungError)
+            self._recovers
+            and isinstance(failure, CardLostError | CardHungError)
+            and self.coordinator.lose(failure)
         ):
+            await self._replace(begin, failure)
+        else:
             self._fail(failure)
-            return
-        coordinator, before = self.coordinator, self.loaded.plan
-        if not coordinator.lose(failure):
-            self._fail(failure)
+
+    async def _replace(self, begin: float, failure: SpankerError | None) -> None:
+        """Have the model put on cards that can hold it, and go on there."""
+        placement, before = self._placement, self.loaded.plan
+        if placement is None or not self._recovers:
+            self._fail(failure or CardLostError("a card that holds the model was lost"))
             return
         self._suspend()
         try:
             loaded = await placement.replace(self.number)
         except SpankerError as error:
-            error.__cause__ = failure
+            if error is not failure:
+                error.__cause__ = failure
             await placement.give_up(self.number)
             self._give_up(error)
             return
         resumed = self._resume_on(loaded)
-        lost = tuple(card for card in before.cards if card in coordinator.lost)
+        lost = tuple(card for card in before.cards if card in self.coordinator.lost)
         self._tell_replanned(lost, before, resumed, begin)
+
+    async def _reroute(self) -> None:
+        """Links have gone down or come back: have the steps go where they can; where that is
+        nowhere, the model goes to cards that reach each other."""
+        coordinator, placement, begin = self.coordinator, self._placement, trio.current_time()
+        self._links = coordinator.links.changes
+        if coordinator.links.down_among(self.loaded.plan.cards) == self.loaded.down:
+            return
+        if placement is None:
+            return
+        try:
+            self.loaded = await placement.reroute(self.number)
+        except PlanError as error:
+            await self._replace(begin, error)
+        except SpankerError as error:
+            await self._recover(error)
+        else:
+            now, down = trio.current_time(), tuple(sorted(self.loaded.down))
+            coordinator.events.tell(Rerouted(now, self.name, down, now - begin))
 
     def _tell_replanned(
         self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float
@@ -483,7 +531,9 @@ class Session:
                 self._suspend()
                 self._give_up(caught)
         else:
-            if loaded is not self.loaded:
+            if loaded.handles is self.loaded.handles:
+                self.loaded = loaded  # at most its ways are others
+            else:
                 self._suspend()
                 resumed = self._resume_on(loaded)
                 self._tell_replanned((), before, resumed, begin)
@@ -561,7 +611,9 @@ class Session:
             async with coordinator.steps(self.loaded) as pipe:
                 while True:
                     while len(self._flights) < STEPS_AHEAD:
-                        if self._moves or (made and coordinator.wanted(cards)):
+                        if self._moves or self._links != coordinator.links.changes:
+                            break
+                        if made and coordinator.wanted(cards):
                             break
                         batch = self._plan_batch()
                         if not batch:

@@ -22,10 +22,11 @@ import trio
 from spanker.actors.message import Counters, Message, ReadCounters, RunStep, StepDone
 from spanker.actors.patience import in_time
 from spanker.device.base import Completion
-from spanker.errors import CardAbortedError, CardHungError, SpankerError
+from spanker.errors import CardAbortedError, CardHungError, CardLinkDownError, SpankerError
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
 from spanker.kernels.program import SequenceStep, encode_step
+from spanker.sched.detours import ALL_UP, Down
 from spanker.sched.layout import chunks
 from spanker.sched.plan import CardShare, Limits, Plan
 from spanker.values import Value
@@ -52,6 +53,10 @@ class LoadedModel(Value):
     limits: Limits
     handles: dict[int, dict[str, int]]
     programs: dict[int, int]
+    # The links that its programs avoid.
+    down: Down = ALL_UP
+    # How often each card of the fleet had been taken into use anew when it was loaded.
+    births: tuple[int, ...] = ()
 
     @property
     def output_shares(self) -> tuple[CardShare, ...]:
@@ -198,8 +203,8 @@ class StepPipe:
     async def result(self) -> StepResult:
         """Wait for the oldest step and collect its outputs.
 
-        Raises what a card reports, or CardHungError when no card has made progress for the hang
-        timeout.
+        Raises what a card reports, CardHungError when no card has made progress for the hang
+        timeout, and CardLinkDownError where one waits for a link that is down.
         """
         flight = self._flights[0]
         with self._coordinator.span("wait for", flight.number):
@@ -284,8 +289,7 @@ class Flight:
 async def settled(
     coordinator: Coordinator, flight: Flight, cards: Sequence[int], look_min_s: float = 0.0
 ) -> None:
-    """Wait until a run on these cards has settled; CardHungError when none makes progress for the
-    hang timeout."""
+    """Wait until a run on these cards has settled; raises as `ProgressWatch.look`."""
     watch: ProgressWatch | None = None
     timeout_s = coordinator.hang_timeout_s
     look_s = min(max(WATCH_S, look_min_s), timeout_s / LOOKS_MIN)
@@ -315,7 +319,8 @@ class ProgressWatch:
         self._since = trio.current_time()
 
     async def look(self) -> None:
-        """Raise CardHungError when nothing has moved on any card between so many looks."""
+        """Raise CardHungError when nothing has moved on any card between so many looks, and
+        CardLinkDownError when one waits for a link that is down."""
         counters: dict[int, Counters] = {}
 
         async def count() -> None:
@@ -324,6 +329,14 @@ class ProgressWatch:
 
         await in_time(self._coordinator.hang_timeout_s, count)
         missing = [card for card in self._cards if card not in counters]
+        for card, own in counters.items():
+            if own.waiting_for in own.links_down:
+                raise CardLinkDownError(
+                    f"card {card} waits for card {own.waiting_for}, and the link between them is "
+                    f"down",
+                    card=card,
+                    peer=own.waiting_for,
+                )
         progress = sum(c.progress for c in counters.values())
         if progress != self._progress and not missing:
             self._progress, self._since, self._left = progress, trio.current_time(), self._looks

@@ -357,7 +357,9 @@ class Trace:
             key = id(step.loaded), card
             if key not in self._labels:
                 loaded = step.loaded
-                made = llama.build_program(loaded.model, loaded.plan, card, loaded.limits)
+                made = llama.build_program(
+                    loaded.model, loaded.plan, card, loaded.limits, loaded.down
+                )
                 self._labels[key] = labels(made.commands)
             if command < len(self._labels[key]):
                 return self._labels[key][command]

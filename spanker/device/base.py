@@ -93,7 +93,8 @@ class DeviceCounters(Value):
     """Totals since the card was opened, and where it stands now.
 
     `progress` grows whenever anything gets done; `waiting_for` is the peer whose link the current
-    command waits on, or None; `link_tx_bytes` and `link_rx_bytes` are by card number.
+    command waits on, or None; `link_tx_bytes` and `link_rx_bytes` are by card number; `links_down`
+    are the peers whose link with this card is not up, whichever end it is that keeps it down.
     """
 
     commands: int
@@ -108,13 +109,14 @@ class DeviceCounters(Value):
     waiting_for: int | None
     link_tx_bytes: tuple[int, ...]
     link_rx_bytes: tuple[int, ...]
+    links_down: tuple[int, ...] = ()
 
 
 class CardDevice(abc.ABC):
     """One card, owned by one task or thread.
 
     Every method may raise CardLostError once the card is gone.  After `close` nothing but `close`
-    may be called.
+    and `reopen` may be called.
 
     `modelled`: what the card takes for its work is modelled, so nothing that concerns it may wait
     for a thread, whose time is real.  `hollow`: it keeps no bytes; what is written to it need not
@@ -152,7 +154,7 @@ class CardDevice(abc.ABC):
     def write(self, handle: int, offset: int, data: Buffer) -> None:
         """Copy bytes into a buffer; CardCommandError outside of its bounds.
 
-        Other threads may call this and `fill` beside everything but `free` and `close`.
+        Other threads may call this and `fill` beside everything but `free`, `close` and `reopen`.
         """
 
     def fill(self, handle: int, offset: int, nbytes: int, make: Fill) -> None:
@@ -249,3 +251,14 @@ class CardDevice(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of everything.  Idempotent."""
+
+    def reopen(self) -> None:
+        """Make the card what it was when it was opened, be it closed, failed or at work: no
+        buffers, programs, submissions or trace, and counters of zero.
+
+        What was under way to it or from it is lost.  Its peers may be at work; it works with them
+        again once all of them have entered an epoch, by `abort`, that none has been in.
+        CardLostError once its fleet's last card has been closed, CardCommandError by a body that
+        cannot.
+        """
+        raise CardCommandError(f"card {self.number} cannot be reopened", card=self.number)

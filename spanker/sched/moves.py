@@ -38,12 +38,6 @@ def all_gather(cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move,
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def all_gather_of(card: int, cards: tuple[int, ...], shares: tuple[Share, ...]) -> tuple[Move, ...]:
-    """The moves of `all_gather` that one card takes part in; a model asks for each many times."""
-    return tuple(m for m in all_gather(cards, shares) if card in (m.source, m.target))
-
-
 def handover(sources: Sequence[int], targets: Sequence[int], row: int) -> tuple[Move, ...]:
     """Every target gets the whole row of `row` elements that each source holds."""
     return tuple(

@@ -33,8 +33,9 @@ from spanker.kernels import program as op
 from spanker.kernels.formats import Format, pack, row_bytes
 from spanker.kernels.program import Command, Program, Ref, Transfer
 from spanker.kernels.reference import dequantize_row
+from spanker.sched.detours import ALL_UP, Down, choice_phases, gather_phases, handover_phases
 from spanker.sched.layout import chunks, embeds_from_output, layer_rows, q8_bytes
-from spanker.sched.moves import Move, all_gather_of, handover
+from spanker.sched.moves import Move
 from spanker.sched.plan import (
     Q8_BLOCK,
     CardShare,
@@ -493,10 +494,13 @@ def uploads(
 # --- programs --------------------------------------------------------------------------
 
 
-def build_program(model: LlamaModel, plan: Plan, card: int, limits: Limits) -> Program:
-    """The program of one step on one card of the plan."""
+def build_program(
+    model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down = ALL_UP
+) -> Program:
+    """The program of one step on one card of the plan, around the links that are down; PlanError
+    where that cannot be."""
     return Program(
-        commands=tuple(_Builder(model, plan, card, limits).commands()),
+        commands=tuple(_Builder(model, plan, card, limits, down).commands()),
         tokens_max=limits.tokens_max,
         outputs_max=limits.outputs_max,
         positions_max=limits.context,
@@ -522,13 +526,33 @@ class _Row:
         return q8_bytes(elements) if self.quantized else elements * 4
 
 
+class _Bests(_Row):
+    """The best token of each voter, 8 bytes each."""
+
+    def __init__(self, voters: int) -> None:
+        super().__init__("best", voters)
+
+    @property
+    def stride(self) -> int:
+        return self.elements * 8
+
+    def at(self, element: int = 0) -> Ref:
+        return Ref(self.name, self.stride, element * 8)
+
+    def nbytes(self, elements: int) -> int:
+        return elements * 8
+
+
 # A command, or an exchange: its EXCHANGE and its transfers.
 _Item = Command | tuple[Command, ...]
 
 
 class _Builder:
-    def __init__(self, model: LlamaModel, plan: Plan, card: int, limits: Limits) -> None:
+    def __init__(
+        self, model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down
+    ) -> None:
         self.model, self.plan, self.card, self.limits = model, plan, card, limits
+        self.down = down
         self.shape = shape = model.shape
         number, self.share = plan.place(card)
         self.stage: Stage = plan.stages[number]
@@ -544,7 +568,7 @@ class _Builder:
         self.act = _Row("act", shape.ffn)
         self.actq = _Row("actq", shape.ffn, True)
         # Every layer gathers the same rows, each shared in its own way, whole Q8 blocks or not.
-        self.gathers: dict[str, tuple[Command, ...]] = {}
+        self.gathers: dict[str, list[tuple[Command, ...]]] = {}
         self.whole_blocks: dict[str, bool] = {}
 
     def commands(self) -> list[Command]:
@@ -552,7 +576,7 @@ class _Builder:
         if self.previous is None:
             self._put(out, self._embed())
         else:
-            out += self._handover(self.previous, self.stage)
+            self._put(out, iter(self._handover(self.previous, self.stage)))
         for index in range(self.stage.layers.start, self.stage.layers.stop):
             layer = self.shape.layers[index]
             for part in (self._attention(index, layer), self._ffn(index, layer)):
@@ -560,7 +584,7 @@ class _Builder:
         if self.next is None:
             self._put(out, self._output())
         else:
-            out += self._handover(self.stage, self.next)
+            self._put(out, iter(self._handover(self.stage, self.next)))
         self._put(out, self._choose())
         return out
 
@@ -577,32 +601,41 @@ class _Builder:
 
     # --- exchanges ---
 
-    def _transfers(self, moves: Sequence[Move], row: _Row) -> tuple[Command, ...]:
-        transfers = []
-        for move in moves:
-            if self.card in (move.source, move.target):
-                send = move.source == self.card
-                transfers.append(
-                    Transfer(
-                        send=send,
-                        peer=move.target if send else move.source,
-                        ref=row.at(move.part.start),
-                        nbytes=row.nbytes(move.part.size),
+    def _exchanges(
+        self, phases: Sequence[Sequence[Move]], row: _Row, *, outputs: bool = False
+    ) -> list[tuple[Command, ...]]:
+        """One exchange for each phase that this card takes part in."""
+        found = []
+        for moves in phases:
+            transfers = []
+            for move in moves:
+                if self.card in (move.source, move.target):
+                    send = move.source == self.card
+                    transfers.append(
+                        Transfer(
+                            send=send,
+                            peer=move.target if send else move.source,
+                            ref=row.at(move.part.start),
+                            nbytes=row.nbytes(move.part.size),
+                        )
                     )
-                )
-        return op.exchange(transfers)
+            if transfers:
+                found.append(op.exchange(transfers, outputs=outputs))
+        return found
 
-    def _gather(self, row: _Row, share_of: Callable[[CardShare], Share]) -> tuple[Command, ...]:
+    def _gather(
+        self, row: _Row, share_of: Callable[[CardShare], Share]
+    ) -> list[tuple[Command, ...]]:
         found = self.gathers.get(row.name)
         if found is None:
             shares = tuple(share_of(s) for s in self.stage.shares)
-            moves = all_gather_of(self.card, self.stage.cards, shares)
-            found = self.gathers[row.name] = self._transfers(moves, row)
+            phases = gather_phases(self.stage.cards, shares, self.down)
+            found = self.gathers[row.name] = self._exchanges(phases, row)
         return found
 
-    def _handover(self, source: Stage, target: Stage) -> tuple[Command, ...]:
-        moves = handover(source.cards, target.cards, self.shape.hidden)
-        return self._transfers(moves, self.x)
+    def _handover(self, source: Stage, target: Stage) -> list[tuple[Command, ...]]:
+        phases = handover_phases(source.cards, target.cards, self.shape.hidden, self.down)
+        return self._exchanges(phases, self.x)
 
     # --- pieces of the model ---
 
@@ -620,7 +653,7 @@ class _Builder:
                 vocabulary=self.shape.vocabulary,
                 packed=packed,
             )
-        yield self._gather(self.x, lambda s: s.columns)
+        yield from self._gather(self.x, lambda s: s.columns)
 
     def _norm(self, weight: str, matrices: Sequence[WeightShape]) -> Iterator[_Item]:
         """x normalised into xn, and into xq where a matrix wants Q8 blocks."""
@@ -647,9 +680,9 @@ class _Builder:
         if matrix.quantized and self.whole_blocks[row.name]:
             if not own.empty:
                 yield op.quantize(row.at(own.start), rowq.at(own.start), k=own.size)
-            yield self._gather(rowq, share_of)
+            yield from self._gather(rowq, share_of)
             return
-        yield self._gather(row, share_of)
+        yield from self._gather(row, share_of)
         if matrix.quantized:
             yield op.quantize(row.at(), rowq.at(), k=row.elements)
 
@@ -659,7 +692,7 @@ class _Builder:
         if not own.empty:
             x = rowq.at() if matrix.quantized else row.at()
             yield self._matmul(matrix, own.size, x, self.y.at(own.start))
-        yield self._gather(self.y, lambda s: s.hidden)
+        yield from self._gather(self.y, lambda s: s.hidden)
         yield op.add(self.x.at(), self.y.at(), n=self.shape.hidden)
 
     def _attention(self, index: int, layer: LayerShape) -> Iterator[_Item]:
@@ -769,18 +802,11 @@ class _Builder:
         before the host has seen it."""
         voters, embedders = self.plan.voters, self.plan.embedders
 
-        def slot(voter: int) -> Ref:
-            return Ref("best", len(voters) * 8, voters.index(voter) * 8)
-
+        best = _Bests(len(voters))
         if self.card in voters:
             candidates = self.limits.candidates
-            yield op.best(Ref("top", candidates * 8), slot(self.card), k=candidates)
-        transfers = [
-            Transfer(self.card == voter, embedder if self.card == voter else voter, slot(voter), 8)
-            for voter in voters
-            for embedder in embedders
-            if voter != embedder and self.card in (voter, embedder)
-        ]
-        yield op.exchange(transfers, outputs=True)
+            own = best.at(voters.index(self.card))
+            yield op.best(Ref("top", candidates * 8), own, k=candidates)
+        yield from self._exchanges(choice_phases(voters, embedders, self.down), best, outputs=True)
         if self.card in embedders:
-            yield op.choose(Ref("best", len(voters) * 8), Ref("chosen", 4), lists=len(voters))
+            yield op.choose(best.at(), Ref("chosen", 4), lists=len(voters))
