@@ -374,7 +374,7 @@ class Session:
             )
 
     async def _run(self) -> None:
-        while True:
+        while self._failure is None:
             if self._moves:
                 await self._move()
                 continue
@@ -404,6 +404,10 @@ class Session:
                         self._retire(sequence)
             if failure is not None:
                 await self._recover(failure)
+        # Who has asked meanwhile for a replica to move that is given up: it is on no card any more.
+        for move in self._moves:
+            move.end(None)
+        self._moves.clear()
 
     def _failed(self, error: SpankerError) -> SpankerError | None:
         """Do what can be done at once about the failure of the oldest step; what was queued behind
