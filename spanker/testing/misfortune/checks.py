@@ -12,6 +12,7 @@ import trio
 from spanker.device.spec import parse_fleet
 from spanker.device.virtual.card import VirtualCard
 from spanker.errors import (
+    CardCommandError,
     CardHungError,
     CardLostError,
     CardMemoryError,
@@ -82,7 +83,8 @@ def check_deed(world: World, deed: Deed, error: SpankerError) -> None:
     if isinstance(error, CardLostError | CardHungError):
         fine = bool(world.struck) or _nothing_left(world)
     if deed.what is What.ADMIT:
-        fine = fine or isinstance(error, ConfigError)
+        # Neither drained nor lost, or a card that cannot be opened again.
+        fine = fine or isinstance(error, ConfigError | CardCommandError)
     if not fine:
         world.violate(f"{deed.what.value}: {type(error).__name__} without a reason: {error}")
 
