@@ -618,6 +618,7 @@ async def open_fleet(
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
     recover: bool = True,
+    audit_every: int | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -632,6 +633,7 @@ async def open_fleet(
             hang_timeout_s=hang_timeout_s,
             plan=plan,
             recover=recover,
+            audit_every=audit_every,
         )
     )
     try:

@@ -205,6 +205,10 @@ class CardLostError(CardError):
     """A card is gone: it was closed, killed, or its actor crashed."""
 
 
+class CardAuditError(CardLostError):
+    """A card has computed something else than its model's file says: it is used no more."""
+
+
 # --- raising one error more than once -----------------------------------------
 
 _ErrorT = TypeVar("_ErrorT", bound=SpankerError)

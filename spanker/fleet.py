@@ -76,6 +76,7 @@ from spanker.values import Value
 if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
     from spanker.actors import calibration
+    from spanker.actors.audit import Auditor
     from spanker.actors.collectives import Collectives
     from spanker.actors.trace import Trace
     from spanker.actors.tracer import Tracer
@@ -422,8 +423,10 @@ class Fleet:
         nursery: trio.Nursery,
         default_plan: str,
         recover: bool,
+        audit_every: int | None,
     ) -> None:
         self.profile = profile
+        self._audit_every = audit_every
         self._recover = recover
         self._default_plan = default_plan
         self._coordinator = coordinator
@@ -588,6 +591,7 @@ class Fleet:
                     recover=self._recover,
                     number=number,
                     name=_name(path, metadata),
+                    auditor=self._auditor(placement, number),
                 )
                 for number, replica in enumerate(loaded)
             ]
@@ -600,6 +604,14 @@ class Fleet:
                 # Drained while the model was being loaded.
                 self._nursery.start_soon(_moved, session)
         return out
+
+    def _auditor(self, placement: Placement, number: int) -> Auditor | None:
+        file = placement.file
+        if self._audit_every is None or file is None or self._coordinator.hollow:
+            return None
+        from spanker.actors.audit import Auditor
+
+        return Auditor(self._coordinator, file, self._audit_every, seed=number)
 
     async def arrays(
         self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
@@ -805,6 +817,7 @@ async def open_fleet(
     hang_timeout_s: float = 10.0,
     plan: str = "auto",
     recover: bool = True,
+    audit_every: int | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -817,13 +830,17 @@ async def open_fleet(
     card that holds work without progress for `hang_timeout_s` is taken for hung; `plan` is that of
     models that are loaded without one.  When a card is lost or hangs, models go on with the cards
     that are left, every generation with the very tokens it would have had; without `recover` they
-    fail.  Raises ConfigError and CardError.
+    fail.  After every `audit_every` steps of a replica one tile of a matrix, drawn at random, is
+    computed again on the host, and a card that has it wrong is lost (spanker/actors/audit.py has
+    the odds).  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
     no longer than it takes to compute.  Those of `hollow:3` skip the arithmetic: their answers are
     those of a model of zeros.
     """
+    if audit_every is not None and audit_every < 1:
+        raise ConfigError(f"audit_every must be at least 1 step, got {audit_every}")
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
@@ -840,7 +857,7 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan, recover)
+                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, audit_every)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

@@ -55,6 +55,15 @@ _ERRORS: dict[int, tuple[type[CardError], str]] = {
         CardLostError,
         "the card is gone; close the fleet and open it without that card",
     ),
+    lib.SPK_E_RESET: (
+        CardLostError,
+        "{card} has been reset, and all it held is lost; open it again",
+    ),
+    lib.SPK_E_MEMORY: (
+        CardLostError,
+        "{card} has had an uncorrected memory error, and what it holds cannot be trusted; "
+        "open it again",
+    ),
     lib.SPK_E_SYSTEM: (CardError, "the operating system refused memory, a thread or a descriptor"),
 }
 
@@ -63,7 +72,9 @@ def status_error(status: int, what: str, *, card: int | None = None, detail: str
     """The exception for a status other than SPK_OK, its text starting with `what`."""
     kind, text = _ERRORS.get(status, (CardError, f"unknown status {status}"))
     # Of a lost card the native side knows no detail.
-    return kind(f"{what}: {text if kind is CardLostError else detail or text}", card=card)
+    if kind is CardLostError:
+        detail = text.format(card="the card" if card is None else f"card {card}")
+    return kind(f"{what}: {detail or text}", card=card)
 
 
 def check(status: int, what: str, *, card: int | None = None, detail: str = "") -> None:

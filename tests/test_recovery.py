@@ -18,7 +18,9 @@ import trio
 from waiting import until
 
 import spanker
+from spanker.actors import coordinator as coordinators
 from spanker.actors import session as sessions
+from spanker.actors.message import Ok, Request, WriteBuffers
 from spanker.errors import (
     CardLinkError,
     CardLostError,
@@ -223,6 +225,26 @@ async def test_a_load_goes_on_without_a_card_that_dies_meanwhile(
         assert await Crowd(model).run() == expected
         assert lost_cards(fleet) == [1]
         assert model.plan.cards == (0, 2)
+
+
+async def test_a_load_goes_on_without_a_card_that_says_nothing_any_more(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinators, "STOP_S", HANG_TIMEOUT_S)
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        client = fleet._coordinator.clients[1]
+        request = client.request
+
+        async def silent(message: Request[Ok]) -> Ok:
+            if isinstance(message, WriteBuffers):
+                await trio.sleep_forever()
+            return await request(message)
+
+        monkeypatch.setattr(client, "request", silent)
+        model = await fleet.load(tiny, plan="tp")
+        assert await Crowd(model).run() == expected
+        assert model.plan.cards == (0, 2)
+        assert "has not answered WriteBuffers for 0.3 s" in str(fleet.events.history[0])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -542,12 +564,7 @@ async def test_what_cannot_be_drained_or_admitted(tiny: Path) -> None:
         for card in (2, -1):
             with pytest.raises(ConfigError, match=f"no card {card}: the fleet has cards 0 to 1"):
                 await fleet.drain(card)
-        with pytest.raises(ConfigError, match="card 1 is not drained"):
-            await fleet.admit(1)
-        model = await fleet.load(tiny, plan="tp")
-        kill(fleet, 1)
-        await model.generate([1], max_tokens=2).collect()
-        with pytest.raises(CardLostError, match="card 1"):
+        with pytest.raises(ConfigError, match="card 1 is neither drained nor lost"):
             await fleet.admit(1)
 
 

@@ -297,12 +297,12 @@ class Coordinator:
                     handles.update(zip((spec.name for spec in specs), new, strict=True))
             number, first = chain[0]
             handles = replicas[number].handles[first]
-            client, uploads = self.clients[first], todo[first]
+            uploads, ask = todo[first], functools.partial(self.ask, first)
             if packed is not None and first in mapping:
                 mapped = [upload for upload in uploads if upload.place is not None]
                 uploads = tuple([upload for upload in uploads if upload.place is None])
-                await loading.map_all(client, packed.fd, mapped, handles, sent)
-            await loading.upload(client, uploads, handles, at_once, sent)
+                await loading.map_all(ask, packed.fd, mapped, handles, sent)
+            await loading.upload(ask, uploads, handles, at_once, sent)
             if len(chain) > 1:
                 names = {upload.buffer for upload in todo[first]}
                 buffers = card_buffers(model.shape, plan.replicas[number], first, limits)
@@ -350,37 +350,39 @@ class Coordinator:
         return rerouted
 
     async def _unload_programs(self, loaded: LoadedModel) -> None:
-        """Whatever is being cancelled: nobody else knows of them.  Bounded in time."""
-
-        async def unload() -> None:
-            for card in list(loaded.programs):
-                with contextlib.suppress(CardError):
-                    await self.clients[card].request(UnloadProgram(loaded.programs.pop(card)))
-
-        with trio.CancelScope(shield=True):
-            await in_time(STOP_S, unload)
+        for card in list(loaded.programs):
+            await self.give_program_back(card, loaded.programs.pop(card))
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
         between it would leave on the card what nobody knows of.  A card answers it at once, once
         it has come over a host link that all cards may be using."""
-        limit_s = STOP_S
+        try:
+            with trio.CancelScope(shield=True):
+                reply = await self._ask(client, request, STOP_S)
+        except CardLostError:
+            # Where everything is being cancelled, the card with it, that is what happened.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
+        return reply
+
+    async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
+        """A request that a card answers at once, or after the work of a message; CardHungError
+        where it does not within the hang timeout."""
+        limit_s = max(self._hang_timeout_s, STOP_S)
+        return await self._ask(self.clients[card], request, limit_s)
+
+    async def _ask(self, client: CardClient, request: Request[ReplyT], limit_s: float) -> ReplyT:
         if self.profile.host_link_bytes_per_s is not None:
             nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
             limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
         reply: list[ReplyT] = []
 
-        async def ask() -> None:
+        async def wait() -> None:
             reply.append(await client.request(request))
 
-        try:
-            with trio.CancelScope(shield=True):
-                if await in_time(limit_s, ask):
-                    return reply.pop()
-        except CardLostError:
-            # Where everything is being cancelled, the card with it, that is what happened.
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise
+        if await in_time(limit_s, wait):
+            return reply.pop()
         raise CardHungError(
             f"card {client.number} has not answered {type(request).__name__} for {limit_s:.3g} s; "
             f"close the fleet and open it without that card",
@@ -398,12 +400,19 @@ class Coordinator:
             request = LoadProgram(buffers=(program,))
             return (await self.owning(self.clients[card], request)).program
 
+    async def give_program_back(self, card: int, program: int) -> None:
+        """The end of what `load_program` began, whatever is being cancelled; bounded in time."""
+
+        async def unload() -> None:
+            with contextlib.suppress(CardError):
+                await self.clients[card].request(UnloadProgram(program))
+
+        with trio.CancelScope(shield=True):
+            await in_time(STOP_S, unload)
+
     async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
-        return {
-            card: (await self.clients[card].request(ReadCounters())).ddr_used_bytes
-            for card in plan.cards
-        }
+        return {card: (await self.ask(card, ReadCounters())).ddr_used_bytes for card in plan.cards}
 
     def _check_memory(
         self, replicas: Sequence[LoadedModel], before: dict[int, int], after: dict[int, int]
@@ -548,9 +557,7 @@ class Coordinator:
         for share in loaded.output_shares:
             nbytes = share.vocabulary.size * 4
             handle = loaded.handles[share.card]["logits"]
-            reply = await self.clients[share.card].request(
-                ReadBuffer(handle, output * nbytes, nbytes)
-            )
+            reply = await self.ask(share.card, ReadBuffer(handle, output * nbytes, nbytes))
             parts.append(np.frombuffer(reply.buffers[0], np.float32))
         return np.concatenate(parts)
 
@@ -608,7 +615,7 @@ class Coordinator:
         found: dict[int, Counters] = {}
         for card in cards:
             with contextlib.suppress(CardError):
-                found[card] = await self.clients[card].request(ReadCounters())
+                found[card] = await self.ask(card, ReadCounters())
         return found
 
     async def stop(self) -> None:

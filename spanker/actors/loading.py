@@ -10,16 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from spanker.actors.client import CardClient
 from spanker.actors.frame import Deferred
-from spanker.actors.message import MapFile, WriteBuffers
+from spanker.actors.message import MapFile, Ok, Request, WriteBuffers
 from spanker.device.base import Fill
 from spanker.errors import LocalProtocolError, SpankerError
 from spanker.ggml.architectures import llama
@@ -111,8 +110,12 @@ class _Fills:
         self.error = None
 
 
+Ask = Callable[[Request[Ok]], Awaitable[Ok]]
+"""Has a card do something and waits until it has."""
+
+
 async def upload(
-    client: CardClient,
+    ask: Ask,
     uploads: Sequence[llama.Upload],
     handles: Mapping[str, int],
     at_once: int,
@@ -134,7 +137,7 @@ async def upload(
                 buffers=tuple(fills.deferred(piece) for _, piece in batch),
             )
             try:
-                await client.request(request)
+                await ask(request)
             except SpankerError:
                 if fills.error is None:
                     raise
@@ -149,7 +152,7 @@ async def upload(
 
 
 async def map_all(
-    client: CardClient,
+    ask: Ask,
     file: int,
     uploads: Sequence[llama.Upload],
     handles: Mapping[str, int],
@@ -158,7 +161,7 @@ async def map_all(
     """Have a card map what the packed copy with this descriptor has."""
     for batch in batched(uploads, BATCH_MAX):
         places = tuple([(handles[u.buffer], u.place or 0, u.nbytes) for u in batch])
-        await client.request(MapFile(file, places))
+        await ask(MapFile(file, places))
         sent(sum(upload.nbytes for upload in batch))
 
 

@@ -122,7 +122,7 @@ class Placement:
         self._lock = lock
         self._make_room = make_room
         self._model = model
-        self._file = file
+        self.file = file
         self._wanted = wanted
         self._recover = recover
         asked = wanted.plan
@@ -344,7 +344,7 @@ class Placement:
         self, plan: FleetPlan, limits: Limits, progress: Progress | None
     ) -> tuple[LoadedModel, ...]:
         coordinator = self._coordinator
-        if self._file is None:
+        if self.file is None:
             return await coordinator.load(self._model, None, plan, limits, progress, None)
-        with self._file.open(coordinator.modelled) as (gguf, packed):
+        with self.file.open(coordinator.modelled) as (gguf, packed):
             return await coordinator.load(self._model, gguf, plan, limits, progress, packed)

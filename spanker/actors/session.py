@@ -17,7 +17,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import numpy as np
@@ -46,6 +46,9 @@ from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
 from spanker.sched.plan import Plan
 from spanker.values import Value
+
+if TYPE_CHECKING:
+    from spanker.actors.audit import Auditor
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
 RUN_AHEAD_MAX = 64
@@ -224,6 +227,7 @@ class Session:
         recover: bool = True,
         number: int = 0,
         name: str = "model",
+        auditor: Auditor | None = None,
     ) -> None:
         """`placement` brings replica `number` to other cards, with `recover` also when cards are
         lost: else that is the end of the session.  `name` is the model's, for events."""
@@ -235,6 +239,7 @@ class Session:
         self.heir: Heir | None = None
         self._placement = placement
         self._recovers = recover and placement is not None
+        self._auditor = auditor
         self._moves: list[_Move] = []
         self._link_faults = 0
         # The changes of links that are known here.
@@ -366,6 +371,8 @@ class Session:
             await self._run()
         finally:
             unconcern()
+            if self._auditor is not None:
+                self._auditor.close()
             self._fail(
                 RequestError(
                     "the fleet is closed: use its models only inside of the `async with` block "
@@ -384,6 +391,9 @@ class Session:
             if not self.coordinator.whole(self.loaded):
                 # A card was lost and has come back while nobody looked.
                 await self._replace(trio.current_time(), None)
+                continue
+            if self._auditor is not None and self._auditor.due(self._steps):
+                await self._audit(self._auditor)
                 continue
             if not self._plan_batch():
                 self._work = trio.Event()
@@ -470,6 +480,13 @@ class Session:
         resumed = self._resume_on(loaded)
         lost = tuple(card for card in before.cards if card in self.coordinator.lost)
         self._tell_replanned(lost, before, resumed, begin)
+
+    async def _audit(self, auditor: Auditor) -> None:
+        """Have a card's arithmetic computed again; one that lies is a card that is lost."""
+        try:
+            await auditor.look(self.loaded, self._steps)
+        except SpankerError as error:
+            await self._recover(error)
 
     async def _reroute(self) -> None:
         """Links have gone down or come back: have the steps go where they can; where that is
@@ -617,7 +634,7 @@ class Session:
                     while len(self._flights) < STEPS_AHEAD:
                         if self._moves or self._links != coordinator.links.changes:
                             break
-                        if made and coordinator.wanted(cards):
+                        if made and (coordinator.wanted(cards) or self._audit_due()):
                             break
                         batch = self._plan_batch()
                         if not batch:
@@ -633,6 +650,10 @@ class Session:
                         await self._collect(result)
                     if coordinator.modelled and not self._flights and self._plan_batch():
                         await coordinator.host_work()
+
+    def _audit_due(self) -> bool:
+        """Whether an audit is due once the steps under way are over."""
+        return self._auditor is not None and self._auditor.due(self._steps + len(self._flights))
 
     def _plan_batch(self) -> list[tuple[Sequence, SequenceStep]]:
         """What the next step does; nothing where it would have to wait for the one under way."""

@@ -253,8 +253,8 @@ class CardDevice(abc.ABC):
         """Let go of everything.  Idempotent."""
 
     def reopen(self) -> None:
-        """Make the card what it was when it was opened, be it closed, failed or at work: no
-        buffers, programs, submissions or trace, and counters of zero.
+        """Make the card what it was when it was opened, be it closed, failed or at work: without
+        buffers, programs, submissions and trace, its counters zero.
 
         What was under way to it or from it is lost.  Its peers may be at work; it works with them
         again once all of them have entered an epoch, by `abort`, that none has been in.

@@ -101,6 +101,7 @@ class SoftCard(CardDevice):
         self.number = number
         self._rig = rig
         self._closed = False
+        self._starved = 0
         self._card: Any = lib.spk_card_create(ddr_bytes, isa_number(isa), status)
         check(status[0], f"opening card {number}", card=number)
         self._info = DeviceInfo(
@@ -150,14 +151,21 @@ class SoftCard(CardDevice):
         status = lib.spk_card_alloc(self.handle, nbytes, out)
         if status == lib.SPK_E_NOMEM:
             c = self.counters()
-            raise CardMemoryError(
-                f"card {self.number}: no room for {nbytes:,} bytes in one piece: "
-                f"{c.ddr_total_bytes - c.ddr_used_bytes:,} of {c.ddr_total_bytes:,} are free; "
-                f"free buffers or open the card with more DDR",
-                card=self.number,
-            )
+            raise self._no_room(nbytes, c.ddr_total_bytes - c.ddr_used_bytes)
         self._check(status, f"allocating {nbytes} bytes")
-        return int(out[0])
+        handle = int(out[0])
+        if self._starved:
+            self._starved -= 1
+            self.free(handle)
+            raise self._no_room(nbytes, 0)
+        return handle
+
+    def _no_room(self, nbytes: int, free: int) -> CardMemoryError:
+        return CardMemoryError(
+            f"card {self.number}: no room for {nbytes:,} bytes in one piece: {free:,} of "
+            f"{self._info.ddr_bytes:,} are free; free buffers or open the card with more DDR",
+            card=self.number,
+        )
 
     def window(self, nbytes: int) -> int:
         self._u64(nbytes, "size")
@@ -334,9 +342,16 @@ class SoftCard(CardDevice):
         for peer in range(len(self._rig.cards)):
             lib.spk_card_link_bytes(self.handle, peer, tx, rx)
             links.append((int(tx[0]), int(rx[0])))
-        return self._counters(links)
+        down = [
+            peer
+            for peer in range(len(links))
+            if lib.spk_card_link_state(self.handle, peer) in (lib.SPK_LINK_DOWN, lib.SPK_LINK_WAITS)
+        ]
+        return self._counters(links, down)
 
-    def _counters(self, links: Sequence[tuple[int, int]]) -> DeviceCounters:
+    def _counters(
+        self, links: Sequence[tuple[int, int]], links_down: Sequence[int]
+    ) -> DeviceCounters:
         c = ffi.new("struct spk_counters *")
         lib.spk_card_counters(self.handle, c)
         return DeviceCounters(
@@ -352,6 +367,7 @@ class SoftCard(CardDevice):
             waiting_for=c.waiting_for if c.waiting_for >= 0 else None,
             link_tx_bytes=tuple(t for t, _ in links),
             link_rx_bytes=tuple(r for _, r in links),
+            links_down=tuple(links_down),
         )
 
     @property
@@ -375,17 +391,109 @@ class SoftCard(CardDevice):
             if not most or count < wanted:
                 return b"".join(parts), int(lost[0])
 
-    def kill(self) -> None:
-        """Fault injection: the card vanishes; all it holds and all later calls fail."""
-        if self.closed:
-            return
-        lib.spk_card_plant(self.handle, lib.SPK_PLANT_DIE)
+    # --- fault injection ----------------------------------------------------------------
+    # All of it ends when the card is reopened, and none of it does anything to a closed card.  A
+    # fault with a `command` happens when the step under way or the next one gets there, or to its
+    # end where it has fewer; there is one at a time, and a later one takes its place.
 
-    def hang(self) -> None:
-        """Fault injection: the card accepts work and never does it."""
+    def kill(self, command: int | None = None) -> None:
+        """The card vanishes: all it holds and all later calls fail with CardLostError."""
+        self._plant(lib.SPK_PLANT_DIE, command)
+
+    def hang(self, command: int | None = None) -> None:
+        """The card accepts work and never does it."""
+        self._plant(lib.SPK_PLANT_HANG, command)
+
+    def reset(self, command: int | None = None) -> None:
+        """Somebody resets the card: all it holds and all later calls fail with CardLostError."""
+        self._plant(lib.SPK_PLANT_RESET, command)
+
+    def fail_memory(self, command: int | None = None) -> None:
+        """An uncorrected memory error, found by the command under way or the next one: all that the
+        card holds and all later calls fail with CardLostError."""
+        self._plant(lib.SPK_PLANT_MEMORY, lib.SPK_COMMAND_ANY if command is None else command)
+
+    def _plant(self, fault: int, command: int | None) -> None:
+        self._u32(command or 0, "command")
         if self.closed:
             return
-        lib.spk_card_plant(self.handle, lib.SPK_PLANT_HANG)
+        if command is None:
+            lib.spk_card_plant(self.handle, fault)
+        else:
+            lib.spk_card_plant_at(self.handle, fault, command)
+
+    def starve(self, allocations: int = 1) -> None:
+        """So many calls of `alloc`, the next ones that would succeed, find no memory."""
+        self._u64(allocations, "number of allocations")
+        if not self.closed:
+            self._starved = allocations
+
+    def slow(self, factor: float) -> None:
+        """All that the card does takes `factor` times as long from now on, 1 at least; not what it
+        waits for.  1 ends it."""
+        if not 1 <= factor <= lib.SPK_SLOWEST:
+            raise CardCommandError(
+                f"card {self.number}: slower by a factor of {factor}: expected 1 to "
+                f"{lib.SPK_SLOWEST:,}",
+                card=self.number,
+            )
+        if not self.closed:
+            self._slow(factor)
+
+    def _slow(self, factor: float) -> None:
+        lib.spk_card_slow(self.handle, factor)
+
+    def cut(self, peer: int) -> None:
+        """This end wants the link with a peer down: what is under way waits in it."""
+        self._want(peer, False)
+
+    def mend(self, peer: int) -> None:
+        """This end wants the link up, which it is while both ends do: what waited goes on."""
+        self._want(peer, True)
+
+    def _want(self, peer: int, up: bool) -> None:
+        self._check_peer(peer)
+        if not self.closed:
+            self._want_link(peer, up)
+
+    def _want_link(self, peer: int, up: bool) -> None:
+        lib.spk_card_link_want(self.handle, peer, up)
+
+    def corrupt(self, peer: int, messages: int = 1) -> None:
+        """The next so many messages to a peer leave with a flipped bit, which the receiver finds by
+        their CRC.  Where cards reach each other's memory, an ALL_REDUCE sends none."""
+        self._check_peer(peer)
+        self._u32(messages, "number of messages")
+        if not self.closed:
+            self._corrupt(peer, messages)
+
+    def _corrupt(self, peer: int, messages: int) -> None:
+        lib.spk_card_corrupt(self.handle, peer, messages)
+
+    def _check_peer(self, peer: int) -> None:
+        count = len(self._rig.cards)
+        if not 0 <= peer < count or peer == self.number:
+            raise CardCommandError(
+                f"card {self.number} has no link with card {peer}: expected another card of "
+                f"0 to {count - 1}",
+                card=self.number,
+            )
+
+    # --- the end, and a new beginning ------------------------------------------------------
+
+    def reopen(self) -> None:
+        if self._card is None:
+            raise CardLostError(
+                f"card {self.number} is closed with all cards of its fleet, and cannot be "
+                f"reopened; open the fleet again",
+                card=self.number,
+            )
+        check(lib.spk_card_reopen(self._card), f"reopening card {self.number}", card=self.number)
+        self._closed = False
+        self._starved = 0
+        # Only now: until then its workers may have been at work on memory that is lent.
+        self._queued.clear()
+        self._mapped.clear()
 
     def close(self) -> None:
         """The card does nothing any more; with the last card of a rig its threads end too."""

@@ -51,9 +51,7 @@ KNOWN = {
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
 def test_the_table_is_the_function(situation: Situation) -> None:
     rows = [
-        row
-        for row in table()
-        if row[0] == situation.failure.value and KNOWN[row[1]](situation)
+        row for row in table() if row[0] == situation.failure.value and KNOWN[row[1]](situation)
     ]
     assert [row[2] for row in rows] == [decide(situation).value]
 

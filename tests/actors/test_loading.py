@@ -334,7 +334,7 @@ class Bytes:
         self.sent += nbytes
 
     async def upload(self, client: CardClient, at_once: int) -> None:
-        await loading.upload(client, self.uploads, {"x": 7}, at_once, self.count)
+        await loading.upload(client.request, self.uploads, {"x": 7}, at_once, self.count)
 
 
 def made(request: Message) -> bytes:

@@ -158,7 +158,7 @@ def test_groups_reach_each_other_within_and_not_between(seed: int) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_plan_is_told_to_have_ways_or_not(stages: int) -> None:
-    shape = named_shape("tinyllama-1.1b")
+    shape = named_shape("tinyllama")
     plan = tensor_pipeline(shape, 4 // stages, stages)
     check_ways(plan, ALL_UP)
     check_ways(plan, frozenset({(0, 1), (1, 0)}) if stages == 1 else frozenset({(0, 2), (2, 0)}))

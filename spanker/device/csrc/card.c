@@ -2,6 +2,7 @@
 /* The card's outside: DDR buffers, programs, the queue, completions, and the step that drives
  * the engine. */
 #define _GNU_SOURCE
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,8 @@
 
 /* A step gives the worker back after this much work, to look for aborts and other cards. */
 #define STEP_BUDGET_NS 1000000u
+/* Longer rests of a slow card are cut: whoever watches for progress sees some. */
+#define REST_MAX_NS 20000000u
 
 static uint64_t now_ns(void)
 {
@@ -27,9 +30,22 @@ static uint64_t align_up(uint64_t n)
     return (n + SPK_DDR_ALIGN - 1) / SPK_DDR_ALIGN * SPK_DDR_ALIGN;
 }
 
-static bool is_dead(struct spk_card *c)
+static bool is_end(int plant)
 {
-    return atomic_load(&c->plant) == SPK_PLANT_DIE;
+    return plant >= SPK_PLANT_DIE;
+}
+
+static int status_of(int plant)
+{
+    static const int status[] = {[SPK_PLANT_DIE] = SPK_E_LOST,
+                                 [SPK_PLANT_RESET] = SPK_E_RESET,
+                                 [SPK_PLANT_MEMORY] = SPK_E_MEMORY};
+    return is_end(plant) ? status[plant] : SPK_OK;
+}
+
+int spk_card_lost(struct spk_card *c)
+{
+    return status_of(atomic_load(&c->plant));
 }
 
 /* --- life ------------------------------------------------------------------------------- */
@@ -99,6 +115,19 @@ static void free_program(struct program *p)
     free(p);
 }
 
+static void free_completions(struct spk_card *c)
+{
+    for (uint32_t i = 0; i < c->completion_count; i++)
+        free(writable(c->completions[(c->completion_head + i) % SPK_QUEUE_MAX].result));
+    free(c->taken_result);
+}
+
+static void free_programs(struct spk_card *c)
+{
+    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
+        free_program(c->programs[i]);
+}
+
 void spk_card_destroy(struct spk_card *c)
 {
     if (!c)
@@ -108,12 +137,9 @@ void spk_card_destroy(struct spk_card *c)
         free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].result);
         free(c->queue[(c->queue_head + i) % SPK_QUEUE_MAX].timeline);
     }
-    for (uint32_t i = 0; i < c->completion_count; i++)
-        free(writable(c->completions[(c->completion_head + i) % SPK_QUEUE_MAX].result));
-    free(c->taken_result);
+    free_completions(c);
     free(c->trace.events);
-    for (int i = 0; i < SPK_PROGRAMS_MAX; i++)
-        free_program(c->programs[i]);
+    free_programs(c);
     if (c->links)
         link_release(c);
     free(c->links);
@@ -215,8 +241,9 @@ static int alloc_locked(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
 
 int spk_card_alloc(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
 {
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     if (nbytes == 0)
         return SPK_E_ARG;
     if (nbytes > c->ddr_bytes)
@@ -230,8 +257,9 @@ int spk_card_alloc(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
 
 int spk_card_window(struct spk_card *c, uint64_t nbytes, uint32_t *handle)
 {
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     if (nbytes == 0 || nbytes >> 48)
         return SPK_E_ARG;
     pthread_mutex_lock(&c->mutex);
@@ -272,8 +300,9 @@ static int enter_locked(struct spk_card *c, const struct spk_range *ranges, size
 int spk_card_enter(struct spk_card *c, const struct spk_range *ranges, size_t count,
                    uint32_t *handles)
 {
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     for (size_t i = 0; i < count; i++)
         if (!ranges[i].nbytes || ranges[i].offset % SPK_DDR_ALIGN ||
             ranges[i].offset > c->ddr_bytes || ranges[i].nbytes > c->ddr_bytes - ranges[i].offset)
@@ -317,8 +346,9 @@ static void empty(struct spk_card *c, const struct buffer *b)
 int spk_card_free(struct spk_card *c, uint32_t handle)
 {
     int status = SPK_OK;
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
     if (!b) {
@@ -339,8 +369,9 @@ int spk_card_free(struct spk_card *c, uint32_t handle)
 int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint64_t nbytes)
 {
     int status = SPK_OK;
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
     if (!b || b->window || b->entered)
@@ -376,8 +407,9 @@ static int locate(struct spk_card *c, uint32_t handle, uint64_t offset, uint64_t
                   uint8_t **at)
 {
     int status = SPK_OK;
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
     if (!b || b->window)
@@ -493,9 +525,10 @@ int spk_card_load_by_table(struct spk_card *c, const void *blob, size_t nbytes,
     size_t body;
 
     *bad = 0;
-    if (is_dead(c)) {
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK) {
         snprintf(why, 256, "the card is gone");
-        return SPK_E_LOST;
+        return lost;
     }
     p = calloc(1, sizeof *p);
     if (!p) {
@@ -542,8 +575,9 @@ bad_argument:
 int spk_card_unload_program(struct spk_card *c, uint32_t handle)
 {
     int status = SPK_OK;
-    if (is_dead(c))
-        return SPK_E_LOST;
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK)
+        return lost;
     pthread_mutex_lock(&c->mutex);
     if (handle >= SPK_PROGRAMS_MAX || !c->programs[handle]) {
         status = SPK_E_HANDLE;
@@ -683,9 +717,10 @@ int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *par
 {
     struct submission s = {0};
 
-    if (is_dead(c)) {
+    int lost = spk_card_lost(c);
+    if (lost != SPK_OK) {
         snprintf(why, 256, "the card is gone");
-        return SPK_E_LOST;
+        return lost;
     }
     if (nbytes > SPK_STEP_BYTES_MAX) {
         snprintf(why, 256, "%zu bytes of parameters, at most %d", nbytes, SPK_STEP_BYTES_MAX);
@@ -723,8 +758,8 @@ static bool is_quick(struct spk_card *c, uint32_t handle, bool *beside)
 {
     pthread_mutex_lock(&c->mutex);
     const struct program *p = handle < SPK_PROGRAMS_MAX ? c->programs[handle] : NULL;
-    /* A throttled card ends its commands when it is their time, which is for a worker to wait for. */
-    bool quick = !c->pace && p && (p->quick || p->brief);
+    /* A throttled or slow card ends its commands when it is their time: a worker waits for that. */
+    bool quick = !c->pace && !atomic_load(&c->slowness) && p && (p->quick || p->brief);
     *beside = quick && !p->quick;
     pthread_mutex_unlock(&c->mutex);
     return quick;
@@ -848,11 +883,43 @@ int spk_card_abort(struct spk_card *c, uint32_t epoch)
     return SPK_OK;
 }
 
-void spk_card_plant(struct spk_card *c, int fault)
+static void look_again(struct spk_card *c)
 {
-    atomic_store(&c->plant, fault);
     atomic_store(&c->ready, 1);
     pool_notify(c);
+}
+
+/* What has ended stays so; only SPK_PLANT_NONE comes after an end. */
+static void plant_fault(struct spk_card *c, int fault)
+{
+    int found = atomic_load(&c->plant);
+    while (!(is_end(found) && fault != SPK_PLANT_NONE) &&
+           !atomic_compare_exchange_weak(&c->plant, &found, fault))
+        ;
+}
+
+void spk_card_plant(struct spk_card *c, int fault)
+{
+    plant_fault(c, fault);
+    look_again(c);
+}
+
+void spk_card_plant_at(struct spk_card *c, int fault, uint32_t command)
+{
+    atomic_store(&c->planted, (uint64_t)fault << 32 | command);
+    look_again(c);
+}
+
+void spk_card_slow(struct spk_card *c, double factor)
+{
+    if (!(factor >= 1))
+        factor = 1;
+    factor = factor < SPK_SLOWEST ? factor : SPK_SLOWEST;
+    if (c->pace)
+        pace_slow(c, factor);
+    else
+        atomic_store(&c->slowness, (uint64_t)((factor - 1) * 65536));
+    look_again(c);
 }
 
 void spk_card_restart(struct spk_card *c)
@@ -1004,6 +1071,7 @@ static void count_busy(struct spk_card *c, uint64_t ns)
 
 static void flush(struct spk_card *c, int status, uint32_t before_epoch)
 {
+    c->rests_until_ns = 0;
     while (stale(c, before_epoch))
         complete(c, status);
 }
@@ -1019,6 +1087,64 @@ static void restart(struct spk_card *c)
     card_signal(c); /* whoever waits for that may look */
 }
 
+/* Nothing of what it was; the epoch is 1 again. */
+static bool renew(struct spk_card *c)
+{
+    uint64_t drained;
+    flush(c, SPK_E_ABORTED, UINT32_MAX);
+    pthread_mutex_lock(&c->mutex);
+    free_completions(c);
+    free_programs(c);
+    free(c->scratch);
+    free(c->trace.events);
+    c->completion_head = c->completion_count = 0;
+    c->taken_result = NULL;
+    memset(c->programs, 0, sizeof c->programs);
+    c->scratch = NULL;
+    c->scratch_bytes = 0;
+    c->buffer_count = 0;
+    atomic_store(&c->ddr_used, 0);
+    c->trace.events = NULL;
+    c->trace.capacity = 0;
+    c->trace.written = c->trace.read = c->trace.lost = 0;
+    c->next_fence = 1;
+    c->known_from = 0;
+    memset(&c->run, 0, sizeof c->run);
+    c->commands = c->steps = c->ddr_read = c->ddr_written = c->busy_ns = c->progress = 0;
+    c->command = 0;
+    ssize_t n = read(c->event_fd, &drained, sizeof drained);
+    (void)n; /* EAGAIN: nothing was signalled */
+    pthread_mutex_unlock(&c->mutex);
+    c->epoch = 1;
+    atomic_store(&c->abort_epoch, 1);
+    atomic_store(&c->epoch_seen, 1);
+    link_renew(c);
+    if (c->pace)
+        pace_renew(c);
+    atomic_store(&c->planted, 0);
+    atomic_store(&c->slowness, 0);
+    if (!pages_renew(c)) {
+        plant_fault(c, SPK_PLANT_DIE);
+        return false;
+    }
+    atomic_store(&c->plant, SPK_PLANT_NONE);
+    return true;
+}
+
+int spk_card_reopen(struct spk_card *c)
+{
+    if (!c->mapping)
+        return SPK_E_ARG;
+    /* As if this thread were a worker that steps the card; a slice is over soon. */
+    while (atomic_exchange(&c->stepping, 1))
+        sched_yield();
+    while (!meeting_left(c))
+        sched_yield();
+    bool renewed = renew(c);
+    atomic_store(&c->stepping, 0);
+    return renewed ? SPK_OK : SPK_E_SYSTEM;
+}
+
 /* What comes before work: death, aborts, taking up the next step.  Whether there is work; what the
  * step of the engine was, if not. */
 static bool has_work(struct spk_card *c, int *result)
@@ -1027,12 +1153,12 @@ static bool has_work(struct spk_card *c, int *result)
     int plant = atomic_load(&c->plant);
     int restarts = atomic_load(&c->restarts);
     *result = SPK_STEP_IDLE;
-    if ((restarts || plant == SPK_PLANT_DIE || abort_epoch != c->epoch) && !meeting_left(c)) {
+    if ((restarts || is_end(plant) || abort_epoch != c->epoch) && !meeting_left(c)) {
         *result = SPK_STEP_RAN; /* a slice of somebody else's, whose end rings no doorbell */
         return false;
     }
-    if (plant == SPK_PLANT_DIE) {
-        flush(c, SPK_E_LOST, UINT32_MAX);
+    if (is_end(plant)) {
+        flush(c, status_of(plant), UINT32_MAX);
         return false;
     }
     if (restarts) {
@@ -1063,19 +1189,61 @@ int spk_card_skip(struct spk_card *c)
     return SPK_STEP_RAN;
 }
 
+int spk_card_fail(struct spk_card *c, int status)
+{
+    int result;
+    if (!has_work(c, &result))
+        return result;
+    complete(c, status);
+    flush_behind(c);
+    return SPK_STEP_RAN;
+}
+
+/* Whether the step has got to where a fault was planted, which happens now. */
+static bool take_planted(struct spk_card *c, uint64_t planted)
+{
+    const struct execution *run = &c->run;
+    uint32_t at = (uint32_t)planted, commands = run->submission.program->header.commands;
+    bool begins = !run->cursor && !run->cursor2 && !run->held;
+    bool due = at == SPK_COMMAND_ANY || (run->pc == commands ? at >= commands : run->pc == at && begins);
+    if (!due || !atomic_compare_exchange_strong(&c->planted, &planted, 0))
+        return false;
+    plant_fault(c, (int)(planted >> 32));
+    return true;
+}
+
+/* Whether a slow card still rests from what it has done. */
+static bool rests(struct spk_card *c, uint64_t now)
+{
+    uint64_t until = c->rests_until_ns;
+    if (now >= until || !atomic_load_explicit(&c->slowness, memory_order_relaxed)) {
+        c->rests_until_ns = 0;
+        return false;
+    }
+    atomic_store_explicit(&c->wake_ns, until - now < REST_MAX_NS ? until : now + REST_MAX_NS,
+                          memory_order_relaxed);
+    atomic_fetch_add(&c->progress, 1);
+    return true;
+}
+
 int spk_card_step(struct spk_card *c)
 {
     int result;
     if (!has_work(c, &result))
         return result;
 
-    uint64_t begin = now_ns(), end = begin;
-    uint64_t slices = 0;
+    uint64_t begin = now_ns(), end = begin, owed = 0;
+    uint64_t slices = 0, slowness = atomic_load_explicit(&c->slowness, memory_order_relaxed);
+    if (c->rests_until_ns && rests(c, begin))
+        return SPK_STEP_PACED;
     result = SPK_STEP_RAN;
     if (!c->run.command_begin_ns)
         c->run.command_begin_ns = begin;
     for (;;) {
         struct execution *run = &c->run;
+        uint64_t planted = atomic_load_explicit(&c->planted, memory_order_relaxed);
+        if (planted && take_planted(c, planted))
+            break;
         if (run->pc == run->submission.program->header.commands) {
             if (c->pace && !pace_end_ns(c, run->pc, end)) {
                 slices++; /* the model's time passes */
@@ -1106,7 +1274,9 @@ int spk_card_step(struct spk_card *c)
         }
         slices++;
         end = now_ns();
-        uint64_t told = end; /* when the command ended */
+        if (slowness)
+            owed = (uint64_t)((double)(end - begin) * (double)slowness / 65536);
+        uint64_t told = end + owed; /* when the command ended */
         if (done && c->pace) {
             told = pace_end_ns(c, run->pc, end);
             run->held = !told;
@@ -1125,10 +1295,15 @@ int spk_card_step(struct spk_card *c)
             atomic_store(&c->command, run->pc);
             atomic_store(&c->waiting_for, -1);
         }
+        if (slowness) {
+            c->rests_until_ns = end + owed;
+            result = rests(c, end) ? SPK_STEP_PACED : SPK_STEP_RAN;
+            break;
+        }
         if (end - begin > STEP_BUDGET_NS)
             break;
     }
-    count_busy(c, end - begin);
+    count_busy(c, end - begin + owed);
     atomic_fetch_add(&c->progress, slices);
     return result;
 }

@@ -55,6 +55,7 @@ struct link {
     struct wire *wire;
     uint32_t end; /* 1 or 2: this card's bit in `down` */
     uint64_t tx_sequence, rx_sequence;
+    _Atomic uint32_t corrupt; /* so many messages are to leave with a flipped bit */
     _Atomic uint64_t tx_bytes, rx_bytes, errors;
 };
 
@@ -147,6 +148,9 @@ struct spk_card {
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
     _Atomic int plant;
+    _Atomic uint64_t planted; /* spk_card_plant_at: a fault, and below it a command; mostly 0 */
+    _Atomic uint64_t slowness; /* what a slow card takes longer, in 65536ths of what it took */
+    uint64_t rests_until_ns;   /* and for what it has done; 0 when it does not rest */
     _Atomic int restarts; /* a restart is wanted */
     _Atomic int stepping; /* taken by the worker that steps the card */
     _Atomic int ready;    /* a hint that a step would find work */
@@ -202,6 +206,8 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting);
 void link_new_epoch(struct spk_card *c);
 /* Nothing that is under way to the card or from it will ever arrive. */
 void link_restart(struct spk_card *c);
+/* And what it wants and has counted is forgotten. */
+void link_renew(struct spk_card *c);
 void link_release(struct spk_card *c);
 
 /* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */
@@ -217,6 +223,8 @@ bool meeting_is_on(struct spk_card *const *cards, size_t count);
 #define SPK_HUGE_PAGE ((uint64_t)2 << 20)
 bool pages_reserve(struct spk_card *c);
 void pages_release(struct spk_card *c);
+/* As after pages_reserve; false when the system has no more memory for it. */
+bool pages_renew(struct spk_card *c);
 /* Where anyone outside of the engine is about to write all bytes; threads may do so side by side,
  * as long as nothing is freed. */
 void pages_before_write(struct spk_card *c, uint8_t *at, uint64_t nbytes);
@@ -231,6 +239,9 @@ uint64_t pace_completed(struct spk_card *c, struct submission *s, bool succeeded
 /* The modelled end of a command of the running step that is done, or of the step where `command` is
  * behind the last; 0 and `wake_ns` when it is too early. */
 uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns);
+void pace_slow(struct spk_card *c, double factor);
+/* The card, which has nothing queued, begins anew, and nothing is under way to it or from it. */
+void pace_renew(struct spk_card *c);
 
 /* pool.c: wakes the card's worker if it sleeps. */
 void pool_notify(struct spk_card *c);

@@ -140,6 +140,19 @@ void link_restart(struct spk_card *c)
     }
 }
 
+void link_renew(struct spk_card *c)
+{
+    for (int i = 0; i < SPK_CARDS_MAX; i++) {
+        struct link *l = &c->links[i];
+        if (!l->tx)
+            continue;
+        atomic_fetch_and(&l->wire->down, ~l->end);
+        atomic_store(&l->corrupt, 0);
+        l->tx_bytes = l->rx_bytes = l->errors = 0;
+    }
+    link_restart(c);
+}
+
 /* --- up and down ----------------------------------------------------------------------------- */
 
 static bool is_down(const struct link *l)
@@ -172,6 +185,12 @@ int spk_card_link_state(struct spk_card *c, uint32_t peer)
     const struct link *l = &c->links[peer];
     uint32_t down = atomic_load(&l->wire->down);
     return down & l->end ? SPK_LINK_DOWN : down ? SPK_LINK_WAITS : SPK_LINK_UP;
+}
+
+void spk_card_corrupt(struct spk_card *c, uint32_t peer, uint32_t messages)
+{
+    if (peer < SPK_CARDS_MAX)
+        atomic_store(&c->links[peer].corrupt, messages);
 }
 
 uint64_t spk_card_link_errors(struct spk_card *c, uint32_t peer)
@@ -240,6 +259,10 @@ static bool send_some(struct spk_card *c, struct link *l, const struct rows *row
             break;
         struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = l->tx_sequence++};
         m.crc = put_rows(r, tail + sizeof m, rows, t->done_bytes, n, spk_crc32c(0, &m, CRC_COVERS));
+        if (atomic_load_explicit(&l->corrupt, memory_order_relaxed)) {
+            atomic_fetch_sub(&l->corrupt, 1);
+            r->data[(tail + sizeof m) % r->capacity] ^= 1;
+        }
         ring_put(r, tail, &m, sizeof m);
         tail += padded(n);
         atomic_store_explicit(&r->tail, tail, memory_order_release);

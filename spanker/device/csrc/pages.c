@@ -62,6 +62,21 @@ bool pages_reserve(struct spk_card *c)
     return c->page_state != NULL;
 }
 
+bool pages_renew(struct spk_card *c)
+{
+    /* In its own place, zeros and no table of what was there. */
+    void *p = mmap(c->mapping, c->mapping_bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (p == MAP_FAILED)
+        return false;
+    for (uint64_t page = 0; page < c->huge_pages; page++)
+        if (atomic_exchange(&c->page_state[page], UNTOUCHED) == TO_COLLAPSE)
+            atomic_fetch_sub(&c->to_collapse, 1);
+    atomic_store(&c->pages_waited_ns, 0);
+    atomic_store(&c->small_pages, false);
+    return true;
+}
+
 void pages_release(struct spk_card *c)
 {
     if (c->mapping)

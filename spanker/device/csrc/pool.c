@@ -166,6 +166,15 @@ static bool any_busy(struct spk_pool *p)
     return busy;
 }
 
+/* A card that rests needs a worker who waits for that. */
+static bool help(struct spk_card *c)
+{
+    int result = try_step(c);
+    if (result == SPK_STEP_PACED)
+        atomic_store(&c->ready, 1);
+    return result == SPK_STEP_RAN;
+}
+
 void pool_help(struct spk_card *c, bool beside)
 {
     struct spk_pool *p = c->owner->pool;
@@ -174,10 +183,10 @@ void pool_help(struct spk_card *c, bool beside)
     bool on = true;
     while (on && now_ns() - begin < most) {
         /* This card first: a worker may be on its way to the others. */
-        on = atomic_load(&c->ready) && try_step(c) == SPK_STEP_RAN;
+        on = atomic_load(&c->ready) && help(c);
         for (size_t i = 0; i < p->card_count; i++)
             if (atomic_load(&p->cards[i]->ready))
-                on |= try_step(p->cards[i]) == SPK_STEP_RAN;
+                on |= help(p->cards[i]);
         if (!on && beside) {
             relax();
             on = meeting_is_on(p->cards, p->card_count) && any_busy(p);

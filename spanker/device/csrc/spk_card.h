@@ -157,10 +157,20 @@ struct spk_counters {
 #define SPK_STEP_WAITING 2 /* waits for a link */
 #define SPK_STEP_PACED 3   /* throttled, and ahead of its time: see spk_card_wake_ns */
 
-/* Faults that a test can plant. */
+/* Faults that a test can plant.  From SPK_PLANT_DIE on the card is lost: every fence completes with the
+ * fault's status, and every call that uses the card answers that.  The first of these stays. */
 #define SPK_PLANT_NONE 0
-#define SPK_PLANT_HANG 1 /* the engine stops making progress */
-#define SPK_PLANT_DIE 2  /* every fence completes with SPK_E_LOST, and every call that uses it answers that */
+#define SPK_PLANT_HANG 1   /* the engine stops making progress */
+#define SPK_PLANT_DIE 2    /* SPK_E_LOST */
+#define SPK_PLANT_RESET 3  /* SPK_E_RESET */
+#define SPK_PLANT_MEMORY 4 /* SPK_E_MEMORY */
+#define SPK_COMMAND_ANY 0xffffffffu
+#define SPK_SLOWEST 1000000
+
+#define SPK_LINK_NONE 0 /* nobody at the other end */
+#define SPK_LINK_DOWN 1
+#define SPK_LINK_WAITS 2 /* for the other end */
+#define SPK_LINK_UP 3
 
 /* The speed of a throttled card; a port is what it sends, or receives, over all links together.
  * Speeds may be infinite. */
@@ -248,6 +258,27 @@ int spk_card_trace(struct spk_card *card, uint64_t events);
 uint64_t spk_card_trace_read(struct spk_card *card, struct spk_trace_event *out, uint64_t most,
                              uint64_t *lost);
 void spk_card_plant(struct spk_card *card, int fault);
+/* The same, when the step under way or the next one gets to a command, or to its end where it has
+ * fewer; SPK_COMMAND_ANY: as soon as a step is under way.  There is one such fault: a later one takes
+ * its place. */
+void spk_card_plant_at(struct spk_card *card, int fault, uint32_t command);
+/* SPK_OK, or the status with which the card is lost. */
+int spk_card_lost(struct spk_card *card);
+/* From now on all that the card does takes `factor` times as long, 1 to SPK_SLOWEST: of a throttled
+ * card what the model says, of another what a worker takes, who does something else meanwhile. */
+void spk_card_slow(struct spk_card *card, double factor);
+/* So many more messages to this peer, the next ones, leave with a flipped bit that their CRC does not
+ * know of. */
+void spk_card_corrupt(struct spk_card *card, uint32_t peer, uint32_t messages);
+/* This end of a link wants it up (they begin so) or down; it is up while both want it.  Messages wait
+ * in a link that is down. */
+void spk_card_link_want(struct spk_card *card, uint32_t peer, int up);
+int spk_card_link_state(struct spk_card *card, uint32_t peer);
+/* As when it was created, whatever has become of it: no buffers, programs and submissions, epoch 1.
+ * What was under way on its links is lost; its peers may be at work, and meet it again in an epoch
+ * that none of them has been in.  For a card with memory of its own; no other call beside it.  After
+ * SPK_E_SYSTEM the card is lost. */
+int spk_card_reopen(struct spk_card *card);
 /* For those who drive a card without a pool: from one thread, between spk_fp_enter and
  * spk_fp_leave. */
 int spk_card_step(struct spk_card *card);
@@ -255,6 +286,8 @@ int spk_card_step(struct spk_card *card);
 uint64_t spk_card_wake_ns(struct spk_card *card);
 /* The same for a card that keeps no bytes: the oldest step completes without having been run. */
 int spk_card_skip(struct spk_card *card);
+/* The same, and the step fails: those behind it are aborted. */
+int spk_card_fail(struct spk_card *card, int status);
 
 /* Two rings between cards numbered number_a and number_b; before the pool starts. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
@@ -299,14 +332,6 @@ int spk_card_load_by_table(struct spk_card *card, const void *program, size_t nb
  * under way on its links is lost, plants end, and the epoch is 0.  Programs, buffers and bytes stay.
  * Until the counters say `epoch` 0 and nothing queued, nothing else may be asked of the card. */
 void spk_card_restart(struct spk_card *card);
-/* This end of a link wants it up (they begin so) or down; it is up while both want it.  Messages wait
- * in a link that is down. */
-void spk_card_link_want(struct spk_card *card, uint32_t peer, int up);
-#define SPK_LINK_NONE 0 /* nobody at the other end */
-#define SPK_LINK_DOWN 1
-#define SPK_LINK_WAITS 2 /* for the other end */
-#define SPK_LINK_UP 3
-int spk_card_link_state(struct spk_card *card, uint32_t peer);
 /* Messages from this peer that failed their check. */
 uint64_t spk_card_link_errors(struct spk_card *card, uint32_t peer);
 

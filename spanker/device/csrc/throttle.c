@@ -80,6 +80,7 @@ struct pace {
     double byte_ns, int8_ns, float_ns, element_ns, command_ns, step_ns;
     double port; /* bytes per ns, in each direction */
     double lead; /* from the submission of a step to its first message, at least */
+    double slowness; /* how many times longer it takes than it should, 1 unless a test says more */
 
     struct timeline *queue[SPK_QUEUE_MAX];
     uint32_t head, count;
@@ -415,7 +416,7 @@ static void run_commands(struct pace *p, double time)
     uint32_t commands = t->program->header.commands;
     for (; p->pc < commands; p->pc++) {
         const struct spk_command *cmd = &t->program->commands[p->pc];
-        double takes = p->command_ns;
+        double takes = p->command_ns * p->slowness;
         if (cmd->op == SPK_OP_EXCHANGE) {
             t->busy += takes;
             time += takes;
@@ -424,7 +425,7 @@ static void run_commands(struct pace *p, double time)
         if (cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV)
             takes = 0;
         else
-            takes = command_ns(p, t, cmd);
+            takes = command_ns(p, t, cmd) * p->slowness;
         t->busy += takes;
         time += takes;
         t->end[p->pc] = time;
@@ -441,7 +442,7 @@ static void begin_step(struct pace *p)
         return;
     }
     t->start = fmax(t->arrived, p->free);
-    t->begin = t->start + p->step_ns;
+    t->begin = t->start + p->step_ns * p->slowness;
     atomic_store_explicit(&t->begun, true, memory_order_release);
     p->pc = 0;
     run_commands(p, t->begin);
@@ -802,6 +803,32 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
     return 0;
 }
 
+/* --- faults ---------------------------------------------------------------------------------- */
+
+void pace_slow(struct spk_card *c, double factor)
+{
+    struct pace *p = c->pace;
+    pthread_mutex_lock(&p->throttle->mutex);
+    advance(p->throttle, p->group, now_of(p->throttle, clock_ns()));
+    p->slowness = factor;
+    pthread_mutex_unlock(&p->throttle->mutex);
+}
+
+void pace_renew(struct spk_card *c)
+{
+    struct pace *p = c->pace;
+    struct spk_throttle *th = p->throttle;
+    pthread_mutex_lock(&th->mutex);
+    for (uint32_t peer = 0; peer < th->count; peer++) {
+        struct paced_link *to = link_of(th, p->number, peer), *from = link_of(th, peer, p->number);
+        to->count = from->count = 0;
+        from->need = 0;
+    }
+    p->totals = (struct spk_pace){0};
+    p->slowness = 1;
+    pthread_mutex_unlock(&th->mutex);
+}
+
 void spk_card_pace(struct spk_card *c, struct spk_pace *out)
 {
     *out = (struct spk_pace){0};
@@ -866,6 +893,7 @@ struct spk_throttle *spk_throttle_create(struct spk_card **cards, size_t count,
                            .command_ns = 1e9 * s->command_s,
                            .step_ns = 1e9 * s->step_s,
                            .lead = 1e9 * s->step_s,
+                           .slowness = 1,
                            .port = s->port_bytes_per_s / 1e9,
                            .at = INFINITY};
         p->flows = calloc(2 * SPK_CARDS_MAX, sizeof *p->flows);

@@ -566,6 +566,9 @@ class KernelCard(CardDevice):
             waiting_for=waiting_for,
             link_tx_bytes=tuple([link.tx_bytes if link else 0 for link in links]),
             link_rx_bytes=tuple([link.rx_bytes if link else 0 for link in links]),
+            links_down=tuple(
+                [p for p, link in enumerate(links) if link and link.state != lib.SPANKER_LINK_UP]
+            ),
         )
 
     def load_image(self, image: Buffer) -> None:

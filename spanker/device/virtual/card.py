@@ -13,6 +13,7 @@ task that lets the time of a rig pass is `actors.virtual_time.drive`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -152,6 +153,17 @@ class VirtualCard(SoftCard):
         self._fail(self.rig.engine.behind(self.number), lib.SPK_E_ABORTED)
         return Outcome.FAULT
 
+    def damaged(self, work: Work) -> None:
+        """For the rig: a step has failed on a message that does not pass its check."""
+        behind = self.rig.engine.behind(self.number)
+        # The native card's messages are whole: it may be ahead, and what it says does not count.
+        lib.spk_card_fail(self.handle, lib.SPK_E_LINK)
+        self._take_native()
+        for dropped in (work, *behind):
+            self._native.pop(dropped.fence, None)
+        self._fail((work,), lib.SPK_E_LINK)
+        self._fail(behind, lib.SPK_E_ABORTED)
+
     def _finished(self, work: Work) -> Completion | None:
         fence = work.fence
         if self.hollow:
@@ -206,7 +218,7 @@ class VirtualCard(SoftCard):
         state = engine.state(self.number)
         links = [engine.link_bytes(self.number, c.number) for c in self.rig.cards]
         return attrs.evolve(
-            self._counters(links),
+            self._counters(links, engine.links_down(self.number)),
             commands=state.commands,
             steps=state.steps,
             ddr_read_bytes=state.read_bytes,
@@ -236,22 +248,53 @@ class VirtualCard(SoftCard):
             return b"", 0
         return self._recorder.take(most), self._recorder.lost
 
-    # --- failures, the end ----------------------------------------------------------------
+    # --- faults, the end ------------------------------------------------------------------
+    # The engine has them; the native card below only knows of those that stop it.
 
-    def kill(self) -> None:
+    def _plant(self, fault: int, command: int | None) -> None:
+        self._u32(command or 0, "command")
         if self.closed:
             return
         engine = self.rig.synced()
-        super().kill()
-        self.step_native()
-        self._fail(engine.kill(self.number), lib.SPK_E_LOST)
+        happen = functools.partial(self._stop, fault)
+        if command is None:
+            happen()
+        elif command == lib.SPK_COMMAND_ANY:
+            engine.plant(self.number, None, happen)
+        else:
+            engine.plant(self.number, command, happen)
+        self.rig.changed()
 
-    def hang(self) -> None:
-        if self.closed:
-            return
-        engine = self.rig.synced()
-        super().hang()
-        engine.hang(self.number)
+    def _stop(self, fault: int) -> None:
+        lib.spk_card_plant(self.handle, fault)
+        lost = lib.spk_card_lost(self.handle)
+        if lost == lib.SPK_OK:
+            self.rig.engine.hang(self.number)
+        else:
+            self.step_native()
+            self._fail(self.rig.engine.kill(self.number), lost)
+
+    def _slow(self, factor: float) -> None:
+        self.rig.synced().slow(self.number, factor)
+        self.rig.changed()
+
+    def _want_link(self, peer: int, up: bool) -> None:
+        self.rig.synced().want_link(self.number, peer, up)
+        self.rig.changed()
+
+    def _corrupt(self, peer: int, messages: int) -> None:
+        self.rig.synced().corrupt(self.number, peer, messages)
+
+    def reopen(self) -> None:
+        super().reopen()
+        self.rig.synced().reopen(self.number)
+        self._programs.clear()
+        self._reads_of.clear()
+        self._native.clear()
+        self._failed = 0
+        self._recorder = None
+        self.completions()
+        self.rig.changed()
 
     def close(self) -> None:
         if not self.closed:
@@ -283,7 +326,8 @@ class VirtualRig:
         self.on_change: Callable[[], None] | None = None
         self.cards: list[VirtualCard] = []
         self._clock = clock
-        self.engine = Engine(profile, len(specs), self._end_step, 0 if clock is None else clock())
+        now = 0 if clock is None else clock()
+        self.engine = Engine(profile, len(specs), self._end_step, now, self._damaged)
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(VirtualCard(self, number, spec))
@@ -330,6 +374,9 @@ class VirtualRig:
 
     def _end_step(self, card: int, work: Work) -> Outcome:
         return self.cards[card].end_step(work)
+
+    def _damaged(self, card: int, work: Work) -> None:
+        self.cards[card].damaged(work)
 
     def step_until(self, card: VirtualCard, fence: int) -> None:
         """Step cards until one of them has completed a step, or none can do anything more."""

@@ -360,6 +360,10 @@ class Level:
     stretch: float = 1.0
     memory: float = 1.0
 
+    def slowed(self, factor: float) -> Level:
+        """Where everything takes `factor` times as long."""
+        return self if factor == 1 else Level(self.stretch * factor, self.memory / factor)
+
 
 ALONE = Level()
 
@@ -394,6 +398,13 @@ class StepCosts:
             before = np.concatenate(([0], np.cumsum(np.rint(parts).astype(np.int64))))
             found = self._levels[level] = Durations(before, self._differences(before))
         return found
+
+    def spliced(self, begin: Durations, rest: Durations, command: int) -> Durations:
+        """One of them up to the end of a command, the other from there on."""
+        at = command + 1
+        later = rest.before[at:] - rest.before[at] + begin.before[at]
+        before = np.concatenate((begin.before[:at], later))
+        return Durations(before, self._differences(before))
 
     def read_bytes(self) -> list[int]:
         """Bytes that each run of commands reads."""

@@ -16,7 +16,7 @@ import enum
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
@@ -64,7 +64,7 @@ class Work:
 
 @attrs.frozen
 class CardState:
-    """Counts of one card since the engine began, and where it stands; see `DeviceCounters`."""
+    """Counts of one card since it was opened, and where it stands; see `DeviceCounters`."""
 
     commands: int
     steps: int
@@ -138,8 +138,13 @@ class _Card:
         # Totals.
         self.commands = self.steps = self.read = self.written = 0
         self.busy_ps = 0
+        self.taking_up_ps = 0
         self.waiting_ps: dict[int, int] = {}
         self.recorder: Recorder | None = None
+        # How many times longer it takes, and what happens when a step gets to a command.
+        self.slowness = 1.0
+        self.planted: tuple[int | None, Callable[[], None]] | None = None
+        self.opened: CardState | None = None  # what had been counted when it was opened again
 
 
 _Subject = _Card | _Flows
@@ -148,7 +153,8 @@ _Subject = _Card | _Flows
 class Engine:
     """The cards of one fleet, from time `now` on.
 
-    `complete(card, work)` is called when a step ends, and says how.
+    `complete(card, work)` is called when a step ends, and says how; `damaged(card, work)` when it
+    fails on a message that does not pass its check, and what is queued behind it is dropped.
     """
 
     def __init__(
@@ -157,10 +163,12 @@ class Engine:
         cards: int,
         complete: Callable[[int, Work], Outcome],
         now: int = 0,
+        damaged: Callable[[int, Work], None] = lambda card, work: None,
     ) -> None:
         self.now = now
         self._profile = profile
         self._complete = complete
+        self._damaged = damaged
         self._step_ps = to_ps(profile.step_s)
         memory = profile.local_ddr_bytes_per_s / PS_PER_S
         self._cards = tuple(_Card(n, memory * profile.card(n).memory) for n in range(cards))
@@ -248,6 +256,60 @@ class Engine:
         self.hang(card)
         return self._drop(self._cards[card])
 
+    def plant(self, card: int, command: int | None, happen: Callable[[], None]) -> None:
+        """Let something happen to the card, once: when the step under way or the next one gets to
+        the run of commands with this one, or to its end where it has fewer; None is any command, so
+        that it happens now if one is under way.  There is one such thing."""
+        c = self._cards[card]
+        c.planted = command, happen
+        if command is None and c.phase not in (_Phase.IDLE, _Phase.TAKING_UP):
+            self._happen(c)
+
+    def slow(self, card: int, factor: float) -> None:
+        """Commands that begin from now on take so many times longer than they should."""
+        c = self._cards[card]
+        c.slowness = factor
+        if c.phase is _Phase.IDLE or c.phase is _Phase.TAKING_UP or c in self._begun:
+            return
+        durations = c.costs.durations(self._level.slowed(factor))
+        if c.phase is not _Phase.RUNNING:
+            c.durations = durations
+        elif self._contended:
+            self._count_busy(c)
+            c.durations = durations
+            self._plan_end(c)
+        else:
+            first, stop = c.costs.edges[c.run], c.costs.edges[c.run + 1]
+            before = c.durations.before[first:stop] - c.durations.before[first]
+            at = first + int(np.searchsorted(before, self.now - c.since, "right")) - 1
+            c.durations = c.costs.spliced(c.durations, durations, at)
+            c.stamp += 1
+            self._plan(c.since + c.durations.runs[c.run], self._end_run, c)
+
+    def want_link(self, card: int, peer: int, up: bool) -> None:
+        """The card wants its link with a peer up or down; it is up while both do."""
+        self._arrive_now(self._network.want(card, peer, up))
+
+    def _arrive_now(self, released: Sequence[Arrivals]) -> None:
+        for arrivals in released:
+            self._plan(self.now, self._arrive, _Flows(arrivals))
+
+    def links_down(self, card: int) -> tuple[int, ...]:
+        """The peers whose link with the card is down."""
+        return self._network.links_down(card)
+
+    def corrupt(self, card: int, peer: int, messages: int) -> None:
+        """The next so many messages to a peer do not pass its check."""
+        self._network.damage(card, peer, messages)
+
+    def reopen(self, card: int) -> None:
+        """The card is as it was when the engine began; nobody is told of what was queued."""
+        c = self._cards[card]
+        self._drop(c)
+        self._arrive_now(self._network.reopen(card))
+        c.hung, c.slowness, c.planted, c.recorder = False, 1.0, None, None
+        c.opened = self._since_begin(c)
+
     def _drop(self, c: _Card) -> tuple[Work, ...]:
         self._halt(c)
         self._network.cancel(c.number, self.now)
@@ -262,23 +324,58 @@ class Engine:
             self._stop_running(c)
         elif c.phase is _Phase.EXCHANGING:
             self._count_waiting(c, self._network.waits_for(c.number))
+        elif c.phase is _Phase.TAKING_UP:
+            c.taking_up_ps += self.now - c.since
         c.phase = _Phase.IDLE
 
     # --- a step -------------------------------------------------------------------------
 
     def _take_up(self, c: _Card) -> None:
-        c.phase = _Phase.TAKING_UP
-        self._plan(self.now + self._step_ps, self._begin_step, c)
+        c.phase, c.since = _Phase.TAKING_UP, self.now
+        self._plan(self.now + round(self._step_ps * c.slowness), self._begin_step, c)
 
     def _begin_step(self, c: _Card) -> None:
         work = c.queue[0]
+        c.taking_up_ps += self.now - c.since
         c.costs = work.program.step(work.size, self._profile, c.number)
-        c.durations = c.costs.durations(self._level)
+        c.durations = c.costs.durations(self._level.slowed(c.slowness))
         c.read_bytes, c.written_bytes = c.costs.read_bytes(), c.costs.written_bytes()
         c.run = 0
         self._begin_run(c)
 
+    def _happen(self, c: _Card) -> None:
+        assert c.planted is not None
+        _, happen = c.planted
+        c.planted = None
+        happen()
+
+    def _has_happened(self, c: _Card, *, ending: bool) -> bool:
+        """Whether what was planted was due at the run that begins, or at the end of the step, and
+        has happened instead."""
+        if c.planted is None:
+            return False
+        at, _ = c.planted
+        program = c.queue[0].program
+        numbers, commands = program.numbers, len(program.ops)
+
+        def number(edge: int) -> int:
+            return int(numbers[edge]) if edge < len(numbers) else commands
+
+        first, stop = c.costs.edges[c.run], c.costs.edges[c.run + 1]
+        if at is None:
+            due = ending or first < stop
+        elif ending:
+            due = at >= commands
+        else:
+            due = number(first) <= at < number(stop)
+        if due:
+            c.phase = _Phase.IDLE
+            self._happen(c)
+        return due
+
     def _begin_run(self, c: _Card) -> None:
+        if self._has_happened(c, ending=False):
+            return
         c.phase, c.since = _Phase.RUNNING, self.now
         if c.costs.edges[c.run] == c.costs.edges[c.run + 1]:
             self._end_step(c)
@@ -316,6 +413,8 @@ class Engine:
             self._end_step(c)
 
     def _end_step(self, c: _Card) -> None:
+        if self._has_happened(c, ending=True):
+            return
         outcome = self._complete(c.number, c.queue[0])
         if outcome is Outcome.STUCK:
             c.phase = _Phase.STUCK
@@ -357,7 +456,15 @@ class Engine:
             self._check_exchange(self._cards[card], int(last[card]))
 
     def _check_exchange(self, c: _Card, last: int) -> None:
-        if c.phase is _Phase.EXCHANGING and self._network.is_over(c.number):
+        if c.phase is not _Phase.EXCHANGING:
+            return
+        if self._network.has_damaged(c.number):
+            self._count_waiting(c, last)
+            c.phase = _Phase.IDLE
+            self._network.give_up(c.number, self.now)
+            self._damaged(c.number, c.queue[0])
+            c.queue.clear()
+        elif self._network.is_over(c.number):
             self._exchanged(c, last)
 
     def _exchanged(self, c: _Card, last: int) -> None:
@@ -390,7 +497,7 @@ class Engine:
                     self._change_level(c, level)
             self._level = level
         for c in self._begun:
-            c.durations = c.costs.durations(level)
+            c.durations = c.costs.durations(level.slowed(c.slowness))
             c.rest = _duration(c.durations, c.at)
             c.edges.append(self.now)
             self._plan_end(c)
@@ -410,7 +517,7 @@ class Engine:
     def _change_level(self, c: _Card, level: Level) -> None:
         self._count_busy(c)
         before = _duration(c.durations, c.at)
-        c.durations = c.costs.durations(level)
+        c.durations = c.costs.durations(level.slowed(c.slowness))
         after = _duration(c.durations, c.at)
         c.rest = round(c.rest * (after / before)) if before else after
         self._plan_end(c)
@@ -447,18 +554,27 @@ class Engine:
 
     def state(self, card: int) -> CardState:
         """Where a card stands now."""
-        c = self._cards[card]
+        state, opened = self._since_begin(self._cards[card]), self._cards[card].opened
+        if opened is None:
+            return state
+        counted = ("commands", "steps", "read_bytes", "written_bytes", "busy_ps", "progress")
+        return attrs.evolve(
+            state, **{name: getattr(state, name) - getattr(opened, name) for name in counted}
+        )
+
+    def _since_begin(self, c: _Card) -> CardState:
         busy_ps = c.busy_ps + (self.now - c.since if c.phase is _Phase.RUNNING else 0)
+        taking_up_ps = c.taking_up_ps + (self.now - c.since if c.phase is _Phase.TAKING_UP else 0)
         waiting_for = None
         if c.phase is _Phase.EXCHANGING:
-            waiting_for = self._network.waits_for(card)
+            waiting_for = self._network.waits_for(c.number)
         return CardState(
             commands=c.commands,
             steps=c.steps,
             read_bytes=c.read,
             written_bytes=c.written,
             busy_ps=busy_ps,
-            progress=c.commands + c.steps + busy_ps // _PROGRESS_PS,
+            progress=c.commands + c.steps + (busy_ps + taking_up_ps) // _PROGRESS_PS,
             queued=len(c.queue),
             waiting_for=waiting_for,
         )
@@ -475,7 +591,7 @@ class Engine:
             if c.phase is _Phase.EXCHANGING:
                 last = self._network.waits_for(c.number)
                 waiting[last] = waiting.get(last, 0) + self.now - c.since
-            cards.append(CardUse(self.state(c.number).busy_ps, waiting))
+            cards.append(CardUse(self._since_begin(c).busy_ps, waiting))
         links = [LinkUse(*use) for use in self._network.use(self.now)]
         return Usage(self.now, tuple(cards), tuple(links))
 

@@ -28,17 +28,26 @@ F64 = npt.NDArray[np.float64]
 # Rates this close are one rate: what differs only by the order of rounding must not make two
 # events of one.
 _CLOSE = 1 + 1e-12
+# What a soft card sends at most in one message.
+_MESSAGE_BYTES = 16384
 # The time of what does not happen.
 NEVER = int(np.iinfo(np.int64).max)
 
 
 @attrs.frozen(eq=False)
 class Arrivals:
-    """What arrives at one time: bytes over links, and the epochs they were sent in."""
+    """What arrives at one time: bytes over links, the epochs they were sent in, and whether they
+    are damaged (None: nothing is)."""
 
     links: I64
     nbytes: I64
     epochs: I64
+    damaged: npt.NDArray[np.bool_] | None = None
+
+    def of(self, which: npt.NDArray[np.bool_]) -> Arrivals:
+        """Some of it."""
+        damaged = None if self.damaged is None else self.damaged[which]
+        return Arrivals(self.links[which], self.nbytes[which], self.epochs[which], damaged)
 
 
 class Network:
@@ -77,6 +86,20 @@ class Network:
         # Of the exchange that a card is in.
         self._sending = [0] * n
         self._lacking = [False] * n
+        # What ends of links want, at the number of the link from that end; and what comes of it.
+        self._wants_down, self._down = np.zeros(n * n, np.bool_), np.zeros(n * n, np.bool_)
+        self._any_down = False
+        # What is on its way, and what waits at the end of a link that is down.
+        self._under_way: dict[Arrivals, None] = {}
+        self._held: list[Arrivals] = []
+        # Messages to be damaged, by link; and how much has come to the target, in its present epoch
+        # or a later one, before the first that is.
+        self._to_damage: dict[int, int] = {}
+        self._damaged_at = np.full(n * n, NEVER)
+        self._damaged_later: dict[tuple[int, int], int] = {}
+        self._any_damaged = False
+        # Totals when the source, or the target, was opened.
+        self._sent_before, self._taken_before = zeros(), zeros()
 
     # --- exchanges ----------------------------------------------------------------------
 
@@ -149,20 +172,27 @@ class Network:
         for card, count in zip(cards.tolist(), counts.tolist(), strict=True):
             self._sending[card] -= count
         latencies = self._latency_ps[links]
+        left = Arrivals(links, nbytes, epochs, self._damage(links, nbytes))
         arrivals = []
         for latency in np.unique(latencies).tolist():
-            of = latencies == latency
-            arrivals.append((now + latency, Arrivals(links[of], nbytes[of], epochs[of])))
+            arriving = left.of(latencies == latency)
+            self._under_way[arriving] = None
+            arrivals.append((now + latency, arriving))
         if self._queues:
             self._start_queued(links, now)
         return cards.tolist(), arrivals
 
     def arrive(self, arrivals: Arrivals) -> tuple[list[int], I64]:
         """Bytes have arrived: at which cards, and by card from whom the last of them came."""
+        self._under_way.pop(arrivals)
+        if self._any_down:
+            arrivals = self._hold(arrivals)
         n, links = self._n, arrivals.links
         sources, targets = links // n, links % n
         now_in = self._epochs[targets]
         present = arrivals.epochs == now_in
+        if arrivals.damaged is not None:
+            self._find_damaged(arrivals, arrivals.damaged, present)
         # An exchange never sends two flows of one link at the same time.
         self._arrived[links[present]] += arrivals.nbytes[present]
         if not present.all():
@@ -221,6 +251,125 @@ class Network:
                 nbytes = self._later.pop((link, sent_in))
                 into = self._arrived if sent_in == epoch else self._dropped
                 into[link] += nbytes
+        self._damaged_at[card::n] = NEVER
+        for link, sent_in in list(self._damaged_later):
+            if link % n == card and sent_in <= epoch:
+                at = self._damaged_later.pop((link, sent_in))
+                if sent_in == epoch:
+                    self._damaged_at[link] = at
+        self._any_damaged = bool((self._damaged_at != NEVER).any())
+
+    # --- faults ---------------------------------------------------------------------------
+
+    def want(self, card: int, peer: int, up: bool) -> list[Arrivals]:
+        """One end wants a link up or down; what had waited for that and arrives now."""
+        n = self._n
+        there, back = card * n + peer, peer * n + card
+        self._wants_down[there] = not up
+        self._down[[there, back]] = self._wants_down[there] or self._wants_down[back]
+        self._any_down = bool(self._down.any())
+        self._changed = True
+        held, self._held = self._held, []
+        released = []
+        for arrivals in held:
+            down = self._down[arrivals.links]
+            if down.any():
+                self._held.append(arrivals.of(down))
+            if not down.all():
+                released.append(arrivals.of(~down))
+        self._under_way.update(dict.fromkeys(released))
+        return released
+
+    def links_down(self, card: int) -> tuple[int, ...]:
+        """The peers of a card whose link with it is down."""
+        n = self._n
+        return tuple(np.flatnonzero(self._down[card * n : (card + 1) * n]).tolist())
+
+    def _hold(self, arrivals: Arrivals) -> Arrivals:
+        """What of it arrives; the rest waits where it is."""
+        down = self._down[arrivals.links]
+        if down.any():
+            self._held.append(arrivals.of(down))
+            arrivals = arrivals.of(~down)
+        return arrivals
+
+    def damage(self, card: int, peer: int, messages: int) -> None:
+        """The next so many messages of a card to a peer are damaged when they leave."""
+        link = card * self._n + peer
+        if messages:
+            self._to_damage[link] = messages
+        else:
+            self._to_damage.pop(link, None)
+
+    def _damage(self, links: I64, nbytes: I64) -> npt.NDArray[np.bool_] | None:
+        if not self._to_damage:
+            return None
+        damaged = np.zeros(len(links), np.bool_)
+        for i, link in enumerate(links.tolist()):
+            messages = self._to_damage.get(link)
+            if messages is not None:
+                damaged[i] = True
+                left = messages - -(-int(nbytes[i]) // _MESSAGE_BYTES)
+                self.damage(link // self._n, link % self._n, max(left, 0))
+        return damaged
+
+    def _find_damaged(
+        self,
+        arrivals: Arrivals,
+        damaged: npt.NDArray[np.bool_],
+        present: npt.NDArray[np.bool_],
+    ) -> None:
+        for i in np.flatnonzero(damaged).tolist():
+            link, epoch = int(arrivals.links[i]), int(arrivals.epochs[i])
+            if present[i]:
+                self._damaged_at[link] = min(self._damaged_at[link], self._arrived[link])
+                self._any_damaged = True
+            elif epoch > self._epochs[link % self._n]:
+                self._damaged_later.setdefault((link, epoch), self._later.get((link, epoch), 0))
+
+    def has_damaged(self, card: int) -> bool:
+        """Whether something has come that a card's exchange wants, and that is damaged."""
+        if not self._any_damaged:
+            return False
+        n = self._n
+        return bool((self._wanted[card::n] > self._damaged_at[card::n]).any())
+
+    def give_up(self, card: int, now: int) -> None:
+        """A card's exchange fails on what is damaged, which stays in front of what comes next."""
+        self.cancel(card, now)
+        wanted = self._wanted[card :: self._n]
+        np.minimum(wanted, self._damaged_at[card :: self._n], out=wanted)
+
+    def reopen(self, card: int) -> list[Arrivals]:
+        """A card, which sends nothing, begins anew in epoch 1 and wants its links up; what is under
+        way to it or from it is lost.  Returns what arrives now, as `want`."""
+        n = self._n
+        into, out = slice(card, None, n), slice(card * n, (card + 1) * n)
+        self._dropped[into] += np.minimum(self._arrived[into], self._wanted[into])
+        self._taken_before[into] = self._dropped[into]
+        self._sent_before[out] = self._sent[out]
+        self._arrived[into] = self._wanted[into] = 0
+        # What a peer has not taken yet it will not find.
+        self._arrived[out] = np.minimum(self._arrived[out], self._wanted[out])
+        self._epochs[card] = 1
+        self._epoch[into] = 0
+        for link, queue in self._queues.items():
+            if link % n == card:
+                self._queues[link] = deque([(nbytes, 0) for nbytes, _ in queue])
+        for arrivals in (*self._under_way, *self._held):
+            lost = (arrivals.links // n == card) | (arrivals.links % n == card)
+            arrivals.nbytes[lost] = arrivals.epochs[lost] = 0
+        for table in (self._later, self._damaged_later):
+            for link, epoch in list(table):
+                if card in (link // n, link % n):
+                    del table[link, epoch]
+        self._damaged_at[into] = self._damaged_at[out] = NEVER
+        released = []
+        for peer in range(n):
+            self._to_damage.pop(card * n + peer, None)
+            if peer != card:
+                released += self.want(card, peer, True)
+        return released
 
     # --- rates ----------------------------------------------------------------------------
 
@@ -233,7 +382,7 @@ class Network:
         links = np.flatnonzero(self._active)
         if not len(links):
             return NEVER
-        rates = self._fair(links)
+        rates = self._fair_where_up(links) if self._any_down else self._fair(links)
         other = rates != self._rate[links]
         if not other.all():
             changed, rates = links[other], rates[other]
@@ -247,8 +396,18 @@ class Network:
         self._left[changed] = left
         self._since[changed] = now
         self._rate[changed] = rates
-        self._due[changed] = now + np.maximum(np.rint(left / rates), 0).astype(np.int64)
+        moving = rates > 0
+        due = np.full(len(changed), NEVER)
+        due[moving] = now + np.maximum(np.rint(left[moving] / rates[moving]), 0).astype(np.int64)
+        self._due[changed] = due
         return int(self._due[links].min())
+
+    def _fair_where_up(self, links: I64) -> F64:
+        up = ~self._down[links]
+        rates = np.zeros(len(links))
+        if up.any():
+            rates[up] = self._fair(links[up])
+        return rates
 
     def _fair(self, links: I64) -> F64:
         """Max-min fair rates of all flows that there are."""
@@ -278,10 +437,11 @@ class Network:
     # --- what is told ---------------------------------------------------------------------
 
     def link_bytes(self, card: int, peer: int) -> tuple[int, int]:
-        """Bytes that a card has sent to a peer, and taken from it."""
+        """Bytes that a card has sent to a peer, and taken from it, since it was opened."""
         out, into = card * self._n + peer, peer * self._n + card
         taken = min(self._arrived[into], self._wanted[into])
-        return int(self._sent[out]), int(self._dropped[into] + taken)
+        sent = self._sent[out] - self._sent_before[out]
+        return int(sent), int(self._dropped[into] + taken - self._taken_before[into])
 
     def use(self, now: int) -> list[tuple[int, int, int, int]]:
         """Of each link that ever carried something: its ends, how long, and how many bytes left."""

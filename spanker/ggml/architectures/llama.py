@@ -491,6 +491,35 @@ def uploads(
     return tuple(out)
 
 
+@attrs.frozen(eq=False, repr=False)
+class HeldRows(Value):
+    """Rows [first, first + count) of a matrix that a card holds, packed from the start of `buffer`
+    on; what they are multiplied with lies in `activations`, a row for each token or output."""
+
+    buffer: str
+    activations: str
+    weight: Weight
+    first: int
+    count: int
+
+
+def held_rows(model: LlamaModel, plan: Plan, card: int) -> tuple[HeldRows, ...]:
+    """All packed rows that a card of the plan holds."""
+    number, share = plan.place(card)
+    layers, out = plan.stages[number].layers, []
+    for layer in model.shape.layers[layers.start : layers.stop]:
+        inputs = {layer.attn_output.name: "att", layer.ffn_down.name: "act"}
+        for matrix, first, rows in layer_rows(layer, model.shape, share):
+            row = inputs.get(matrix.name, "x" if matrix.quantized else "xn")
+            row += "q" if matrix.quantized else ""
+            out.append(HeldRows(matrix.name, row, model.weights[matrix.name], first, rows))
+    if not share.vocabulary.empty:
+        weight, v = model.weights[model.shape.output.name], share.vocabulary
+        row = "xoq" if model.shape.output.quantized else "xon"
+        out.append(HeldRows("output.rows", row, weight, v.start, v.size))
+    return tuple(out)
+
+
 # --- programs --------------------------------------------------------------------------
 
 

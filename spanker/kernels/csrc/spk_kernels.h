@@ -40,6 +40,8 @@
 #define SPK_E_LINK 10       /* a link message failed its checks after all retries */
 #define SPK_E_LOST 11       /* the card is gone */
 #define SPK_E_SYSTEM 12     /* the operating system refused memory, a thread or an fd */
+#define SPK_E_RESET 13      /* the card was reset by somebody */
+#define SPK_E_MEMORY 14     /* an uncorrected error of the card's memory */
 
 /* Weight formats carry GGML's type numbers. */
 #define SPK_F32 0
