@@ -76,11 +76,13 @@ from spanker.values import Value
 if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
     from spanker.actors import calibration
+    from spanker.actors.around import Around
     from spanker.actors.audit import Auditor
     from spanker.actors.collectives import Collectives
     from spanker.actors.trace import Trace
     from spanker.actors.tracer import Tracer
     from spanker.card_arrays import CardArrays
+    from spanker.device.base import CardDevice
     from spanker.device.kernel.card import KernelCard
     from spanker.device.kernel.rig import KernelRig
     from spanker.device.virtual.card import VirtualRig
@@ -424,8 +426,11 @@ class Fleet:
         default_plan: str,
         recover: bool,
         audit_every: int | None,
+        devices: Sequence[CardDevice] | None = None,
     ) -> None:
+        """`devices` stand in the place of the rig's cards, where that is not what they are."""
         self.profile = profile
+        self._devices = rig.cards if devices is None else devices
         self._audit_every = audit_every
         self._recover = recover
         self._default_plan = default_plan
@@ -461,7 +466,7 @@ class Fleet:
     @property
     def devices(self) -> tuple[SoftCard | KernelCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
-        return tuple(self._rig.cards)
+        return tuple(self._devices)  # type: ignore[arg-type]
 
     @property
     def behind(self) -> float | None:
@@ -818,6 +823,7 @@ async def open_fleet(
     plan: str = "auto",
     recover: bool = True,
     audit_every: int | None = None,
+    _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
 
@@ -845,19 +851,23 @@ async def open_fleet(
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
     with _one_error(first), _rig(specs, chosen, workers, throttle) as rig:
+        devices: Sequence[CardDevice] = rig.cards
+        if _around is not None:
+            devices = [_around.device(card) for card in rig.cards]
         async with (
             _passing_time(rig),
             open_coordinator(
-                rig.cards,
+                devices,
                 chosen,
                 channel=channel,
                 hang_timeout_s=hang_timeout_s,
                 topology=_topology(rig),
+                around=_around,
             ) as coordinator,
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, audit_every)
+                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, audit_every, devices)
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

@@ -53,6 +53,7 @@ from spanker.errors import (
     CardError,
     ChannelClosedError,
     LocalProtocolError,
+    RemoteProtocolError,
     SpankerError,
 )
 
@@ -136,6 +137,8 @@ class CardActor:
         # Request and fence of what is queued on the card, oldest first.
         self._pending: deque[tuple[int, int]] = deque()
         self._submitted = trio.Event()
+        # The id of the last request, None before the first.
+        self._last_id: int | None = None
         # The fence of what was begun directly.
         self._begun = 0
         # While completions have been collected that are yet to be answered.
@@ -169,6 +172,7 @@ class CardActor:
             # While the next one is waited for nothing is kept of the last: its memory is not ours.
             request = None
             request_id, request = await self._channel.receive()
+            self._check_newer(request_id)
             # A modelled card's time does not wait for threads.
             in_thread = not self._device.modelled
             if in_thread and isinstance(request, WriteBuffers) and not _is_quick(request):
@@ -216,8 +220,20 @@ class CardActor:
 
     def enter(self, request_id: int) -> None:
         """As DirectRuns."""
+        self._check_newer(request_id)
         self._pending.append((request_id, self._begun))
         self._submitted.set()
+
+    def _check_newer(self, request_id: int) -> None:
+        """Ids of requests grow, with gaps, and wrap at 32 bits: one that does not has come twice or
+        late, and a command must not run twice.  Of two ids the newer one is that less than 2**31
+        ahead."""
+        last, self._last_id = self._last_id, request_id
+        if last is not None and not 0 < (request_id - last) & 0xFFFFFFFF < 1 << 31:
+            raise RemoteProtocolError(
+                f"card {self._device.number}: expected a request newer than {last}, got "
+                f"{request_id}: it came twice or late, so nothing on this channel can be trusted"
+            )
 
     async def _submit(self, request: RunStep | RunLent) -> int:
         parameters = request.buffers[0]

@@ -72,6 +72,7 @@ from spanker.sched.topology import Topology
 from spanker.values import Value
 
 if TYPE_CHECKING:
+    from spanker.actors.around import Around
     from spanker.actors.host_link import HostLink
     from spanker.actors.paced import PacedLink
     from spanker.actors.trace import Trace
@@ -670,19 +671,27 @@ async def open_coordinator(
     channel: str = "memory",
     hang_timeout_s: float = 10.0,
     topology: Topology | None = None,
+    around: Around | None = None,
 ) -> AsyncIterator[Coordinator]:
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
     `topology` says which cards are linked; without it all are.  `channel` is how messages travel:
     `memory` or `unix`.  A profile with a throttled host link
     sends them over that link instead.  The actors own the devices, all modelled or none, and close
-    them.
+    them.  `around` stands around the host's end of every channel.
     """
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
     modelled = any(device.modelled for device in devices)
     async with _channels(profile, channel, modelled) as channels, trio.open_nursery() as nursery:
-        lives = [CardLife(nursery, device, channels.pair) for device in devices]
+
+        def pair(card: int, name: str) -> tuple[Channel, Channel]:
+            host_end, card_end = channels.pair(name)
+            return host_end if around is None else around.channel(card, host_end), card_end
+
+        lives = [
+            CardLife(nursery, device, functools.partial(pair, device.number)) for device in devices
+        ]
         coordinator = Coordinator(
             [life.begin() for life in lives],
             profile,

@@ -5,6 +5,7 @@ order, an end."""
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -64,11 +65,15 @@ from spanker.errors import (
     CardLostError,
     ChannelClosedError,
     ModelError,
+    RemoteProtocolError,
     SpankerError,
 )
 from spanker.kernels import program as op
 from spanker.kernels.elements import Element
 from spanker.native import lib
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 
 STEP = op.encode_step([])
 PAIRS: dict[str, Callable[..., tuple[Channel, Channel]]] = {
@@ -705,6 +710,49 @@ async def test_fences_out_of_order_are_a_crash_that_says_so() -> None:
     assert "card 4: fence 2 completed, 1 was next" in repr(host.crash)
 
 
+# --- requests that come twice or late ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(
+    ("first", "second"), [(5, 5), (5, 4), (0, 0), (0, 0xFFFF_FFFF), (7, 7 + (1 << 31))]
+)
+async def test_a_request_that_is_not_newer_ends_the_channel_unheeded(
+    kind: str, first: int, second: int
+) -> None:
+    device = FakeDevice(4)
+    async with serving(device, kind) as host:
+        await host.channel.send(AllocBuffers((64,)), first)
+        assert (await host.channel.receive())[0] == first
+        await host.channel.send(AllocBuffers((64,)), second)
+        with pytest.raises(ChannelClosedError):
+            await host.channel.receive()
+    assert device.calls.count("alloc") == 1 and device.closed == 1
+    crash: BaseException | None = host.crash
+    while isinstance(crash, ExceptionGroup):
+        crash = crash.exceptions[0]
+    assert isinstance(crash, RemoteProtocolError)
+    assert f"card 4: expected a request newer than {first}, got {second}" in str(crash)
+
+
+async def test_ids_have_gaps_and_wrap(host: Host) -> None:
+    for request_id in (3, 4, 1000, 0x7FFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFF, 0, 2, 1 << 31):
+        await host.channel.send(Describe(), request_id)
+        answered, reply = await host.channel.receive()
+        assert answered == request_id and isinstance(reply, CardInfo)
+
+
+async def test_the_id_of_a_run_without_a_message_counts() -> None:
+    async with direct_host() as direct:
+        direct.device.hang()
+        assert direct.begin() and direct.runs().finish() is None
+        direct.runs().enter(77)
+        await direct.host.channel.send(Describe(), 77)
+        with pytest.raises(ChannelClosedError):
+            await direct.host.channel.receive()
+    assert "newer than 77, got 77" in repr(direct.host.crash)
+
+
 # --- runs without messages ----------------------------------------------------------------------
 
 
@@ -774,6 +822,7 @@ async def test_an_abort_brings_back_a_run_that_no_message_asked_for() -> None:
         direct.device.hang()
         assert direct.begin() and direct.runs().finish() is None
         direct.runs().enter(77)
+        direct.host.next_id = 77
         aborted = await direct.host.post(Abort(2))
         got = dict([await direct.host.channel.receive() for _ in range(2)])
         assert got[aborted] == Ok()

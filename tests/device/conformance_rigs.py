@@ -39,6 +39,7 @@ from spanker.kernels.program import (
     encode_step,
 )
 from spanker.sched.bandwidth import REV_A
+from spanker.testing.faulty_card import FaultyCard
 
 DDR_BYTES = 1 << 20
 WAIT_S = 20.0
@@ -65,6 +66,21 @@ class RecordedRig:
         self.cards = [AxiRecorder(card) for card in self._rig.cards]
 
     def close(self) -> None:
+        self._rig.close()
+
+
+class FaultyRig:
+    """Soft cards, each within one that could be made to fail."""
+
+    def __init__(self, count: int, ddr_bytes: int) -> None:
+        self._rig = soft_rig(count, ddr_bytes)
+        self.cards = [
+            FaultyCard(card, time.monotonic, lambda when, call: None) for card in self._rig.cards
+        ]
+
+    def close(self) -> None:
+        for card in self.cards:
+            card.close()
         self._rig.close()
 
 
@@ -118,6 +134,7 @@ def kernel_rig(count: int, ddr_bytes: int) -> KernelRig:
 BODIES: dict[str, Callable[[int, int], Rig]] = {
     "soft": soft_rig,
     "recorded": RecordedRig,
+    "faulty": FaultyRig,
     "throttled": throttled_rig,
     "virtual": virtual_rig,
     "kernel": ModelledDriverRig,
