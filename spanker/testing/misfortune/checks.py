@@ -14,13 +14,14 @@ from spanker.device.virtual.card import VirtualCard
 from spanker.errors import (
     CardCommandError,
     CardHungError,
+    CardLinkDownError,
+    CardLinkError,
     CardLostError,
     CardMemoryError,
     ConfigError,
     PlanError,
     SpankerError,
 )
-from spanker.events import Replanned
 from spanker.fleet import Model
 from spanker.sched.layout import card_bytes
 from spanker.testing.misfortune.answers import answer_to, number_of_model, question_of
@@ -41,17 +42,26 @@ def _is_plenty(scenario: Scenario) -> bool:
 
 
 def _nothing_left(world: World) -> bool:
-    """Whether no card need be usable at this time."""
+    """Whether no card need have been usable at some time by now."""
     every = set(range(len(world.fleet.cards)))
-    return every <= world.drained.union(world.struck)
+    return every <= world.drained.union(world.ever_struck)
 
 
 def _may_fail_with(world: World, error: SpankerError) -> bool:
     """Whether a request may get this error: it has its reason in what has happened by now."""
+    changed = world.ever_struck or world.drained or What.CUT in world.done
     if isinstance(error, CardMemoryError):
-        return bool(world.struck or world.drained) and not _is_plenty(world.scenario)
+        return bool(changed) and (
+            What.STARVE in world.done or not _is_plenty(world.scenario)
+        )
+    if isinstance(error, CardLinkDownError):
+        return What.CUT in world.done
+    if isinstance(error, CardLinkError):
+        return What.CORRUPT in world.done
     if isinstance(error, CardLostError | CardHungError):
-        return _nothing_left(world) or bool(world.struck and not world.scenario.recover)
+        return _nothing_left(world) or bool(
+            world.ever_struck and not world.scenario.recover
+        )
     return False
 
 
@@ -59,10 +69,11 @@ def _may_not_load(world: World, error: SpankerError, plan: str) -> bool:
     if _may_fail_with(world, error):
         return True
     if isinstance(error, CardMemoryError):
-        return not _is_plenty(world.scenario)
+        return What.STARVE in world.done or not _is_plenty(world.scenario)
     if plan in _ANY_CARDS:
         return False
-    struck, out = bool(world.struck), bool(world.struck or world.drained)
+    struck = bool(world.ever_struck)
+    out = struck or bool(world.drained) or What.CUT in world.done
     return (struck and isinstance(error, CardLostError | CardHungError)) or (
         out and isinstance(error, PlanError)
     )
@@ -81,7 +92,7 @@ def check_deed(world: World, deed: Deed, error: SpankerError) -> None:
         return
     fine = _may_fail_with(world, error)
     if isinstance(error, CardLostError | CardHungError):
-        fine = bool(world.struck) or _nothing_left(world)
+        fine = bool(world.ever_struck) or _nothing_left(world)
     if deed.what is What.ADMIT:
         # Neither drained nor lost, or a card that cannot be opened again.
         fine = fine or isinstance(error, ConfigError | CardCommandError)
@@ -226,17 +237,12 @@ def check_counters(world: World) -> None:
     health = world.fleet.health()
     if {card for card, _ in health.lost} != set(world.lost):
         world.violate(f"lost by events {sorted(world.lost)}, by health {health.lost}")
-    for event in world.fleet.events.history:
-        if isinstance(event, Replanned):
-            lost = [c for c in event.cards if world.lost.get(c, event.time_s) < event.time_s]
-            if lost:
-                world.violate(f"planned onto lost cards {lost}: {event}")
 
 
 async def check_memory(world: World) -> None:
     """Cards hold what their models take, and nothing once these are unloaded."""
     coordinator, fleet = world.fleet._coordinator, world.fleet
-    whole = [card for card in coordinator._every_card if card not in world.struck]
+    whole = [card for card in coordinator._every_card if card not in world.ever_struck]
     held = dict.fromkeys(whole, 0)
     replicas = [
         replica

@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import trio
 
 from spanker.errors import SpankerError, again
-from spanker.testing.faults import hang, kill
 from spanker.testing.misfortune.answers import second_model
 from spanker.testing.misfortune.checks import check_deed, check_drained
 from spanker.testing.misfortune.models import path_of
-from spanker.testing.misfortune.scenario import FAULTS, Deed, What
+from spanker.testing.misfortune.scenario import FATAL, WISHES, Deed, What
 from spanker.testing.misfortune.world import World
-
-_STRIKE = {What.KILL: kill, What.HANG: hang}
-
 
 async def perform(world: World, deed: Deed, waiting: trio.CancelScope) -> None:
     """Wait for the moment of a deed, which ends when `waiting` is cancelled, and do it."""
@@ -27,19 +24,66 @@ async def perform(world: World, deed: Deed, waiting: trio.CancelScope) -> None:
 
 
 async def _perform(world: World, deed: Deed) -> None:
-    on = "" if deed.what is What.LOAD else f" card {deed.card}"
-    world.tell(f"{deed.what.value}{on}")
-    if deed.what in FAULTS:
-        world.struck.setdefault(deed.card, trio.current_time())
-        _STRIKE[deed.what](world.fleet, deed.card)
+    words = in_words(deed)
+    world.tell(words)
+    world.done.add(deed.what)
+    if deed.what not in WISHES:
+        await _strike(world, deed)
         return
     try:
         await _WISHES[deed.what](world, deed)
     except SpankerError as error:
-        world.tell(f"{deed.what.value}{on}: {type(error).__name__}: {error}")
+        world.tell(f"{words}: {type(error).__name__}: {error}")
         check_deed(world, deed, error)
     else:
-        world.tell(f"{deed.what.value}{on}: done")
+        world.tell(f"{words}: done")
+
+
+async def _strike(world: World, deed: Deed) -> None:
+    card: Any = world.fleet.devices[deed.card]
+    if deed.what in FATAL or deed.what is What.INJECT:
+        world.strike(deed.card)
+    if deed.what is What.INJECT:
+        assert world.injection is not None
+        world.injection.strike(deed.text)
+    elif deed.what in FATAL:
+        getattr(card, _KNOBS[deed.what])()
+    elif deed.what is What.SLOW:
+        card.slow(deed.value)
+    elif deed.what is What.STARVE:
+        card.starve(int(deed.value))
+    elif deed.what is What.CORRUPT:
+        card.corrupt(deed.peer, int(deed.value))
+    elif deed.what is What.CUT:
+        card.cut(deed.peer)
+        if deed.for_s is not None:
+            await trio.sleep(deed.for_s)
+            card.mend(deed.peer)
+            world.tell(f"link {deed.card}-{deed.peer} is mended")
+
+
+_KNOBS = {
+    What.KILL: "kill",
+    What.HANG: "hang",
+    What.RESET: "reset",
+    What.ECC: "fail_memory",
+}
+
+
+def in_words(deed: Deed) -> str:
+    """A deed for people."""
+    word = deed.what.value
+    if deed.what is What.LOAD:
+        return "load the second model"
+    if deed.what is What.INJECT:
+        return deed.text
+    if deed.what is What.CUT:
+        lasts = "" if deed.for_s is None else f" for {deed.for_s:g} s"
+        return f"cut {deed.card}-{deed.peer}{lasts}"
+    if deed.what is What.CORRUPT:
+        return f"corrupt {deed.value:g} messages {deed.card}-{deed.peer}"
+    more = f" x{deed.value:g}" if deed.what in (What.SLOW, What.STARVE) else ""
+    return f"{word} card {deed.card}{more}"
 
 
 async def _drain(world: World, deed: Deed) -> None:

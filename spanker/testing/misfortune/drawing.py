@@ -19,6 +19,7 @@ from spanker.sched.plan import ModelShape, Plan, tensor_pipeline
 from spanker.testing.misfortune.knobs import turned
 from spanker.testing.misfortune.models import MODELS, shape_of
 from spanker.testing.misfortune.scenario import (
+    FATAL,
     Client,
     Deed,
     Knobs,
@@ -153,11 +154,13 @@ def _deeds(
     items = sum(client.tokens_max or 2 for client in clients)
     deeds = []
     for _ in range(rng.choices(range(FAULTS_MAX + 1), (4, 9, 4, 2, 1))[0]):
-        what = rng.choice((What.KILL, What.HANG))
         at = _moment(rng, items, step_s, events=bool(deeds))
         if deeds and rng.random() < 0.2:
             at = deeds[-1].at
-        deeds.append(Deed(at, what, rng.randrange(cards)))
+        deeds.append(_fault(rng, at, cards, step_s))
+        if deeds[-1].what in FATAL and rng.random() < 0.25:
+            back = Moment(at.items, at.events + 1, round(rng.random() * 50 * step_s, 6))
+            deeds.append(Deed(back, What.ADMIT, deeds[-1].card))
     if rng.random() < 0.3:
         card = rng.randrange(cards)
         at = _moment(rng, items, step_s)
@@ -169,6 +172,47 @@ def _deeds(
         # Clients wait for it, so that it must not wait for their items.
         deeds.append(Deed(_moment(rng, 0, step_s), What.LOAD))
     return tuple(deeds)
+
+
+def _fault(rng: random.Random, at: Moment, cards: int, step_s: float) -> Deed:
+    card = rng.randrange(cards)
+    peer = rng.choice([c for c in range(cards) if c != card]) if cards > 1 else 0
+    what = rng.choices((*_ONE_CARD, *_LINKS), (6, 6, 2, 2, 2, 2, 2, 3, 3))[0]
+    if what in _LINKS and cards == 1:
+        what = What.KILL
+    if what is What.SLOW:
+        return Deed(at, what, card, value=rng.choice((2, 20)))
+    if what is What.STARVE:
+        return Deed(at, what, card, value=rng.choice((1, 3)))
+    if what is What.CORRUPT:
+        return Deed(at, what, card, peer, value=rng.choice((1, 5, 30)))
+    if what is What.CUT:
+        for_s = rng.choice((None, round(rng.random() * 5 * step_s, 6), 0.7, 5.0))
+        return Deed(at, what, card, peer, for_s=for_s)
+    if what is What.INJECT:
+        words, lasts = rng.choice(_CHANNELS)
+        lasts = lasts.format(rng.choice(("0.002", "0.3", "9")))
+        return Deed(at, what, card, text=f"{words} channel:{card}@token:1{lasts}")
+    return Deed(at, what, card)
+
+
+_ONE_CARD = (
+    What.KILL,
+    What.HANG,
+    What.RESET,
+    What.ECC,
+    What.SLOW,
+    What.STARVE,
+    What.INJECT,
+)
+_LINKS = (What.CUT, What.CORRUPT)
+_CHANNELS = (
+    ("stall", " for {}s"),
+    ("drop", ""),
+    ("duplicate", ""),
+    ("reorder", ""),
+    ("disconnect", ""),
+)
 
 
 def _tight(

@@ -9,7 +9,9 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import trio
 
@@ -17,13 +19,15 @@ import spanker
 from spanker.actors.virtual_time import run_virtual
 from spanker.errors import SpankerError
 from spanker.events import LOGGER
+from spanker.fleet import Fleet
+from spanker.testing.injection import Injection, faulty_fleet
 from spanker.testing.misfortune import answers, checks
 from spanker.testing.misfortune.clients import attend
 from spanker.testing.misfortune.deeds import load, perform
 from spanker.testing.misfortune.knobs import turned
 from spanker.testing.misfortune.outcome import Outcome
 from spanker.testing.misfortune.profiles import PROFILES
-from spanker.testing.misfortune.scenario import Scenario
+from spanker.testing.misfortune.scenario import WISHES, Scenario, What
 from spanker.testing.misfortune.watchdog import StuckError, Turns, wall_clock
 from spanker.testing.misfortune.world import World
 
@@ -70,6 +74,22 @@ def run(
     return run.outcome()
 
 
+@contextlib.asynccontextmanager
+async def _fleet(scenario: Scenario) -> AsyncIterator[tuple[Fleet, Injection | None]]:
+    """The fleet of a scenario.  What makes channels fail stands around it only where some do."""
+    options: dict[str, Any] = {
+        "profile": PROFILES[scenario.profile],
+        "hang_timeout_s": scenario.hang_timeout_s,
+        "recover": scenario.recover,
+    }
+    if any(deed.what is What.INJECT for deed in scenario.deeds):
+        async with faulty_fleet(scenario.cards, **options) as (fleet, injection):
+            yield fleet, injection
+    else:
+        async with spanker.open_fleet(scenario.cards, **options) as fleet:
+            yield fleet, None
+
+
 class _Run:
     """One run, and what remains of it when it is over."""
 
@@ -86,13 +106,8 @@ class _Run:
         limit_s = limit(scenario)
         with trio.move_on_after(limit_s) as scope:
             self._turns.scope = scope
-            async with spanker.open_fleet(
-                scenario.cards,
-                profile=PROFILES[scenario.profile],
-                hang_timeout_s=scenario.hang_timeout_s,
-                recover=scenario.recover,
-            ) as fleet:
-                self._world = world = World(scenario, fleet)
+            async with _fleet(scenario) as (fleet, injection):
+                self._world = world = World(scenario, fleet, injection)
                 await self._live(world)
         self._seconds = trio.current_time()
         if scope.cancelled_caught and not self._turns.stuck:
@@ -144,7 +159,7 @@ class _Run:
             tuple(world.story) if world else (),
             self._seconds,
             self._turns.turns,
-            len(world.struck) if world else 0,
+            len(world.done - WISHES) if world else 0,
         )
 
 
@@ -158,14 +173,17 @@ def limit(scenario: Scenario) -> float:
     """By when everybody has been answered: every client takes all its time after each other, and
     so does everything that is done."""
     steps = taking = 0.0
+    slowest = 1.0
     for client in scenario.clients:
         wants = checks.wanted(scenario, client)
         taking += client.start.then_s + client.pause_s * wants
         steps += wants + client.prompt_length
     for deed in scenario.deeds:
-        taking += deed.at.then_s + 2 * _patience_s(scenario)
+        taking += deed.at.then_s + (deed.for_s or 0.0) + 2 * _patience_s(scenario)
+        if deed.what is What.SLOW:
+            slowest = max(slowest, deed.value)
     # Some milliseconds each, and all of them again after every fault.
-    steps *= 1 + len(scenario.deeds)
+    steps *= (1 + len(scenario.deeds)) * slowest
     return 5.0 + _patience_s(scenario) + taking + 0.01 * steps
 
 

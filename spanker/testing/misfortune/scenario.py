@@ -28,6 +28,13 @@ class What(enum.Enum):
 
     KILL = "kill"
     HANG = "hang"
+    RESET = "reset"
+    ECC = "ecc"
+    SLOW = "slow"
+    STARVE = "starve"
+    CUT = "cut"
+    CORRUPT = "corrupt"
+    INJECT = "inject"
     DRAIN = "drain"
     ADMIT = "admit"
     LOAD = "load"
@@ -36,8 +43,10 @@ class What(enum.Enum):
         return f"What.{self.name}"
 
 
-# What is misfortune, and not somebody's wish.
-FAULTS = frozenset({What.KILL, What.HANG})
+# What is somebody's wish; the rest is misfortune.
+WISHES = frozenset({What.DRAIN, What.ADMIT, What.LOAD})
+# What a card does not survive.
+FATAL = frozenset({What.KILL, What.HANG, What.RESET, What.ECC})
 
 
 @attrs.frozen
@@ -79,12 +88,20 @@ class Client:
 
 @attrs.frozen
 class Deed:
-    """Something done at a moment, to a card where it concerns one; `again_on` is the plan of a
-    second model."""
+    """Something done at a moment, to a card where it concerns one, or its link with `peer`.
+
+    `value` is the factor of SLOW, the allocations of STARVE, the messages of CORRUPT; `for_s` is
+    how long a link is CUT, None for ever.  INJECT is the fault `text` of a fault plan, for what
+    happens to the channel of the card.
+    """
 
     at: Moment
     what: What
     card: int = 0
+    peer: int = 0
+    value: float = 1
+    for_s: float | None = None
+    text: str = ""
 
 
 @attrs.frozen
@@ -124,7 +141,7 @@ class Scenario:
     @property
     def faults(self) -> tuple[Deed, ...]:
         """What goes wrong of what is done."""
-        return tuple(deed for deed in self.deeds if deed.what in FAULTS)
+        return tuple(deed for deed in self.deeds if deed.what not in WISHES)
 
 
 # --- as text --------------------------------------------------------------------------------

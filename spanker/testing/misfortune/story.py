@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from spanker.testing.misfortune.answers import second_model
 from spanker.testing.misfortune.clients import describe
+from spanker.testing.misfortune.deeds import in_words
 from spanker.testing.misfortune.models import MODELS
 from spanker.testing.misfortune.outcome import Outcome
-from spanker.testing.misfortune.scenario import Deed, Knobs, Moment, Scenario, What
+from spanker.testing.misfortune.scenario import Knobs, Moment, Scenario
 
 
 def story(scenario: Scenario, outcome: Outcome) -> str:
@@ -24,7 +24,7 @@ def story(scenario: Scenario, outcome: Outcome) -> str:
         lines.append(f"knobs   {_fields(scenario.knobs)}")
     for number, client in enumerate(scenario.clients):
         lines.append(f"client {number}, {_moment(client.start)}: {describe(client)}")
-    lines += [f"{_moment(deed.at)}: {_deed(scenario, deed)}" for deed in scenario.deeds]
+    lines += [f"{_moment(deed.at)}: {in_words(deed)}" for deed in scenario.deeds]
     lines.append("")
     lines += [f"{time_s * 1e3:12.3f} ms  {line}" for time_s, line in outcome.story]
     lines.append("")
@@ -58,9 +58,3 @@ def _moment(moment: Moment) -> str:
     if moment.then_s or not parts:
         parts.append(f"{moment.then_s * 1e3:g} ms" if moment.then_s else "at once")
     return " + ".join(parts)
-
-
-def _deed(scenario: Scenario, deed: Deed) -> str:
-    if deed.what is What.LOAD:
-        return f"load {second_model(scenario)}"
-    return f"{deed.what.value} card {deed.card}"

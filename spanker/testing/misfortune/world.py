@@ -9,17 +9,19 @@ from __future__ import annotations
 import trio
 
 from spanker.errors import SpankerError, again
-from spanker.events import CardLost, Event
+from spanker.events import CardLost, CardReturned, Event, LinkDown, Replanned
 from spanker.fleet import Fleet, Model
+from spanker.testing.injection import Injection
 from spanker.testing.misfortune.outcome import Got
-from spanker.testing.misfortune.scenario import Client, Moment, Scenario
+from spanker.testing.misfortune.scenario import Client, Moment, Scenario, What
 
 
 class World:
     """What clients and deeds share."""
 
-    def __init__(self, scenario: Scenario, fleet: Fleet) -> None:
+    def __init__(self, scenario: Scenario, fleet: Fleet, injection: Injection | None) -> None:
         self.scenario = scenario
+        self.injection = injection
         self.fleet = fleet
         self.models: list[Model | None] = [None, None]
         self.got = [Got() for _ in scenario.clients]
@@ -27,6 +29,9 @@ class World:
         self.violations: list[str] = []
         # When a card was made to fail, and which have been drained, however briefly.
         self.struck: dict[int, float] = {}
+        # Those that have been made to fail at all, and what has been done.
+        self.ever_struck: set[int] = set()
+        self.done: set[What] = set()
         self.drained: set[int] = set()
         self.lost: dict[int, float] = {}
         self._items = self._events = 0
@@ -47,6 +52,11 @@ class World:
         self.violations.append(what)
         self.tell(f"VIOLATION: {what}")
 
+    def strike(self, card: int) -> None:
+        """Something happens to a card that it may be taken for lost for."""
+        self.struck.setdefault(card, trio.current_time())
+        self.ever_struck.add(card)
+
     def item(self) -> None:
         """Another item has come to a client."""
         self._items += 1
@@ -60,6 +70,15 @@ class World:
             if event.card not in self.struck:
                 self.violate(f"card {event.card} was taken for lost: nothing had happened to it")
             self.lost[event.card] = event.time_s
+        elif isinstance(event, CardReturned):
+            self.lost.pop(event.card, None)
+            self.struck.pop(event.card, None)
+        elif isinstance(event, Replanned):
+            lost = [c for c in event.cards if self.lost.get(c, event.time_s) < event.time_s]
+            if lost:
+                self.violate(f"planned onto lost cards {lost}")
+        elif isinstance(event, LinkDown) and What.CUT not in self.done:
+            self.violate("nobody has cut a link")
         self._events += 1
         self._changed.unpark_all()
 
