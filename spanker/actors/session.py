@@ -572,7 +572,8 @@ class Session:
 
     def _give_up(self, error: SpankerError) -> None:
         """The session is over; whoever can may have its sequences."""
-        self._failure = error
+        # Not the one with the traceback, whose frames hold the model's file open.
+        self._failure = error = again(error)
         moved = 0
         if self.heir is not None:
             waiting, self._waiting = self._waiting, deque()
