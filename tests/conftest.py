@@ -10,10 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from spanker.ggml import catalog
+
+if TYPE_CHECKING:
+    from crowd import Answers
 
 
 def pytest_collection_finish() -> None:
@@ -27,6 +31,30 @@ def pytest_collection_finish() -> None:
 def smollm2_path() -> Path:
     """The catalogue's smallest real model, pulled if the cache does not have it."""
     return catalog.pull("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of crowd.py: small, and with something of everything to share."""
+    from spanker.testing import write_tiny_llama
+
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    return write_tiny_llama(path, layers=3, hidden=128, heads=8, kv_heads=4, ffn=256)
+
+
+@pytest.fixture(scope="session")
+def expected(tiny: Path) -> Answers:
+    """What a crowd gets of a fleet of one card, to which nothing happens."""
+    import trio
+    from crowd import Crowd
+
+    import spanker
+
+    async def main() -> Answers:
+        async with spanker.open_fleet(1) as fleet:
+            return await Crowd(await fleet.load(tiny)).run()
+
+    return trio.run(main)
 
 
 def _held() -> tuple[set[threading.Thread], set[str], int]:

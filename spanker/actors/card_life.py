@@ -70,6 +70,8 @@ class CardLife:
                     nursery.start_soon(_supervise, actor, client)
                     await client.run()
         finally:
+            with trio.CancelScope(shield=True):
+                await client.aclose()
             self._ended.set()
 
 

@@ -41,7 +41,13 @@ from spanker.actors.message import (
 )
 from spanker.actors.steps import Flight, settled
 from spanker.device.base import Lent
-from spanker.errors import CardError, CardLostError, CardMemoryError, SpankerError
+from spanker.errors import (
+    CardError,
+    CardLinkDownError,
+    CardLostError,
+    CardMemoryError,
+    SpankerError,
+)
 from spanker.kernels.program import encode_step
 
 if TYPE_CHECKING:
@@ -174,6 +180,11 @@ class Collectives:
                 flight.forget(self.cards - number)
                 raise
             await settled(coordinator, flight, range(self.cards))
+        except CardLinkDownError as error:
+            # The next call goes around it.
+            if error.card is not None and error.peer is not None:
+                coordinator.links.lose(error.card, error.peer)
+            raise
         finally:
             if not flight.settled.is_set() or flight.errors:
                 with trio.CancelScope(shield=True):

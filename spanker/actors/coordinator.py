@@ -168,25 +168,31 @@ class Coordinator:
                 await self._revive(card)
 
     async def _revive(self, card: int) -> None:
+        error, life = self.lost[card], self._lives[card]
         client: CardClient | None = None
+        info: CardInfo | None = None
 
         async def begin() -> None:
-            nonlocal client
-            client = await self._lives[card].again()
-            self.cards = (*self.cards[:card], await _describe(client), *self.cards[card + 1 :])
+            nonlocal client, info
+            client = await life.again()
+            info = await _describe(client)
 
         try:
             if not await in_time(self._hang_timeout_s, begin):
                 raise self.silent(card)
+            assert client is not None and info is not None
+            self.clients[card] = client
+            there = [c for c in self._every_card if c == card or c not in self.lost]
+            counters = await self.counters_of(there)
         except BaseException:
-            self._lives[card].end()
+            life.end()
+            self.clients[card].fail(error)
             raise
-        assert client is not None
-        self.clients[card] = client
+        self.cards = (*self.cards[:card], info, *self.cards[card + 1 :])
         self.births[card] += 1
         self._epochs[card] = None
         del self.lost[card]
-        self.links.forget(card)
+        self.links.forget(card, counters)
         self.events.tell(CardReturned(trio.current_time(), card))
 
     def whole(self, loaded: LoadedModel) -> bool:
@@ -716,8 +722,6 @@ async def open_coordinator(
             watching.cancel()
             with trio.CancelScope(shield=True):
                 await coordinator.stop()
-                for client in coordinator.clients:
-                    await client.aclose()
             for life in lives:
                 life.end()
 

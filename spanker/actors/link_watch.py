@@ -8,12 +8,12 @@ is found out here, by asking the cards at both of its ends now and then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
-from spanker.actors.message import ReadCounters
+from spanker.actors.message import Counters, ReadCounters
 from spanker.actors.patience import in_time
 from spanker.errors import CardError
 from spanker.events import LinkDown, LinkUp
@@ -40,6 +40,9 @@ class LinkWatch:
         # Links that are there and down, and how often in a row they have been seen up since.
         self._broken = {_pair(k): 0 for k in topology.links if k.state is not LinkState.UP}
         self._any_broken = trio.Event()
+        # Bytes by which the counters of a link's two ends differ though nothing is under way: those
+        # of a card that has come back begin anew, its peers' go on.
+        self._apart: dict[tuple[int, int], int] = {}
 
     def down_among(self, cards: Sequence[int]) -> Down:
         """The links between these cards, from and to, that are not up."""
@@ -57,8 +60,19 @@ class LinkWatch:
         self._coordinator.events.tell(LinkDown(trio.current_time(), *pair))
         self._any_broken.set()
 
-    def forget(self, card: int) -> None:
-        """A card is as new, and so are its links."""
+    def under_way(self, source: int, target: int, counters: Mapping[int, Counters]) -> int:
+        """Bytes that one card has sent and another has not taken, by the counters of both."""
+        sent = counters[source].link_tx_bytes[target] - counters[target].link_rx_bytes[source]
+        return sent - self._apart.get((source, target), 0)
+
+    def forget(self, card: int, counters: Mapping[int, Counters]) -> None:
+        """A card is as new, and so are its links; `counters` are those of all cards in use, while
+        nothing is under way from or to this one."""
+        for peer in counters:
+            if peer != card and card in counters:
+                for ends in ((card, peer), (peer, card)):
+                    self._apart.pop(ends, None)
+                    self._apart[ends] = self.under_way(*ends, counters)
         pairs = [pair for pair in self._broken if card in pair]
         for pair in pairs:
             del self._broken[pair]

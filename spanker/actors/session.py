@@ -244,6 +244,8 @@ class Session:
         self._link_faults = 0
         # The changes of links that are known here.
         self._links = coordinator.links.changes
+        # Whether links that are down have cost it cards.
+        self._cut_off = False
         # Whether sequences that had pages side by side may not all have them any more.
         self._crowded = False
         self.pool = PagePool(loaded.limits.kv_pages)
@@ -493,6 +495,11 @@ class Session:
         nowhere, the model goes to cards that reach each other."""
         coordinator, placement, begin = self.coordinator, self._placement, trio.current_time()
         self._links = coordinator.links.changes
+        if self._cut_off:
+            # Cards that were out of reach may have a share again.
+            self._cut_off = bool(coordinator.links.down)
+            self._moves.append(_Move())
+            return
         if coordinator.links.down_among(self.loaded.plan.cards) == self.loaded.down:
             return
         if placement is None:
@@ -500,6 +507,7 @@ class Session:
         try:
             self.loaded = await placement.reroute(self.number)
         except PlanError as error:
+            self._cut_off = True
             await self._replace(begin, error)
         except SpankerError as error:
             await self._recover(error)

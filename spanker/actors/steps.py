@@ -344,7 +344,7 @@ class ProgressWatch:
         self._left -= 1
         if missing or not self._left:
             idle_s = trio.current_time() - self._since
-            stuck = missing or [card for card in counters if _stands_still(card, counters)]
+            stuck = missing or [card for card in counters if self._stands_still(card, counters)]
             card = stuck[0] if stuck else self._cards[0]
             raise CardHungError(
                 f"card {card} hangs: it holds a step and no card of the fleet has made progress "
@@ -352,15 +352,13 @@ class ProgressWatch:
                 card=card,
             )
 
-
-def _stands_still(card: int, counters: dict[int, Counters]) -> bool:
-    """Whether a card holds work that it could do: it waits for nobody, or for bytes that its peer
-    has sent and it has not taken."""
-    own = counters[card]
-    if not own.queued or own.waiting_for is None or own.waiting_for not in counters:
-        return bool(own.queued)
-    sent = counters[own.waiting_for].link_tx_bytes[card]
-    return sent > own.link_rx_bytes[own.waiting_for]
+    def _stands_still(self, card: int, counters: dict[int, Counters]) -> bool:
+        """Whether a card holds work that it could do: it waits for nobody, or for bytes that its
+        peer has sent and it has not taken."""
+        own = counters[card]
+        if not own.queued or own.waiting_for is None or own.waiting_for not in counters:
+            return bool(own.queued)
+        return self._coordinator.links.under_way(own.waiting_for, card, counters) > 0
 
 
 def _reads(

@@ -334,6 +334,7 @@ class SoftCard(CardDevice):
 
     def abort(self, epoch: int) -> None:
         self._u32(epoch, "epoch")
+        self._check(lib.spk_card_lost(self.handle), f"entering epoch {epoch}")
         self._check(lib.spk_card_abort(self.handle, epoch), f"entering epoch {epoch}")
 
     def counters(self) -> DeviceCounters:

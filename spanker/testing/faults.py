@@ -16,7 +16,7 @@ def kill(fleet: Fleet | AioFleet, card: int) -> None:
 
     The fleet notices with the next step or load, and goes on without it where it can
     (`fleet.events` tells); where it cannot, callers get CardLostError, or CardMemoryError where the
-    other cards are too small.  The card does not come back.
+    other cards are too small.  `fleet.admit` takes the card into use again, as a new one.
     """
     _fault(fleet, card, "kill")()
 

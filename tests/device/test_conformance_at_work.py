@@ -462,7 +462,35 @@ def test_a_hung_card_keeps_its_work_until_it_is_aborted(
     assert floats(a, x, 1)[0] == 0
 
 
-# --- the end ----------------------------------------------------------------------------
+# --- the end, and a new beginning ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["at work", "closed"])
+def test_a_reopened_card_is_as_new_or_says_that_it_cannot_be(make_rig: MakeRig, how: str) -> None:
+    a, b, _ = make_rig(3).cards
+    new = a.counters()
+    assert new.links_down == ()
+    receive, buffer = waiter(a, 1)
+    a.submit(receive, step())
+    if how == "closed":
+        a.close()
+    try:
+        a.reopen()
+    except CardCommandError as error:
+        assert "card 0 cannot be reopened" in str(error)
+        pytest.skip("this body's cards cannot be reopened")
+    assert a.counters() == new
+    assert a.completions() == []
+    with pytest.raises(CardCommandError):
+        a.read(buffer, 0, 1)
+    for card in (a, b):
+        card.abort(2)
+    send, _ = sender(b, 0)
+    receive, _ = waiter(a, 1)
+    a.submit(receive, step())
+    b.submit(send, step())
+    finish(a)
+    finish(b)
 
 
 def test_closing_one_card_leaves_its_neighbours_at_work(make_rig: MakeRig) -> None:

@@ -45,6 +45,7 @@ from spanker.errors import (
     CardMemoryError,
 )
 from spanker.kernels import program as op
+from spanker.kernels.elements import Element, Reduction
 from spanker.kernels.program import Ref
 from spanker.sched.bandwidth import REV_A
 
@@ -701,6 +702,66 @@ def test_knobs_turned_while_cards_are_at_work(make_rig: MakeRig, seed: int) -> N
         finish(card)
         if not is_hollow(card):
             assert card.read(buffers[me], 0, len(whole)) == whole
+
+
+# --- meetings -----------------------------------------------------------------------------
+
+
+def test_cards_that_meet_wait_for_links_and_slow_ones_and_live_through_the_rest() -> None:
+    count = 200_000
+    rng = random.Random(2)
+    with soft_rig(3, 8 << 20) as rig:
+        cards = rig.cards
+        programs, buffers = [0] * 3, [0] * 3
+
+        def load(me: int) -> None:
+            buffers[me] = cards[me].alloc(4 * count)
+            command = op.all_reduce(
+                Element.F32, Reduction.SUM, Ref("x"), count=count, by=1, cards=3, own=me
+            )
+            made = make_program(command, tokens=1)
+            programs[me] = cards[me].load_program(made.encode({"x": buffers[me]}))
+
+        def begin() -> None:
+            for me, card in enumerate(cards):
+                card.write(buffers[me], 0, np.full(count, 1 + me, np.float32).tobytes())
+            for me, card in enumerate(cards):
+                card.submit(programs[me], step())
+
+        def check() -> None:
+            for me, card in enumerate(cards):
+                finish(card)
+                assert (floats(card, buffers[me], count) == 6).all()
+
+        for me in range(3):
+            load(me)
+        cards[0].cut(2)
+        begin()
+        sleep(cards[0], 0.005)
+        assert not any(card.completions() for card in cards)
+        assert cards[2].counters().waiting_for == 0
+        cards[0].mend(2)
+        check()
+        cards[1].slow(20)
+        begin()
+        check()
+        for turn in range(60):
+            begin()
+            me = rng.randrange(3)
+            sleep(cards[0], rng.random() * 0.0003)
+            if turn % 3 == 0:
+                cards[me].kill()
+            elif turn % 3 == 1:
+                cards[me].fail_memory()
+            cards[me].reopen()
+            load(me)
+            for card in cards:
+                card.abort(turn + 2)
+            for other, card in enumerate(cards):
+                if other != me:
+                    collect(card, 1)
+            begin()
+            check()
 
 
 # --- modelled time ------------------------------------------------------------------------

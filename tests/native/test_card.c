@@ -1454,6 +1454,55 @@ static void planted_faults(void)
     bench_destroy(&b);
 }
 
+/* Without a pool: exactly so many commands are done before a fault, and nothing after it. */
+static void faults_wait_for_their_command(void)
+{
+    static const struct {
+        int fault, status;
+    } faults[] = {{SPK_PLANT_DIE, SPK_E_LOST},
+                  {SPK_PLANT_RESET, SPK_E_RESET},
+                  {SPK_PLANT_MEMORY, SPK_E_MEMORY}};
+    static const uint32_t commands[] = {0, 1, 3, 4, 5, SPK_COMMAND_ANY};
+    struct bench b = bench_create(0, SPK_ISA_SCALAR);
+    struct builder p = new_program(TOKENS_MAX, OUTPUTS_MAX, POSITIONS_MAX), whole = bench_program(&b);
+    const struct spk_command add = *find(&whole, SPK_OP_ADD);
+    uint64_t bytes = b.card->buffers[add.ref[0].buffer].bytes;
+    uint64_t more = b.card->buffers[add.ref[1].buffer].bytes;
+    for (int i = 0; i < 4; i++)
+        *append(&p, SPK_OP_ADD) = add;
+    for (size_t f = 0; f < sizeof faults / sizeof *faults; f++)
+        for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+            uint32_t program, bad, buffer[2], expected = commands[i] < 4 ? commands[i] : 4;
+            uint64_t fence;
+            char why[256];
+            struct step s = new_step(1, 0, 0, 0, 1);
+            CASE("fault %d at command %u", faults[f].fault, commands[i]);
+            UNPOISON(b.card->ddr, DDR_BYTES);
+            CHECK_EQUAL(spk_card_reopen(b.card), SPK_OK);
+            CHECK_EQUAL(spk_card_alloc(b.card, bytes, &buffer[0]), SPK_OK);
+            CHECK_EQUAL(spk_card_alloc(b.card, more, &buffer[1]), SPK_OK);
+            for (int c = 0; c < 4; c++)
+                for (int ref = 0; ref < 2; ref++)
+                    p.commands[c].ref[ref].buffer = buffer[ref];
+            CHECK_EQUAL(load(b.card, &p, &program, &bad, why), SPK_OK);
+            spk_card_plant_at(b.card, faults[f].fault, commands[i]);
+            CHECK_EQUAL(spk_card_step(b.card), SPK_STEP_IDLE);
+            CHECK_EQUAL(spk_card_lost(b.card), SPK_OK);
+            CHECK_EQUAL(submit(b.card, program, &s, &fence), SPK_OK);
+            CHECK_EQUAL(spk_card_step(b.card), SPK_STEP_RAN);
+            CHECK_EQUAL(spk_card_step(b.card), SPK_STEP_IDLE);
+            struct spk_completion done = collect(b.card);
+            CHECK_EQUAL(done.status, faults[f].status);
+            CHECK_EQUAL(done.fence, fence);
+            CHECK_EQUAL(done.command, commands[i] == SPK_COMMAND_ANY ? 0 : expected);
+            spk_card_plant(b.card, SPK_PLANT_HANG);
+            CHECK_EQUAL(spk_card_lost(b.card), faults[f].status);
+            CHECK_EQUAL(submit(b.card, program, &s, &fence), faults[f].status);
+        }
+    CHECK_EQUAL(spk_card_reopen(b.card), SPK_OK);
+    bench_destroy(&b);
+}
+
 static void a_card_may_be_destroyed_with_work_queued(void)
 {
     struct bench one = bench_create(0, SPK_ISA_SCALAR), two = bench_create(1, SPK_ISA_SCALAR);
@@ -1568,6 +1617,7 @@ int main(void)
     the_best_of_all_lists_is_chosen();
     transfers_to_one_peer_keep_their_order();
     planted_faults();
+    faults_wait_for_their_command();
     a_card_may_be_destroyed_with_work_queued();
     every_isa_leaves_the_same_bytes();
     puts("ok card");

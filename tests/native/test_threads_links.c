@@ -65,6 +65,22 @@ static void load_gathers(struct fleet *f, int card)
     CHECK_EQUAL(load(f->cards[card], &p, &f->program[card], &bad, why), SPK_OK);
 }
 
+/* The buffers and the program of a card that has none. */
+static void furnish(struct fleet *f, int i)
+{
+    uint64_t bytes = (uint64_t)f->chunk * 4 * f->rows;
+    CHECK_EQUAL(spk_card_alloc(f->cards[i], (uint64_t)row_bytes(f) * f->rows, &f->gathered[i]),
+                SPK_OK);
+    CHECK_EQUAL(spk_card_alloc(f->cards[i], bytes, &f->increment[i]), SPK_OK);
+    float *increments = exact(bytes);
+    for (uint32_t r = 0; r < f->rows; r++)
+        for (uint32_t c = 0; c < f->chunk; c++)
+            increments[r * f->chunk + c] = added(r, (uint32_t)i, c);
+    CHECK_EQUAL(spk_card_write(f->cards[i], f->increment[i], 0, increments, bytes), SPK_OK);
+    free(increments);
+    load_gathers(f, i);
+}
+
 static struct fleet fleet_create(uint32_t chunk, uint32_t rows)
 {
     struct fleet f = {.chunk = chunk, .rows = rows, .epoch = 1};
@@ -72,24 +88,12 @@ static struct fleet fleet_create(uint32_t chunk, uint32_t rows)
     for (int i = 0; i < CARDS; i++) {
         f.cards[i] = spk_card_create(16u << 20, SPK_ISA_SCALAR, &status);
         CHECK_EQUAL(status, SPK_OK);
-        CHECK_EQUAL(spk_card_alloc(f.cards[i], (uint64_t)row_bytes(&f) * rows, &f.gathered[i]),
-                    SPK_OK);
-        CHECK_EQUAL(spk_card_alloc(f.cards[i], (uint64_t)chunk * 4 * rows, &f.increment[i]),
-                    SPK_OK);
-        float *increments = exact((size_t)chunk * 4 * rows);
-        for (uint32_t r = 0; r < rows; r++)
-            for (uint32_t c = 0; c < chunk; c++)
-                increments[r * chunk + c] = added(r, (uint32_t)i, c);
-        CHECK_EQUAL(spk_card_write(f.cards[i], f.increment[i], 0, increments,
-                                   (uint64_t)chunk * 4 * rows),
-                    SPK_OK);
-        free(increments);
     }
     for (uint32_t i = 0; i < CARDS; i++)
         for (uint32_t j = i + 1; j < CARDS; j++)
             CHECK_EQUAL(spk_link_connect(f.cards[i], i, f.cards[j], j, RING_BYTES), SPK_OK);
     for (int i = 0; i < CARDS; i++)
-        load_gathers(&f, i);
+        furnish(&f, i);
     f.pool = spk_pool_create(f.cards, CARDS, WORKERS, &status);
     CHECK(f.pool && status == SPK_OK);
     return f;
@@ -432,6 +436,81 @@ static void a_dead_card_answers_and_the_others_can_be_aborted(void)
     }
 }
 
+/* Some fault, or its end. */
+static void turn_a_knob(struct fleet *f, struct rng *r)
+{
+    uint32_t card = rng_below(r, CARDS), peer = (card + 1 + rng_below(r, CARDS - 1)) % CARDS;
+    struct spk_card *c = f->cards[card];
+    switch (rng_below(r, 7)) {
+    case 0:
+        spk_card_link_want(c, peer, 0);
+        break;
+    case 1:
+        spk_card_link_want(c, peer, 1);
+        break;
+    case 2:
+        spk_card_corrupt(c, peer, 1 + rng_below(r, 3));
+        break;
+    case 3:
+        spk_card_slow(c, 1 + rng_below(r, 20));
+        break;
+    case 4:
+        spk_card_plant(c, (int)rng_below(r, SPK_PLANT_MEMORY + 1));
+        break;
+    case 5:
+        spk_card_plant_at(c, (int)(1 + rng_below(r, SPK_PLANT_MEMORY)), rng_below(r, 60));
+        break;
+    default:
+        spk_card_plant_at(c, SPK_PLANT_MEMORY, SPK_COMMAND_ANY);
+    }
+}
+
+/* While all cards are at work one of them is reopened; then all are, one by one, and work together in
+ * an epoch that is new to them.  Meanwhile the others have met whatever faults there are. */
+static void a_card_may_be_reopened_at_any_moment(void)
+{
+    enum { ROUNDS = 60, SEED = 37 };
+    struct rng r = {.state = SEED};
+    struct fleet f = fleet_create(CHUNK, ROWS);
+    uint32_t duration_ns = step_duration_ns(&f);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        struct spk_counters counters;
+        struct spk_completion done;
+        uint64_t sent, received;
+        CASE("reopened, round %u, seed %d", round, SEED);
+        for (int card = 0; card < CARDS; card++)
+            CHECK_EQUAL(spk_card_trace(f.cards[card], 20), SPK_OK);
+        write_step(&f, round);
+        submit_step(&f, ROWS);
+        submit_step(&f, 2);
+        for (uint32_t knobs = rng_below(&r, 4); knobs; knobs--) {
+            sleep_ns(rng_below(&r, duration_ns));
+            turn_a_knob(&f, &r);
+        }
+        sleep_ns(rng_below(&r, duration_ns));
+        uint32_t first = rng_below(&r, CARDS);
+        for (uint32_t i = 0; i < CARDS; i++) {
+            struct spk_card *c = f.cards[(first + i) % CARDS];
+            CHECK_EQUAL(spk_card_reopen(c), SPK_OK);
+            CHECK(!spk_card_completion(c, &done));
+            spk_card_counters(c, &counters);
+            CHECK(!counters.queued && !counters.ddr_used_bytes && !counters.steps);
+            CHECK(counters.epoch == 1 && counters.waiting_for == -1);
+            CHECK_EQUAL(spk_card_lost(c), SPK_OK);
+            spk_card_link_bytes(c, (first + i + 1) % CARDS, &sent, &received);
+            CHECK_EQUAL(sent, 0);
+        }
+        for (int card = 0; card < CARDS; card++) {
+            CHECK_EQUAL(spk_card_link_state(f.cards[card], (uint32_t)(card + 1) % CARDS),
+                        SPK_LINK_UP);
+            furnish(&f, card);
+        }
+        abort_all(&f, &r);
+        whole_step(&f, round + 1, 1 + rng_below(&r, ROWS));
+    }
+    fleet_destroy(&f);
+}
+
 /* Another thread of the host reads counters all the time. */
 static _Atomic int watching;
 
@@ -554,6 +633,7 @@ int main(void)
     a_step_may_be_submitted_right_behind_an_abort();
     a_fleet_may_be_destroyed_while_it_runs();
     a_dead_card_answers_and_the_others_can_be_aborted();
+    a_card_may_be_reopened_at_any_moment();
     counters_may_be_read_meanwhile();
     cards_meet_in_one_epoch_from_different_ones();
     a_step_may_be_submitted_as_soon_as_a_fault_is_known();

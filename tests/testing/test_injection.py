@@ -13,7 +13,7 @@ from driver_model import DriverModel
 
 import spanker
 from spanker.device import uapi
-from spanker.errors import CardMemoryError, ConfigError
+from spanker.errors import CardLostError, CardMemoryError, ConfigError
 from spanker.events import CardLost
 from spanker.testing import run_virtual
 from spanker.testing.fault_plan import Client, Fault, FaultPlan, What
@@ -81,6 +81,7 @@ OUTCOMES = {
     "ecc 1@command:2:7": [1],
     "corrupt 0-1@step:3": [],
     "cut 0-2@token:10 for 0.1s": [],
+    "cut 0-2@token:4": [],
     "flap 0-1@token:3 for 0.02s 3 times": [],
     "flap 1@token:3 for 0.05s": [1],
 }
@@ -111,6 +112,40 @@ def test_the_answer_survives(
                     assert str(fault) in told
 
     run(main, fleet_name)
+
+
+# --- cards that come back ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["flap 1@token:5 for 0.3s", "kill 1@token:5", "ecc 1@token:5"])
+async def test_a_card_that_was_lost_is_admitted_again(
+    plan: str, tiny_model: Path, expected: list[tuple[int, bytes]]
+) -> None:
+    async with faulty_fleet(3, plan, hang_timeout_s=HANG_TIMEOUT_S) as (fleet, injection):
+        assert await answers(fleet, injection, tiny_model) == expected
+        assert lost(fleet) == [1]
+        if plan.startswith("flap"):
+            with pytest.raises(CardLostError, match="card 1 is away"):
+                await fleet.admit(1)
+            await trio.sleep(0.3)
+        await fleet.admit(1)
+        assert fleet.health().cards == (0, 1, 2)
+        assert await answers(fleet, injection, tiny_model) == expected
+        # It can be lost once more.
+        injection.strike("hang 1@time:0")
+        assert await answers(fleet, injection, tiny_model) == expected
+        assert lost(fleet) == [1, 1]
+
+
+async def test_cards_that_are_kept_apart_are_so_on_a_new_channel(tiny_model: Path) -> None:
+    async with faulty_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as (fleet, injection):
+        model = await fleet.load(tiny_model, plan="tp")
+        injection.strike("kill 1@time:0")
+        await model.generate(PROMPT, max_tokens=2).collect()
+        injection.strike("partition 1@time:0 for 0.2s")
+        begin = trio.current_time()
+        await fleet.admit(1)
+        assert trio.current_time() - begin >= 0.19
 
 
 # --- cards behind the kernel module ------------------------------------------------------------
