@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -300,7 +300,7 @@ async def settled(
             await flight.settled.wait()
         if not flight.settled.is_set():
             watch = watch or ProgressWatch(coordinator, cards, math.ceil(timeout_s / look_s))
-            await watch.look()
+            await watch.look(flight.replies)
 
 
 class ProgressWatch:
@@ -318,9 +318,10 @@ class ProgressWatch:
         self._progress = -1
         self._since = trio.current_time()
 
-    async def look(self) -> None:
+    async def look(self, answered: Container[int] = ()) -> None:
         """Raise CardHungError when nothing has moved on any card between so many looks, and
-        CardLinkDownError when one waits for a link that is down."""
+        CardLinkDownError when one waits for a link that is down.  `answered` are the cards that are
+        known to have done their part."""
         counters: dict[int, Counters] = {}
 
         async def count() -> None:
@@ -345,6 +346,8 @@ class ProgressWatch:
         if missing or not self._left:
             idle_s = trio.current_time() - self._since
             stuck = missing or [card for card in counters if self._stands_still(card, counters)]
+            # Or else what was sent to it, or its answer, has got lost.
+            stuck = stuck or [c for c in counters if c not in answered and not counters[c].queued]
             card = stuck[0] if stuck else self._cards[0]
             raise CardHungError(
                 f"card {card} hangs: it holds a step and no card of the fleet has made progress "
