@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import trio
 
+from spanker.actors.client import CardClient
 from spanker.device.spec import parse_fleet
 from spanker.device.virtual.card import VirtualCard
 from spanker.errors import (
@@ -182,8 +183,14 @@ def is_idle(world: World) -> bool:
         )
         and not coordinator._locks._taken
         and not _loading(world)
-        and not any(client._waiting for client in coordinator.clients)
+        and not any(client._waiting for client in _clients(world))
     )
+
+
+def _clients(world: World) -> list[CardClient]:
+    """Those of cards that nothing has happened to: what others were asked may have got lost."""
+    clients = world.fleet._coordinator.clients
+    return [client for client in clients if client.number not in world.ever_struck]
 
 
 def _loading(world: World) -> bool:
@@ -206,7 +213,7 @@ def check_idle(world: World) -> None:
         world.violate(f"cards {sorted(locks._taken)} are locked, {locks._waiters} wait")
     if _loading(world):
         world.violate("a lock of loads is held")
-    for client in coordinator.clients:
+    for client in _clients(world):
         if client._waiting or client._unwritten:
             world.violate(f"card {client.number} has requests without replies")
 
@@ -242,7 +249,8 @@ def check_counters(world: World) -> None:
 async def check_memory(world: World) -> None:
     """Cards hold what their models take, and nothing once these are unloaded."""
     coordinator, fleet = world.fleet._coordinator, world.fleet
-    whole = [card for card in coordinator._every_card if card not in world.ever_struck]
+    out = world.ever_struck.union(world.lost)
+    whole = [card for card in coordinator._every_card if card not in out]
     held = dict.fromkeys(whole, 0)
     replicas = [
         replica
@@ -284,22 +292,19 @@ def _placed(model: Model) -> list[object]:
     return [] if placement is None else list(placement.replicas)
 
 
-class Monotonic:
-    """Counters of cards never go back."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, tuple[int, int, int]] = {}
-
-    def look(self, world: World) -> None:
-        for card, device in enumerate(world.fleet.devices):
-            if getattr(device, "closed", False):
-                continue
-            counters = device.counters()
-            now = counters.progress, counters.steps, counters.commands
-            before = self._last.get(card, now)
-            if any(new < old for new, old in zip(now, before, strict=True)):
-                world.violate(f"card {card}: counters went from {before} to {now}")
-            self._last[card] = now
+def check_always(world: World) -> None:
+    """What holds between any two turns of the scheduler: no KV page has two owners, and none that a
+    step under way writes is free."""
+    for model in filter(None, world.models):
+        for session in model._replicas.sessions:
+            free = session.pool._free
+            held = [page for sequence in session._running for page in sequence.pages]
+            if len(set(held).union(free)) != len(held) + len(free):
+                world.violate(f"KV pages with two owners: held {held}, free {free}")
+            for batch in session._flights:
+                for sequence, step in batch:
+                    if not set(step.pages) <= set(sequence.pages):
+                        world.violate(f"a step is under way on KV pages {step.pages}, given back")
 
 
 async def settle(world: World, within_s: float) -> None:

@@ -70,6 +70,7 @@ async def _generate(
     got.left = client.leave_by.value
     if client.leave_by is Way.CLOSE:
         generation.close()
+        world.look()
     # Else the last reference goes with this frame.
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -108,6 +109,7 @@ class _Run:
             self._turns.scope = scope
             async with _fleet(scenario) as (fleet, injection):
                 self._world = world = World(scenario, fleet, injection)
+                world.look = functools.partial(checks.check_always, world)
                 await self._live(world)
         self._seconds = trio.current_time()
         if scope.cancelled_caught and not self._turns.stuck:

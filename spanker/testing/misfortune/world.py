@@ -6,6 +6,8 @@ Clients and deeds (clients.py, deeds.py) act in it; checks.py looks at it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 from spanker.errors import SpankerError, again
@@ -39,6 +41,7 @@ class World:
         self._loaded = [trio.Event(), trio.Event()]
         self._why_not: list[SpankerError | None] = [None, None]
         self._active = sum(_at_once(client.start) for client in scenario.clients)
+        self.look: Callable[[], None] = lambda: None
         fleet.events.listen(self._hear)
 
     # --- what happens -----------------------------------------------------------------------
@@ -60,6 +63,7 @@ class World:
     def item(self) -> None:
         """Another item has come to a client."""
         self._items += 1
+        self.look()
         self._changed.unpark_all()
 
     def _hear(self, event: Event) -> None:
