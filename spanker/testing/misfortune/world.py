@@ -51,7 +51,9 @@ class World:
         self.story.append((trio.current_time(), line))
 
     def violate(self, what: str) -> None:
-        """Something that must not be."""
+        """Something that must not be; the same is told once."""
+        if what in self.violations:
+            return
         self.violations.append(what)
         self.tell(f"VIOLATION: {what}")
 
