@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,12 +40,13 @@ _STOP_S = 2.0
 
 
 def run(
-    scenario: Scenario, planted: AbstractContextManager[object] | None = None
+    scenario: Scenario,
+    planting: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Outcome:
     """Run a scenario; the same one gives the same outcome, to the byte of its story.
 
-    `planted` is entered around the run, but not where right answers are computed: a bug, to see
-    whether it is found.  Nothing is raised for what the run does.
+    What `planting` makes is entered around the run, but not where right answers are computed: a
+    bug, to see whether it is found.  Nothing is raised for what the run does.
     """
     answers.find(answers.question_of(scenario, client) for client in scenario.clients)
     before = _held()
@@ -57,7 +58,7 @@ def run(
     logger = logging.getLogger(LOGGER)
     quiet, logger.disabled = logger.disabled, True
     try:
-        with planted or contextlib.nullcontext(), turned(scenario.knobs), wall_clock():
+        with planting(), turned(scenario.knobs), wall_clock():
             run_virtual(run.main, seed=scenario.seed, instruments=[turns])
     except StuckError as error:
         run.violations.append(str(error))
