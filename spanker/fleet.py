@@ -695,6 +695,9 @@ class Fleet:
             return
         coordinator.drained.add(card)
         try:
+            # What is being loaded may have been planned with this card.
+            async with self._load_lock:
+                pass
             for session in self._sessions():
                 if card in session.loaded.plan.cards:
                     await session.move()

@@ -383,7 +383,7 @@ class Session:
             )
 
     async def _run(self) -> None:
-        while True:
+        while self._failure is None:
             if self._moves:
                 await self._move()
                 continue
@@ -416,6 +416,10 @@ class Session:
                         self._retire(sequence)
             if failure is not None:
                 await self._recover(failure)
+        # Who has asked meanwhile for a replica to move that is given up: it is on no card any more.
+        for move in self._moves:
+            move.end(None)
+        self._moves.clear()
 
     def _failed(self, error: SpankerError) -> SpankerError | None:
         """Do what can be done at once about the failure of the oldest step; what was queued behind
@@ -576,7 +580,8 @@ class Session:
 
     def _give_up(self, error: SpankerError) -> None:
         """The session is over; whoever can may have its sequences."""
-        self._failure = error
+        # Not the one with the traceback, whose frames hold the model's file open.
+        self._failure = error = again(error)
         moved = 0
         if self.heir is not None:
             waiting, self._waiting = self._waiting, deque()
