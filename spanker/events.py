@@ -88,7 +88,8 @@ class Rerouted(Event):
 class Replanned(Event):
     """A model goes on with another plan, because its cards `lost` were lost, or, where there are
     none, some were drained or admitted: the plan it had, the one it has now, and how many sequences
-    resume, so long after the failure was noticed or the move begun."""
+    resume, so long after the failure was noticed or the move begun; `moved` others had gone on at
+    once, on other replicas."""
 
     model: str
     lost: tuple[int, ...]
@@ -97,12 +98,14 @@ class Replanned(Event):
     cards: tuple[int, ...]
     sequences: int
     seconds: float
+    moved: int = 0
 
     def __str__(self) -> str:
         cards = ", ".join(map(str, self.cards))
+        elsewhere = f"{self.moved} went on elsewhere, " if self.moved else ""
         return (
             f"{self.model}: re-planned {self.before} -> {self.after} on card"
-            f"{'' if len(self.cards) == 1 else 's'} {cards}; resumed {self.sequences} "
+            f"{'' if len(self.cards) == 1 else 's'} {cards}; {elsewhere}resumed {self.sequences} "
             f"sequence{'' if self.sequences == 1 else 's'} after {self.seconds:.2f} s"
         )
 

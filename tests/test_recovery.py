@@ -318,7 +318,12 @@ async def test_a_replica_goes_on_with_the_cards_it_has(
         model = await fleet.load(tiny, plan="dp2xtp2")
         schedule = Schedule(fleet, [(30, FAULTS[fault], card)])
         assert await Crowd(model, schedule).run() == expected
-        assert sorted(model.plan.cards) == [c for c in range(4) if c != card]
+        # Nobody has waited for that.
+        left = [c for c in range(4) if c != card]
+        await until(lambda: sorted(model.plan.cards) == left)
+        (lost, replanned) = fleet.events.history
+        assert isinstance(lost, CardLost) and isinstance(replanned, Replanned)
+        assert replanned.moved + replanned.sequences > 0
         assert fleet.health().models[0].replicas_alive == 2
         assert await Crowd(model).run() == expected
 
@@ -345,9 +350,9 @@ async def test_a_sequence_that_is_dropped_while_it_moves_leaves_no_pages(
         made = [model.generate([n], max_tokens=200, ignore_eos=True) for n in range(4)]
         take = model._replicas.take
 
-        def drop_and_take(sequences: Sequence[sessions.Sequence]) -> int:
+        def drop_and_take(sequences: Sequence[sessions.Sequence], session: sessions.Session) -> int:
             made.clear()
-            return take(sequences)
+            return take(sequences, session)
 
         monkeypatch.setattr(model._replicas, "take", drop_and_take)
         await anext(made[0])

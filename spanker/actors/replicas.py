@@ -52,12 +52,13 @@ class Replicas:
         """As Heir."""
         return any(other is not session for other in self.alive)
 
-    def take(self, sequences: Seq[Sequence]) -> int:
+    def take(self, sequences: Seq[Sequence], session: Session) -> int:
         """As Heir."""
         moved = 0
+        others = [other for other in self.alive if other is not session]
         for sequence in sequences:
-            order = sorted(self.alive, key=lambda session: session.unfinished)
-            moved += any(session.adopt(sequence) for session in order)
+            order = sorted(others, key=lambda other: other.unfinished)
+            moved += any(other.adopt(sequence) for other in order)
         return moved
 
     @property

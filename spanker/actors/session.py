@@ -163,8 +163,8 @@ class Sequence:
 class Heir(Protocol):
     """Takes the sequences of a session that is over."""
 
-    def take(self, sequences: Seq[Sequence]) -> int:
-        """Enter them elsewhere; of how many that was possible."""
+    def take(self, sequences: Seq[Sequence], session: Session) -> int:
+        """Enter sequences of a session elsewhere; of how many that was possible."""
 
     def others_alive(self, session: Session) -> bool:
         """Whether there is anywhere else to go from a session."""
@@ -471,17 +471,19 @@ class Session:
             self._fail(failure or CardLostError("a card that holds the model was lost"))
             return
         self._suspend()
+        # Whoever can goes on at once; what is brought here is for those that come later.
+        moved = self._hand_over()
         try:
             loaded = await placement.replace(self.number)
         except SpankerError as error:
             if error is not failure:
                 error.__cause__ = failure
             await placement.give_up(self.number)
-            self._give_up(error)
+            self._give_up(error, moved)
             return
         resumed = self._resume_on(loaded)
         lost = tuple(card for card in before.cards if card in self.coordinator.lost)
-        self._tell_replanned(lost, before, resumed, begin)
+        self._tell_replanned(lost, before, resumed, begin, moved)
 
     async def _audit(self, auditor: Auditor) -> None:
         """Have a card's arithmetic computed again; one that lies is a card that is lost."""
@@ -516,12 +518,20 @@ class Session:
             coordinator.events.tell(Rerouted(now, self.name, down, now - begin))
 
     def _tell_replanned(
-        self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float
+        self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float, moved: int = 0
     ) -> None:
         now, after = trio.current_time(), self.loaded.plan
         self.coordinator.events.tell(
             Replanned(
-                now, self.name, lost, before.name, after.name, after.cards, resumed, now - begin
+                now,
+                self.name,
+                lost,
+                before.name,
+                after.name,
+                after.cards,
+                resumed,
+                now - begin,
+                moved,
             )
         )
 
@@ -578,15 +588,20 @@ class Session:
         self._end_too_long()
         return sum(bool(sequence.delivered) for sequence in self._waiting)
 
-    def _give_up(self, error: SpankerError) -> None:
-        """The session is over; whoever can may have its sequences."""
+    def _hand_over(self) -> int:
+        """Let others have the sequences that wait here; how many they have taken."""
+        if self.heir is None:
+            return 0
+        waiting, self._waiting = self._waiting, deque()
+        moved = self.heir.take(waiting, self)
+        self._waiting = deque(s for s in waiting if s.session is self)
+        return moved
+
+    def _give_up(self, error: SpankerError, moved: int = 0) -> None:
+        """The session is over; whoever can may have its sequences, as `moved` have already."""
         # Not the one with the traceback, whose frames hold the model's file open.
         self._failure = error = again(error)
-        moved = 0
-        if self.heir is not None:
-            waiting, self._waiting = self._waiting, deque()
-            moved = self.heir.take(waiting)
-            self._waiting = deque(s for s in waiting if s.session is self)
+        moved += self._hand_over()
         ended = len(self._waiting)
         self._end(tuple(self._waiting), error)
         self.coordinator.events.tell(

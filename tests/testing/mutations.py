@@ -44,8 +44,11 @@ class Mutation:
         )
         made: dict[str, Any] = {}
         exec(  # noqa: S102
-            compile("from __future__ import annotations\n" + source.replace(self.old, self.new),
-                    f"<mutation {self.name}>", "exec"),
+            compile(
+                "from __future__ import annotations\n" + source.replace(self.old, self.new),
+                f"<mutation {self.name}>",
+                "exec",
+            ),
             vars(module),
             made,
         )

@@ -38,9 +38,7 @@ from spanker.testing.misfortune.story import story
 
 # So many seeds take some ten seconds.
 SEEDS = 150
-NAMES = {
-    value.__name__: value for value in (Client, Deed, Knobs, Moment, Scenario, Way, What)
-}
+NAMES = {value.__name__: value for value in (Client, Deed, Knobs, Moment, Scenario, Way, What)}
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 25))

@@ -66,7 +66,7 @@ class RecoveryCost(Value):
     @property
     def replan_s(self) -> float:
         """From when the card is known to be lost to when the other plan can run steps; what
-        `events.Replanned.seconds` says."""
+        `events.Replanned.seconds` says.  Nothing where another replica holds the weights."""
         return self.release_s + self.weights_s + self.programs_s
 
     @property
@@ -109,7 +109,9 @@ def recovery(
         raise PlanError(f"plan {after.name} uses card {gone[0]}, which is lost")
     own = tuple(card for card in before.cards if card in alive)
     detection_s = _detection_s(profile, len(before.cards), hang_timeout_s)
-    release_s = _release_s(shape, before, own, profile, limits, len(topology.cards))
+    release_s = 0.0
+    if weights is not Weights.HELD:
+        release_s = _release_s(shape, before, own, profile, limits, len(topology.cards))
     kv = prefill_unlike(
         shape,
         after,
