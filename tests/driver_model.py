@@ -462,7 +462,8 @@ class DriverModel:
         if i.flags or i.link >= len(self.cards) - 1:
             raise _Errno(errno.EINVAL)
         peer, counters = card.peer_of(i.link), card.soft.counters()
-        i.state, i.errors, i.peer = lib.SPANKER_LINK_UP, 0, self.cards[peer].serial
+        i.state = lib.SPANKER_LINK_DOWN if peer in counters.links_down else lib.SPANKER_LINK_UP
+        i.errors, i.peer = 0, self.cards[peer].serial
         i.tx_bytes, i.rx_bytes = counters.link_tx_bytes[peer], counters.link_rx_bytes[peer]
 
     def _telemetry(self, file: _File, t: Any) -> None:

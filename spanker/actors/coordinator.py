@@ -580,7 +580,7 @@ class Coordinator:
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
 
-        await in_time(STOP_S, enter)
+        await in_time(min(STOP_S, self._hang_timeout_s), enter)
 
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""

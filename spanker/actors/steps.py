@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 _U32, _F32 = struct.Struct("<I"), struct.Struct("<f")
+
+# The answer of a card that no message told of.
+_NOTHING = StepDone(0, 0)
 
 # How often a step in flight is looked at, at most.
 WATCH_S = 1.0
@@ -253,6 +256,7 @@ class Flight:
     def completed(self, card: int, completion: Completion) -> None:
         """A card has done its part, and no message told of it: it brings nothing back."""
         if completion.error is None and self._trace is None:
+            self.replies[card] = _NOTHING
             self._one_back()
         elif isinstance(completion.error, SpankerError):
             self._arrived(card, completion.error)
@@ -269,8 +273,12 @@ class Flight:
 
     def absent(self, card: int) -> None:
         """A card that has nothing to do in it."""
-        self.replies[card] = StepDone(0, 0)
+        self.replies[card] = _NOTHING
         self._one_back()
+
+    def misses(self, card: int) -> bool:
+        """Whether a card has not answered well."""
+        return card not in self.replies
 
     def forget(self, count: int) -> None:
         """So many requests were never made."""
@@ -300,7 +308,7 @@ async def settled(
             await flight.settled.wait()
         if not flight.settled.is_set():
             watch = watch or ProgressWatch(coordinator, cards, math.ceil(timeout_s / look_s))
-            await watch.look(flight.replies)
+            await watch.look(flight)
 
 
 class ProgressWatch:
@@ -318,10 +326,9 @@ class ProgressWatch:
         self._progress = -1
         self._since = trio.current_time()
 
-    async def look(self, answered: Container[int] = ()) -> None:
+    async def look(self, flight: Flight) -> None:
         """Raise CardHungError when nothing has moved on any card between so many looks, and
-        CardLinkDownError when one waits for a link that is down.  `answered` are the cards that are
-        known to have done their part."""
+        CardLinkDownError when one waits for a link that is down."""
         counters: dict[int, Counters] = {}
 
         async def count() -> None:
@@ -346,12 +353,13 @@ class ProgressWatch:
         if missing or not self._left:
             idle_s = trio.current_time() - self._since
             stuck = missing or [card for card in counters if self._stands_still(card, counters)]
-            # Or else what was sent to it, or its answer, has got lost.
-            stuck = stuck or [c for c in counters if c not in answered and not counters[c].queued]
-            card = stuck[0] if stuck else self._cards[0]
+            # One that holds nothing and has not answered was not reached, or not heard.
+            unheard = [c for c, own in counters.items() if flight.misses(c) and not own.queued]
+            card = next(iter((*stuck, *unheard, *self._cards)))
+            does = "holds a step" if stuck or not unheard else "has not answered a step"
             raise CardHungError(
-                f"card {card} hangs: it holds a step and no card of the fleet has made progress "
-                f"for {idle_s:.1f} s; close the fleet and open it without that card",
+                f"card {card} hangs: it {does} and no card of the fleet has made progress for "
+                f"{idle_s:.1f} s; close the fleet and open it without that card",
                 card=card,
             )
 

@@ -13,10 +13,10 @@ import trio
 from spanker.cli import terminal
 from spanker.cli.commands import TEXT_BYTES_MAX
 from spanker.cli.errors import Failure, Interrupted
+from spanker.cli.generation import check
 from spanker.cli.interrupts import Interrupts, run_async, signals_raise
 from spanker.cli.opening import open_model
 from spanker.cli.options import FleetOptions, SamplingOptions
-from spanker.cli.run import check
 from spanker.errors import RequestError
 from spanker.fleet import Model
 

@@ -59,14 +59,9 @@ def group() -> None:
 @click.argument("prompt", required=False)
 @options.fleet_options
 @options.sampling_options
-@click.option(
-    "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Read the prompt from a file.",
-)
-@click.option("--chat", is_flag=True, help="Put the prompt as a user's message to the assistant.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
+@options.prompt_file
+@options.chat
+@options.ignore_eos
 @click.option("--logits-hash", is_flag=True, help="Also give the SHA-256 of all tokens' logits.")
 @options.trace
 @options.as_json
@@ -96,6 +91,84 @@ def run(
         chat=chat,
         ignore_eos=ignore_eos,
         logits_hash=logits_hash,
+        trace=trace,
+        as_json=as_json,
+    )
+
+
+@group.command(short_help="See a fleet survive what fails.")
+@click.argument("prompt", required=False)
+@options.fleet_options
+@options.sampling_options
+@options.fault_options
+@click.option(
+    "--hang-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    metavar="S",
+    help="Take a card that holds work for hung after so long without progress.",
+)
+@options.prompt_file
+@options.chat
+@options.ignore_eos
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw tokens over time and what happened meanwhile, as PNG, SVG or PDF.",
+)
+@options.trace
+@options.as_json
+def drill(
+    prompt: str | None,
+    where: FleetOptions,
+    how: SamplingOptions,
+    faults: tuple[str, ...],
+    fault_plan: str | None,
+    hang_timeout: float,
+    prompt_file: str | None,
+    chat: bool,
+    ignore_eos: bool,
+    plot: str | None,
+    trace: str | None,
+    as_json: bool,
+) -> None:
+    """Generate as run does, twice: undisturbed, then with cards and links that fail.
+
+    \b
+    Says when tokens came, what happened meanwhile, and whether the answer is
+    the same: every token and all logits. If not, or if a fault never happened,
+    it fails.
+      spanker drill "Once upon a time" --cards 4 --kill 2@token:20
+      spanker drill "Once" --cards 4 --hang 1@token:9 --hang-timeout 1
+      spanker drill "Once" --cards virtual:4 --slow 3@token:5x4
+
+    \b
+    WHEN is one of
+      token:20         when the 20th token has come
+      time:0.5         so many seconds after the cards were opened
+      step:9           just before the 9th step that is submitted to the card
+      command:9:100    at that command of its 9th step: kill, hang and reset
+    and slow cards and cut links can get well: "0-2@token:10 for 0.5s".
+
+    The steps and tokens of virtual cards take modelled time, which is what is shown.
+    """
+    text = _prompt(prompt, prompt_file)
+    if not faults and fault_plan is None:
+        raise click.UsageError(
+            "say what is to fail: --kill, --hang, --slow, --cut, ... or --faults"
+        )
+    from spanker.cli import drill as work
+
+    work.drill(
+        where,
+        how,
+        text,
+        work.plan_of(faults, fault_plan),
+        hang_timeout_s=hang_timeout,
+        chat=chat,
+        ignore_eos=ignore_eos,
+        plot=plot,
         trace=trace,
         as_json=as_json,
     )

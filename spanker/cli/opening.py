@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import trio
 
 from spanker.cli.errors import Failure
 from spanker.cli.options import FleetOptions
@@ -23,15 +23,22 @@ from spanker.sched.limits import DEFAULT_CONTEXT
 
 if TYPE_CHECKING:
     from spanker.actors.trace import Trace
+    from spanker.testing.fault_plan import FaultPlan
+    from spanker.testing.injection import Injection
+
+HANG_TIMEOUT_S = 10.0
 
 
 @attrs.frozen
 class Opened:
-    """A fleet with the model on it, and how long that took to load."""
+    """A fleet with the model on it, how long that took to load, when the fleet was there (`open_s`,
+    by trio's clock), and what happens to it, if anything is to."""
 
     fleet: Fleet
     model: Model
     load_s: float
+    open_s: float
+    injection: Injection | None = None
 
 
 @attrs.frozen
@@ -76,16 +83,24 @@ async def maybe_trace(fleet: Fleet, path: str | None) -> AsyncIterator[Trace | N
 
 
 @contextlib.asynccontextmanager
-async def open_model(where: FleetOptions, ctx: int | None = None) -> AsyncIterator[Opened]:
-    """Open the cards and load the model, with a progress bar; `ctx` overrides that of `where`.
+async def open_model(
+    where: FleetOptions,
+    ctx: int | None = None,
+    *,
+    hang_timeout_s: float = HANG_TIMEOUT_S,
+    faults: FaultPlan | None = None,
+) -> AsyncIterator[Opened]:
+    """Open the cards and load the model, with a progress bar; `ctx` overrides that of `where`, and
+    `faults` are what is to happen to the cards.
 
     The cards get KV memory for one sequence, which is all that a command runs at a time.
     """
-    async with open_fleet(where.cards, profile=where.profile, throttle=where.throttle) as fleet:
+    async with _open_cards(where, hang_timeout_s, faults) as (fleet, injection):
+        open_s = trio.current_time()
         fleet.events.listen(lambda event: note(str(event)))
         inspected = inspect(where.model)
         context = ctx or where.ctx or min(inspected.model.shape.context, DEFAULT_CONTEXT)
-        begin = time.perf_counter()
+        begin = trio.current_time()
         with progress_bar(f"loading {inspected.path.name}") as progress:
             model = await fleet.load(
                 inspected.path,
@@ -95,4 +110,23 @@ async def open_model(where: FleetOptions, ctx: int | None = None) -> AsyncIterat
                 kv_tokens=context,
                 progress=progress,
             )
-        yield Opened(fleet, model, time.perf_counter() - begin)
+        yield Opened(fleet, model, trio.current_time() - begin, open_s, injection)
+
+
+@contextlib.asynccontextmanager
+async def _open_cards(
+    where: FleetOptions, hang_timeout_s: float, faults: FaultPlan | None
+) -> AsyncIterator[tuple[Fleet, Injection | None]]:
+    options: dict[str, Any] = {
+        "profile": where.profile,
+        "throttle": where.throttle,
+        "hang_timeout_s": hang_timeout_s,
+    }
+    if faults is None:
+        async with open_fleet(where.cards, **options) as fleet:
+            yield fleet, None
+    else:
+        from spanker.testing.injection import faulty_fleet
+
+        async with faulty_fleet(where.cards, faults, **options) as opened:
+            yield opened

@@ -120,6 +120,16 @@ trace = click.option(
     metavar="FILE",
     help="Write what every card did when, for ui.perfetto.dev or chrome://tracing.",
 )
+prompt_file = click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Read the prompt from a file.",
+)
+chat = click.option(
+    "--chat", is_flag=True, help="Put the prompt as a user's message to the assistant."
+)
+ignore_eos = click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 _sampling = (
@@ -153,6 +163,42 @@ _sampling = (
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
 )
+
+# What can be asked for by an option of its own: where, and what it is.
+_FAULTS = {
+    "kill": ("CARD@WHEN", "A card is gone, e.g. 2@token:20; repeatable, as all of these."),
+    "hang": ("CARD@WHEN", "A card goes on answering, but does no work."),
+    "reset": ("CARD@WHEN", "Somebody resets a card, which has lost all it held."),
+    "slow": ("CARD@WHENxN", "A card takes N times as long, e.g. 3@token:5x4."),
+    "cut": ("A-B@WHEN", "The link between two cards is down, e.g. 0-2@token:10."),
+}
+_faults = tuple(
+    click.option(f"--{what}", multiple=True, metavar=metavar, help=told)
+    for what, (metavar, told) in _FAULTS.items()
+)
+_fault_plan = click.option(
+    "--faults",
+    "fault_plan",
+    metavar="FILE|TEXT",
+    help="A whole plan of faults: a file, as text or JSON, or the text itself, "
+    'e.g. "kill 2@token:20; corrupt 0-1@step:9".',
+)
+
+
+def fault_options(command: Command) -> Command:
+    """Faults one by one, handed to the command as the lines `faults` of a fault plan, in the order
+    of their kinds, and a whole plan, `fault_plan`."""
+
+    @functools.wraps(command)
+    def collect(**values: Any) -> Any:
+        asked = {what: values.pop(what) for what in _FAULTS}
+        values["faults"] = tuple(f"{what} {rest}" for what in asked for rest in asked[what])
+        return command(**values)
+
+    decorated: Any = collect
+    for option in reversed((*_faults, _fault_plan)):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
 
 
 def fleet_options(command: Command) -> Command:

@@ -5,8 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from spanker.cli.errors import Failure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from spanker.cli.timeline import Timeline
 
 
 def check(path: str) -> None:
@@ -45,6 +51,50 @@ def tokens_over_cards(path: str, title: str, points: Sequence[tuple[int, float |
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def tokens_over_time(path: str, title: str, drilled: Timeline, undisturbed: Timeline) -> None:
+    """Tokens over the seconds since the first, with and without faults; lines where something
+    failed and where the fleet said so, and the stalls shaded."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for timeline, label, color in (
+        (undisturbed, "without faults", "grey"),
+        (drilled, "with faults", "tab:blue"),
+    ):
+        counts = range(1, len(timeline.tokens) + 1)
+        axes.step(timeline.tokens, counts, where="post", label=label, color=color)
+    for number, stall in enumerate(drilled.stalls):
+        begin, end = stall.at_s, stall.at_s + stall.seconds
+        # Labels that begin so are not in the legend.
+        told = "_" if number else "no token"
+        axes.axvspan(begin, end, color="tab:red", alpha=0.1, label=told)
+    for what, mark in drilled.marks:
+        # Often at the same time: one to the left of its line, the other to the right.
+        color, side = ("tab:red", "right") if what == "fault" else ("tab:green", "left")
+        axes.axvline(mark.at_s, color=color, linewidth=1)
+        axes.annotate(
+            mark.short,
+            (mark.at_s, 0.99),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha=side,
+            va="top",
+            fontsize="small",
+            color=color,
+        )
+    axes.set(title=title, xlabel="seconds since the first token", ylabel="tokens", ylim=(0, None))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str) -> None:
     try:
         figure.savefig(path)
     except OSError as error:

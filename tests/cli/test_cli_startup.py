@@ -10,7 +10,7 @@ import pytest
 from cli_process import batch, good
 
 from spanker import __version__, fleet
-from spanker.cli import options
+from spanker.cli import opening, options
 from spanker.cli.commands import group
 from spanker.sched import limits
 from spanker.sched.bandwidth import PROFILES
@@ -18,7 +18,9 @@ from spanker.sched.bandwidth import PROFILES
 HEAVY = ("numpy", "trio", "rich", "msgpack", "tokenizers", "jinja2", "spanker.fleet")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["--version"], ["run", "--bad"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["run", "--help"], ["drill", "x"], ["--version"], ["run", "--bad"]]
+)
 def test_help_and_usage_errors_import_nothing_heavy(args: list[str]) -> None:
     program = (
         "import sys, spanker.cli\n"
@@ -36,6 +38,7 @@ def test_the_version_is_the_packages() -> None:
 def test_repeated_defaults_are_those_of_the_library() -> None:
     assert options.DEFAULT_MAX_TOKENS == fleet.DEFAULT_MAX_TOKENS
     assert options.DEFAULT_PROMPT_CHUNK == limits.DEFAULT_PROMPT_CHUNK
+    assert options_of("drill")["hang_timeout"].default == opening.HANG_TIMEOUT_S  # type: ignore[attr-defined]
     assert list(options.PROFILES) == [p.name for p in PROFILES]
     assert str(limits.DEFAULT_CONTEXT) in str(options_of("run")["ctx"].show_default)
 
@@ -63,6 +66,12 @@ def test_every_command_and_option_explains_itself() -> None:
             "prompt_chunk profile as_json logits_hash ignore_eos prompt_file",
         ),
         ("chat", "model cards plan ctx max_tokens temperature top_k top_p min_p seed stop system"),
+        (
+            "drill",
+            "model cards plan ctx max_tokens temperature top_k top_p min_p seed stop chat "
+            "prompt_chunk profile as_json ignore_eos prompt_file kill hang reset slow cut "
+            "fault_plan hang_timeout plot trace",
+        ),
         ("eval", "model text tokens cards plan as_json"),
         ("bench", "model cards plan prompt prompt_tokens gen_tokens repeat as_json"),
         ("info", "model cards plan as_json"),

@@ -262,6 +262,14 @@ def test_a_transfer_without_a_link_is_refused(rig: KernelRig, driver: DriverMode
         translated(program.encode({"x": 0}), (None, 0, None), 0)
 
 
+def test_links_that_are_down_are_told_by_the_numbers_of_the_fleet(driver: DriverModel) -> None:
+    with KernelRig(first_cards(3)[::-1], driver) as rig:
+        driver.cards[2].soft.cut(1)
+        assert [card.counters().links_down for card in rig.cards] == [(1,), (0,), ()]
+        driver.cards[2].soft.mend(1)
+        assert [card.counters().links_down for card in rig.cards] == [(), (), ()]
+
+
 def test_counters_begin_with_the_fleet(driver: DriverModel) -> None:
     for _ in range(2):
         with KernelRig(first_cards(2), driver) as rig:

@@ -156,11 +156,8 @@ class VirtualCard(SoftCard):
     def damaged(self, work: Work) -> None:
         """For the rig: a step has failed on a message that does not pass its check."""
         behind = self.rig.engine.behind(self.number)
-        # The native card's messages are whole: it may be ahead, and what it says does not count.
+        # The native card's messages are whole.
         lib.spk_card_fail(self.handle, lib.SPK_E_LINK)
-        self._take_native()
-        for dropped in (work, *behind):
-            self._native.pop(dropped.fence, None)
         self._fail((work,), lib.SPK_E_LINK)
         self._fail(behind, lib.SPK_E_ABORTED)
 
@@ -177,16 +174,13 @@ class VirtualCard(SoftCard):
         return self._native.pop(fence, None)
 
     def _fail(self, dropped: Sequence[Work], status: int) -> None:
-        """Complete what is not to be done, in order, with an error: that of the native card or,
-        where that was ahead and succeeded, or is behind, the given one."""
+        """Complete what is not to be done, in order, with an error; not with what the native card
+        says of it, which depends on how far that has got."""
         self._take_native()
         for work in dropped:
-            native = self._native.pop(work.fence, None)
+            self._native.pop(work.fence, None)
             self._reads_of.pop(work.fence, None)
-            error = native.error if native else None
-            error = error or status_error(
-                status, f"card {self.number}, command 0", card=self.number
-            )
+            error = status_error(status, f"card {self.number}, command 0", card=self.number)
             self._complete(Completion(work.fence, work.busy_ps // PS_PER_NS, error))
         if dropped:
             self._failed = dropped[-1].fence

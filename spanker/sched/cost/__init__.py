@@ -21,7 +21,9 @@ from spanker.sched.cost.loading import LoadCost, load, memory
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
-from spanker.sched.cost.prefilling import PrefillCost, prefill
+from spanker.sched.cost.prefilling import PrefillCost, prefill, prefill_unlike
+from spanker.sched.cost.recovery import RecoveryCost, Weights, recovery
+from spanker.sched.cost.resharding import Sources, sources
 from spanker.sched.cost.rows import StepRows
 
 __all__ = [
@@ -31,8 +33,11 @@ __all__ = [
     "Machine",
     "Pieces",
     "PrefillCost",
+    "RecoveryCost",
+    "Sources",
     "StepCost",
     "StepRows",
+    "Weights",
     "decode",
     "decode_fleet",
     "gathers_q8",
@@ -40,4 +45,7 @@ __all__ = [
     "load",
     "memory",
     "prefill",
+    "prefill_unlike",
+    "recovery",
+    "sources",
 ]

@@ -54,7 +54,8 @@ RUN_BYTES = 64 << 20
 @attrs.frozen(eq=False, repr=False)
 class LoadCost(Value):
     """`seconds` from the request to when all cards can run steps; `startup_s`: finding the cards
-    before that.  `nbytes`: bytes of each card's buffers and program, with their messages.
+    before that.  `programs_s` of `seconds` is for the programs.  `nbytes`: bytes of each card's
+    buffers and program, with their messages.
 
     `from_host_s` is what it would take if replicas that are alike did not get their bytes from each
     other over the links between cards, where these are faster than the host's.
@@ -62,6 +63,7 @@ class LoadCost(Value):
 
     seconds: float
     startup_s: float
+    programs_s: float
     from_host_s: float
     nbytes: dict[int, int]
 
@@ -99,17 +101,20 @@ def load(
     uploads = {u.card: u for p in replicas for u in _uploads(shape, p, machine, limits)}
     cards, every = len(topology.cards), list(uploads.values())
     chains = _chains(profile, replicas)
-    from_host_s = _load_s(profile, every, cards, len(every))
+    programs_s = _programs_s(profile, every)
+    from_host_s = _load_s(profile, every, cards, len(every)) + programs_s
     if len(chains) == len(every):
         seconds = from_host_s
     else:
         firsts = [uploads[chain[0][1]] for chain in chains]
         longest = max(map(len, chains))
-        seconds = _load_s(profile, firsts, cards, len(every), longest)
+        programs_s = _programs_s(profile, firsts, len(every), longest)
+        seconds = _load_s(profile, firsts, cards, len(every), longest) + programs_s
         seconds += max(_copy_s(shape, machine, chain, limits) for chain in chains)
     return LoadCost(
         seconds=seconds,
-        startup_s=cards * _round_trip_s(profile, 2 * messages.SMALL_BYTES + 24),
+        startup_s=cards * round_trip_s(profile, 2 * messages.SMALL_BYTES + 24),
+        programs_s=programs_s,
         from_host_s=from_host_s,
         nbytes={u.card: u.nbytes + u.program_bytes for u in every},
     )
@@ -122,7 +127,7 @@ def _replicas(plan: Plan | FleetPlan) -> tuple[Plan, ...]:
 # --- seconds ---------------------------------------------------------------------------
 
 
-def _round_trip_s(profile: Profile, nbytes: float) -> float:
+def round_trip_s(profile: Profile, nbytes: float) -> float:
     """A request and its answer, of so many bytes together, on an idle link."""
     rate = profile.host_link_bytes_per_s
     return nbytes / rate + 2 * profile.host_link_latency_s if rate else 0.0
@@ -132,27 +137,38 @@ def _load_s(
     profile: Profile, uploads: Sequence[_Upload], cards: int, used: int, chain: int = 1
 ) -> float:
     """All of these uploads at the same time, in a fleet of which so many cards are used; in chains
-    of up to so many, one after the other is told to allocate and to take its program."""
+    of up to so many, one after the other is told to allocate."""
     rate = profile.host_link_bytes_per_s
     if not rate:
         return 0.0
     counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
     # All cards are asked for their counters at the same time, then the used ones one by one, before
     # and after.
-    counters_s = _round_trip_s(profile, cards * counters)
-    counters_s += 2 * used * _round_trip_s(profile, counters)
-    allocation_s = _round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
+    counters_s = round_trip_s(profile, cards * counters)
+    counters_s += 2 * used * round_trip_s(profile, counters)
+    allocation_s = round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
     rounds = max(u.allocations for u in uploads)
-    answer_s = _round_trip_s(profile, messages.SMALL_BYTES)
+    answer_s = round_trip_s(profile, messages.SMALL_BYTES)
     alone_s = max(u.nbytes / rate + u.messages * answer_s for u in uploads)
     # They begin together and stay together: between two messages the link is idle for as long as an
     # answer takes that the others' last turns do not hide.
     idle_s = max(answer_s - (len(uploads) - 1) * TURN_S, 0.0)
     between = max(u.messages for u in uploads) - 1
     shared_s = sum(u.nbytes for u in uploads) / rate + answer_s + between * idle_s
-    programs_s = sum(u.program_bytes for u in uploads) / rate * used / len(uploads)
-    programs_s += chain * answer_s
-    return counters_s + chain * rounds * allocation_s + max(alone_s, shared_s) + programs_s
+    return counters_s + chain * rounds * allocation_s + max(alone_s, shared_s)
+
+
+def _programs_s(
+    profile: Profile, uploads: Sequence[_Upload], used: int | None = None, chain: int = 1
+) -> float:
+    """Loading the programs of all cards at the same time, or, of chains of up to so many among
+    `used` cards, of one after the other."""
+    rate = profile.host_link_bytes_per_s
+    if not rate:
+        return 0.0
+    of_all = (used or len(uploads)) / len(uploads)
+    sent_s = sum(u.program_bytes for u in uploads) / rate * of_all
+    return sent_s + chain * round_trip_s(profile, messages.SMALL_BYTES)
 
 
 # --- from card to card ------------------------------------------------------------------
@@ -185,7 +201,7 @@ def _copy_s(
     hops = list(itertools.pairwise(card for _, card in chain))
     s_per_byte = max(machine.moves_s([(a, b, 1e9)]) for a, b in hops) / 1e9
     latency_s = max(profile.link(a, b).latency_s for a, b in hops)
-    asked_s = _round_trip_s(profile, 2 * messages.SMALL_BYTES)
+    asked_s = round_trip_s(profile, 2 * messages.SMALL_BYTES)
     total, run = 0.0, []
     sizes = [b.nbytes for b in weight_buffers(shape, plan, chain[0][1])]
     sizes.append(limits.context * shape.rope_dim * 4)

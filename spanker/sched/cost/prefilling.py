@@ -79,11 +79,42 @@ def prefill(
             f"a prefill needs tokens, a chunk and a batch of at least 1, got {tokens}, {chunk}, "
             f"{batch}"
         )
+    return prefill_unlike(
+        shape,
+        plan,
+        profile,
+        topology,
+        lengths=(tokens,) * batch,
+        chunk=chunk,
+        candidates=candidates,
+        beside=beside,
+    )
+
+
+def prefill_unlike(
+    shape: ModelShape,
+    plan: Plan,
+    profile: Profile,
+    topology: Topology,
+    *,
+    lengths: Sequence[int],
+    chunk: int,
+    decoding: Sequence[int] = (),
+    candidates: int = CANDIDATES,
+    beside: Sequence[int] = (),
+) -> PrefillCost:
+    """As `prefill`, of prompts of unlike `lengths`, beside sequences that are `decoding` at these
+    positions and have their token in every step."""
+    if min((*lengths, *decoding, chunk), default=0) < 1 or not lengths:
+        raise PlanError(
+            f"a prefill needs prompts and a chunk of at least 1 token, got {tuple(lengths)} beside "
+            f"{tuple(decoding)} and {chunk}"
+        )
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
     steps: list[_Step] = []
-    for size in prompt_steps(batch, tokens, chunk):
+    for size in _steps(lengths, decoding, chunk):
         # What follows a chunk with outputs waits for its tokens.
         follows = bool(steps) and not steps[-1].chooses
         steps.append(_price(shape, plan, machine, size, follows, candidates, beside))
@@ -94,7 +125,7 @@ def prefill(
     bound = max(spent, key=spent.__getitem__)
     if len(stages) == 1 and stages[0] < seconds / 2:
         bound = Bound.HOST_LINK
-    return PrefillCost(seconds, batch * tokens, len(steps), stages, bound)
+    return PrefillCost(seconds, sum(lengths), len(steps), stages, bound)
 
 
 def prompt_steps(batch: int, tokens: int, chunk: int) -> Iterator[tuple[StepRows, int, int]]:
@@ -104,22 +135,31 @@ def prompt_steps(batch: int, tokens: int, chunk: int) -> Iterator[tuple[StepRows
     In each step those that decode have a token, and prompts fill it up in order; when not all
     sequences found room, the first one is last in the next.
     """
-    at = dict.fromkeys(range(batch), 0)
+    yield from _steps((tokens,) * batch, (), chunk)
+
+
+def _steps(
+    lengths: Sequence[int], decoding: Sequence[int], chunk: int
+) -> Iterator[tuple[StepRows, int, int]]:
+    """The same of prompts of such lengths, beside and behind sequences that decode already."""
+    known = (*decoding, *lengths)
+    at = dict(enumerate((*decoding, *(0 for _ in lengths))))
+    batch = len(known)
     order = deque(range(batch))
-    while min(at.values()) < tokens:
+    while any(at[number] < known[number] for number in at):
         rows, sequences, most, room = StepRows(0, 0, 0, 0), 0, 0, chunk
         left = max(chunk, OUTPUTS_MAX)
         outputs = OUTPUTS_MAX
-        for number in sorted(order, key=lambda n: at[n] < tokens):
-            first = at[number]
-            decoding = first >= tokens
-            count = 1 if decoding else min(tokens - first, room)
+        for number in sorted(order, key=lambda n: at[n] < known[n]):
+            first, tokens = at[number], known[number]
+            decodes = first >= tokens
+            count = 1 if decodes else min(tokens - first, room)
             count = min(count, left)
             if not count or not outputs:
                 continue
             last = first + count >= tokens
             rows += StepRows.prefill(first, count, int(last))
-            room -= 0 if decoding else count
+            room -= 0 if decodes else count
             left -= count
             outputs -= last
             at[number] += count

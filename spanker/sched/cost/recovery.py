@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model stands still for when a card is lost: from the failure to the next token.
+
+It is noticed, what the replica held is freed, weights and programs are brought to the cards that
+are left, and the tokens of every sequence are computed again, as a prompt.  Where another replica
+takes the sequences, it has weights and programs already.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from spanker.errors import PlanError
+from spanker.sched.bandwidth import Profile
+from spanker.sched.cost import messages
+from spanker.sched.cost.loading import load, round_trip_s
+from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.prefilling import prefill_unlike
+from spanker.sched.cost.resharding import sources
+from spanker.sched.layout import card_buffers
+from spanker.sched.limits import CANDIDATES
+from spanker.sched.plan import Limits, ModelShape, Plan
+from spanker.sched.topology import Topology
+from spanker.values import Value
+
+# Messages that are under way to a card at a time.
+WINDOW = 16
+# How often a step in flight is looked at, at most.
+WATCH_S = 1.0
+
+
+class Weights(enum.Enum):
+    """Where the weights of the plan afterwards come from: all of them over the host link; they are
+    there, with their programs, on a replica that takes the sequences; or what any card that is left
+    holds from that one over the links, and the rest from the host.
+
+    A fleet does the first two.  PEERS is a bound: bytes alone, in the time that links and host take
+    for them side by side.
+    """
+
+    HOST = "host"
+    HELD = "held"
+    PEERS = "peers"
+
+
+@attrs.frozen(eq=False, repr=False)
+class RecoveryCost(Value):
+    """Seconds of each part, in their order, and what they come to.
+
+    `detection_s`: from the failure to when the card is known to be lost.  `release_s`: asking the
+    cards that are left, and freeing what the replica held.  `weights_s` with the counting and
+    allocating of memory, `programs_s`, and `kv_s`: the tokens computed again, until the last
+    sequence has its next one.
+    """
+
+    detection_s: float
+    release_s: float
+    weights_s: float
+    programs_s: float
+    kv_s: float
+
+    @property
+    def replan_s(self) -> float:
+        """From when the card is known to be lost to when the other plan can run steps; what
+        `events.Replanned.seconds` says."""
+        return self.release_s + self.weights_s + self.programs_s
+
+    @property
+    def seconds(self) -> float:
+        """From the failure to the last sequence's next token."""
+        return self.detection_s + self.replan_s + self.kv_s
+
+
+def recovery(
+    shape: ModelShape,
+    before: Plan,
+    lost: Sequence[int],
+    after: Plan,
+    profile: Profile,
+    topology: Topology,
+    limits: Limits,
+    *,
+    positions: Sequence[int],
+    weights: Weights = Weights.HOST,
+    others: Sequence[Plan] = (),
+    serving: Sequence[int] = (),
+    hang_timeout_s: float | None = None,
+    candidates: int = CANDIDATES,
+) -> RecoveryCost:
+    """What is predicted when a replica with plan `before` loses these cards while it decodes, and
+    goes on with `after`.
+
+    `positions`: the tokens of each of its sequences by then, prompts included.  `others`: the plans
+    of the other replicas, whose cards can bring weights.  `serving`: the positions of sequences
+    that decode on `after` already; they make a step or two before they share one.  A card that
+    hangs is noticed after `hang_timeout_s` without progress, one that is gone at once (None).
+
+    `topology` is that of the whole fleet.  Raises PlanError for a plan that does not fit the model
+    or the cards that are left.
+    """
+    alive = tuple(card for card in topology.cards if card not in lost)
+    left = topology.among(alive)
+    gone = sorted(set(after.cards) & set(lost))
+    if gone:
+        raise PlanError(f"plan {after.name} uses card {gone[0]}, which is lost")
+    own = tuple(card for card in before.cards if card in alive)
+    detection_s = _detection_s(profile, len(before.cards), hang_timeout_s)
+    release_s = _release_s(shape, before, own, profile, limits, len(topology.cards))
+    kv = prefill_unlike(
+        shape,
+        after,
+        profile,
+        left,
+        lengths=positions,
+        chunk=limits.prompt_chunk,
+        decoding=serving,
+        candidates=candidates,
+    )
+    weights_s = programs_s = 0.0
+    if weights is not Weights.HELD:
+        loading = load(shape, after, profile, left, limits)
+        weights_s, programs_s = loading.seconds - loading.programs_s, loading.programs_s
+    if weights is Weights.PEERS:
+        found = sources(shape, (before, *others), alive, after)
+        machine = Machine(profile, left)
+        over_host_s = sum(found.from_host.values()) * machine.host_s_per_byte
+        weights_s = max(machine.moves_s(found.moves), over_host_s)
+    return RecoveryCost(detection_s, release_s, weights_s, programs_s, kv.seconds)
+
+
+def _detection_s(profile: Profile, cards: int, hang_timeout_s: float | None) -> float:
+    """A card that is gone answers so at once; one that hangs is looked at, with all cards of its
+    plan, from time to time.  Then an abort goes to each of them and comes back."""
+    abort_s = round_trip_s(profile, 2 * cards * messages.SMALL_BYTES)
+    if hang_timeout_s is None:
+        return abort_s + round_trip_s(profile, messages.SMALL_BYTES) / 2
+    asked_s = cards * round_trip_s(profile, messages.SMALL_BYTES + messages.counters_bytes(cards))
+    every_s = min(max(WATCH_S, hang_timeout_s / 10), hang_timeout_s / 4) + asked_s
+    # The first look is what the others are compared with.
+    return every_s * (1 + math.ceil(hang_timeout_s / every_s)) + abort_s
+
+
+def _release_s(
+    shape: ModelShape,
+    before: Plan,
+    own: Sequence[int],
+    profile: Profile,
+    limits: Limits,
+    cards: int,
+) -> float:
+    """Counters of the cards that are left, all at the same time; then a message for the program and
+    one for every buffer, so many at a time to each card."""
+    if not own or not profile.host_link_bytes_per_s:
+        return 0.0
+    counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
+    asked_s = round_trip_s(profile, len(own) * counters)
+    counts = [len(card_buffers(shape, before, card, limits)) for card in own]
+    program_s = round_trip_s(profile, 2 * len(own) * messages.SMALL_BYTES)
+    # A window goes out while the answers to the one before come in.
+    windows = math.ceil(max(counts) / WINDOW) + 1
+    latency_s = windows * profile.host_link_latency_s
+    bytes_s = sum(counts) * messages.SMALL_BYTES / profile.host_link_bytes_per_s
+    return asked_s + program_s + max(latency_s, bytes_s + 2 * profile.host_link_latency_s)
