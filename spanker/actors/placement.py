@@ -236,6 +236,7 @@ class Placement:
                 found[card] = await coordinator.clients[card].request(ReadCounters())
 
             try:
+                await coordinator.emptied(card)
                 if not await in_time(coordinator.hang_timeout_s, count):
                     raise coordinator.silent(card)
             except (CardLostError, CardHungError) as error:
