@@ -17,7 +17,7 @@ SERVER := build/spanker-card-server
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build card-server demo test test-long test-driver test-driver-debug
+.PHONY: help build card-server demo test test-long soak test-driver test-driver-debug
 .PHONY: check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
@@ -36,6 +36,10 @@ test: $(INSTALLED)  ## run the tests (PYTEST_ARGS=... adds options)
 
 test-long: $(INSTALLED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest --durations=10 -m long $(PYTEST_ARGS)
+
+soak: $(INSTALLED)  ## ten thousand fleets that things happen to, and more for long (SOAK_ARGS="--seeds 0:100")
+	$(BIN)/python -m spanker.testing.misfortune --seeds 0:10000 $(SOAK_ARGS)
+	$(BIN)/python -m pytest --durations=10 -s -m soak tests/testing/test_misfortune_soak.py
 
 test-driver: $(INSTALLED)  ## run the kernel module and a model in virtual machines (Debian 12, root)
 	$(BIN)/python driver/tests/vm/run.py $(DRIVER_ARGS)

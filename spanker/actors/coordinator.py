@@ -582,6 +582,13 @@ class Coordinator:
 
         await in_time(min(STOP_S, self._hang_timeout_s), enter)
 
+    async def emptied(self, card: int) -> None:
+        """Nothing is queued on a card by an aborted step: if it is not known whether it has heard of
+        the abort, have it abort again.  Raises what it reports, CardHungError if it is silent."""
+        if self._epochs[card] is None:
+            async with self._locks.holding((card,)):
+                await self._agree((card,))
+
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""
         epochs = set(map(self._epochs.__getitem__, cards))

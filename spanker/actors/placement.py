@@ -24,7 +24,7 @@ from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelE
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
-from spanker.sched.detours import check_ways, reaching
+from spanker.sched.detours import check_ways, meshed, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
 from spanker.sched.plan import (
@@ -236,6 +236,7 @@ class Placement:
                 found[card] = await coordinator.clients[card].request(ReadCounters())
 
             try:
+                await coordinator.emptied(card)
                 if not await in_time(coordinator.hang_timeout_s, count):
                     raise coordinator.silent(card)
             except (CardLostError, CardHungError) as error:
@@ -315,7 +316,12 @@ class Placement:
         made = plan_for(plan, request)
         if plan.strip().lower() == "auto":
             # One that is asked for anew stands for one replica: the first is the model, too.
-            return made if self._has_ways(made) else self._plan("tp", cards, free, kv_tokens)
+            if not self._has_ways(made):
+                made = self._plan("tp", cards, free, kv_tokens)
+            if not self._has_ways(made):
+                together = meshed(cards, coordinator.links.down)
+                made = self._plan("auto", together, free, kv_tokens)
+            return made
         if is_path(plan):
             return self._checked(made, shape, cards)
         replicas = tuple(on_cards(replica, cards) for replica in made.replicas)

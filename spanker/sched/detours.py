@@ -91,6 +91,18 @@ def reaching(cards: Sequence[int], down: Down) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(groups, key=lambda group: (-len(group), group)))
 
 
+def meshed(cards: Sequence[int], down: Down) -> tuple[int, ...]:
+    """The largest group found of cards between which all links are up: any plan has ways there."""
+    groups = []
+    for first in cards:
+        group = [first]
+        for card in cards:
+            if card != first and all((card, c) not in down and (c, card) not in down for c in group):
+                group.append(card)
+        groups.append(tuple(sorted(group)))
+    return max(groups, key=len)
+
+
 def _reached(first: int, cards: Sequence[int], is_up: Callable[[int, int], bool]) -> set[int]:
     found, front = {first}, [first]
     while front:
