@@ -619,6 +619,7 @@ async def open_fleet(
     plan: str = "auto",
     recover: bool = True,
     audit_every: int | None = None,
+    rebalance: bool = False,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -634,6 +635,7 @@ async def open_fleet(
             plan=plan,
             recover=recover,
             audit_every=audit_every,
+            rebalance=rebalance,
         )
     )
     try:

@@ -38,6 +38,19 @@ class CardLost(Event):
 
 
 @attrs.frozen(eq=False, repr=False)
+class CardSlow(Event):
+    """A card takes `factor` times as long for its work as it should; 1: it is itself again."""
+
+    card: int
+    factor: float
+
+    def __str__(self) -> str:
+        if self.factor <= 1:
+            return f"card {self.card} is as fast as it was"
+        return f"card {self.card} takes {self.factor:.1f} times as long as it did"
+
+
+@attrs.frozen(eq=False, repr=False)
 class CardReturned(Event):
     """A card that was lost is in use again, as new: nothing of before is on it."""
 

@@ -426,12 +426,14 @@ class Fleet:
         default_plan: str,
         recover: bool,
         audit_every: int | None,
+        rebalance: bool,
         devices: Sequence[CardDevice] | None = None,
     ) -> None:
         """`devices` stand in the place of the rig's cards, where that is not what they are."""
         self.profile = profile
         self._devices = rig.cards if devices is None else devices
         self._audit_every = audit_every
+        self._rebalance = rebalance
         self._recover = recover
         self._default_plan = default_plan
         self._coordinator = coordinator
@@ -597,6 +599,7 @@ class Fleet:
                     number=number,
                     name=_name(path, metadata),
                     auditor=self._auditor(placement, number),
+                    rebalance=self._rebalance,
                 )
                 for number, replica in enumerate(loaded)
             ]
@@ -823,6 +826,7 @@ async def open_fleet(
     plan: str = "auto",
     recover: bool = True,
     audit_every: int | None = None,
+    rebalance: bool = False,
     _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
@@ -838,7 +842,9 @@ async def open_fleet(
     that are left, every generation with the very tokens it would have had; without `recover` they
     fail.  After every `audit_every` steps of a replica one tile of a matrix, drawn at random, is
     computed again on the host, and a card that has it wrong is lost (spanker/actors/audit.py has
-    the odds).  Raises ConfigError and CardError.
+    the odds).  With `rebalance` a card that becomes twice as slow as it was, beside the
+    others, gets a smaller share; emulated cards, which share the cores of a machine, may only seem
+    so.  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -867,7 +873,17 @@ async def open_fleet(
             trio.open_nursery() as nursery,
         ):
             try:
-                yield Fleet(coordinator, rig, chosen, nursery, plan, recover, audit_every, devices)
+                yield Fleet(
+                    coordinator,
+                    rig,
+                    chosen,
+                    nursery,
+                    plan,
+                    recover,
+                    audit_every,
+                    rebalance,
+                    devices,
+                )
             except Exception as error:
                 if not nursery.cancel_scope.cancel_called:
                     first.append(error)

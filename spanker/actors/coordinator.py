@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -58,13 +58,13 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import CardLost, CardReturned, EventLog
+from spanker.events import CardLost, CardReturned, CardSlow, EventLog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
 from spanker.kernels.program import SequenceStep
 from spanker.native import lib
-from spanker.sched.bandwidth import Profile
+from spanker.sched.bandwidth import CardSpeed, Profile
 from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits
@@ -109,6 +109,8 @@ class Coordinator:
         self.profile = profile
         # Cards that are used no more, and why.
         self.lost: dict[int, CardError] = {}
+        # Stragglers: how many times as long as it should each of them takes.
+        self.slow: dict[int, float] = {}
         # Cards that are to hold no model for now.
         self.drained: set[int] = set()
         self.events = EventLog()
@@ -192,8 +194,28 @@ class Coordinator:
         self.births[card] += 1
         self._epochs[card] = None
         del self.lost[card]
+        self.slow.pop(card, None)
         self.links.forget(card, counters)
         self.events.tell(CardReturned(trio.current_time(), card))
+
+    def pace(self, factors: Mapping[int, float]) -> None:
+        """Plan from now on with cards that take so many times as long as they should."""
+        for card, factor in factors.items():
+            self.slow[card] = factor
+            if factor <= 1:
+                del self.slow[card]
+            self.events.tell(CardSlow(trio.current_time(), card, factor))
+
+    @property
+    def speeds(self) -> Profile:
+        """The fleet's profile, with what is known of its stragglers."""
+        if not self.slow:
+            return self.profile
+        known = {speed.card: speed for speed in self.profile.cards}
+        for card, factor in self.slow.items():
+            speed = self.profile.card(card)
+            known[card] = CardSpeed(card, speed.memory / factor, speed.compute / factor)
+        return attrs.evolve(self.profile, cards=tuple(known[card] for card in sorted(known)))
 
     def whole(self, loaded: LoadedModel) -> bool:
         """Whether what was loaded is still on all of its cards: none of them is a new one."""
@@ -583,8 +605,9 @@ class Coordinator:
         await in_time(min(STOP_S, self._hang_timeout_s), enter)
 
     async def emptied(self, card: int) -> None:
-        """Nothing is queued on a card by an aborted step: if it is not known whether it has heard of
-        the abort, have it abort again.  Raises what it reports, CardHungError if it is silent."""
+        """Nothing is queued on a card by an aborted step: if it is not known whether it has heard
+        of the abort, have it abort again.  Raises what it reports, CardHungError where it is
+        silent."""
         if self._epochs[card] is None:
             async with self._locks.holding((card,)):
                 await self._agree((card,))

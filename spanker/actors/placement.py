@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # Where a plan chosen automatically is to decode fastest.
 PLANNED_POSITION = 512
+# With stragglers among its cards a model moves to a plan that is so many times as fast.
+WORTH = 1.2
 # Plans that go over any number of cards: whoever asks for one wants it on those that are left, too.
 _ANY_CARDS = ("tp", "pp")
 
@@ -180,7 +182,7 @@ class Placement:
                         self._model.shape, plan, before.limits, free, before.limits.kv_pages
                     )
                     if held is not None:
-                        if plan.stages == held.plan.stages and coordinator.whole(held):
+                        if coordinator.whole(held) and self._stays(held.plan, plan, cards):
                             return await self._rerouted(number, held)
                         held = None
                         await self.give_up(number)
@@ -276,6 +278,9 @@ class Placement:
                 return self._first[number]
         if down:
             cards = reaching(cards, down)[0]
+        if self._flexible and not self._coordinator.slow.keys().isdisjoint(cards):
+            # Equal shares would have all cards wait for the straggler.
+            return self._plan("auto", cards, free, None).replicas[0]
         if self._asked in _ANY_CARDS:
             with contextlib.suppress(PlanError):
                 plan = self._plan(self._asked, cards, free, None).replicas[0]
@@ -284,6 +289,31 @@ class Placement:
                     fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
                     return plan
         return self._plan("auto", cards, free, None).replicas[0]
+
+    def _stays(self, held: Plan, plan: Plan, cards: Sequence[int]) -> bool:
+        """Whether what a replica has is as good as another plan: the same, or, with stragglers
+        among its cards, hardly slower."""
+        if held.stages == plan.stages:
+            return True
+        slow = self._coordinator.slow
+        if slow.keys().isdisjoint(held.cards) or not set(held.cards) <= set(cards):
+            return False
+        return self._step_s(held) < WORTH * self._step_s(plan)
+
+    def _step_s(self, plan: Plan) -> float:
+        """What a step takes by the cost model, with the cards as fast as they are."""
+        from spanker.sched import cost
+
+        wanted, coordinator = self._wanted, self._coordinator
+        position = min(PLANNED_POSITION, wanted.limits.context)
+        return cost.decode(
+            self._model.shape,
+            plan,
+            coordinator.speeds,
+            coordinator.topology,
+            batch=wanted.batch,
+            context=position,
+        ).seconds
 
     def _plan(
         self,
@@ -305,7 +335,7 @@ class Placement:
 
         request = Request(
             shape,
-            coordinator.profile,
+            coordinator.speeds,
             coordinator.topology.among(cards),
             tuple(free),
             limits,

@@ -27,6 +27,7 @@ from spanker.actors.coordinator import Coordinator
 from spanker.actors.decisions import Action, Failure, Situation, decide
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
+from spanker.actors.stragglers import Paces
 from spanker.errors import (
     CardError,
     CardHungError,
@@ -228,6 +229,7 @@ class Session:
         number: int = 0,
         name: str = "model",
         auditor: Auditor | None = None,
+        rebalance: bool = False,
     ) -> None:
         """`placement` brings replica `number` to other cards, with `recover` also when cards are
         lost: else that is the end of the session.  `name` is the model's, for events."""
@@ -240,6 +242,7 @@ class Session:
         self._placement = placement
         self._recovers = recover and placement is not None
         self._auditor = auditor
+        self._paces = Paces(loaded.plan.cards) if rebalance else None
         self._moves: list[_Move] = []
         self._link_faults = 0
         # The changes of links that are known here.
@@ -583,6 +586,8 @@ class Session:
     def _resume_on(self, loaded: LoadedModel) -> int:
         """Go on with what is on other cards; how many sequences that had begun do."""
         self.loaded = loaded
+        if self._paces is not None:
+            self._paces = Paces(loaded.plan.cards)
         self.pool = PagePool(loaded.limits.kv_pages)
         self._crowded = True
         self._end_too_long()
@@ -781,6 +786,8 @@ class Session:
         """Take in the oldest step under way."""
         batch = self._flights[0]
         self._steps += 1
+        if self._paces is not None:
+            self._note_paces(self._paces, result)
         self._link_faults = 0
         output = 0
         for sequence, step in batch:
@@ -798,6 +805,18 @@ class Session:
                 sequence.pending = None
                 if sequence.ended:
                     self._retire(sequence)
+
+    def _note_paces(self, paces: Paces, result: StepResult) -> None:
+        """Have the model moved where one of its cards has become slower, or is itself again."""
+        coordinator = self.coordinator
+        if paces.cards != self.loaded.plan.cards:
+            paces = self._paces = Paces(self.loaded.plan.cards)
+        found = paces.note(result.busy_ns, coordinator.slow)
+        if found:
+            # From now on this is what they are compared with.
+            self._paces = Paces(paces.cards)
+            coordinator.pace(found)
+            self._moves.append(_Move())
 
     async def _deliver(
         self, sequence: Sequence, step: SequenceStep, result: StepResult, output: int

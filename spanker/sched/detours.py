@@ -97,7 +97,8 @@ def meshed(cards: Sequence[int], down: Down) -> tuple[int, ...]:
     for first in cards:
         group = [first]
         for card in cards:
-            if card != first and all((card, c) not in down and (c, card) not in down for c in group):
+            both_ways = all((card, c) not in down and (c, card) not in down for c in group)
+            if card != first and both_ways:
                 group.append(card)
         groups.append(tuple(sorted(group)))
     return max(groups, key=len)
