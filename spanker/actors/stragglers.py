@@ -11,8 +11,8 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-# Steps that a history is made of, and that a change must last for.
-WINDOW = 32
+# Steps that a history is made of; a change must last for two such windows in a row.
+WINDOW = 16
 # A card that takes so many times as long as before is a straggler; less is noise.
 SLOWER = 2.0
 
@@ -25,6 +25,8 @@ class Paces:
         self._before: list[tuple[float, ...]] = []
         self._now = deque[tuple[float, ...]](maxlen=WINDOW)
         self._steps = 0
+        # What the window before would have been told of.
+        self._suspected: dict[int, float] = {}
 
     def note(self, busy_ns: Sequence[int], slow: Mapping[int, float]) -> dict[int, float]:
         """Take in a step, by card of the plan; `slow` are the factors that are known.  What comes
@@ -52,6 +54,9 @@ class Paces:
                 strict=True,
             )
         }
+        suspected, self._suspected = self._suspected, _outside(changes)
+        # The one before may have begun before the change.
+        changes = {card: changes[card] for card in self._suspected if card in suspected}
         # Of two cards one as fast as ever seems slow beside one that is itself again.
         faster = {
             card: max(slow[card] * change, 1.0)
@@ -63,3 +68,8 @@ class Paces:
             for card, change in changes.items()
             if change >= SLOWER
         }
+
+
+def _outside(changes: Mapping[int, float]) -> dict[int, float]:
+    """Those that are more than noise."""
+    return {c: x for c, x in changes.items() if x >= SLOWER or x <= 1 / SLOWER}

@@ -121,6 +121,8 @@ async def _open_cards(
         "profile": where.profile,
         "throttle": where.throttle,
         "hang_timeout_s": hang_timeout_s,
+        "audit_every": where.audit,
+        "rebalance": where.rebalance,
     }
     if faults is None:
         async with open_fleet(where.cards, **options) as fleet:

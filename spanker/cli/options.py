@@ -32,6 +32,8 @@ class FleetOptions:
     throttle: bool = False
     ctx: int | None = None
     prompt_chunk: int = DEFAULT_PROMPT_CHUNK
+    audit: int | None = None
+    rebalance: bool = False
 
 
 @attrs.frozen
@@ -113,7 +115,19 @@ prompt_chunk = click.option(
     default=DEFAULT_PROMPT_CHUNK,
     help="Most prompt tokens in one step.",
 )
-_fleet = (model, cards, plan, profile, throttle, prompt_chunk)
+audit = click.option(
+    "--audit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="After every N steps compute a piece of a card's work again, and leave out a card that has"
+    " it wrong.",
+)
+rebalance = click.option(
+    "--rebalance",
+    is_flag=True,
+    help="Give a card that becomes slower than it was a smaller share.",
+)
+_fleet = (model, cards, plan, profile, throttle, prompt_chunk, audit, rebalance)
 trace = click.option(
     "--trace",
     type=click.Path(dir_okay=False),
