@@ -52,17 +52,16 @@ def _may_fail_with(world: World, error: SpankerError) -> bool:
     """Whether a request may get this error: it has its reason in what has happened by now."""
     changed = world.ever_struck or world.drained or What.CUT in world.done
     if isinstance(error, CardMemoryError):
-        return bool(changed) and (
-            What.STARVE in world.done or not _is_plenty(world.scenario)
-        )
+        return bool(changed) and (What.STARVE in world.done or not _is_plenty(world.scenario))
     if isinstance(error, CardLinkDownError):
         return What.CUT in world.done
+    if isinstance(error, PlanError):
+        # No way is left, and the model may not go elsewhere.
+        return What.CUT in world.done and not world.scenario.recover
     if isinstance(error, CardLinkError):
         return What.CORRUPT in world.done
     if isinstance(error, CardLostError | CardHungError):
-        return _nothing_left(world) or bool(
-            world.ever_struck and not world.scenario.recover
-        )
+        return _nothing_left(world) or bool(world.ever_struck and not world.scenario.recover)
     return False
 
 
