@@ -333,6 +333,68 @@ async def test_an_idle_model_does_not_use_what_a_new_card_has_not(
         assert not lost_cards(fleet)[1:]
 
 
+async def test_a_card_that_returns_with_its_links_up_again_ends_no_model_that_went_around_one(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        models = [await fleet.load(tiny, plan="tp") for _ in range(2)]
+        cut(fleet, 0, 1)
+        for model in models:
+            assert await Crowd(model).run() == expected
+        kill(fleet, 1)
+        # The other one does not find out, and is the last one that is moved.
+        assert await Crowd(models[0]).run() == expected
+        await fleet.admit(1)
+        for model in models:
+            assert model.plan.cards == (0, 1, 2)
+            assert await Crowd(model).run() == expected
+        assert lost_cards(fleet) == [1]
+
+
+async def test_what_failed_on_a_card_before_it_came_back_is_not_held_against_it(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        coordinator = fleet._coordinator
+        abort = coordinator.abort
+
+        async def late_abort(*args: object) -> None:
+            # Others are slow to answer; meanwhile the card is found to be lost, and is back.
+            coordinator.abort = abort  # type: ignore[method-assign]
+            await abort(*args)  # type: ignore[arg-type]
+            coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+            await coordinator.revive(1)
+
+        coordinator.abort = late_abort  # type: ignore[method-assign]
+        assert await Crowd(model, At({20: lambda: kill(fleet, 1)})).run() == expected
+        assert lost_cards(fleet) == [1] and fleet.health().lost == ()
+        assert model.plan.cards == (0, 1, 2)
+
+
+async def test_a_card_that_comes_back_while_a_model_is_loaded_begins_the_load_again(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        coordinator = fleet._coordinator
+        memory_used, asked = coordinator._memory_used, 0
+
+        async def flapping(plan: object) -> dict[int, int]:
+            nonlocal asked
+            asked += 1
+            if asked == 2:  # all is there, and nobody has looked yet
+                kill(fleet, 1)
+                coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+                await coordinator.revive(1)
+            return await memory_used(plan)  # type: ignore[arg-type]
+
+        coordinator._memory_used = flapping  # type: ignore[method-assign]
+        model = await fleet.load(tiny, plan="tp")
+        assert model.plan.cards == (0, 1, 2)
+        assert await Crowd(model).run() == expected
+        assert kinds(fleet) == [CardLost, CardReturned]
+
+
 async def test_arrays_of_a_card_that_was_lost_are_told_to_be_gone() -> None:
     async with spanker.open_fleet("soft:3", channel="unix", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
         arrays = await fleet.arrays(64)

@@ -142,13 +142,14 @@ class Coordinator:
         out = self.drained.union(self.lost)
         return tuple(card for card in self._every_card if card not in out)
 
-    def lose(self, error: CardError) -> bool:
+    def lose(self, error: CardError, births: Sequence[int] = ()) -> bool:
         """Use the card of this error no more: its actor ends, and whoever asks it for something
-        gets the error.  False where no card is to blame."""
+        gets the error.  False where no card is to blame.  `births` are those of the cards when what
+        failed was begun: a newer card is not the one to blame."""
         card = error.card
         if card is None:
             return False
-        if card in self.lost:
+        if card in self.lost or (births and births[card] != self.births[card]):
             return True  # someone else has found out before
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
@@ -358,7 +359,9 @@ class Coordinator:
 
     async def _unload_programs(self, loaded: LoadedModel) -> None:
         for card in list(loaded.programs):
-            await self.give_program_back(card, loaded.programs.pop(card))
+            program = loaded.programs.pop(card)
+            if self.holds(loaded, card):
+                await self.give_program_back(card, program)
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -464,7 +467,7 @@ class Coordinator:
 
             if not await patience.with_(free_all):
                 # What it still holds nobody will ever know.
-                self.lose(self.silent(card))
+                self.lose(self.silent(card), loaded.births)
 
         # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
         # does not answer must not keep the others' memory.

@@ -387,12 +387,12 @@ class Session:
             if self._moves:
                 await self._move()
                 continue
-            if self._links != self.coordinator.links.changes:
-                await self._reroute()
-                continue
             if not self.coordinator.whole(self.loaded):
                 # A card was lost and has come back while nobody looked.
                 await self._replace(trio.current_time(), None)
+                continue
+            if self._links != self.coordinator.links.changes:
+                await self._reroute()
                 continue
             if self._auditor is not None and self._auditor.due(self._steps):
                 await self._audit(self._auditor)
@@ -458,8 +458,11 @@ class Session:
         if (
             self._recovers
             and isinstance(failure, CardLostError | CardHungError)
-            and self.coordinator.lose(failure)
+            and self.coordinator.lose(failure, self.loaded.births)
         ):
+            await self._replace(begin, failure)
+        elif not self.coordinator.whole(self.loaded):
+            # A card that has come back knows nothing of the model: nothing else has failed.
             await self._replace(begin, failure)
         else:
             self._fail(failure)
