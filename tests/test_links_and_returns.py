@@ -351,6 +351,31 @@ async def test_a_card_that_returns_with_its_links_up_again_ends_no_model_that_we
         assert lost_cards(fleet) == [1]
 
 
+async def test_a_model_that_begins_while_a_card_is_taken_in_again(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        first, second = [await fleet.load(tiny, plan="tp") for _ in range(2)]
+        kill(fleet, 1)
+        assert await Crowd(first).run() == expected
+        coordinator = fleet._coordinator
+        counters_of, asked, go_on = coordinator.counters_of, trio.Event(), trio.Event()
+
+        async def slowly(cards: object) -> object:
+            asked.set()
+            await go_on.wait()
+            return await counters_of(cards)  # type: ignore[arg-type]
+
+        coordinator.counters_of = slowly  # type: ignore[method-assign, assignment]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.admit, 1)
+            await asked.wait()
+            assert await Crowd(second).run() == expected
+            go_on.set()
+        assert first.plan.cards == second.plan.cards == (0, 1, 2)
+        assert lost_cards(fleet) == [1]
+
+
 async def test_what_failed_on_a_card_before_it_came_back_is_not_held_against_it(
     tiny: Path, expected: Answers
 ) -> None:

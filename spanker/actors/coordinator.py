@@ -172,28 +172,31 @@ class Coordinator:
         error, life = self.lost[card], self._lives[card]
         client: CardClient | None = None
         info: CardInfo | None = None
+        own: Counters | None = None
 
         async def begin() -> None:
-            nonlocal client, info
+            nonlocal client, info, own
             client = await life.again()
             info = await _describe(client)
+            own = await client.request(ReadCounters())
 
         try:
             if not await in_time(self._hang_timeout_s, begin):
                 raise self.silent(card)
-            assert client is not None and info is not None
-            self.clients[card] = client
-            there = [c for c in self._every_card if c == card or c not in self.lost]
-            counters = await self.counters_of(there)
+            assert client is not None and info is not None and own is not None
+            others = await self.counters_of([c for c in self._every_card if c not in self.lost])
+            if client.failure is not None:
+                raise again(client.failure)
         except BaseException:
             life.end()
-            self.clients[card].fail(error)
             raise
+        # All of it at once: nobody is to meet a new card and take it for the old one.
+        self.clients[card] = client
         self.cards = (*self.cards[:card], info, *self.cards[card + 1 :])
         self.births[card] += 1
         self._epochs[card] = None
         del self.lost[card]
-        self.links.forget(card, counters)
+        self.links.forget(card, {**others, card: own})
         self.events.tell(CardReturned(trio.current_time(), card))
 
     def whole(self, loaded: LoadedModel) -> bool:
