@@ -144,6 +144,20 @@ async def test_a_model_is_loaded_around_a_link_that_is_known_to_be_down(
         assert kinds(fleet) == [LinkDown, Rerouted]
 
 
+async def test_a_link_is_found_to_be_down_while_a_model_is_loaded(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        cut(fleet, 0, 2)
+
+        def find_out(done: int, total: int) -> None:
+            fleet._coordinator.links.lose(0, 2)
+
+        model = await fleet.load(tiny, plan="tp", progress=find_out)
+        assert await Crowd(model).run() == expected
+        assert kinds(fleet) == [LinkDown, Rerouted]
+
+
 async def test_collectives_go_around_a_link_too(tiny: Path) -> None:
     async with spanker.open_fleet("soft:3", channel="unix", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
         whole = [np.arange(64, dtype=np.int32) * (card + 1) for card in range(3)]

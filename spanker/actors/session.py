@@ -242,8 +242,8 @@ class Session:
         self._auditor = auditor
         self._moves: list[_Move] = []
         self._link_faults = 0
-        # The changes of links that are known here.
-        self._links = coordinator.links.changes
+        # The changes of links that are known here: none of those since the load was planned.
+        self._links = -1
         # Whether links that are down have cost it cards.
         self._cut_off = False
         # Whether sequences that had pages side by side may not all have them any more.
