@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from crowd import (
     FAULTS,
     HANG_TIMEOUT_S,
@@ -28,6 +29,7 @@ from waiting import until
 
 import spanker
 from spanker.actors import link_watch
+from spanker.actors.message import ReadBuffer
 from spanker.errors import (
     CardLinkDownError,
     CardLinkError,
@@ -451,6 +453,27 @@ async def test_arrays_of_a_card_that_was_lost_are_told_to_be_gone() -> None:
         assert all(np.array_equal(array, np.full(8, 3, np.float32)) for array in fresh)
         await fleet._collectives.trim()
         assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+async def test_a_card_comes_back_while_a_collective_waits_for_the_cards(channel: str) -> None:
+    async with spanker.open_fleet(3, channel=channel, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        coordinator = fleet._coordinator
+        await spanker.all_reduce(fleet, [np.ones(64, np.int32) for _ in range(3)])
+        arrays = [np.full(64, card, np.int32) for card in range(3)]
+        async with trio.open_nursery() as nursery:
+            await coordinator.take_cards((0,))
+            nursery.start_soon(spanker.all_reduce, fleet, arrays)
+            await trio.testing.wait_all_tasks_blocked()
+            kill(fleet, 1)
+            coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+            await fleet.admit(1)
+            # What it has prepared on the card is gone; the same number is something else now.
+            (handle,) = await coordinator.allocate(1, (256,))
+            coordinator.give_cards_back((0,))
+        assert all(np.array_equal(array, np.full(64, 3, np.int32)) for array in arrays)
+        reply = await coordinator.ask(1, ReadBuffer(handle, 0, 256))
+        assert not any(bytes(reply.buffers[0]))
 
 
 async def test_who_cannot_come_back(tiny: Path) -> None:
