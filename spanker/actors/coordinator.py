@@ -169,7 +169,7 @@ class Coordinator:
                 await self._revive(card)
 
     async def _revive(self, card: int) -> None:
-        error, life = self.lost[card], self._lives[card]
+        life = self._lives[card]
         client: CardClient | None = None
         info: CardInfo | None = None
         own: Counters | None = None
