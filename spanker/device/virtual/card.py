@@ -211,8 +211,11 @@ class VirtualCard(SoftCard):
         engine = self.rig.synced()
         state = engine.state(self.number)
         links = [engine.link_bytes(self.number, c.number) for c in self.rig.cards]
+        native = self._counters(links, engine.links_down(self.number))
+        # In modelled time a peer that hangs may have sent what it has not: the bytes know better.
+        stuck = engine.is_stuck(self.number)
         return attrs.evolve(
-            self._counters(links, engine.links_down(self.number)),
+            native,
             commands=state.commands,
             steps=state.steps,
             ddr_read_bytes=state.read_bytes,
@@ -220,7 +223,7 @@ class VirtualCard(SoftCard):
             busy_ns=state.busy_ps // PS_PER_NS,
             progress=state.progress,
             queued=state.queued,
-            waiting_for=state.waiting_for,
+            waiting_for=native.waiting_for if stuck else state.waiting_for,
         )
 
     def trace(self, events: int) -> None:

@@ -562,6 +562,10 @@ class Engine:
             state, **{name: getattr(state, name) - getattr(opened, name) for name in counted}
         )
 
+    def is_stuck(self, card: int) -> bool:
+        """Whether the time of a step has come, but not what a peer should have sent for it."""
+        return self._cards[card].phase is _Phase.STUCK
+
     def _since_begin(self, c: _Card) -> CardState:
         busy_ps = c.busy_ps + (self.now - c.since if c.phase is _Phase.RUNNING else 0)
         taking_up_ps = c.taking_up_ps + (self.now - c.since if c.phase is _Phase.TAKING_UP else 0)
