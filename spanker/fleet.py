@@ -441,6 +441,8 @@ class Fleet:
         self._nursery = nursery
         self._models: list[Model] = []
         self._load_lock = trio.Lock()
+        # One change of what is drained at a time: what one undoes another must not have relied on.
+        self._draining = trio.Lock()
 
     @functools.cached_property
     def _collectives(self) -> Collectives:
@@ -691,9 +693,13 @@ class Fleet:
         what stands in the way, CardMemoryError where the others are too small: then models that
         have not moved stay, and so does the card.
         """
-        coordinator = self._coordinator
         if not 0 <= card < len(self.cards):
             raise ConfigError(f"no card {card}: the fleet has cards 0 to {len(self.cards) - 1}")
+        async with self._draining:
+            await self._drain(card)
+
+    async def _drain(self, card: int) -> None:
+        coordinator = self._coordinator
         if card in coordinator.drained:
             return
         coordinator.drained.add(card)
@@ -720,10 +726,11 @@ class Fleet:
         coordinator = self._coordinator
         if card not in coordinator.lost and card not in coordinator.drained:
             raise ConfigError(f"card {card} is neither drained nor lost")
-        await coordinator.revive(card)
-        coordinator.drained.discard(card)
-        for session in self._sessions():
-            await session.move()
+        async with self._draining:
+            await coordinator.revive(card)
+            coordinator.drained.discard(card)
+            for session in self._sessions():
+                await session.move()
 
     def _sessions(self) -> list[Session]:
         """Those that are not over, of all models."""

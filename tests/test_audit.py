@@ -7,12 +7,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 import spanker
-from spanker.actors.audit import Auditor
-from spanker.errors import CardAuditError, ConfigError
-from spanker.events import CardLost, Replanned
-from spanker.testing import run_virtual, write_tiny_llama
+from spanker.actors.audit import Auditor, Tile
+from spanker.actors.message import AllocBuffers, ReadBuffer, WriteBuffers
+from spanker.actors.steps import LoadedModel
+from spanker.errors import CardAuditError, CardLostError, ConfigError
+from spanker.events import CardLost, CardReturned, Replanned
+from spanker.testing import kill, run_virtual, write_tiny_llama
 
 TOKENS = 40
 
@@ -130,3 +134,49 @@ async def test_senseless_rates_are_refused(every: int) -> None:
     with pytest.raises(ConfigError, match=f"at least 1 step, got {every}"):
         async with spanker.open_fleet(1, audit_every=every):
             pass
+
+
+async def test_an_audit_that_waits_for_a_card_leaves_alone_what_is_on_a_new_one(
+    tmp_path: Path,
+) -> None:
+    path, size = written(tmp_path), 1 << 16
+    async with spanker.open_fleet(3, audit_every=1, hang_timeout_s=0.5) as fleet:
+        model, coordinator = await fleet.load(path, plan="tp"), fleet._coordinator
+        given = await answer(model)
+        auditor, held = auditor_of(model), model._replicas.sessions[0].loaded.handles[1]
+        look, drawn = auditor.look, auditor._drawn
+        others: list[int] = []
+
+        def of_card_1(loaded: LoadedModel) -> Tile:
+            while (tile := drawn(loaded)).card != 1:
+                pass
+            return tile
+
+        async def come_between(loaded: LoadedModel, steps: int) -> None:
+            auditor.look = look  # type: ignore[method-assign]
+            await coordinator.take_cards((1,))
+            nursery.start_soon(replace_card)
+            await look(loaded, steps)
+
+        async def replace_card() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            kill(fleet, 1)
+            coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+            await coordinator.revive(1)
+            # Somebody else's, of the same numbers.
+            client = coordinator.clients[1]
+            for _ in held:
+                others.extend((await client.request(AllocBuffers((size,)))).handles)
+                filled = bytes([17]) * size
+                await client.request(WriteBuffers(((others[-1], 0, size),), buffers=(filled,)))
+            coordinator.give_cards_back((1,))
+
+        auditor._drawn = of_card_1  # type: ignore[method-assign]
+        auditor.look = come_between  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            assert await answer(model) == given
+        assert [type(e) for e in fleet.events.history] == [CardLost, CardReturned, Replanned]
+        assert others
+        for handle in others:
+            reply = await coordinator.ask(1, ReadBuffer(handle, 0, size))
+            assert bytes(reply.buffers[0]) == bytes([17]) * size

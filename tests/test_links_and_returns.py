@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from crowd import (
     FAULTS,
     HANG_TIMEOUT_S,
@@ -28,6 +29,7 @@ from waiting import until
 
 import spanker
 from spanker.actors import link_watch
+from spanker.actors.message import ReadBuffer
 from spanker.errors import (
     CardLinkDownError,
     CardLinkError,
@@ -141,6 +143,20 @@ async def test_a_model_is_loaded_around_a_link_that_is_known_to_be_down(
         second = await fleet.load(tiny, plan="tp")
         assert second.plan.cards == (0, 1, 2)
         assert await Crowd(second).run() == expected
+        assert kinds(fleet) == [LinkDown, Rerouted]
+
+
+async def test_a_link_is_found_to_be_down_while_a_model_is_loaded(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        cut(fleet, 0, 2)
+
+        def find_out(done: int, total: int) -> None:
+            fleet._coordinator.links.lose(0, 2)
+
+        model = await fleet.load(tiny, plan="tp", progress=find_out)
+        assert await Crowd(model).run() == expected
         assert kinds(fleet) == [LinkDown, Rerouted]
 
 
@@ -333,6 +349,93 @@ async def test_an_idle_model_does_not_use_what_a_new_card_has_not(
         assert not lost_cards(fleet)[1:]
 
 
+async def test_a_card_that_returns_with_its_links_up_again_ends_no_model_that_went_around_one(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        models = [await fleet.load(tiny, plan="tp") for _ in range(2)]
+        cut(fleet, 0, 1)
+        for model in models:
+            assert await Crowd(model).run() == expected
+        kill(fleet, 1)
+        # The other one does not find out, and is the last one that is moved.
+        assert await Crowd(models[0]).run() == expected
+        await fleet.admit(1)
+        for model in models:
+            assert model.plan.cards == (0, 1, 2)
+            assert await Crowd(model).run() == expected
+        assert lost_cards(fleet) == [1]
+
+
+async def test_a_model_that_begins_while_a_card_is_taken_in_again(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        first, second = [await fleet.load(tiny, plan="tp") for _ in range(2)]
+        kill(fleet, 1)
+        assert await Crowd(first).run() == expected
+        coordinator = fleet._coordinator
+        counters_of, asked, go_on = coordinator.counters_of, trio.Event(), trio.Event()
+
+        async def slowly(cards: object) -> object:
+            asked.set()
+            await go_on.wait()
+            return await counters_of(cards)  # type: ignore[arg-type]
+
+        coordinator.counters_of = slowly  # type: ignore[method-assign, assignment]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.admit, 1)
+            await asked.wait()
+            assert await Crowd(second).run() == expected
+            go_on.set()
+        assert first.plan.cards == second.plan.cards == (0, 1, 2)
+        assert lost_cards(fleet) == [1]
+
+
+async def test_what_failed_on_a_card_before_it_came_back_is_not_held_against_it(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        coordinator = fleet._coordinator
+        abort = coordinator.abort
+
+        async def late_abort(*args: object) -> None:
+            # Others are slow to answer; meanwhile the card is found to be lost, and is back.
+            coordinator.abort = abort  # type: ignore[method-assign]
+            await abort(*args)  # type: ignore[arg-type]
+            coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+            await coordinator.revive(1)
+
+        coordinator.abort = late_abort  # type: ignore[method-assign]
+        assert await Crowd(model, At({20: lambda: kill(fleet, 1)})).run() == expected
+        assert lost_cards(fleet) == [1] and fleet.health().lost == ()
+        assert model.plan.cards == (0, 1, 2)
+
+
+async def test_a_card_that_comes_back_while_a_model_is_loaded_begins_the_load_again(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        coordinator = fleet._coordinator
+        memory_used, asked = coordinator._memory_used, 0
+
+        async def flapping(plan: object) -> dict[int, int]:
+            nonlocal asked
+            asked += 1
+            if asked == 2:  # all is there, and nobody has looked yet
+                kill(fleet, 1)
+                coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+                await coordinator.revive(1)
+            return await memory_used(plan)  # type: ignore[arg-type]
+
+        coordinator._memory_used = flapping  # type: ignore[method-assign]
+        model = await fleet.load(tiny, plan="tp")
+        assert model.plan.cards == (0, 1, 2)
+        assert await Crowd(model).run() == expected
+        assert kinds(fleet) == [CardLost, CardReturned]
+
+
 async def test_arrays_of_a_card_that_was_lost_are_told_to_be_gone() -> None:
     async with spanker.open_fleet("soft:3", channel="unix", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
         arrays = await fleet.arrays(64)
@@ -350,6 +453,27 @@ async def test_arrays_of_a_card_that_was_lost_are_told_to_be_gone() -> None:
         assert all(np.array_equal(array, np.full(8, 3, np.float32)) for array in fresh)
         await fleet._collectives.trim()
         assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+async def test_a_card_comes_back_while_a_collective_waits_for_the_cards(channel: str) -> None:
+    async with spanker.open_fleet(3, channel=channel, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        coordinator = fleet._coordinator
+        await spanker.all_reduce(fleet, [np.ones(64, np.int32) for _ in range(3)])
+        arrays = [np.full(64, card, np.int32) for card in range(3)]
+        async with trio.open_nursery() as nursery:
+            await coordinator.take_cards((0,))
+            nursery.start_soon(spanker.all_reduce, fleet, arrays)
+            await trio.testing.wait_all_tasks_blocked()
+            kill(fleet, 1)
+            coordinator.lose(CardLostError("card 1 is lost: pulled out", card=1))
+            await fleet.admit(1)
+            # What it has prepared on the card is gone; the same number is something else now.
+            (handle,) = await coordinator.allocate(1, (256,))
+            coordinator.give_cards_back((0,))
+        assert all(np.array_equal(array, np.full(64, 3, np.int32)) for array in arrays)
+        reply = await coordinator.ask(1, ReadBuffer(handle, 0, 256))
+        assert not any(bytes(reply.buffers[0]))
 
 
 async def test_who_cannot_come_back(tiny: Path) -> None:

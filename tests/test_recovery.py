@@ -470,6 +470,27 @@ async def test_what_does_not_fit_elsewhere_stays(tmp_path: Path) -> None:
         assert len(generation.token_ids) == 50
 
 
+async def test_a_card_is_drained_by_two_and_admitted_by_a_third_at_the_same_time(
+    tiny: Path,
+) -> None:
+    async with spanker.open_fleet(3) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        drained = []
+
+        async def drain() -> None:
+            await fleet.drain(1)
+            # Whoever is told so may pull the card out.
+            drained.append(model.plan.cards)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            nursery.start_soon(drain)
+            await until(lambda: 1 in fleet.health().drained)
+            nursery.start_soon(fleet.admit, 1)
+        assert drained == [(0, 2), (0, 2)]
+        assert fleet.health().drained == () and model.plan.cards == (0, 1, 2)
+
+
 async def test_what_cannot_be_drained_or_admitted(tiny: Path) -> None:
     async with spanker.open_fleet(2) as fleet:
         for card in (2, -1):

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from spanker.actors.message import RunStep
+from spanker.actors.message import LoadProgram, RunStep
 from spanker.actors.steps import LoadedModel
-from spanker.errors import CardAuditError
+from spanker.errors import CardAuditError, CardLostError
 from spanker.ggml.architectures import llama
 from spanker.ggml.architectures.llama import HeldRows
 from spanker.ggml.gguf import GGUFFile
@@ -134,17 +134,22 @@ class Auditor:
             rows=tile.rows,
             k=shape.k,
         )
-        program = await coordinator.load_program(
-            tile.card, Program((command,), 1, 1, loaded.limits.page_positions).encode(handles)
-        )
+        encoded = Program((command,), 1, 1, loaded.limits.page_positions).encode(handles)
+        reads = (handles[tile.held.activations], 0, nbytes), (handles["y"], 0, tile.rows * 4)
+        # All of it while nobody else has the card, and on that very card: on one that has come back
+        # meanwhile the same numbers may be somebody else's buffers.
+        await coordinator.take_cards((tile.card,))
         try:
-            reads = (handles[tile.held.activations], 0, nbytes), (handles["y"], 0, tile.rows * 4)
-            await coordinator.take_cards((tile.card,))
+            client = coordinator.clients[tile.card]
+            if not coordinator.holds(loaded, tile.card):
+                raise CardLostError(f"card {tile.card} is a new one now", card=tile.card)
+            request = LoadProgram(buffers=(encoded,))
+            program = (await coordinator.owning(client, request)).program
             try:
                 done = await coordinator.ask(tile.card, RunStep(program, reads, buffers=(_STEP,)))
             finally:
-                coordinator.give_cards_back((tile.card,))
+                await coordinator.give_program_back(tile.card, program)
         finally:
-            await coordinator.give_program_back(tile.card, program)
+            coordinator.give_cards_back((tile.card,))
         row, out = done.buffers
         return bytes(row), bytes(out)

@@ -143,7 +143,19 @@ class Collectives:
         Raises what the cards report, CardHungError, CardMemoryError.  Cancelled or failed, what the
         outputs hold is undefined; nobody writes to them any more, unless a card hangs.
         """
-        key = _Key(work, tuple(resident), self._coordinator.links.changes)
+        while not await self._run_once(work, memory, resident):
+            pass
+
+    async def _run_once(
+        self,
+        work: Work,
+        memory: Sequence[Sequence[Memory]],
+        resident: Sequence[Resident | None],
+    ) -> bool:
+        """False where nothing has been done: while the cards were waited for, one has come back as
+        a new one, or a link has changed."""
+        coordinator = self._coordinator
+        key = _Key(work, tuple(resident), coordinator.links.changes)
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = await self._get(key)
@@ -151,11 +163,15 @@ class Collectives:
         prepared.last_used = self._calls
         prepared.users += 1
         try:
-            await self._coordinator.take_cards()
+            await coordinator.take_cards()
             try:
+                # On a new card its numbers may be those of somebody else's buffers.
+                if key.changes != coordinator.links.changes:
+                    return False
                 await self._run(work, prepared, memory)
+                return True
             finally:
-                self._coordinator.give_cards_back()
+                coordinator.give_cards_back()
         finally:
             prepared.users -= 1
 
@@ -429,18 +445,20 @@ class Collectives:
     async def write(self, resident: Resident, card: int, data: memoryview) -> None:
         """Fill the buffer of a card."""
         self._check(resident, card)
+        client = self._clients[card]  # no newer one
         for at in range(0, data.nbytes, PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             writes = ((resident.handles[card], at, piece.nbytes),)
-            await self._clients[card].request(WriteBuffers(writes, buffers=(piece,)))
+            await client.request(WriteBuffers(writes, buffers=(piece,)))
 
     async def read(self, resident: Resident, card: int, data: memoryview) -> None:
         """Bring the buffer of a card."""
         self._check(resident, card)
+        client = self._clients[card]  # no newer one
         for at in range(0, data.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, data.nbytes - at)
             request = ReadBuffer(resident.handles[card], at, nbytes)
-            data[at : at + nbytes] = (await self._clients[card].request(request)).buffers[0]
+            data[at : at + nbytes] = (await client.request(request)).buffers[0]
 
     async def _make_room(self, count: int, nbytes: int) -> None:
         """Release what was not used for longest until so many works and bytes are left."""

@@ -144,13 +144,14 @@ class Coordinator:
         out = self.drained.union(self.lost)
         return tuple(card for card in self._every_card if card not in out)
 
-    def lose(self, error: CardError) -> bool:
+    def lose(self, error: CardError, births: Sequence[int] = ()) -> bool:
         """Use the card of this error no more: its actor ends, and whoever asks it for something
-        gets the error.  False where no card is to blame."""
+        gets the error.  False where no card is to blame.  `births` are those of the cards when what
+        failed was begun: a newer card is not the one to blame."""
         card = error.card
         if card is None:
             return False
-        if card in self.lost:
+        if card in self.lost or (births and births[card] != self.births[card]):
             return True  # someone else has found out before
         # Not the one with the traceback, which keeps what its frames hold.
         self.lost[card] = again(error)
@@ -170,32 +171,35 @@ class Coordinator:
                 await self._revive(card)
 
     async def _revive(self, card: int) -> None:
-        error, life = self.lost[card], self._lives[card]
+        life = self._lives[card]
         client: CardClient | None = None
         info: CardInfo | None = None
+        own: Counters | None = None
 
         async def begin() -> None:
-            nonlocal client, info
+            nonlocal client, info, own
             client = await life.again()
             info = await _describe(client)
+            own = await client.request(ReadCounters())
 
         try:
             if not await in_time(self._hang_timeout_s, begin):
                 raise self.silent(card)
-            assert client is not None and info is not None
-            self.clients[card] = client
-            there = [c for c in self._every_card if c == card or c not in self.lost]
-            counters = await self.counters_of(there)
+            assert client is not None and info is not None and own is not None
+            others = await self.counters_of([c for c in self._every_card if c not in self.lost])
+            if client.failure is not None:
+                raise again(client.failure)
         except BaseException:
             life.end()
-            self.clients[card].fail(error)
             raise
+        # All of it at once: nobody is to meet a new card and take it for the old one.
+        self.clients[card] = client
         self.cards = (*self.cards[:card], info, *self.cards[card + 1 :])
         self.births[card] += 1
         self._epochs[card] = None
         del self.lost[card]
         self.slow.pop(card, None)
-        self.links.forget(card, counters)
+        self.links.forget(card, {**others, card: own})
         self.events.tell(CardReturned(trio.current_time(), card))
 
     def pace(self, factors: Mapping[int, float]) -> None:
@@ -380,7 +384,9 @@ class Coordinator:
 
     async def _unload_programs(self, loaded: LoadedModel) -> None:
         for card in list(loaded.programs):
-            await self.give_program_back(card, loaded.programs.pop(card))
+            program = loaded.programs.pop(card)
+            if self.holds(loaded, card):
+                await self.give_program_back(card, program)
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -486,7 +492,7 @@ class Coordinator:
 
             if not await patience.with_(free_all):
                 # What it still holds nobody will ever know.
-                self.lose(self.silent(card))
+                self.lose(self.silent(card), loaded.births)
 
         # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
         # does not answer must not keep the others' memory.

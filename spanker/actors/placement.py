@@ -20,7 +20,14 @@ from spanker.actors.loading import run_all
 from spanker.actors.message import Counters, ReadCounters
 from spanker.actors.patience import in_time
 from spanker.actors.steps import LoadedModel
-from spanker.errors import CardHungError, CardLostError, CardMemoryError, ModelError, PlanError
+from spanker.errors import (
+    CardError,
+    CardHungError,
+    CardLostError,
+    CardMemoryError,
+    ModelError,
+    PlanError,
+)
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
@@ -144,6 +151,7 @@ class Placement:
         wanted, coordinator = self._wanted, self._coordinator
         async with self._lock:
             while True:
+                births = tuple(coordinator.births)
                 try:
                     cards, free = await self._cards(coordinator.alive, None)
                     plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens)
@@ -152,8 +160,8 @@ class Placement:
                     )
                     loaded = await self._load(plan, limits, progress)
                     break
-                except (CardLostError, CardHungError) as error:
-                    if not (self._recover and self._flexible and coordinator.lose(error)):
+                except CardError as error:
+                    if not (self._recover and self._flexible and self._lost(error, births)):
                         raise
         self.replicas = list(loaded)
         self._first = plan.replicas
@@ -175,6 +183,7 @@ class Placement:
         held: LoadedModel | None = before
         async with self._lock:
             while True:
+                births = tuple(coordinator.births)
                 try:
                     cards, free = await self._cards(self._left_to(number), held)
                     plan = self._replan(number, cards, free)
@@ -189,11 +198,18 @@ class Placement:
                     limits = attrs.evolve(before.limits, kv_pages=pages)
                     (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
                     break
-                except (CardLostError, CardHungError) as error:
-                    if not coordinator.lose(error):
+                except CardError as error:
+                    if not self._lost(error, births):
                         raise
         self.replicas[number] = loaded
         return loaded
+
+    def _lost(self, error: CardError, births: tuple[int, ...]) -> bool:
+        """Whether what failed is to be tried again: it has lost a card, or one has come back
+        meanwhile, on which nothing of it is.  `births` are of its beginning."""
+        if isinstance(error, CardLostError | CardHungError):
+            return self._coordinator.lose(error, births)
+        return births != tuple(self._coordinator.births)
 
     async def reroute(self, number: int) -> LoadedModel:
         """Have a replica's steps go around the links that are down, where it is.

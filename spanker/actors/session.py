@@ -245,8 +245,8 @@ class Session:
         self._paces = Paces(loaded.plan.cards) if rebalance else None
         self._moves: list[_Move] = []
         self._link_faults = 0
-        # The changes of links that are known here.
-        self._links = coordinator.links.changes
+        # The changes of links that are known here: none of those since the load was planned.
+        self._links = -1
         # Whether links that are down have cost it cards.
         self._cut_off = False
         # Whether sequences that had pages side by side may not all have them any more.
@@ -390,12 +390,12 @@ class Session:
             if self._moves:
                 await self._move()
                 continue
-            if self._links != self.coordinator.links.changes:
-                await self._reroute()
-                continue
             if not self.coordinator.whole(self.loaded):
                 # A card was lost and has come back while nobody looked.
                 await self._replace(trio.current_time(), None)
+                continue
+            if self._links != self.coordinator.links.changes:
+                await self._reroute()
                 continue
             if self._auditor is not None and self._auditor.due(self._steps):
                 await self._audit(self._auditor)
@@ -461,8 +461,11 @@ class Session:
         if (
             self._recovers
             and isinstance(failure, CardLostError | CardHungError)
-            and self.coordinator.lose(failure)
+            and self.coordinator.lose(failure, self.loaded.births)
         ):
+            await self._replace(begin, failure)
+        elif not self.coordinator.whole(self.loaded):
+            # A card that has come back knows nothing of the model: nothing else has failed.
             await self._replace(begin, failure)
         else:
             self._fail(failure)
