@@ -96,7 +96,7 @@ def test_a_thousand_cancelled_generations_leave_nothing_on_virtual_cards() -> No
     run_virtual(cancel_many, "virtual:2", path_of("small"), 0.002)
 
 
-# --- a day -----------------------------------------------------------------------------------------
+# --- a day --------------------------------------------------------------------------------------
 
 
 async def serve(held: list[tuple[int, int]], returned: list[int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import trio
 
 from spanker.actors.client import CardClient
+from spanker.actors.steps import LoadedModel
 from spanker.device.spec import parse_fleet
 from spanker.device.virtual.card import VirtualCard
 from spanker.errors import (
@@ -39,7 +40,7 @@ _ANY_CARDS = ("auto", "tp", "pp")
 
 
 def _is_plenty(scenario: Scenario) -> bool:
-    return min(spec.ddr_bytes for spec in parse_fleet(scenario.cards)) >= PLENTY_BYTES  # type: ignore[union-attr]
+    return min(spec.ddr_bytes for spec in parse_fleet(scenario.cards)) >= PLENTY_BYTES
 
 
 def _nothing_left(world: World) -> bool:
@@ -128,9 +129,9 @@ def _wrong(world: World, client: Client, got: Got) -> list[str]:
     if got.positions != [*range(first, first + len(got.positions))]:
         found.append(f"positions {got.positions}")
     if not client.score:
-        for place, (mine, its) in enumerate(zip(got.ids, right.ids, strict=False)):
-            if mine != its:
-                found.append(f"token {place} is {mine}, expected {its}")
+        for place, (token, expected) in enumerate(zip(got.ids, right.ids, strict=False)):
+            if token != expected:
+                found.append(f"token {place} is {token}, expected {expected}")
                 break
     for place, (mine, its) in enumerate(zip(got.logits, right.logits, strict=False)):
         if mine != its:
@@ -286,7 +287,7 @@ async def check_memory(world: World) -> None:
             world.violate(f"card {card}, all unloaded: {left:,} bytes and {programs} programs")
 
 
-def _placed(model: Model) -> list[object]:
+def _placed(model: Model) -> list[LoadedModel | None]:
     placement = model._replicas.sessions[0]._placement
     return [] if placement is None else list(placement.replicas)
 

@@ -153,7 +153,7 @@ def _deeds(
     rng: random.Random, cards: int, clients: Sequence[Client], step_s: float
 ) -> tuple[Deed, ...]:
     items = sum(client.tokens_max or 2 for client in clients)
-    deeds = []
+    deeds: list[Deed] = []
     for _ in range(rng.choices(range(FAULTS_MAX + 1), (4, 9, 4, 2, 1))[0]):
         at = _moment(rng, items, step_s, events=bool(deeds))
         if deeds and rng.random() < 0.2:
