@@ -94,6 +94,7 @@ async def _drain(world: World, deed: Deed) -> None:
 
 
 async def _admit(world: World, deed: Deed) -> None:
+    world.admitted[deed.card] = trio.current_time()
     await world.fleet.admit(deed.card)
 
 

@@ -29,8 +29,9 @@ class World:
         self.got = [Got() for _ in scenario.clients]
         self.story: list[tuple[float, str]] = []
         self.violations: list[str] = []
-        # When a card was made to fail, and which have been drained, however briefly.
+        # When a card was made to fail, or asked back, and which have been drained, however briefly.
         self.struck: dict[int, float] = {}
+        self.admitted: dict[int, float] = {}
         # Those that have been made to fail at all, and what has been done.
         self.ever_struck: set[int] = set()
         self.done: set[What] = set()
@@ -59,7 +60,7 @@ class World:
 
     def strike(self, card: int) -> None:
         """Something happens to a card that it may be taken for lost for."""
-        self.struck.setdefault(card, trio.current_time())
+        self.struck[card] = trio.current_time()
         self.ever_struck.add(card)
 
     def item(self) -> None:
@@ -78,7 +79,9 @@ class World:
             self.lost[event.card] = event.time_s
         elif isinstance(event, CardReturned):
             self.lost.pop(event.card, None)
-            self.struck.pop(event.card, None)
+            # What has happened since it was asked back may have happened to the new one.
+            if self.struck.get(event.card, 0.0) < self.admitted.get(event.card, 0.0):
+                self.struck.pop(event.card, None)
         elif isinstance(event, Replanned):
             lost = [c for c in event.cards if self.lost.get(c, event.time_s) < event.time_s]
             if lost:
