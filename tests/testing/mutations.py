@@ -43,7 +43,7 @@ class Mutation:
             f"{source.count(self.old)} times: adapt the mutation to the code"
         )
         made: dict[str, Any] = {}
-        exec(  # noqa: S102
+        exec(
             compile(
                 "from __future__ import annotations\n" + source.replace(self.old, self.new),
                 f"<mutation {self.name}>",
@@ -60,8 +60,8 @@ class Mutation:
 
 
 MUTATIONS = (
-    # The links check epochs in C, where no message of another one is accepted.  These are nearest:
-    # cards are told to abort, but not into a new epoch; and cards of different epochs work together.
+    # The links check epochs in C, where no message of another one is accepted.  Nearest are these:
+    # cards abort, but not into a new epoch, and cards of different epochs work together.
     Mutation(
         "old-epoch",
         "spanker.actors.coordinator:Coordinator._entering",
@@ -99,7 +99,8 @@ MUTATIONS = (
         "native = self._finished(work)",
         "native = self._finished(work)\n"
         "    if native is not None and native.data:\n"
-        "        late, self.__dict__['late'] = self.__dict__.get('late', native.data), native.data\n"
+        "        late = self.__dict__.get('late', native.data)\n"
+        "        self.__dict__['late'] = native.data\n"
         "        if [*map(len, late)] == [*map(len, native.data)]:\n"
         "            native = native._replace(data=late)",
     ),

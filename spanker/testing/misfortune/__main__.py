@@ -19,13 +19,17 @@ _LINE_S = 5.0
 @click.command()
 @click.option("--seeds", default="0:1000", show_default=True, help="FIRST:STOP, or one")
 @click.option("--jobs", type=click.IntRange(1), default=None, help="processes [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="one line of JSON for each seed, and a last one")
+@click.option(
+    "--json", "as_json", is_flag=True, help="one line of JSON for each seed, and a last one"
+)
 def main(seeds: str, jobs: int | None, as_json: bool) -> None:
     """Simulate misfortune: 1 is returned where a seed is found that goes wrong, 130 at Ctrl-C."""
     try:
         wanted = parse_seeds(seeds)
     except ValueError:
-        raise click.BadParameter(f"expected FIRST:STOP, got {seeds!r}", param_hint="--seeds") from None
+        raise click.BadParameter(
+            f"expected FIRST:STOP, got {seeds!r}", param_hint="--seeds"
+        ) from None
     report = _Report(len(wanted), as_json)
     try:
         for seen in run_many(wanted, jobs or len(os.sched_getaffinity(0))):

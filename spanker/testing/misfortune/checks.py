@@ -10,6 +10,7 @@ from __future__ import annotations
 import trio
 
 from spanker.actors.client import CardClient
+from spanker.actors.steps import LoadedModel
 from spanker.device.spec import parse_fleet
 from spanker.device.virtual.card import VirtualCard
 from spanker.errors import (
@@ -39,7 +40,7 @@ _ANY_CARDS = ("auto", "tp", "pp")
 
 
 def _is_plenty(scenario: Scenario) -> bool:
-    return min(spec.ddr_bytes for spec in parse_fleet(scenario.cards)) >= PLENTY_BYTES  # type: ignore[union-attr]
+    return min(spec.ddr_bytes for spec in parse_fleet(scenario.cards)) >= PLENTY_BYTES
 
 
 def _nothing_left(world: World) -> bool:
@@ -52,17 +53,16 @@ def _may_fail_with(world: World, error: SpankerError) -> bool:
     """Whether a request may get this error: it has its reason in what has happened by now."""
     changed = world.ever_struck or world.drained or What.CUT in world.done
     if isinstance(error, CardMemoryError):
-        return bool(changed) and (
-            What.STARVE in world.done or not _is_plenty(world.scenario)
-        )
+        return bool(changed) and (What.STARVE in world.done or not _is_plenty(world.scenario))
     if isinstance(error, CardLinkDownError):
         return What.CUT in world.done
+    if isinstance(error, PlanError):
+        # No way is left, and the model may not go elsewhere.
+        return What.CUT in world.done and not world.scenario.recover
     if isinstance(error, CardLinkError):
         return What.CORRUPT in world.done
     if isinstance(error, CardLostError | CardHungError):
-        return _nothing_left(world) or bool(
-            world.ever_struck and not world.scenario.recover
-        )
+        return _nothing_left(world) or bool(world.ever_struck and not world.scenario.recover)
     return False
 
 
@@ -129,9 +129,9 @@ def _wrong(world: World, client: Client, got: Got) -> list[str]:
     if got.positions != [*range(first, first + len(got.positions))]:
         found.append(f"positions {got.positions}")
     if not client.score:
-        for place, (mine, its) in enumerate(zip(got.ids, right.ids, strict=False)):
-            if mine != its:
-                found.append(f"token {place} is {mine}, expected {its}")
+        for place, (token, expected) in enumerate(zip(got.ids, right.ids, strict=False)):
+            if token != expected:
+                found.append(f"token {place} is {token}, expected {expected}")
                 break
     for place, (mine, its) in enumerate(zip(got.logits, right.logits, strict=False)):
         if mine != its:
@@ -287,7 +287,7 @@ async def check_memory(world: World) -> None:
             world.violate(f"card {card}, all unloaded: {left:,} bytes and {programs} programs")
 
 
-def _placed(model: Model) -> list[object]:
+def _placed(model: Model) -> list[LoadedModel | None]:
     placement = model._replicas.sessions[0]._placement
     return [] if placement is None else list(placement.replicas)
 

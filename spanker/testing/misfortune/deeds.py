@@ -15,6 +15,7 @@ from spanker.testing.misfortune.models import path_of
 from spanker.testing.misfortune.scenario import FATAL, WISHES, Deed, What
 from spanker.testing.misfortune.world import World
 
+
 async def perform(world: World, deed: Deed, waiting: trio.CancelScope) -> None:
     """Wait for the moment of a deed, which ends when `waiting` is cancelled, and do it."""
     with waiting:

@@ -39,16 +39,17 @@ def draw(seed: int) -> Scenario:
     rng = random.Random(f"misfortune {seed}")
     cards = rng.choices(range(1, CARDS_MAX + 1), (3, 8, 6, 2, 1))[0]
     model = rng.choice(list(MODELS))
-    profile = rng.choices(
-        ("instant", "distant", "native", "rev-a", "straggler"), (10, 5, 2, 1, 1)
-    )[0]
+    profile = rng.choices(("instant", "distant", "native", "rev-a", "straggler"), (10, 5, 2, 1, 1))[
+        0
+    ]
     plan = _plan(rng, cards, shape_of(model))
     knobs = _knobs(rng)
     ctx = rng.choice((32, 48, 96, 128))
     chunk = rng.choice((5, 16, 64)) if knobs.outputs_max < 64 else rng.choice((16, 64))
     step_s = 1e-3 if profile in ("instant", "distant") else 0.2e-3
     clients = tuple(
-        _client(rng, ctx, step_s) for _ in range(rng.choices((1, 2, 3, 4, CLIENTS_MAX), (5, 6, 4, 2, 1))[0])
+        _client(rng, ctx, step_s)
+        for _ in range(rng.choices((1, 2, 3, 4, CLIENTS_MAX), (5, 6, 4, 2, 1))[0])
     )
     deeds = _deeds(rng, cards, clients, step_s)
     if any(deed.what is What.LOAD for deed in deeds):
@@ -152,7 +153,7 @@ def _deeds(
     rng: random.Random, cards: int, clients: Sequence[Client], step_s: float
 ) -> tuple[Deed, ...]:
     items = sum(client.tokens_max or 2 for client in clients)
-    deeds = []
+    deeds: list[Deed] = []
     for _ in range(rng.choices(range(FAULTS_MAX + 1), (4, 9, 4, 2, 1))[0]):
         at = _moment(rng, items, step_s, events=bool(deeds))
         if deeds and rng.random() < 0.2:

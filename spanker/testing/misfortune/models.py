@@ -45,7 +45,7 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def path_of(name: str) -> Path:
     """The file of a model."""
-    options = {"vocabulary": VOCABULARY, "context": CONTEXT, "seed": len(name)}
+    options: dict[str, Any] = {"vocabulary": VOCABULARY, "context": CONTEXT, "seed": len(name)}
     return write_tiny_llama(Path(_directory().name) / f"{name}.gguf", **options, **MODELS[name])
 
 

@@ -8,6 +8,7 @@ Nothing here draws or runs one (drawing.py, running.py).
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import attrs
 
@@ -155,14 +156,15 @@ def literal(value: object, indent: int = 0) -> str:
         inner = " " * (indent + 4)
         lines = [f"{inner}{literal(item, indent + 4)},\n" for item in value]
         return f"(\n{''.join(lines)}{' ' * indent})"
-    if not attrs.has(type(value)):
+    kind: type[Any] = type(value)
+    if not attrs.has(kind):
         return repr(value)
     fields = [
         (field.name, getattr(value, field.name))
-        for field in attrs.fields(type(value))
+        for field in attrs.fields(kind)
         if getattr(value, field.name) != field.default
     ]
-    name = type(value).__name__
+    name = kind.__name__
     if not any(isinstance(item, tuple) and item for _, item in fields):
         return f"{name}({', '.join(f'{key}={literal(item)}' for key, item in fields)})"
     inner = " " * (indent + 4)

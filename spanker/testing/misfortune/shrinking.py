@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import attrs
 
 from spanker.testing.misfortune.outcome import Outcome
 from spanker.testing.misfortune.running import run
 from spanker.testing.misfortune.scenario import Client, Deed, Knobs, Moment, Scenario
+
+ValueT = TypeVar("ValueT", Client, Knobs)
 
 # How often a scenario is run at most.
 RUNS_MAX = 600
@@ -57,7 +60,8 @@ def _simpler(scenario: Scenario) -> Iterator[Scenario]:
     for name, field in attrs.fields_dict(Scenario).items():
         if name not in ("seed", "cards", "ctx") and field.default is not attrs.NOTHING:
             if name not in ("clients", "deeds") and getattr(scenario, name) != field.default:
-                yield attrs.evolve(scenario, **{name: field.default})
+                plain: dict[str, Any] = {name: field.default}
+                yield attrs.evolve(scenario, **plain)
     for knobs in _plainer(scenario.knobs, Knobs()):
         yield attrs.evolve(scenario, knobs=knobs)
     for i, client in enumerate(clients):
@@ -102,7 +106,8 @@ def _deeds(deed: Deed) -> Iterator[Deed]:
         yield attrs.evolve(deed, card=0)
 
 
-def _plainer(value: attrs.AttrsInstance, plain: object, *but: str) -> Iterator[object]:
+def _plainer(value: ValueT, plain: ValueT, *but: str) -> Iterator[ValueT]:
     for name in attrs.fields_dict(type(value)):
         if name not in but and getattr(value, name) != getattr(plain, name):
-            yield attrs.evolve(value, **{name: getattr(plain, name)})
+            changed: dict[str, Any] = {name: getattr(plain, name)}
+            yield attrs.evolve(value, **changed)
