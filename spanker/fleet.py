@@ -43,6 +43,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import (
+    CardMemoryError,
     ConfigError,
     PlanError,
     RequestError,
@@ -730,7 +731,9 @@ class Fleet:
             await coordinator.revive(card)
             coordinator.drained.discard(card)
             for session in self._sessions():
-                await session.move()
+                # What has no better place stays where it is.
+                with contextlib.suppress(PlanError, CardMemoryError):
+                    await session.move()
 
     def _sessions(self) -> list[Session]:
         """Those that are not over, of all models."""

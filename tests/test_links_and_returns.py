@@ -508,3 +508,20 @@ def test_a_card_that_flaps_every_second_for_a_minute(fault: str, shallow: Path) 
             assert kinds(fleet) == [CardLost, Replanned, CardReturned, Replanned] * 60
 
     run_virtual(main)
+
+
+async def test_a_card_is_admitted_for_the_models_that_it_is_of_use_to(
+    tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        first = await fleet.load(tiny, plan="tp")
+        second = await fleet.load(tiny, plan="auto")
+        # A card that none of its peers reaches is of no use to the first.
+        for peer in (0, 1):
+            cut(fleet, 2, peer)
+        assert await Crowd(first).run() == expected
+        await fleet.drain(2)
+        await fleet.admit(2)
+        assert fleet.health().cards == (0, 1, 2)
+        assert await Crowd(second).run() == expected
+        assert await Crowd(first).run() == expected
