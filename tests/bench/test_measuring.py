@@ -88,6 +88,7 @@ def test_the_roofline_measures_ours_alone(
         assert title in shown
 
 
+@pytest.mark.long
 def test_an_interrupted_roofline_saves_what_it_has(tiny: Path, tmp_path: Path):
     out = tmp_path / "r.json"
     command = [sys.executable, str(BENCH / "roofline.py"), "--no-peer", "--models", str(tiny)]
