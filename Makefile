@@ -14,6 +14,9 @@ NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csr
 CHECK_OUT := build/check
 SERVER := build/spanker-card-server
 
+# Processes that run tests side by side, each whole files.
+TEST_JOBS ?= 2
+
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
@@ -32,7 +35,7 @@ demo: $(INSTALLED)  ## fetch a model and let it answer on three emulated cards
 	$(BIN)/spanker run "$(DEMO_PROMPT)" --chat --model smollm2 --cards $(DEMO_CARDS) --max-tokens 96
 
 test: $(INSTALLED)  ## run the tests (PYTEST_ARGS=... adds options)
-	$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --durations=10 --numprocesses=$(TEST_JOBS) --dist=loadfile $(PYTEST_ARGS)
 
 test-long: $(INSTALLED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest --durations=10 -m long $(PYTEST_ARGS)

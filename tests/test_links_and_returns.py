@@ -122,6 +122,14 @@ async def test_two_cards_without_their_link_are_one(tiny: Path, expected: Answer
         assert len(model.plan.cards) == 1
 
 
+async def test_without_recovery_a_cut_that_nothing_leads_around_is_the_end(tiny: Path) -> None:
+    async with spanker.open_fleet(2, recover=False, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        cut(fleet, 0, 1)
+        with pytest.raises(CardLinkDownError, match=r"cannot be reached .* links are down"):
+            await model.generate([1], max_tokens=4).collect()
+
+
 async def test_a_model_that_needs_both_sides_of_a_cut_says_what_it_needs(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "large.gguf", layers=4, hidden=256, ffn=4096)
     async with spanker.open_fleet("soft:2:8MiB", hang_timeout_s=HANG_TIMEOUT_S) as fleet:

@@ -516,7 +516,7 @@ class Session:
             self.loaded = await placement.reroute(self.number)
         except PlanError as error:
             self._cut_off = True
-            await self._replace(begin, error)
+            await self._replace(begin, CardLinkDownError(str(error)))
         except SpankerError as error:
             await self._recover(error)
         else:
