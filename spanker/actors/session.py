@@ -27,7 +27,6 @@ from spanker.actors.coordinator import Coordinator
 from spanker.actors.decisions import Action, Failure, Situation, decide
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
-from spanker.actors.stragglers import Paces
 from spanker.errors import (
     CardError,
     CardHungError,
@@ -50,6 +49,7 @@ from spanker.values import Value
 
 if TYPE_CHECKING:
     from spanker.actors.audit import Auditor
+    from spanker.actors.stragglers import Paces
 
 # A sequence pauses when its consumer is this many tokens behind, or pieces of logits.
 RUN_AHEAD_MAX = 64
@@ -242,7 +242,11 @@ class Session:
         self._placement = placement
         self._recovers = recover and placement is not None
         self._auditor = auditor
-        self._paces = Paces(loaded.plan.cards) if rebalance else None
+        self._paces: Paces | None = None
+        if rebalance:
+            from spanker.actors.stragglers import Paces
+
+            self._paces = Paces(loaded.plan.cards)
         self._moves: list[_Move] = []
         self._link_faults = 0
         # The changes of links that are known here: none of those since the load was planned.
@@ -590,7 +594,7 @@ class Session:
         """Go on with what is on other cards; how many sequences that had begun do."""
         self.loaded = loaded
         if self._paces is not None:
-            self._paces = Paces(loaded.plan.cards)
+            self._paces = self._paces.anew(loaded.plan.cards)
         self.pool = PagePool(loaded.limits.kv_pages)
         self._crowded = True
         self._end_too_long()
@@ -813,11 +817,11 @@ class Session:
         """Have the model moved where one of its cards has become slower, or is itself again."""
         coordinator = self.coordinator
         if paces.cards != self.loaded.plan.cards:
-            paces = self._paces = Paces(self.loaded.plan.cards)
+            paces = self._paces = paces.anew(self.loaded.plan.cards)
         found = paces.note(result.busy_ns, coordinator.slow)
         if found:
             # From now on this is what they are compared with.
-            self._paces = Paces(paces.cards)
+            self._paces = paces.anew(paces.cards)
             coordinator.pace(found)
             self._moves.append(_Move())
 

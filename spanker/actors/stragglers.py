@@ -28,6 +28,10 @@ class Paces:
         # What the window before would have been told of.
         self._suspected: dict[int, float] = {}
 
+    def anew(self, cards: Sequence[int]) -> Paces:
+        """A history that begins, of the cards of another plan or of the same."""
+        return Paces(cards)
+
     def note(self, busy_ns: Sequence[int], slow: Mapping[int, float]) -> dict[int, float]:
         """Take in a step, by card of the plan; `slow` are the factors that are known.  What comes
         back are new ones, of the cards that have become slower or, of known ones, faster; nothing
