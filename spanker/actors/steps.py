@@ -218,6 +218,8 @@ class StepPipe:
         return _assemble(self._loaded, flight)
 
     async def _settled(self, flight: Flight) -> None:
+        if flight.settled.is_set():
+            return
         # A step of a slow card takes long, and to look costs it a message.
         look_min_s = self._coordinator.hang_timeout_s / 10
         await settled(self._coordinator, flight, self._loaded.plan.cards, look_min_s)
