@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def check(path: str) -> None:
     """Raise, before anything is computed, where no plot could be drawn or written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise Failure("a plot needs matplotlib: pip install 'spanker[plot]'") from None
-    matplotlib.use("Agg")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise Failure(f"cannot write the plot {path}: {folder} is no folder to write to")
     if not path.endswith((".png", ".svg", ".pdf")):
         raise Failure(f"cannot write the plot {path}: expected a name ending in .png, .svg or .pdf")
+    try:
+        import matplotlib
+    except ImportError:
+        raise Failure("a plot needs matplotlib: pip install 'spanker[plot]'") from None
+    matplotlib.use("Agg")
 
 
 def tokens_over_cards(path: str, title: str, points: Sequence[tuple[int, float | None]]) -> None:
