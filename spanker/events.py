@@ -124,6 +124,17 @@ class Replanned(Event):
 
 
 @attrs.frozen(eq=False, repr=False)
+class AuditsEnded(Event):
+    """A model goes on without audits, since one could not be made."""
+
+    model: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: no more audits: {self.reason}"
+
+
+@attrs.frozen(eq=False, repr=False)
 class LinkRetried(Event):
     """A step was made again, as messages between cards had failed their checks."""
 

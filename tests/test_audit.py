@@ -15,7 +15,7 @@ from spanker.actors.audit import Auditor, Tile
 from spanker.actors.message import AllocBuffers, ReadBuffer, WriteBuffers
 from spanker.actors.steps import LoadedModel
 from spanker.errors import CardAuditError, CardLostError, ConfigError
-from spanker.events import CardLost, CardReturned, Replanned
+from spanker.events import AuditsEnded, CardLost, CardReturned, Replanned
 from spanker.testing import kill, run_virtual, write_tiny_llama
 
 TOKENS = 40
@@ -112,6 +112,20 @@ async def test_without_recovery_a_lying_card_ends_its_sequences(tmp_path: Path) 
         with pytest.raises(CardAuditError, match="may be wrong; have its memory tested"):
             for _ in range(50):
                 await answer(model)
+
+
+async def test_where_no_audit_can_be_made_sequences_go_on_and_it_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    async with spanker.open_fleet(2, audit_every=4) as fleet:
+        model = await fleet.load(path, plan="tp")
+        right = await answer(model)
+        moved = path.rename(tmp_path / "elsewhere.gguf")
+        auditor_of(model).close()
+        assert await answer(model) == right
+        (ended,) = fleet.events.history
+        assert isinstance(ended, AuditsEnded) and "no more audits: " in str(ended)
+        assert await answer(model) == right
+        assert len(fleet.events.history) == 1 and moved.exists()
 
 
 async def test_every_tile_is_drawn_as_often_as_the_others(tmp_path: Path) -> None:

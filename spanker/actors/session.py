@@ -40,7 +40,7 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import LinkRetried, Replanned, ReplicaLost, Rerouted
+from spanker.events import AuditsEnded, LinkRetried, Replanned, ReplicaLost, Rerouted
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
@@ -496,11 +496,17 @@ class Session:
         self._tell_replanned(lost, before, resumed, begin, moved)
 
     async def _audit(self, auditor: Auditor) -> None:
-        """Have a card's arithmetic computed again; one that lies is a card that is lost."""
+        """Have a card's arithmetic computed again; one that lies is a card that is lost.  Where
+        that cannot be done, sequences go on without it."""
         try:
             await auditor.look(self.loaded, self._steps)
-        except SpankerError as error:
+        except (CardLostError, CardHungError) as error:
             await self._recover(error)
+        except SpankerError as error:
+            auditor.close()
+            self._auditor = None
+            now = trio.current_time()
+            self.coordinator.events.tell(AuditsEnded(now, self.name, str(error)))
 
     async def _reroute(self) -> None:
         """Links have gone down or come back: have the steps go where they can; where that is
