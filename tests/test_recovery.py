@@ -133,6 +133,26 @@ async def test_a_load_goes_on_without_a_card_that_dies_meanwhile(
         assert model.plan.cards == (0, 2)
 
 
+async def test_a_card_that_takes_no_message_any_more_is_left_out(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        channel = fleet._coordinator.clients[1]._channel
+
+        async def stalled(*message: object) -> None:
+            await trio.sleep_forever()
+
+        def stall(items: int) -> None:
+            if items == 20:
+                monkeypatch.setattr(channel, "try_send", lambda *message: False)
+                monkeypatch.setattr(channel, "send", stalled)
+
+        with trio.fail_after(20):
+            assert await Crowd(model, stall).run() == expected
+        assert lost_cards(fleet) == [1]
+
+
 async def test_a_load_goes_on_without_a_card_that_says_nothing_any_more(
     tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

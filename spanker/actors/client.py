@@ -50,6 +50,11 @@ class CardClient:
         return self._failure
 
     @property
+    def behind(self) -> bool:
+        """Whether requests wait to be written, so that another one would have to wait, too."""
+        return self._unwritten > 0
+
+    @property
     def shares_memory(self) -> bool:
         """Whether the card gets raw buffers as the very memory that they are."""
         return self._channel.shares_memory

@@ -189,7 +189,7 @@ class Collectives:
                         flight.absent(number)
                     elif card.run is not None:
                         request = _lending(card.run, _lent(card, number, memory))
-                        await self._clients[number].post(request, flight.callback(number))
+                        await coordinator.post(number, request, flight.callback(number))
                     else:
                         await self._post_staged(number, card, card.program, work, memory, flight)
             except BaseException:
@@ -261,7 +261,8 @@ class Collectives:
         for name in work.inputs:
             if name in arrays and name in card.handles:
                 await self._write(client, card.handles[name], arrays[name], flight)
-        await client.post(_reading_back(card, program, work, arrays), flight.callback(number))
+        request = _reading_back(card, program, work, arrays)
+        await self._coordinator.post(number, request, flight.callback(number))
 
     async def _write(
         self, client: CardClient, handle: int, data: memoryview, flight: Flight
@@ -276,7 +277,7 @@ class Collectives:
         for at in range(0, data.nbytes, PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             request = WriteBuffers(((handle, at, piece.nbytes),), buffers=(piece,))
-            await client.post(request, written)
+            await self._coordinator.post(client.number, request, written)
 
     async def _read_back(
         self,

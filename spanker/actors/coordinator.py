@@ -28,7 +28,7 @@ from spanker.actors.channel import (
     memory_channel_pair,
     unix_channel_pair,
 )
-from spanker.actors.client import CardClient
+from spanker.actors.client import Callback, CardClient
 from spanker.actors.link_watch import LinkWatch
 from spanker.actors.message import (
     PROTOCOL_VERSION,
@@ -400,6 +400,17 @@ class Coordinator:
             await trio.lowlevel.checkpoint_if_cancelled()
             raise
         return reply
+
+    async def post(self, card: int, request: Request[ReplyT], callback: Callback) -> None:
+        """As `CardClient.post`; CardHungError where a card takes no message for the hang timeout,
+        when nothing has been sent and the callback will not be called."""
+        client = self.clients[card]
+        if not client.behind:
+            await client.post(request, callback)
+            return
+        posting = functools.partial(client.post, request, callback)
+        if not await in_time(self._hang_timeout_s, posting):
+            raise self.silent(card)
 
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """A request that a card answers at once, or after the work of a message; CardHungError

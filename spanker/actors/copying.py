@@ -125,7 +125,7 @@ async def _run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
         try:
             for card in cards:
                 request = RunStep(programs[card], buffers=(encode_step([]),))
-                await coordinator.clients[card].post(request, flight.callback(card))
+                await coordinator.post(card, request, flight.callback(card))
                 posted += 1
             await settled(coordinator, flight, cards)
         finally:

@@ -197,7 +197,7 @@ class StepPipe:
                     _reads(loaded, card, outputs, logits),
                     buffers=(parameters,),
                 )
-                await self._coordinator.clients[card].post(request, flight.callback(card))
+                await self._coordinator.post(card, request, flight.callback(card))
                 posted += 1
         except BaseException:
             flight.forget(len(loaded.plan.cards) - posted)
