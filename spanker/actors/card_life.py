@@ -55,8 +55,7 @@ class CardLife:
         self._scope.cancel()
 
     async def again(self) -> CardClient:
-        """Wait for their end, open the card again, and start anew.  Raises as `CardDevice.reopen`,
-        and ClosedResourceError where the fleet is being closed."""
+        """Wait for their end, open the card again, start anew.  Raises as `CardDevice.reopen`."""
         self.end()
         await self._ended.wait()
         self._device.reopen()

@@ -79,14 +79,10 @@ def decide(situation: Situation) -> Action:
     """What to do.  Every chain of failures is bounded: links are tried LINK_RETRIES_MAX times in a
     row, a re-plan takes a card away, and a fault ends sequences."""
     failure = situation.failure
-    if failure is Failure.LINK:
-        if situation.retries < LINK_RETRIES_MAX:
-            return Action.RETRY
-        return Action.END_SEQUENCES
-    if failure is Failure.LINK_DOWN:
-        if situation.retries < LINK_RETRIES_MAX:
-            return Action.REROUTE
-        return Action.END_SEQUENCES
+    if failure in (Failure.LINK, Failure.LINK_DOWN):
+        if situation.retries >= LINK_RETRIES_MAX:
+            return Action.END_SEQUENCES
+        return Action.RETRY if failure is Failure.LINK else Action.REROUTE
     if failure is Failure.FAULT:
         # The same arithmetic would fail again, unless it was theirs that have ended.
         return Action.RETRY if situation.ended else Action.END_SEQUENCES

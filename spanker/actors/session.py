@@ -462,14 +462,13 @@ class Session:
         """Go on after a failure on the cards that are left; where there is no way, the session is
         over."""
         begin = trio.current_time()
-        if (
+        lost = (
             self._recovers
             and isinstance(failure, CardLostError | CardHungError)
             and self.coordinator.lose(failure, self.loaded.births)
-        ):
-            await self._replace(begin, failure)
-        elif not self.coordinator.whole(self.loaded):
-            # A card that has come back knows nothing of the model: nothing else has failed.
+        )
+        # A card that has come back knows nothing of the model: nothing else has failed.
+        if lost or not self.coordinator.whole(self.loaded):
             await self._replace(begin, failure)
         else:
             self._fail(failure)
