@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import threading
@@ -57,13 +56,12 @@ def expected(tiny: Path) -> Answers:
     return trio.run(main)
 
 
-def _held() -> tuple[set[threading.Thread], set[str], int]:
+def _held() -> tuple[set[threading.Thread], frozenset[str], int]:
     """Python threads, descriptors and where they lead, and the number of native threads."""
-    descriptors = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one that lists them
-            descriptors.add(f"{fd}: {os.readlink(f'/proc/self/fd/{fd}')}")
-    return set(threading.enumerate()), descriptors, len(os.listdir("/proc/self/task"))
+    from spanker.testing.assertions import open_descriptors
+
+    threads = set(threading.enumerate())
+    return threads, open_descriptors(), len(os.listdir("/proc/self/task"))
 
 
 @pytest.fixture
@@ -71,12 +69,12 @@ def nothing_left_behind() -> Iterator[None]:
     """A fleet gives back its threads, native ones too, and descriptors, however it ends."""
     threads, descriptors, native = _held()
 
-    def extra() -> tuple[set[threading.Thread], set[str], int]:
+    def extra() -> tuple[set[threading.Thread], frozenset[str], int]:
         now = _held()
         return now[0] - threads, now[1] - descriptors, max(now[2] - native, 0)
 
     yield
-    nothing: tuple[set[threading.Thread], set[str], int] = (set(), set(), 0)
+    nothing: tuple[set[threading.Thread], frozenset[str], int] = (set(), frozenset(), 0)
     if extra() != nothing:
         gc.collect()
     # A thread that was joined is listed a moment longer.

@@ -65,7 +65,7 @@ async def held(fleet: Fleet | None = None) -> Held:
         tasks=trio.lowlevel.current_statistics().tasks_living,
         threads=frozenset(thread.ident for thread in threading.enumerate()),
         native_threads=len(os.listdir("/proc/self/task")),
-        descriptors=_descriptors(),
+        descriptors=open_descriptors(),
         card_bytes=card_bytes,
         kv_pages=kv_pages,
         sequences=sequences,
@@ -121,8 +121,8 @@ def _left(before: Held, now: Held) -> list[str]:
     return left
 
 
-def _descriptors() -> frozenset[str]:
-    """Open ones, and where they lead."""
+def open_descriptors() -> frozenset[str]:
+    """Those of this process, and where they lead: "3: /dev/null"."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one that lists them
