@@ -268,7 +268,7 @@ class _Given:
             return
         inputs_too = len(sides) == 1
         if inputs_too and self.plain:
-            await self._collectives.run(work, [[array.data.cast("B") for array in self.arrays]])
+            await self._collectives.run(work, [self.arrays])
             return
         # Only what is written must be writable; a card takes nothing that is not.
         used: list[list[Array]] = []

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from waiting import until
 import spanker
 from spanker import aio
 from spanker.actors import collectives
-from spanker.actors.card import CardActor
 from spanker.actors.channel import MemoryChannel
+from spanker.device.base import Completion, Part
+from spanker.device.soft import SoftCard
 from spanker.errors import (
     CardHungError,
     CardLostError,
@@ -604,18 +605,26 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def test_idle_cards_are_called_and_others_get_one_message_and_send_one_back(
     busy: int, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first card on that is busy; once it is prepared."""
-    real = CardActor.begin
+    """From the first card on that takes nothing; once it is prepared."""
+    real = SoftCard.together
 
-    def begin(self: CardActor, *run: Any) -> bool:
-        # Ctrl-C between the cards would leave runs that nobody knows of.
-        assert trio.lowlevel.currently_ki_protected()
-        return self._device.number != busy and real(self, *run)
+    class SomeTogether:
+        def __init__(self, card: SoftCard, parts: Sequence[Part], parameters: bytes) -> None:
+            self._first = real(card, parts[:busy], parameters) if busy else None
 
+        def run(self, memory: Sequence[Any]) -> bool:
+            # Ctrl-C before the others are told would leave runs that nobody knows of.
+            assert trio.lowlevel.currently_ki_protected()
+            done = self._first is not None and self._first.run(memory[:busy])
+            return done and busy == 3
+
+        def outcomes(self) -> list[Completion | int]:
+            return [] if self._first is None else self._first.outcomes()
+
+    monkeypatch.setattr(SoftCard, "together", lambda *parts: SomeTogether(*parts))
     async with spanker.open_fleet(3) as fleet:
         given = [position_data(card, 100) for card in range(3)]
         await spanker.all_reduce(fleet, [x.copy() for x in given])
-        monkeypatch.setattr(CardActor, "begin", begin)
         for _ in range(5):
             mine = [x.copy() for x in given]
             await trio.testing.wait_all_tasks_blocked()
@@ -625,7 +634,6 @@ async def test_idle_cards_are_called_and_others_get_one_message_and_send_one_bac
             assert sent.count("RunLent") == 3 - busy
             # Of those that were called, all may not have been done at once.
             assert 3 - busy <= sent.count("StepDone") <= 3
-        monkeypatch.undo()
 
 
 async def test_a_call_beside_other_requests_comes_behind_them(sent: list[str]) -> None:

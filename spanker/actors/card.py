@@ -94,25 +94,14 @@ class KernelQueue:
             self._release(1)
             raise
 
-    def submit_nowait(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> int:
-        """As submit; trio.WouldBlock where it would wait."""
-        if not self._free_slots:
-            raise trio.WouldBlock
-        fence = self._device.submit(program, parameters, (), lent)
+    def count_submitted(self) -> None:
+        """Somebody else has submitted to the card, while the queue was empty."""
         self._free_slots -= 1
-        return fence
 
     def _release(self, slots: int) -> None:
         if not self._free_slots:
             slots -= len(self._waiting.unpark(count=slots))
         self._free_slots += slots
-
-    def completed_nowait(self) -> Sequence[Completion]:
-        """Those that have finished, in order."""
-        done = self._device.completions()
-        if done:
-            self._release(len(done))
-        return done
 
     async def completed(self) -> Sequence[Completion]:
         """Wait until submissions finish; return them in order."""
@@ -122,8 +111,9 @@ class KernelQueue:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(fd)
-            done = self.completed_nowait()
+            done = self._device.completions()
             if done:
+                self._release(len(done))
                 return done
 
 
@@ -139,8 +129,6 @@ class CardActor:
         self._submitted = trio.Event()
         # The id of the last request, None before the first.
         self._last_id: int | None = None
-        # The fence of what was begun directly.
-        self._begun = 0
         # While completions have been collected that are yet to be answered.
         self._answers = False
         self._writers = WorkThreads("spanker-writer", WRITES_MAX)
@@ -194,34 +182,22 @@ class CardActor:
             if isinstance(request, Stop):
                 return
 
-    def begin(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> bool:
-        """As DirectRuns: a small run is done sooner than a task is woken."""
-        # Whatever comes behind a write finds it done, and answers come in order.
-        if self._pending or self._answers or self._free_writers.value < WRITES_MAX:
-            return False
-        try:
-            self._begun = self._queue.submit_nowait(program, parameters, lent)
-        except Exception:
-            # Whatever is wrong is found again where requests are received: there it is answered, or
-            # ends this actor and not the task of whoever asks.
-            return False
-        return True
-
-    def finish(self) -> Completion | None:
+    @property
+    def device(self) -> CardDevice:
         """As DirectRuns."""
-        try:
-            done = self._queue.completed_nowait()
-        except SpankerError:
-            return None  # the card is closed, which `_collect` meets too
-        if not done:
-            return None
-        self._check_fence(done[0], self._begun)
-        return done[0]
+        return self._device
 
-    def enter(self, request_id: int) -> None:
+    @property
+    def is_free(self) -> bool:
+        """As DirectRuns."""
+        # Whatever comes behind a write finds it done, and answers come in order.
+        return not (self._pending or self._answers) and self._free_writers.value == WRITES_MAX
+
+    def enter(self, request_id: int, fence: int) -> None:
         """As DirectRuns."""
         self._check_newer(request_id)
-        self._pending.append((request_id, self._begun))
+        self._queue.count_submitted()
+        self._pending.append((request_id, fence))
         self._submitted.set()
 
     def _check_newer(self, request_id: int) -> None:
@@ -370,20 +346,16 @@ class CardActor:
 
     def _answer_to(self, completion: Completion) -> tuple[int, Message]:
         request_id, fence = self._pending.popleft()
-        self._check_fence(completion, fence)
-        if isinstance(completion.error, SpankerError):
-            return request_id, failed(completion.error, self._device.number)
-        return request_id, StepDone(fence, completion.busy_ns, buffers=completion.data)
-
-    def _check_fence(self, completion: Completion, fence: int) -> None:
-        """That this is what has come of a submission, and not a crash."""
         if completion.fence != fence:
             raise CardError(
                 f"card {self._device.number}: fence {completion.fence} completed, {fence} was next",
                 card=self._device.number,
             )
-        if completion.error is not None and not isinstance(completion.error, SpankerError):
+        if isinstance(completion.error, SpankerError):
+            return request_id, failed(completion.error, self._device.number)
+        if completion.error is not None:
             raise completion.error
+        return request_id, StepDone(fence, completion.busy_ns, buffers=completion.data)
 
     async def _send(self, reply: Message, request_id: int) -> None:
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Protocol
 
 import trio
@@ -28,7 +28,7 @@ from spanker.actors.frame import (
 )
 from spanker.actors.message import Message, check, decode, encode
 from spanker.actors.threads import WorkThreads
-from spanker.device.base import Completion, Lent
+from spanker.device.base import CardDevice
 from spanker.errors import ChannelClosedError, RemoteProtocolError
 
 # A message of several small pieces is one write; a larger piece is worth a write of its own,
@@ -46,20 +46,20 @@ Listener = Callable[[int, Message], bool]
 class DirectRuns(Protocol):
     """Runs on lent memory without messages, for who is in the same process and trio's thread.
 
-    Calls are turns of an idle actor's in the caller's task: `begin`, and before the next checkpoint
-    `finish`, and `enter` where that says None.  Between the first two others may be called, so that
-    the cards of a fleet work together.
+    Calls are turns of an idle actor's in the caller's task.  While it `is_free`, the caller may
+    submit a run to its device, and before the next checkpoint takes what has come of it, or else
+    `enter`s it.
     """
 
-    def begin(self, program: int, parameters: Buffer, lent: Sequence[Lent]) -> bool:
-        """Queue a run now.  False, and nothing queued, where it would have to wait or would be
-        refused: RunLent does either."""
+    @property
+    def device(self) -> CardDevice: ...
 
-    def finish(self) -> Completion | None:
-        """What came of the run that was begun; None while the card is at it."""
+    @property
+    def is_free(self) -> bool:
+        """Whether a run need not wait for what was asked before, or for what is to be answered."""
 
-    def enter(self, request_id: int) -> None:
-        """Answer that run with a message, as if RunLent of this id had been received."""
+    def enter(self, request_id: int, fence: int) -> None:
+        """Answer a run with a message, as if RunLent of this id had been received."""
 
 
 class Channel(trio.abc.AsyncResource):

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
+import numpy.typing as npt
 import trio
 
 from spanker.actors.channel import DirectRuns
@@ -40,7 +41,7 @@ from spanker.actors.message import (
     WriteBuffers,
 )
 from spanker.actors.steps import Flight, settled
-from spanker.device.base import Lent
+from spanker.device.base import Completion, Part, Together
 from spanker.errors import (
     CardError,
     CardLinkDownError,
@@ -77,8 +78,8 @@ class Resident:
     births: tuple[int, ...]
 
 
-Memory = memoryview | None
-"""A contiguous writable array of bytes; None where it is resident, or empty."""
+Memory = npt.NDArray[Any] | memoryview | None
+"""A contiguous writable array; None where it is resident, or empty."""
 
 
 class _Key(NamedTuple):
@@ -97,8 +98,7 @@ class _Card:
     program: int | None = None
     handles: dict[str, int] = attrs.Factory(dict)
     own: list[int] = attrs.Factory(list)
-    # Where arrays are lent: its run but for their memory, and each window with the place among the
-    # work's arrays of the one that it shows.
+    # Where arrays are lent: its run but for their memory, and its windows with their sizes.
     run: RunLent | None = None
     windows: tuple[tuple[int, int], ...] = ()
 
@@ -109,6 +109,12 @@ class _Prepared:
     # As they were when it was made.
     births: tuple[int, ...]
     cards: list[_Card] = attrs.Factory(list)
+    # Where arrays are lent: the cards that have something to do, and whose memory, by card and by
+    # place among the work's arrays, their windows take, in this order; all runs as one, once that
+    # is known to be possible.
+    working: tuple[int, ...] = ()
+    takes: tuple[tuple[int, int], ...] = ()
+    together: Together | None = None
     card_bytes: int = 0
     users: int = 0
     last_used: int = 0
@@ -175,25 +181,32 @@ class Collectives:
         finally:
             prepared.users -= 1
 
+    # Interrupted halfway, it would leave runs that nobody has entered.
+    @trio.lowlevel.enable_ki_protection
     async def _run(
         self, work: Work, prepared: _Prepared, memory: Sequence[Sequence[Memory]]
     ) -> None:
         coordinator = self._coordinator
-        flight = Flight(coordinator.count_step(), 0, self.cards, coordinator.trace)
+        begun = self._run_directly(prepared, memory)
+        if begun is None:
+            await trio.lowlevel.checkpoint()
+            return
+        flight, untold = begun
         try:
-            number = begun = self._run_directly(prepared, memory, flight) if prepared.lent else 0
             try:
-                for number in range(begun, self.cards):
+                while untold:
+                    number = untold[0]
                     card = prepared.cards[number]
                     if card.program is None:
                         flight.absent(number)
                     elif card.run is not None:
-                        request = _lending(card.run, _lent(card, number, memory))
+                        request = _lending(card.run, prepared, number, memory)
                         await coordinator.post(number, request, flight.callback(number))
                     else:
                         await self._post_staged(number, card, card.program, work, memory, flight)
+                    del untold[0]
             except BaseException:
-                flight.forget(self.cards - number)
+                flight.forget(len(untold))
                 raise
             await settled(coordinator, flight, range(self.cards))
         except CardLinkDownError as error:
@@ -210,37 +223,53 @@ class Collectives:
         if not prepared.lent:
             await self._read_back(work, prepared, memory, flight)
 
-    # Interrupted halfway, it would leave runs that nobody has entered.
-    @trio.lowlevel.enable_ki_protection
     def _run_directly(
-        self, prepared: _Prepared, memory: Sequence[Sequence[Memory]], flight: Flight
-    ) -> int:
-        """Run on cards whose actors are idle and in this process: no message, and nobody woken
-        where this thread does all of the work.  On so many cards, from the first on; the others
-        need messages."""
-        begun: list[tuple[DirectRuns, RunLent] | None] = []
-        try:
-            for client, card in zip(self._clients, prepared.cards, strict=True):
-                if (run := card.run) is None:
-                    begun.append(None)
-                    continue
-                actor = client.reach()
-                lent = _lent(card, len(begun), memory)
-                if actor is None or not actor.begin(run.program, STEP, lent):
-                    break
-                begun.append((actor, run))
-        finally:
-            for number, running in enumerate(begun):
-                if running is None:
-                    flight.absent(number)
-                    continue
-                actor, run = running
-                completion = actor.finish()
-                if completion is not None:
-                    flight.completed(number, completion)
-                else:
-                    actor.enter(self._clients[number].expect(run, flight.callback(number)))
-        return len(begun)
+        self, prepared: _Prepared, memory: Sequence[Sequence[Memory]]
+    ) -> tuple[Flight, list[int]] | None:
+        """Run on cards whose actors are free and in this process: no message, and nobody woken
+        where this thread does all of the work.  None where that was all; otherwise what is under
+        way, and the cards that are yet to be told of it, by messages."""
+        coordinator = self._coordinator
+        number, trace = coordinator.count_step(), coordinator.trace
+        outcomes: list[Completion | int] = []
+        actors = self._free_actors(prepared)
+        together = actors and self._together(prepared, actors)
+        if together:
+            taken = [memory[place][card] for card, place in prepared.takes]
+            if together.run(taken) and trace is None:
+                return None
+            outcomes = together.outcomes()
+        flight = Flight(number, 0, self.cards, trace)
+        untold = list(range(self.cards))
+        for card, actor, outcome in zip(prepared.working, actors, outcomes, strict=False):
+            untold.remove(card)
+            if isinstance(outcome, Completion):
+                flight.completed(card, outcome)
+                continue
+            run = prepared.cards[card].run
+            assert run is not None
+            actor.enter(self._clients[card].expect(run, flight.callback(card)), outcome)
+        return flight, untold
+
+    def _free_actors(self, prepared: _Prepared) -> list[DirectRuns]:
+        """Those of the cards that work, or none."""
+        actors: list[DirectRuns] = []
+        for card in prepared.working:
+            actor = self._clients[card].reach()
+            if actor is None or not actor.is_free:
+                return []
+            actors.append(actor)
+        return actors
+
+    def _together(self, prepared: _Prepared, actors: Sequence[DirectRuns]) -> Together | None:
+        if prepared.together is None:
+            parts = [
+                Part(actor.device, run.program, prepared.cards[card].windows)
+                for card, actor in zip(prepared.working, actors, strict=True)
+                if (run := prepared.cards[card].run) is not None
+            ]
+            prepared.together = parts[0].device.together(parts, STEP)
+        return prepared.together
 
     async def _post_staged(
         self,
@@ -253,7 +282,7 @@ class Collectives:
     ) -> None:
         """Write the inputs, and run behind that."""
         arrays = {
-            name: data
+            name: _flat(data)
             for name, rows in zip(work.arrays, memory, strict=False)
             if (data := rows[number]) is not None
         }
@@ -290,10 +319,11 @@ class Collectives:
         for name, rows in zip(work.arrays, memory, strict=False):
             if name not in work.outputs:
                 continue
-            for number, data in enumerate(rows):
+            for number, own in enumerate(rows):
                 card = prepared.cards[number]
-                if data is None or name not in card.handles:
+                if own is None or name not in card.handles:
                     continue
+                data = _flat(own)
                 if flight.replies[number].buffers:
                     data[:] = flight.replies[number].buffers[0]
                     continue
@@ -356,6 +386,15 @@ class Collectives:
         except BaseException:
             await self._release(prepared)
             raise
+        prepared.working = tuple([n for n, card in enumerate(prepared.cards) if card.run])
+        prepared.takes = tuple(
+            [
+                (number, place)
+                for number in prepared.working
+                for place, name in enumerate(key.work.arrays)
+                if name in prepared.cards[number].handles
+            ]
+        )
         return prepared
 
     async def _load_card(
@@ -383,13 +422,8 @@ class Collectives:
         loaded = await self._coordinator.owning(client, LoadProgram(buffers=(program,)))
         card.program = loaded.program
         if lent:
-            card.windows = tuple(
-                [
-                    (card.handles[name], place)
-                    for place, name in enumerate(key.work.arrays)
-                    if name in card.handles
-                ]
-            )
+            shown = [name for name in key.work.arrays if name in card.handles]
+            card.windows = tuple([(card.handles[name], arrays[name]) for name in shown])
             windows = tuple([window for window, _ in card.windows])
             card.run = RunLent(loaded.program, windows, buffers=(STEP,))
 
@@ -490,14 +524,18 @@ class Collectives:
                         nursery.start_soon(release, self._clients[number], card)
 
 
-def _lent(card: _Card, number: int, memory: Sequence[Sequence[Memory]]) -> list[Any]:
-    """The memory of a card's windows."""
-    return [(window, memory[place][number]) for window, place in card.windows]
+def _lending(
+    run: RunLent, prepared: _Prepared, card: int, memory: Sequence[Sequence[Memory]]
+) -> RunLent:
+    """A card's run with its memory, as a message."""
+    lent = [_flat(memory[place][card]) for owner, place in prepared.takes if owner == card]
+    return attrs.evolve(run, buffers=(*run.buffers, *lent))
 
 
-def _lending(run: RunLent, lent: Sequence[Lent]) -> RunLent:
-    """The run with its memory, as a message."""
-    return attrs.evolve(run, buffers=run.buffers + tuple([memory for _, memory in lent]))
+def _flat(memory: Memory) -> memoryview:
+    """As bytes."""
+    assert memory is not None
+    return (memory if isinstance(memory, memoryview) else memory.data).cast("B")
 
 
 def _reading_back(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import attrs
 import numpy as np
@@ -77,15 +77,40 @@ class DeviceInfo(Value):
 
 class Completion(NamedTuple):
     """A finished submission.  `error` is None, or why it failed; `data` is what its reads brought
-    back, one item each, nothing after a failure.
-
-    A tuple, which is made in half the time: a small collective has one for each card.
-    """
+    back, one item each, nothing after a failure."""
 
     fence: int
     busy_ns: int
     error: Exception | None
     data: tuple[bytes, ...] = ()
+
+
+@attrs.frozen(eq=False, repr=False)
+class Part(Value):
+    """What one card does when several run together: a program, and the sizes in bytes of its
+    windows by their handles."""
+
+    device: CardDevice
+    program: int
+    windows: tuple[tuple[int, int], ...]
+
+
+class Together(Protocol):
+    """One run on each of several cards, for one call after the other: `CardDevice.together`."""
+
+    def run(self, memory: Sequence[Any]) -> bool:
+        """As `submit` on every card, from the first on until one refuses or has something queued or
+        yet to be taken; then, for milliseconds at most, do or await what is done sooner than
+        anybody is woken.
+
+        `memory` has a contiguous writable buffer for each window, part by part.  Whether all cards
+        have succeeded, when nothing is left to be taken; else `outcomes` tells, before anything
+        else is asked of these cards.
+        """
+
+    def outcomes(self) -> list[Completion | int]:
+        """Of the last `run`, for each card that it was submitted to, in order: what has come of it,
+        which `completions` does not tell again, or its fence while the card is at it."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -214,6 +239,10 @@ class CardDevice(abc.ABC):
         completion has been taken, and nobody else may touch it meanwhile.
         CardCommandError when anything does not fit, or when the queue is full.
         """
+
+    def together(self, parts: Sequence[Part], parameters: bytes) -> Together | None:
+        """Runs of these parts, this card's first; None where its body must be told card by card."""
+        return None
 
     @abc.abstractmethod
     def completions(self) -> Sequence[Completion]:

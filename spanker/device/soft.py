@@ -28,8 +28,10 @@ from spanker.device.base import (
     DeviceInfo,
     Fill,
     Lent,
+    Part,
     Place,
     Read,
+    Together,
 )
 from spanker.device.throttle import Pace, Throttle, pace_of
 from spanker.errors import (
@@ -273,6 +275,12 @@ class SoftCard(CardDevice):
         self._queued.append((sizes, memory))
         fence: int = self._fence[0]
         return fence
+
+    def together(self, parts: Sequence[Part], parameters: bytes) -> Together | None:
+        cards = [part.device for part in parts if isinstance(part.device, SoftCard)]
+        if len(cards) < len(parts) or any(card._rig is not self._rig for card in cards):
+            return None
+        return _SoftTogether(cards, parts, parameters)
 
     def _wanted(self, reads: Sequence[Read]) -> Any:
         """Reads for the native card."""
@@ -532,6 +540,55 @@ class SoftCard(CardDevice):
     def _check(self, status: int, what: str, detail: str = "") -> None:
         if status != lib.SPK_OK:
             check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
+
+
+class _SoftTogether:
+    """One native call for all cards.  A Together."""
+
+    def __init__(self, cards: Sequence[SoftCard], parts: Sequence[Part], parameters: bytes) -> None:
+        self._cards, self._parameters = cards, parameters
+        self._sizes = [nbytes for part in parts for _, nbytes in part.windows]
+        self._submitted = False
+        self._parts = ffi.new("struct spk_part[]", len(parts))
+        for native, card, part in zip(self._parts, cards, parts, strict=True):
+            native.card, native.program = card.handle, part.program
+            native.lent_count = len(part.windows)
+            for entry, (window, nbytes) in zip(native.lent, part.windows, strict=False):
+                entry.window, entry.nbytes = window, nbytes
+
+    def run(self, memory: Sequence[Any]) -> bool:
+        self._submitted = False
+        try:
+            held = [ffi.from_buffer(_BYTES, buffer, True) for buffer in memory]
+        except (BufferError, TypeError, ValueError):
+            return False
+        # Native cards are there until all of them are released.
+        if self._cards[0].closed or list(map(len, held)) != self._sizes:
+            return False
+        self._submitted = True
+        parts, count, parameters = self._parts, len(self._cards), self._parameters
+        if lib.spk_parts_run(parts, count, held, parameters, len(parameters)) == count:
+            return True
+        at = 0
+        for part, card in zip(parts, self._cards, strict=True):
+            lent = held[at : at + part.lent_count]
+            at += part.lent_count
+            if part.fence and not part.done:
+                card._queued.append(((), lent))
+        return False
+
+    def outcomes(self) -> list[Completion | int]:
+        found: list[Completion | int] = []
+        for part, card in zip(self._parts, self._cards, strict=True):
+            if not self._submitted or not part.fence:
+                break
+            if not part.done:
+                found.append(int(part.fence))
+                continue
+            c = part.completion
+            error = None if c.status == lib.SPK_OK else card._failure(c)
+            found.append(Completion(c.fence, c.busy_ns, error))
+        return found
 
 
 def _cut(c: Any, sizes: tuple[int, ...]) -> tuple[bytes, ...]:

@@ -57,12 +57,19 @@ from spanker.actors.message import (
     WriteBuffers,
     failed,
 )
-from spanker.device.base import TRACE_EVENT, CardDevice, TraceEvent, unpack_events
+from spanker.device.base import (
+    TRACE_EVENT,
+    CardDevice,
+    Completion,
+    Part,
+    Together,
+    TraceEvent,
+    unpack_events,
+)
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
     CardError,
     CardFaultError,
-    CardLostError,
     ChannelClosedError,
     ModelError,
     RemoteProtocolError,
@@ -745,8 +752,7 @@ async def test_ids_have_gaps_and_wrap(host: Host) -> None:
 async def test_the_id_of_a_run_without_a_message_counts() -> None:
     async with direct_host() as direct:
         direct.device.hang()
-        assert direct.begin() and direct.runs().finish() is None
-        direct.runs().enter(77)
+        direct.enter(77)
         await direct.host.channel.send(Describe(), 77)
         with pytest.raises(ChannelClosedError):
             await direct.host.channel.receive()
@@ -762,20 +768,41 @@ class DirectHost:
     def __init__(self, host: Host) -> None:
         self.host, self.device = host, host.device
         self.windows = [self.device.window(16) for _ in range(2)]
+        self.program = self.load()
+        self.source, self.target = bytearray(b"0123456789abcdef"), bytearray(16)
+        self.together: Together | None = None
+
+    def load(self) -> int:
         handles = dict(zip(("from", "into"), self.windows, strict=True))
         command = op.copy(Element.F32, op.Ref("into"), op.Ref("from"), count=4)
-        self.program = self.device.load_program(op.Program((command,), 1, 1, 1).encode(handles))
-        self.source, self.target = bytearray(b"0123456789abcdef"), bytearray(16)
+        return self.device.load_program(op.Program((command,), 1, 1, 1).encode(handles))
 
     def runs(self) -> DirectRuns:
         runs = self.host.channel.reach()
         assert runs is not None
         return runs
 
-    def begin(self, program: int | None = None, target: Any = None) -> bool:
-        memory = (self.source, self.target if target is None else target)
-        lent = list(zip(self.windows, map(memoryview, memory), strict=True))
-        return self.runs().begin(self.program if program is None else program, STEP, lent)
+    def begin(self, target: Any = None) -> Completion | int | None:
+        """What has come of it, or its fence; None where nothing was submitted."""
+        runs = self.runs()
+        if not runs.is_free:
+            return None
+        if self.together is None:
+            windows = tuple((window, 16) for window in self.windows)
+            parts = [Part(runs.device, self.program, windows)]
+            self.together = runs.device.together(parts, STEP)
+            assert self.together is not None
+        done = self.together.run((self.source, self.target if target is None else target))
+        outcomes = self.together.outcomes()
+        assert len(outcomes) <= 1
+        assert done == any(isinstance(o, Completion) and o.error is None for o in outcomes)
+        return outcomes[0] if outcomes else None
+
+    def enter(self, request_id: int) -> None:
+        """One that the card, which hangs, does not end."""
+        fence = self.begin()
+        assert isinstance(fence, int)
+        self.runs().enter(request_id, fence)
 
 
 @asynccontextmanager
@@ -785,16 +812,14 @@ async def direct_host() -> AsyncIterator[DirectHost]:
         yield DirectHost(host)
 
 
-async def test_an_idle_actor_is_called_and_no_message_tells_of_it() -> None:
+async def test_a_free_actor_is_called_and_no_message_tells_of_it() -> None:
     async with direct_host() as direct:
         for turn in range(3 * QUEUE_MAX):
             direct.source[0], direct.target[0] = turn, 255
-            done = None
             with trio.testing.assert_no_checkpoints():
-                assert direct.begin()
-                while done is None:
-                    done = direct.runs().finish()
-            assert done.error is None and direct.target == direct.source
+                done = direct.begin()
+            assert isinstance(done, Completion) and done.error is None
+            assert direct.target == direct.source
         # It holds no memory any more, and serves as ever.
         direct.source.clear()
         direct.target.clear()
@@ -804,10 +829,9 @@ async def test_an_idle_actor_is_called_and_no_message_tells_of_it() -> None:
 async def test_a_run_that_is_not_done_at_once_is_answered_by_a_message() -> None:
     async with direct_host() as direct:
         direct.device.hang()
-        assert direct.begin() and direct.runs().finish() is None
-        direct.runs().enter(77)
+        direct.enter(77)
         # Answers come in order, so nobody goes before it.
-        assert not direct.begin()
+        assert direct.begin() is None
         with pytest.raises(BufferError):
             direct.target.clear()
         lib.spk_card_plant(direct.device.handle, lib.SPK_PLANT_NONE)
@@ -817,11 +841,21 @@ async def test_a_run_that_is_not_done_at_once_is_answered_by_a_message() -> None
         direct.target.clear()
 
 
+async def test_runs_that_are_answered_by_messages_take_and_give_back_slots() -> None:
+    async with direct_host() as direct:
+        for turn in range(3 * QUEUE_MAX):
+            direct.device.hang()
+            direct.enter(77 + turn)
+            lib.spk_card_plant(direct.device.handle, lib.SPK_PLANT_NONE)
+            assert (await direct.host.channel.receive())[0] == 77 + turn
+            await trio.testing.wait_all_tasks_blocked()
+        assert isinstance(direct.begin(), Completion)
+
+
 async def test_an_abort_brings_back_a_run_that_no_message_asked_for() -> None:
     async with direct_host() as direct:
         direct.device.hang()
-        assert direct.begin() and direct.runs().finish() is None
-        direct.runs().enter(77)
+        direct.enter(77)
         direct.host.next_id = 77
         aborted = await direct.host.post(Abort(2))
         got = dict([await direct.host.channel.receive() for _ in range(2)])
@@ -832,64 +866,38 @@ async def test_an_abort_brings_back_a_run_that_no_message_asked_for() -> None:
 
 async def test_what_cannot_be_begun_at_once_is_left_alone() -> None:
     async with direct_host() as direct:
+        assert isinstance(direct.begin(), Completion)
         # It would be refused: whoever sends it as a message gets told.
-        for _ in range(2 * QUEUE_MAX):
-            assert not direct.begin(program=direct.program + 1)
-            assert not direct.begin(target=bytes(16))
-            assert not direct.begin(target=bytearray(15))
+        for target in (bytes(16), bytearray(15), 16):
+            assert direct.begin(target) is None
+        direct.device.unload_program(direct.program)
+        assert direct.begin() is None
         assert direct.device.counters().queued == 0
+        assert direct.load() == direct.program
         # It would have to wait for a write.
         gate = Gate()
         handle = await direct.host.alloc(4)
         await direct.host.post(gate.write(handle))
         await until(gate.started.is_set)
-        assert not direct.begin()
+        assert direct.begin() is None
         gate.go_on.set()
         assert (await direct.host.channel.receive())[1] == Ok()
         await trio.testing.wait_all_tasks_blocked()
-        assert direct.begin()
-        while (done := direct.runs().finish()) is None:
-            pass
-        assert done.error is None and direct.target == direct.source
+        assert isinstance(direct.begin(), Completion) and direct.target == direct.source
 
 
 async def test_a_card_that_dies_fails_its_run_and_takes_no_other() -> None:
     async with direct_host() as direct:
         direct.device.hang()
-        assert direct.begin()
+        direct.enter(77)
         direct.device.kill()
-        if (done := direct.runs().finish()) is None:
-            direct.runs().enter(77)
-            answered, failure = await direct.host.channel.receive()
-            assert answered == 77 and isinstance(failure, Failed)
-            assert failure.error == "CardLostError"
-        else:
-            assert isinstance(done.error, CardLostError)
+        answered, failure = await direct.host.channel.receive()
+        assert answered == 77 and isinstance(failure, Failed)
+        assert failure.error == "CardLostError"
         await trio.testing.wait_all_tasks_blocked()
-        assert not direct.begin()
-
-
-async def test_a_full_queue_takes_nothing_at_once() -> None:
-    device = FakeDevice()
-    queue = KernelQueue(device, 1)
-    assert await queue.submit(1, b"") == 1
-    with pytest.raises(trio.WouldBlock):
-        queue.submit_nowait(1, b"", ())
-    order: list[int] = []
-
-    async def submit() -> None:
-        order.append(await queue.submit(1, b""))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(submit)
-        await trio.testing.wait_all_tasks_blocked()
-        device.finish()
-        assert [c.fence for c in await queue.completed()] == [1]
-        # The slot is another's already.
-        with pytest.raises(trio.WouldBlock):
-            queue.submit_nowait(1, b"", ())
-    assert order == [2]
-    device.close()
+        assert direct.begin() is None
+        direct.device.close()
+        assert direct.begin() is None
 
 
 # --- the queue alone -----------------------------------------------------------------------------

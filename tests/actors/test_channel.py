@@ -25,6 +25,7 @@ from spanker.actors.frame import Deferred, Frame, FrameLimits, RawBuffer, encode
 from spanker.actors.host_link import HostLink
 from spanker.actors.message import Abort, BufferData, Describe, Ok, WriteBuffers, encode
 from spanker.actors.paced import PacedLink
+from spanker.device.base import CardDevice
 from spanker.errors import (
     ChannelClosedError,
     LocalProtocolError,
@@ -511,13 +512,15 @@ async def test_what_one_end_exposes_is_reached_in_memory_while_it_is_idle(pair: 
 class Runs:
     """Never called."""
 
-    def begin(self, program: int, parameters: object, lent: object) -> bool:
+    @property
+    def device(self) -> CardDevice:
         raise AssertionError
 
-    def finish(self) -> None:
+    @property
+    def is_free(self) -> bool:
         raise AssertionError
 
-    def enter(self, request_id: int) -> None:
+    def enter(self, request_id: int, fence: int) -> None:
         raise AssertionError
 
 

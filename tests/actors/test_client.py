@@ -28,6 +28,7 @@ from spanker.actors.message import (
     StepDone,
     WriteBuffers,
 )
+from spanker.device.base import CardDevice
 from spanker.errors import (
     CardCommandError,
     CardHungError,
@@ -300,13 +301,15 @@ async def test_a_cancelled_post_has_sent_nothing_and_holds_up_nobody() -> None:
 class Runs:
     """What an actor exposes; nobody calls it here."""
 
-    def begin(self, program: int, parameters: object, lent: object) -> bool:
+    @property
+    def device(self) -> CardDevice:
         raise AssertionError
 
-    def finish(self) -> None:
+    @property
+    def is_free(self) -> bool:
         raise AssertionError
 
-    def enter(self, request_id: int) -> None:
+    def enter(self, request_id: int, fence: int) -> None:
         raise AssertionError
 
 

@@ -3,6 +3,7 @@
  * messages, and where it lies.  It is
  * freed as soon as its completion is there, aborts at any moment included: whoever still touches it
  * then is found by AddressSanitizer, whoever touches it unordered by ThreadSanitizer. */
+#include <poll.h>
 #include <pthread.h>
 #include <time.h>
 
@@ -15,6 +16,7 @@ struct fleet {
     struct spk_pool *pool;
     uint32_t window[CARDS], rooms[CARDS], program[CARDS];
     float *lent[CARDS];
+    struct spk_part parts[CARDS]; /* `done` where one of the last round is yet to be looked at */
 };
 
 static void transfer(struct builder *p, int op, int peer, struct spk_ref at)
@@ -97,34 +99,64 @@ static float initial(uint32_t round, int card, size_t i)
     return (float)((round * 131 + (uint32_t)card * 7 + i) % 1021);
 }
 
+/* All cards by one call; what is not over by then is collected like anything else. */
+static size_t run_parts(struct fleet *f, const uint32_t *program, const uint32_t *window,
+                        float *const *memory, size_t count)
+{
+    struct step s = new_step(0, 0, 0, 0, 0);
+    for (int card = 0; card < CARDS; card++)
+        f->parts[card] = (struct spk_part){.card = f->cards[card],
+                                           .program = program[card],
+                                           .lent_count = 1,
+                                           .lent = {{.window = window[card], .nbytes = count * 4}}};
+    return spk_parts_run(f->parts, CARDS, (void *const *)memory, &s, step_bytes(&s));
+}
+
 static void submit_all(struct fleet *f, uint32_t round)
 {
     struct step s = new_step(0, 0, 0, 0, 0);
     for (int card = 0; card < CARDS; card++) {
-        uint64_t fence;
-        char why[256];
         f->lent[card] = exact(TOTAL * 4);
         for (size_t i = 0; i < TOTAL; i++)
             f->lent[card][i] = initial(round, card, i);
+    }
+    if (round % 3 == 2) {
+        run_parts(f, f->program, f->window, f->lent, TOTAL);
+        for (int card = 0; card < CARDS; card++)
+            CHECK(f->parts[card].fence);
+        return;
+    }
+    for (int card = 0; card < CARDS; card++) {
+        uint64_t fence;
+        char why[256];
         struct spk_lent lent = {.window = f->window[card],
                                 .memory = f->lent[card],
                                 .nbytes = TOTAL * 4};
         /* Every other time the thread that submits may stay and lend a hand. */
-        CHECK_EQUAL((round % 2 ? spk_card_submit_helping : spk_card_submit_lending)(
+        CHECK_EQUAL((round % 3 ? spk_card_submit_helping : spk_card_submit_lending)(
                         f->cards[card], f->program[card], &s, step_bytes(&s), NULL, 0, &lent, 1,
                         &fence, why),
                     SPK_OK);
     }
 }
 
+/* Waits for one completion of a card. */
+static struct spk_completion completion_of(struct fleet *f, int card)
+{
+    struct spk_completion done = f->parts[card].completion;
+    bool known = f->parts[card].done;
+    f->parts[card].done = 0;
+    for (int i = 0; !known && !spk_card_completion(f->cards[card], &done); i++) {
+        CHECK(i < 200000);
+        sleep_ns(20000);
+    }
+    return done;
+}
+
 /* Collects one completion of a card, checks what it worked on, and takes that away. */
 static int take(struct fleet *f, int card, uint32_t round)
 {
-    struct spk_completion done;
-    for (int i = 0; !spk_card_completion(f->cards[card], &done); i++) {
-        CHECK(i < 200000);
-        sleep_ns(50000);
-    }
+    struct spk_completion done = completion_of(f, card);
     for (size_t i = 0; done.status == SPK_OK && i < TOTAL; i++) {
         float sum = 0;
         for (int from = 0; from < CARDS; from++)
@@ -237,7 +269,7 @@ static void little_is_done_by_whoever_submits(bool meet)
     struct rng r = {.state = SEED};
     struct fleet f = fleet_create(meet);
     struct step s = new_step(0, 0, 0, 0, 0);
-    uint32_t window[CARDS], little[CARDS], epoch = 1;
+    uint32_t window[CARDS], little[CARDS], epoch = 1, all_at_once = 0;
     for (int i = 0; i < CARDS; i++)
         CHECK_EQUAL(spk_card_window(f.cards[i], LITTLE * 4, &window[i]), SPK_OK);
     for (int i = 0; i < CARDS; i++)
@@ -245,17 +277,22 @@ static void little_is_done_by_whoever_submits(bool meet)
     for (uint32_t round = 0; round < ROUNDS; round++) {
         CASE("little, round %u, seed %d", round, SEED);
         bool behind = rng_below(&r, 8) == 0, aborted = rng_below(&r, 8) == 0;
+        bool at_once = !behind && !aborted && rng_below(&r, 2);
         float *memory[CARDS];
         if (behind)
             submit_all(&f, round);
         if (rng_below(&r, 2))
             sleep_ns(rng_below(&r, 200000));
         for (int card = 0; card < CARDS; card++) {
-            uint64_t fence;
-            char why[256];
             memory[card] = exact(LITTLE * 4);
             for (size_t i = 0; i < LITTLE; i++)
                 memory[card][i] = initial(round, card, i);
+        }
+        if (at_once)
+            all_at_once += run_parts(&f, little, window, memory, LITTLE) == CARDS;
+        for (int card = 0; card < CARDS && !at_once; card++) {
+            uint64_t fence;
+            char why[256];
             struct spk_lent lent = {.window = window[card],
                                     .memory = memory[card],
                                     .nbytes = LITTLE * 4};
@@ -275,11 +312,7 @@ static void little_is_done_by_whoever_submits(bool meet)
         for (int card = 0; card < CARDS; card++) {
             if (behind)
                 take(&f, card, round);
-            struct spk_completion done;
-            for (int i = 0; !spk_card_completion(f.cards[card], &done); i++) {
-                CHECK(i < 200000);
-                sleep_ns(20000);
-            }
+            struct spk_completion done = completion_of(&f, card);
             CHECK(done.status == SPK_OK || (aborted && done.status == SPK_E_ABORTED));
             for (size_t i = 0; done.status == SPK_OK && i < LITTLE; i++) {
                 float sum = 0;
@@ -289,6 +322,46 @@ static void little_is_done_by_whoever_submits(bool meet)
             }
             free(memory[card]);
         }
+    }
+    CHECK(all_at_once > 0);
+    spk_pool_destroy(f.pool);
+    for (int i = 0; i < CARDS; i++)
+        spk_card_destroy(f.cards[i]);
+}
+
+/* Only from one card on there is somebody who refuses; of what is not over, the fd tells. */
+static void a_part_that_is_refused_leaves_the_others_waiting(bool meet)
+{
+    struct fleet f = fleet_create(meet);
+    float *memory[CARDS];
+    uint32_t little[CARDS], window[CARDS];
+    for (int i = 0; i < CARDS; i++) {
+        CHECK_EQUAL(spk_card_window(f.cards[i], LITTLE * 4, &window[i]), SPK_OK);
+        little[i] = load_little(&f, i, window[i], meet);
+        memory[i] = exact(LITTLE * 4);
+        memset(memory[i], 0, LITTLE * 4);
+    }
+    little[2] += 1; /* no such program */
+    CHECK_EQUAL(run_parts(&f, little, window, memory, LITTLE), 0);
+    for (int i = 0; i < CARDS; i++)
+        CHECK(!f.parts[i].done && !f.parts[i].fence == (i >= 2));
+    /* What has something queued takes nothing more. */
+    little[2] -= 1;
+    CHECK_EQUAL(run_parts(&f, little, window, memory, LITTLE), 0);
+    for (int i = 0; i < CARDS; i++)
+        CHECK(!f.parts[i].done && !f.parts[i].fence);
+    for (int i = 0; i < CARDS; i++)
+        CHECK_EQUAL(spk_card_abort(f.cards[i], 2), SPK_OK);
+    for (int i = 0; i < 2; i++) {
+        struct pollfd fd = {.fd = spk_card_fd(f.cards[i]), .events = POLLIN};
+        CHECK_EQUAL(poll(&fd, 1, 10000), 1);
+        CHECK_EQUAL(completion_of(&f, i).status, SPK_E_ABORTED);
+    }
+    run_parts(&f, little, window, memory, LITTLE);
+    for (int i = 0; i < CARDS; i++) {
+        CHECK(f.parts[i].fence);
+        CHECK_EQUAL(completion_of(&f, i).status, SPK_OK);
+        free(memory[i]);
     }
     spk_pool_destroy(f.pool);
     for (int i = 0; i < CARDS; i++)
@@ -302,6 +375,7 @@ int main(void)
         an_abort_at_any_moment_lets_go_of_everything(meet);
         a_dead_card_lets_go_too(meet);
         little_is_done_by_whoever_submits(meet);
+        a_part_that_is_refused_leaves_the_others_waiting(meet);
     }
     puts("ok threads_collectives");
     return 0;

@@ -710,10 +710,10 @@ int spk_card_submit(struct spk_card *c, uint32_t handle, const void *params, siz
                                    why);
 }
 
-int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
-                            const struct spk_read *reads, size_t read_count,
-                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
-                            char *why)
+/* `awaited`: for a card that has nothing queued and nothing to be collected. */
+static int submit(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                  const struct spk_read *reads, size_t read_count, const struct spk_lent *lent,
+                  size_t lent_count, bool awaited, uint64_t *fence, char *why)
 {
     struct submission s = {0};
 
@@ -741,16 +741,28 @@ int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *par
     if (read_count)
         memcpy(s.reads, reads, read_count * sizeof *reads);
     pthread_mutex_lock(&c->mutex);
-    int status = submit_locked(c, handle, &s, nbytes, lent, lent_count, why);
+    int status = SPK_E_BUSY;
+    if (!awaited || !(c->queue_count + c->completion_count))
+        status = submit_locked(c, handle, &s, nbytes, lent, lent_count, why);
     *fence = s.fence;
-    if (status == SPK_OK)
+    if (status == SPK_OK) {
+        c->awaited = awaited;
         atomic_store(&c->ready, 1);
+    }
     pthread_mutex_unlock(&c->mutex);
     if (status == SPK_OK)
         pool_notify(c);
     else
         free(s.params);
     return status;
+}
+
+int spk_card_submit_lending(struct spk_card *c, uint32_t handle, const void *params, size_t nbytes,
+                            const struct spk_read *reads, size_t read_count,
+                            const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
+                            char *why)
+{
+    return submit(c, handle, params, nbytes, reads, read_count, lent, lent_count, false, fence, why);
 }
 
 /* Whether a host thread may do a program itself, or `beside` workers. */
@@ -776,6 +788,63 @@ int spk_card_submit_helping(struct spk_card *c, uint32_t handle, const void *par
     if (help)
         pool_help(c, beside);
     return status;
+}
+
+/* With the card's mutex held. */
+static bool take_completion(struct spk_card *c, struct spk_completion *out)
+{
+    bool got = c->completion_count > 0;
+    free(c->taken_result);
+    c->taken_result = NULL;
+    if (got) {
+        *out = c->completions[c->completion_head];
+        c->taken_result = writable(out->result);
+        c->completion_head = (c->completion_head + 1) % SPK_QUEUE_MAX;
+        c->completion_count--;
+    }
+    return got;
+}
+
+/* Whether one thread may do the programs of all parts, or `beside` workers. */
+static bool are_quick(const struct spk_part *parts, size_t count, bool *beside)
+{
+    bool all = count > 0, one_beside;
+    *beside = false;
+    for (size_t i = 0; i < count && all; i++) {
+        all = is_quick(parts[i].card, parts[i].program, &one_beside);
+        *beside |= one_beside;
+    }
+    return all;
+}
+
+size_t spk_parts_run(struct spk_part *parts, size_t count, void *const *memory, const void *params,
+                     size_t nbytes)
+{
+    char why[256];
+    size_t begun = 0, succeeded = 0;
+    bool beside, help = are_quick(parts, count, &beside);
+    /* In place of the last card's worker: that of the first has its part begun already. */
+    help = help && pool_hush(parts[count - 1].card, beside);
+    for (size_t i = 0; i < count; i++) {
+        struct spk_part *part = &parts[i];
+        part->fence = part->done = 0;
+        for (uint32_t w = 0; w < part->lent_count; w++)
+            part->lent[w].memory = *memory++;
+        if (begun == i && submit(part->card, part->program, params, nbytes, NULL, 0, part->lent,
+                                 part->lent_count, true, &part->fence, why) == SPK_OK)
+            begun++;
+    }
+    if (help)
+        pool_help(parts[count - 1].card, beside);
+    for (size_t i = 0; i < begun; i++) {
+        struct spk_card *c = parts[i].card;
+        pthread_mutex_lock(&c->mutex);
+        c->awaited = false;
+        parts[i].done = take_completion(c, &parts[i].completion);
+        pthread_mutex_unlock(&c->mutex);
+        succeeded += parts[i].done && parts[i].completion.status == SPK_OK;
+    }
+    return succeeded;
 }
 
 void card_signal(struct spk_card *c)
@@ -838,26 +907,19 @@ static void complete(struct spk_card *c, int status)
     atomic_store(&c->waiting_for, -1);
     if (status == SPK_OK)
         atomic_fetch_add(&c->steps, 1);
+    bool awaited = c->awaited;
     pthread_mutex_unlock(&c->mutex);
     /* After the lock is free, or the host wakes up only to wait for it.  So a collector that was
      * quicker can find the fd readable once with nothing behind it. */
-    card_signal(c);
+    if (!awaited)
+        card_signal(c);
 }
 
 int spk_card_completion(struct spk_card *c, struct spk_completion *out)
 {
     uint64_t drained;
-    int got = 0;
     pthread_mutex_lock(&c->mutex);
-    free(c->taken_result);
-    c->taken_result = NULL;
-    if (c->completion_count) {
-        *out = c->completions[c->completion_head];
-        c->taken_result = writable(out->result);
-        c->completion_head = (c->completion_head + 1) % SPK_QUEUE_MAX;
-        c->completion_count--;
-        got = 1;
-    }
+    int got = take_completion(c, out);
     if (!c->completion_count) {
         ssize_t n = read(c->event_fd, &drained, sizeof drained);
         (void)n; /* EAGAIN: nothing was signalled */

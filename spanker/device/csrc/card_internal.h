@@ -133,6 +133,7 @@ struct spk_card {
     struct spk_completion completions[SPK_QUEUE_MAX];
     uint32_t completion_head, completion_count;
     uint8_t *taken_result; /* of the completion that was collected last */
+    bool awaited;          /* whoever submitted looks for the completion: it need not be signalled */
     uint64_t next_fence;
     uint64_t known_from; /* fences from here on were given out once the last step had completed */
 

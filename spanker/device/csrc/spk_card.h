@@ -126,6 +126,17 @@ struct spk_completion {
     uint64_t result_bytes;
 };
 
+/* One card's part in a run of several. */
+struct spk_part {
+    struct spk_card *card;
+    uint32_t program;
+    uint32_t lent_count;
+    struct spk_lent lent[SPK_WINDOWS_MAX]; /* of each the memory is filled in with every run */
+    uint64_t fence;                        /* out: 0 where nothing was submitted */
+    struct spk_completion completion;      /* out: how it ended, where it is */
+    uint32_t done;
+};
+
 /* One command of a step as it was executed; an exchange ends when its last message has come. */
 struct spk_trace_event {
     uint64_t begin_ns; /* CLOCK_MONOTONIC */
@@ -243,6 +254,12 @@ int spk_card_submit_helping(struct spk_card *card, uint32_t program, const void 
                             size_t nbytes, const struct spk_read *reads, size_t read_count,
                             const struct spk_lent *lent, size_t lent_count, uint64_t *fence,
                             char *why);
+/* One submission to each of these cards of a pool, from the first on until one refuses or has not
+ * collected what it was given before.  `memory` is that of all windows, part by part.  The calling
+ * thread helps as above, once for all, and collects what is over by then, of which no fd tells.
+ * Returns how many have succeeded. */
+size_t spk_parts_run(struct spk_part *parts, size_t count, void *const *memory, const void *params,
+                     size_t nbytes);
 /* 1 and a completion, or 0 when there is none.  Its result stays until the next call.  The fd is
  * an eventfd that polls readable whenever completions wait, and now and then when none does. */
 int spk_card_completion(struct spk_card *card, struct spk_completion *out);
