@@ -109,6 +109,16 @@ class Command(Value):
         ten times as long."""
         return Command(self.op, self.refs, self.args, self.format, self.outputs, part, self.bulk)
 
+    def renamed(self, names: Mapping[str, str], part: str) -> Command:
+        """The same command of another part, on other buffers where `names` has another name."""
+        refs = []
+        for slot, ref in self.refs:
+            name = names.get(ref.buffer)
+            refs.append((slot, ref if name is None else Ref(name, ref.stride, ref.offset)))
+        return Command(
+            self.op, tuple(refs), self.args, self.format, self.outputs, part, self.bulk
+        )
+
 
 def _f32_bits(x: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", x))[0])

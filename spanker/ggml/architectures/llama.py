@@ -599,6 +599,8 @@ class _Builder:
         # Every layer gathers the same rows, each shared in its own way, whole Q8 blocks or not.
         self.gathers: dict[str, list[tuple[Command, ...]]] = {}
         self.whole_blocks: dict[str, bool] = {}
+        # The first layer of each kind, and its commands.
+        self.kinds: dict[tuple[object, ...], tuple[int, list[Command]]] = {}
 
     def commands(self) -> list[Command]:
         out: list[Command] = []
@@ -607,15 +609,41 @@ class _Builder:
         else:
             self._put(out, iter(self._handover(self.previous, self.stage)))
         for index in range(self.stage.layers.start, self.stage.layers.stop):
-            layer = self.shape.layers[index]
-            for part in (self._attention(index, layer), self._ffn(index, layer)):
-                self._put(out, part, f"blk.{index}")
+            out += self._layer(index)
         if self.next is None:
             self._put(out, self._output())
         else:
             self._put(out, iter(self._handover(self.stage, self.next)))
         self._put(out, self._choose())
         return out
+
+    def _layer(self, index: int) -> list[Command]:
+        """Layers of the same formats and sizes, most of a model, differ in names alone."""
+        kind = tuple(
+            [
+                (self.model.weights[m.name].format, m.rows, m.k, m.quantized)
+                for m in self.shape.layers[index].matrices
+            ]
+        )
+        if kind not in self.kinds:
+            self.kinds[kind] = index, self._new_layer(index)
+        first, commands = self.kinds[kind]
+        if first == index:
+            return commands
+        names = dict(zip(self._names(first), self._names(index), strict=True))
+        part = f"blk.{index}"
+        return [command.renamed(names, part) if command.part else command for command in commands]
+
+    def _new_layer(self, index: int) -> list[Command]:
+        layer, out = self.shape.layers[index], list[Command]()
+        for items in (self._attention(index, layer), self._ffn(index, layer)):
+            self._put(out, items, f"blk.{index}")
+        return out
+
+    def _names(self, index: int) -> list[str]:
+        """The buffers that are a layer's own."""
+        own = [f"blk.{index}.attn_norm.weight", f"blk.{index}.ffn_norm.weight", f"kv.{index}"]
+        return own + [matrix.name for matrix in self.shape.layers[index].matrices]
 
     def _put(self, out: list[Command], items: Iterator[_Item], part: str = "") -> None:
         """Append commands, as of a part of the model.  Transfers belong where their exchange does;
