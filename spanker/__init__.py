@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from spanker import collecting
 from spanker._version import __version__
 from spanker.errors import SpankerError
 
@@ -128,7 +129,8 @@ if not TYPE_CHECKING:
         module = _MODULES.get(name)
         if module is None:
             raise AttributeError(f"module 'spanker' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"spanker.{module}"), name)
+        with collecting.paused():
+            value = getattr(importlib.import_module(f"spanker.{module}"), name)
         globals()[name] = value
         return value
 

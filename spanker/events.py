@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import attrs
-
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 HISTORY_MAX = 256
 
 LOGGER = "spanker.fleet"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Event(Value):
     """Something that happened at `time_s` of trio's clock."""
 
     time_s: float
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class CardLost(Event):
     """A card is used no more, and why."""
 
@@ -37,7 +35,7 @@ class CardLost(Event):
         return f"card {self.card} lost: {self.reason}"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class CardSlow(Event):
     """A card takes `factor` times as long for its work as it should; 1: it is itself again."""
 
@@ -50,7 +48,7 @@ class CardSlow(Event):
         return f"card {self.card} takes {self.factor:.1f} times as long as it did"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class CardReturned(Event):
     """A card that was lost is in use again, as new: nothing of before is on it."""
 
@@ -60,7 +58,7 @@ class CardReturned(Event):
         return f"card {self.card} is back"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class LinkDown(Event):
     """What goes from a card to its peer, and back, goes another way from now on."""
 
@@ -71,7 +69,7 @@ class LinkDown(Event):
         return f"link {self.card}-{self.peer} is down"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class LinkUp(Event):
     """A link that was down is up again, and has been for a while."""
 
@@ -82,7 +80,7 @@ class LinkUp(Event):
         return f"link {self.card}-{self.peer} is up again"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Rerouted(Event):
     """The steps of a model go around the links that are down by now, which may be none: weights and
     KV are where they were."""
@@ -97,7 +95,7 @@ class Rerouted(Event):
         return f"{self.model}: steps go {ways}, after {self.seconds:.2f} s"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Replanned(Event):
     """A model goes on with another plan, because its cards `lost` were lost, or, where there are
     none, some were drained or admitted: the plan it had, the one it has now, and how many sequences
@@ -123,7 +121,7 @@ class Replanned(Event):
         )
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class AuditsEnded(Event):
     """A model goes on without audits, since one could not be made."""
 
@@ -134,7 +132,7 @@ class AuditsEnded(Event):
         return f"{self.model}: no more audits: {self.reason}"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class LinkRetried(Event):
     """A step was made again, as messages between cards had failed their checks."""
 
@@ -147,7 +145,7 @@ class LinkRetried(Event):
         return f"{self.model}: step made again (attempt {self.attempt + 1}): {self.reason}"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ReplicaLost(Event):
     """A replica of a model could not be brought back; `moved` of its sequences go on elsewhere,
     `ended` have failed."""

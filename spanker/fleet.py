@@ -72,7 +72,7 @@ from spanker.sched.plan import (
 )
 from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Link, LinkState, Topology
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 if TYPE_CHECKING:
     # What not every fleet needs is imported where it is used: a first token should not wait for it.
@@ -96,7 +96,7 @@ DEFAULT_MAX_TOKENS = 256
 _Put = tuple[Placement, FleetPlan, tuple[LoadedModel, ...]]
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Token(Value):
     """One generated token.
 
@@ -113,7 +113,7 @@ class Token(Value):
     logits: F32 | None = attrs.field(default=None, repr=False, eq=False)
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class CardStats(Value):
     """What one card has done and holds.  `share` and `replica`, None where it has none, are those
     of the model loaded last; `busy_s` is time spent computing since it was opened."""
@@ -134,7 +134,7 @@ class CardStats(Value):
     link_rx_bytes: tuple[int, ...]
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class FleetStats(Value):
     """Counters of every card, and of every model's session in order of loading."""
 
@@ -142,7 +142,7 @@ class FleetStats(Value):
     sessions: tuple[SessionStats, ...]
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ModelHealth(Value):
     """How many replicas of a model can serve, of how many, by its plan of now."""
 
@@ -152,7 +152,7 @@ class ModelHealth(Value):
     replicas: int
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Health(Value):
     """What a fleet can do: the cards it uses, those that are drained, those it has lost and why,
     and its models in order of loading."""
@@ -168,7 +168,7 @@ class Health(Value):
         return all(model.replicas_alive for model in self.models)
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Usage(Value):
     """How a virtual fleet has spent its time so far, and bytes over the host link (0 where it is
     not modelled)."""

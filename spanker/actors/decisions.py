@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import enum
 
-import attrs
-
 from spanker.errors import (
     CardFaultError,
     CardHungError,
@@ -19,7 +17,7 @@ from spanker.errors import (
     CardLostError,
     SpankerError,
 )
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 # How often a step is made again, without another one in between, that a link has failed.
 LINK_RETRIES_MAX = 2
@@ -59,7 +57,7 @@ class Action(enum.Enum):
     GIVE_UP = "end the session"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Situation(Value):
     """What is known when a step has failed.
 

@@ -38,7 +38,7 @@ from spanker.actors.frame import (
 )
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 PROTOCOL_VERSION = 6
 
@@ -144,7 +144,7 @@ _REQUEST_ID = UInt(32)
 # --- the registry ------------------------------------------------------------------
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Message(Value):
     """Base of all messages.  `buffers` are the raw buffers that travel with it, by reference.
 
@@ -160,7 +160,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 ReplyT_co = TypeVar("ReplyT_co", bound=Message, covariant=True)
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Request(Message, Generic[ReplyT_co]):
     """Base of what the coordinator sends; `ReplyT_co` answers it, or `Failed` does."""
 
@@ -235,7 +235,7 @@ def _wire(
 
     def register(message_class: type[MessageT]) -> type[MessageT]:
         hints = get_type_hints(message_class, include_extras=True)
-        names = tuple(f.name for f in attrs.fields(message_class) if f.name != "buffers")
+        names = tuple(name for name in hints if name != "buffers")
         checks = tuple(hints[name].__metadata__[0] for name in names)
         least, most = (buffers, buffers) if isinstance(buffers, int) else buffers
         codec = _Codec(kind, message_class, least, most, names, checks, _values_getter(names))
@@ -255,13 +255,13 @@ def _wire(
 
 
 @_wire(0x80)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Ok(Message):
     """Done; there is nothing to tell."""
 
 
 @_wire(0x81)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class CardInfo(Message):
     """What a card is.  A coordinator refuses versions unlike its own."""
 
@@ -279,13 +279,13 @@ class CardInfo(Message):
 
 
 @_wire(0x83, buffers=1)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class BufferData(Message):
     """The bytes that ReadBuffer asked for, as one raw buffer."""
 
 
 @_wire(0x87)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class BuffersAllocated(Message):
     """Handles in the order of the sizes asked for."""
 
@@ -293,13 +293,13 @@ class BuffersAllocated(Message):
 
 
 @_wire(0x84)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ProgramLoaded(Message):
     program: U64
 
 
 @_wire(0x85, buffers=(0, READS_MAX))
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class StepDone(Message):
     """A step has completed; one raw buffer for each of its reads, in order."""
 
@@ -308,7 +308,7 @@ class StepDone(Message):
 
 
 @_wire(0x86)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Counters(Message):
     """Totals since the card was opened, and where it stands.
 
@@ -333,7 +333,7 @@ class Counters(Message):
 
 
 @_wire(0x88, buffers=1)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class TraceData(Message):
     """Executed commands, oldest first, packed as `device.base.TRACE_EVENT` in the raw buffer; so
     many were `lost` since StartTrace for want of room."""
@@ -342,7 +342,7 @@ class TraceData(Message):
 
 
 @_wire(0xFF)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Failed(Message):
     """The reply to any request that failed: a class name of spanker.errors, and its text."""
 
@@ -355,19 +355,19 @@ class Failed(Message):
 
 
 @_wire(0x01)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Describe(Request[CardInfo]):
     """Who are you?  The first request on a channel."""
 
 
 @_wire(0x03)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class FreeBuffer(Request[Ok]):
     handle: U64
 
 
 @_wire(0x0C)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class AllocBuffers(Request[BuffersAllocated]):
     """Allocate a buffer of each of these sizes; all of them or none."""
 
@@ -375,7 +375,7 @@ class AllocBuffers(Request[BuffersAllocated]):
 
 
 @_wire(0x0D, buffers=(0, READS_MAX))
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class WriteBuffers(Request[Ok]):
     """Write raw buffers into card buffers: `writes` are (handle, offset, nbytes), one for each raw
     buffer, of just that size."""
@@ -385,7 +385,7 @@ class WriteBuffers(Request[Ok]):
 
 
 @_wire(0x05)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ReadBuffer(Request[BufferData]):
     handle: U64
     offset: U64
@@ -396,19 +396,19 @@ class ReadBuffer(Request[BufferData]):
 
 
 @_wire(0x06, buffers=1)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class LoadProgram(Request[ProgramLoaded]):
     """Load the command bytes in the raw buffer."""
 
 
 @_wire(0x07)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class UnloadProgram(Request[Ok]):
     program: U64
 
 
 @_wire(0x08, buffers=1)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class RunStep(Request[StepDone]):
     """Run a program with the parameter block in the raw buffer, then read back card memory.
 
@@ -423,13 +423,13 @@ class RunStep(Request[StepDone]):
 
 
 @_wire(0x09)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ReadCounters(Request[Counters]):
     pass
 
 
 @_wire(0x0A)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Abort(Request[Ok]):
     """Abort what runs, complete every fence, and enter `epoch`."""
 
@@ -437,7 +437,7 @@ class Abort(Request[Ok]):
 
 
 @_wire(0x0E)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class StartTrace(Request[Ok]):
     """Record executed commands from now on, at most `events` that nobody has read; 0 stops.  Only
     between steps."""
@@ -446,7 +446,7 @@ class StartTrace(Request[Ok]):
 
 
 @_wire(0x0F)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class ReadTrace(Request[TraceData]):
     """Take up to `events` of the recorded commands."""
 
@@ -465,7 +465,7 @@ class ReadTrace(Request[TraceData]):
 
 
 @_wire(0x10)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class OpenWindows(Request[BuffersAllocated]):
     """Open a window of each of these sizes, all of them or none; FreeBuffer closes one.
 
@@ -476,7 +476,7 @@ class OpenWindows(Request[BuffersAllocated]):
 
 
 @_wire(0x11, buffers=(1, READS_MAX))
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class RunLent(Request[StepDone]):
     """Run a program with the parameter block in the first raw buffer, on the memory of the others.
 
@@ -489,7 +489,7 @@ class RunLent(Request[StepDone]):
 
 
 @_wire(0x12)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class MapFile(Request[Ok]):
     """Let bytes of a file be what buffers hold: `places` are (handle, offset in the file, nbytes).
 
@@ -502,7 +502,7 @@ class MapFile(Request[Ok]):
 
 
 @_wire(0x0B)
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Stop(Request[Ok]):
     """Release everything and end, after this reply."""
 

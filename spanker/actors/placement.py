@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
+from spanker import collecting
 from spanker.actors.loading import run_all
 from spanker.actors.message import Counters, ReadCounters
 from spanker.actors.patience import in_time
@@ -331,6 +332,7 @@ class Placement:
             context=position,
         ).seconds
 
+    @collecting.paused()
     def _plan(
         self,
         plan: str | FleetPlan,

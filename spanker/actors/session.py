@@ -45,7 +45,7 @@ from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
 from spanker.sched.plan import Plan
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 if TYPE_CHECKING:
     from spanker.actors.audit import Auditor
@@ -70,7 +70,7 @@ class Sampled(Value):
     logits: F32 | None = None
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Scored(Value):
     """Logits (tokens, vocabulary) of the next tokens of a forced sequence, from `position` on."""
 

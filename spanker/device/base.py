@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import CardCommandError
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 Buffer = bytes | bytearray | memoryview
 Read = tuple[int, int, int]
@@ -36,7 +36,7 @@ MAP_ALIGN = 32
 TRACE_EVENT = struct.Struct("<QQQIHH")
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class TraceEvent(Value):
     """One executed command: when (CLOCK_MONOTONIC), of which submission, and what it was.
 

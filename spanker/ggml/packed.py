@@ -36,7 +36,7 @@ from spanker.ggml.catalog import cache_dir
 from spanker.ggml.gguf import GGUFFile
 from spanker.kernels.formats import Format, pack, packed_bytes
 from spanker.sched.plan import TILE_ROWS, WeightShape
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 MAGIC = b"SPKPACK\0"
 # Changes with the layout of the file and with that of tiles.
@@ -340,7 +340,7 @@ def _joined(pieces: Iterator[bytes | npt.NDArray[np.uint8]]) -> Iterator[memoryv
 # --- those there are ---------------------------------------------------------------------
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Copy(Value):
     """A packed copy in the cache: of what, and whether it is what loading that would find."""
 

@@ -115,9 +115,7 @@ class Command(Value):
         for slot, ref in self.refs:
             name = names.get(ref.buffer)
             refs.append((slot, ref if name is None else Ref(name, ref.stride, ref.offset)))
-        return Command(
-            self.op, tuple(refs), self.args, self.format, self.outputs, part, self.bulk
-        )
+        return Command(self.op, tuple(refs), self.args, self.format, self.outputs, part, self.bulk)
 
 
 def _f32_bits(x: float) -> int:

@@ -26,6 +26,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from spanker import collecting
 from spanker.errors import ModelFormatError, UnsupportedModelError
 from spanker.ggml import rope
 from spanker.ggml.gguf import GGUFFile, TensorInfo
@@ -47,7 +48,7 @@ from spanker.sched.plan import (
     WeightShape,
 )
 from spanker.sched.shares import Share
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 if TYPE_CHECKING:
     from spanker.ggml.packed import PackedFile
@@ -204,6 +205,7 @@ def _is(value: object, *wanted: object) -> bool:
     return isinstance(value, bool | int | float | str) and value in wanted
 
 
+@collecting.paused()
 def read_model(gguf: GGUFFile) -> LlamaModel:
     """Check a GGUF's keys and tensors and describe its model.
 
@@ -451,6 +453,7 @@ def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share)
     return Upload(buffer, rows * width, tuple(map(piece, range(0, rows, step))))
 
 
+@collecting.paused()
 def uploads(
     model: LlamaModel,
     gguf: GGUFFile | None,
@@ -491,7 +494,7 @@ def uploads(
     return tuple(out)
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class HeldRows(Value):
     """Rows [first, first + count) of a matrix that a card holds, packed from the start of `buffer`
     on; what they are multiplied with lies in `activations`, a row for each token or output."""
@@ -523,6 +526,7 @@ def held_rows(model: LlamaModel, plan: Plan, card: int) -> tuple[HeldRows, ...]:
 # --- programs --------------------------------------------------------------------------
 
 
+@collecting.paused()
 def build_program(
     model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down = ALL_UP
 ) -> Program:

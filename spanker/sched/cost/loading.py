@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-import attrs
-
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
 from spanker.sched.cost.decoding import check_fits
@@ -39,7 +37,7 @@ from spanker.sched.plan import (
     on_cards,
 )
 from spanker.sched.topology import Topology
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 # Pieces of an upload, and messages of them, are of about this many bytes.
 UPLOAD_BYTES = 2 << 20
@@ -51,7 +49,7 @@ TURN_S = 500e-6
 RUN_BYTES = 64 << 20
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class LoadCost(Value):
     """`seconds` from the request to when all cards can run steps; `startup_s`: finding the cards
     before that.  `programs_s` of `seconds` is for the programs.  `nbytes`: bytes of each card's
@@ -68,7 +66,7 @@ class LoadCost(Value):
     nbytes: dict[int, int]
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class _Upload(Value):
     """What one card is sent: bytes on the wire, and messages that are waited for one by one."""
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import attrs
-
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost.decoding import STEPS_AHEAD, check_fits, handover_times
@@ -24,10 +22,10 @@ from spanker.sched.cost.rows import StepRows
 from spanker.sched.limits import CANDIDATES, OUTPUTS_MAX
 from spanker.sched.plan import ModelShape, Plan
 from spanker.sched.topology import Topology
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class PrefillCost(Value):
     """`seconds` from the request to the last sequence's first token at the host, for `tokens` of
     all prompts in `steps` steps.  `stages`: how long each stage computes and exchanges in it;
@@ -45,7 +43,7 @@ class PrefillCost(Value):
         return self.tokens / self.seconds
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class _Step(Value):
     """One step's prices."""
 

@@ -12,8 +12,6 @@ import enum
 import math
 from collections.abc import Sequence
 
-import attrs
-
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
@@ -25,7 +23,7 @@ from spanker.sched.layout import card_buffers
 from spanker.sched.limits import CANDIDATES
 from spanker.sched.plan import Limits, ModelShape, Plan
 from spanker.sched.topology import Topology
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 # Messages that are under way to a card at a time.
 WINDOW = 16
@@ -47,7 +45,7 @@ class Weights(enum.Enum):
     PEERS = "peers"
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class RecoveryCost(Value):
     """Seconds of each part, in their order, and what they come to.
 

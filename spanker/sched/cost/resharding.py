@@ -12,16 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-import attrs
-
 from spanker.sched.layout import embeds_from_output, layer_rows
 from spanker.sched.plan import ModelShape, Plan
-from spanker.values import Value
+from spanker.values import Value, lazy_frozen
 
 _Span = tuple[int, int]
 
 
-@attrs.frozen(eq=False, repr=False)
+@lazy_frozen
 class Sources(Value):
     """Bytes of weights: `kept` on the cards that have them, `moved` from card to card by (source,
     target), and those that only the host has, by card."""
