@@ -8,6 +8,9 @@ its outputs.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import attrs
 
 from spanker.errors import CardMemoryError
@@ -205,8 +208,23 @@ def card_bytes(
     shape: ModelShape, plan: Plan, card: int, limits: Limits, *, granule: int = DDR_ALIGN
 ) -> int:
     """DDR bytes that a plan takes on a card which takes them in multiples of `granule`."""
-    buffers = card_buffers(shape, plan, card, limits)
-    return sum(-(-buffer.nbytes // granule) * granule for buffer in buffers)
+    if card not in plan.cards:
+        return 0
+    number, share = plan.place(card)
+    layers = plan.stages[number].layers
+    kinds = shape.kinds[0]
+    # Layers of a kind take as much.
+    counted = Counter(kinds[layers.start : layers.stop])
+    embedding, output = end_buffers(shape, share)
+    ends = (*embedding, *output, *work_buffers(shape, plan, card, limits))
+    total = _rounded(ends, granule)
+    for kind, count in counted.items():
+        total += count * _rounded(layer_buffers(shape, kinds.index(kind), share), granule)
+    return total + _rounded(kv_buffers(shape, plan, card, limits), granule)
+
+
+def _rounded(buffers: Iterable[BufferSpec], granule: int) -> int:
+    return sum([-(-buffer.nbytes // granule) * granule for buffer in buffers])
 
 
 def rounding_bytes(shape: ModelShape, limits: Limits, granule: int) -> int:

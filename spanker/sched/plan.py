@@ -9,6 +9,7 @@ programs, and spanker/sched/planner.py chooses one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -96,6 +97,26 @@ class ModelShape(Value):
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @functools.cached_property
+    def kinds(self) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
+        """The kind of each layer, and one layer of each kind: layers of a kind differ in names
+        only, and cost the same."""
+        kinds: dict[tuple[tuple[int, ...], ...], int] = {}
+        layers: list[LayerShape] = []
+        numbers: list[int] = []
+        for layer in self.layers:
+            key = tuple(
+                [
+                    (m.rows, m.k, m.row_bytes, m.quantized, m.columns_unit, m.unit_bytes)
+                    for m in layer.matrices
+                ]
+            )
+            if key not in kinds:
+                kinds[key] = len(layers)
+                layers.append(layer)
+            numbers.append(kinds[key])
+        return tuple(numbers), tuple(layers)
 
 
 @attrs.frozen(eq=False, repr=False)

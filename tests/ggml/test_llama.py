@@ -631,3 +631,20 @@ def test_programs_name_only_buffers_that_the_card_has(
             weights = {b.name for b in buffers} & (matrices | pools | {"output.rows"})
             assert weights <= used
             assert program.encode({b.name: i for i, b in enumerate(buffers)})
+
+
+@pytest.mark.parametrize("cards", [1, 3])
+def test_a_layer_is_like_one_made_for_itself(tmp_path: Path, cards: int) -> None:
+    # bf16 and f16 matrices differ in nothing but their format.
+    formats = {"*": "q4_0", "blk.2.ffn_down": "q8_0", "blk.3.attn_v": "f16", "blk.4.attn_v": "bf16"}
+    sizes = {"layers": 6, "hidden": 96, "heads": 6, "kv_heads": 2, "ffn": 160}
+    model = read(mixed(formats, **sizes), tmp_path)
+    plan = tensor_pipeline(model.shape, cards, 1)
+    for card in plan.cards:
+        commands = build_program(model, plan, card, LIMITS).commands
+        for layer in range(6):
+            made = llama._Builder(model, plan, card, LIMITS, llama.ALL_UP)._new_layer(layer)
+            at = next(i for i, c in enumerate(commands) if c.part == f"blk.{layer}")
+            found = commands[at : at + len(made)]
+            assert list(found) == made
+            assert [c.part for c in found] == [c.part for c in made]

@@ -8,7 +8,7 @@ import pytest
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.cost import Machine, Pieces, StepRows, gathers_q8, layer_kinds
+from spanker.sched.cost import Machine, Pieces, StepRows, gathers_q8
 from spanker.sched.plan import ModelShape
 from spanker.sched.shapes import Dimensions, shape_of
 from spanker.sched.shares import Share
@@ -211,4 +211,4 @@ def test_layers_that_differ_by_name_are_of_one_kind() -> None:
     shape = shape_of(DIMENSIONS)
     other = shape_of(DIMENSIONS, "q8_0").layers[1]
     mixed = attrs.evolve(shape, layers=(*shape.layers, other))
-    assert layer_kinds(mixed) == ((0, 0, 0, 1), (shape.layers[0], other))
+    assert mixed.kinds == ((0, 0, 0, 1), (shape.layers[0], other))

@@ -20,7 +20,7 @@ from spanker.sched.cost.decoding import FleetCost, StepCost, decode, decode_flee
 from spanker.sched.cost.loading import LoadCost, load, memory
 from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import Bound
-from spanker.sched.cost.pieces import Pieces, gathers_q8, layer_kinds
+from spanker.sched.cost.pieces import Pieces, gathers_q8
 from spanker.sched.cost.prefilling import PrefillCost, prefill, prefill_unlike
 from spanker.sched.cost.recovery import RecoveryCost, Weights, recovery
 from spanker.sched.cost.resharding import Sources, sources
@@ -41,7 +41,6 @@ __all__ = [
     "decode",
     "decode_fleet",
     "gathers_q8",
-    "layer_kinds",
     "load",
     "memory",
     "prefill",

@@ -61,7 +61,7 @@ def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator
             tuple(pieces.embed_commands(s.columns) for s in shares),
             tuple(pieces.embed_gather(s.columns) for s in shares),
         )
-    kinds, layers = pieces.kinds
+    kinds, layers = pieces.shape.kinds
     own = kinds[stage.layers.start : stage.layers.stop]
     for kind, count in Counter(own).items():
         yield from _layers(pieces, stage, layers[kind], count, first=kind == own[0])

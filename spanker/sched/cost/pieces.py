@@ -12,7 +12,6 @@ share takes nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 
 from spanker.sched.cost import commands
@@ -26,24 +25,6 @@ from spanker.sched.shares import Share
 BEST_BYTES = 8
 
 Commands = tuple[Command, ...]
-
-
-def layer_kinds(shape: ModelShape) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
-    """The kind of each layer, and one layer of each kind: layers of a kind differ in names only,
-    and cost the same."""
-    kinds: dict[tuple[tuple[int, ...], ...], int] = {}
-    layers: list[LayerShape] = []
-    numbers: list[int] = []
-    for layer in shape.layers:
-        key = tuple(
-            (m.rows, m.k, m.row_bytes, m.quantized, m.columns_unit, m.unit_bytes)
-            for m in layer.matrices
-        )
-        if key not in kinds:
-            kinds[key] = len(layers)
-            layers.append(layer)
-        numbers.append(kinds[key])
-    return tuple(numbers), tuple(layers)
 
 
 def gathers_q8(matrix: WeightShape, shares: Iterable[Share], unit: int = 1) -> bool:
@@ -86,11 +67,6 @@ class Pieces:
             memory_s, work_s = nbytes * s_per_byte, work * s_per_work[rate]
             total += memory_s if memory_s > work_s else work_s
         return total
-
-    @functools.cached_property
-    def kinds(self) -> tuple[tuple[int, ...], tuple[LayerShape, ...]]:
-        """The model's `layer_kinds`."""
-        return layer_kinds(self.shape)
 
     def pace(self, card: int) -> Pace:
         """The pace at which a card's commands are priced."""

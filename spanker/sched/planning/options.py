@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanker.sched.cost.machine import Machine
-from spanker.sched.cost.pieces import Pieces, layer_kinds
+from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
 from spanker.sched.layout import end_buffers, kv_page_bytes, layer_buffers, stage_work_buffers
 from spanker.sched.plan import DDR_ALIGN, CardShare, Limits, ModelShape, dimensions
@@ -144,7 +144,7 @@ class Options:
         self.free_bytes = free_bytes
         # Cards with the same number there are alike.
         self.like = like
-        kinds, self.samples = layer_kinds(shape)
+        kinds, self.samples = shape.kinds
         self.kinds = np.array(kinds)
         self.usual = self.samples[int(np.bincount(self.kinds).argmax())]
         self.candidates = min(limits.candidates, shape.vocabulary)
