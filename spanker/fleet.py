@@ -59,7 +59,6 @@ from spanker.ggml.sampling import SamplingParams
 from spanker.ggml.tokenizer import Tokenizer
 from spanker.sched import profiles
 from spanker.sched.bandwidth import Profile
-from spanker.sched.decision import Decision, decide
 from spanker.sched.limits import (
     DEFAULT_PROMPT_CHUNK,
     step_limits,
@@ -88,6 +87,7 @@ if TYPE_CHECKING:
     from spanker.device.kernel.rig import KernelRig
     from spanker.device.virtual.card import VirtualRig
     from spanker.device.virtual.engine import Usage as FleetUsage
+    from spanker.sched.decision import Decision
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -281,10 +281,11 @@ class Model:
         plan: FleetPlan,
         limits: Limits,
         replicas: Replicas,
-        decisions: tuple[Decision, ...],
+        cards: int,
+        profile: Profile,
     ) -> None:
         self.path = path
-        self.decisions = decisions
+        self._asked = cards, profile
         self._first_plan = plan
         self._model = model
         self._limits = limits
@@ -302,6 +303,13 @@ class Model:
     def plan(self) -> FleetPlan:
         """The plan it has now: another one than it was loaded with once cards have been lost."""
         return self._replicas.plan(self._first_plan)
+
+    @functools.cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """For each kind of matrix product, how the fleet's bandwidths would have it spread."""
+        from spanker.sched.decision import decide
+
+        return decide(self._model.shape, *self._asked)
 
     @property
     def context(self) -> int:
@@ -591,7 +599,6 @@ class Fleet:
     ) -> Model:
         placement, plan, loaded = put
         model, limits = loaded[0].model, loaded[0].limits
-        decisions = decide(model.shape, len(self.cards), self.profile)
         replicas = Replicas(
             [
                 Session(
@@ -607,7 +614,17 @@ class Fleet:
                 for number, replica in enumerate(loaded)
             ]
         )
-        out = Model(path, metadata, tokenizer, model, plan, limits, replicas, decisions)
+        out = Model(
+            path,
+            metadata,
+            tokenizer,
+            model,
+            plan,
+            limits,
+            replicas,
+            len(self.cards),
+            self.profile,
+        )
         self._nursery.start_soon(replicas.run)
         self._models.append(out)
         for session, replica in zip(replicas.sessions, loaded, strict=True):

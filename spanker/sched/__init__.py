@@ -21,12 +21,12 @@ from spanker.sched.bandwidth import (
     Profile,
     profile,
 )
-from spanker.sched.decision import Strategy, TileShape, pick_strategy
 from spanker.sched.shares import Share, split
 from spanker.sched.topology import Link, LinkState, Topology
 
 if TYPE_CHECKING:
     from spanker.sched.collectives.host import all_gather_f32, all_reduce_f32
+    from spanker.sched.decision import Strategy, TileShape, pick_strategy
 
 __all__ = [
     "HOST_LINK_BW_BYTES_PER_SEC",
@@ -54,9 +54,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Nothing else here needs numpy or the collectives, which take a while to import.
+    # Nothing else here needs numpy, the collectives or decisions, which take a while to import.
     if name in ("all_gather_f32", "all_reduce_f32"):
         from spanker.sched.collectives import host
 
         return getattr(host, name)
+    if name in ("Strategy", "TileShape", "pick_strategy"):
+        from spanker.sched import decision
+
+        return getattr(decision, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,9 +20,7 @@ from spanker.sched.plan import (
 from spanker.sched.planning import Request, search
 
 # dpD, tpA and ppB, in this order, at least one of them.
-_NAMED = re.compile(
-    r"(?!$)(?:dp(\d{1,4})(?:x(?=[tp])|$))?(?:tp(\d{1,4})(?:x(?=p)|$))?(?:pp(\d{1,4}))?"
-)
+_NAMED = r"(?!$)(?:dp(\d{1,4})(?:x(?=[tp])|$))?(?:tp(\d{1,4})(?:x(?=p)|$))?(?:pp(\d{1,4}))?"
 
 
 def plan_for(spec: str, request: Request) -> FleetPlan:
@@ -47,7 +45,7 @@ def make_plan(spec: str, shape: ModelShape, cards: int) -> FleetPlan:
         return _as_asked(tensor_pipeline(shape, cards, 1))
     if text == "pp":
         return _as_asked(tensor_pipeline(shape, 1, cards))
-    match = _NAMED.fullmatch(text)
+    match = re.fullmatch(_NAMED, text)
     if not match:
         raise PlanError(
             f"no plan {spec!r}: expected auto, tp, pp, or tpAxppB such as tp2xpp2, or several "

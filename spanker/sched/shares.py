@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import attrs
 
@@ -76,6 +75,9 @@ def split(
 
 
 def _by_largest_remainder(units: int, weights: Sequence[float]) -> list[int]:
+    # Equal weights need no fractions, whose module takes milliseconds to import.
+    from fractions import Fraction
+
     exact = [Fraction(weight) for weight in weights]
     quotas = [units * weight / sum(exact) for weight in exact]
     counts = [math.floor(quota) for quota in quotas]

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import StepCost
-from spanker.sched.decision import Decision, Strategy
 from spanker.sched.planning.request import Candidate
+
+if TYPE_CHECKING:
+    from spanker.sched.decision import Decision
 
 
 def reason(profile: Profile, cards: int, candidates: Sequence[Candidate], gap: float) -> str:
@@ -34,6 +37,8 @@ def beside_the_rule(
     answers: Sequence[Decision], cards: int, candidates: Sequence[Candidate]
 ) -> str:
     """What `pick_strategy` says, and where the plan chosen is another, why."""
+    from spanker.sched.decision import Strategy  # a plan is made without asking the rule
+
     total = sum(answer.weight_bytes for answer in answers)
     by_tensor = sum(a.weight_bytes for a in answers if a.strategy is Strategy.TENSOR_PARALLEL)
     tensor = 2 * by_tensor >= total
