@@ -48,8 +48,8 @@ def run_spanker(path: str, cards: int, marks: dict[str, float]) -> None:
 
     async def job() -> None:
         async with spanker.open_fleet(cards) as fleet:
-            # One sequence of so many positions, as in llama.cpp.
-            model = await fleet.load(path, ctx=CONTEXT, kv_tokens=CONTEXT)
+            # One sequence of so many positions, as in llama.cpp; the plan of all other figures.
+            model = await fleet.load(path, plan="tp", ctx=CONTEXT, kv_tokens=CONTEXT)
             marks["loaded"] = time.monotonic()
             async with model.generate(PROMPT, max_tokens=2, ignore_eos=True) as generation:
                 await generation.__anext__()

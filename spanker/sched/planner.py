@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -17,7 +18,9 @@ from spanker.sched.plan import (
     side_by_side,
     tensor_pipeline,
 )
-from spanker.sched.planning import Request, search
+
+if TYPE_CHECKING:
+    from spanker.sched.planning import Request
 
 # dpD, tpA and ppB, in this order, at least one of them.
 _NAMED = r"(?!$)(?:dp(\d{1,4})(?:x(?=[tp])|$))?(?:tp(\d{1,4})(?:x(?=p)|$))?(?:pp(\d{1,4}))?"
@@ -27,6 +30,9 @@ def plan_for(spec: str, request: Request) -> FleetPlan:
     """The plan for `spec`: `auto`, the best by the cost model, or as `make_plan` has it."""
     if spec.strip().lower() != "auto":
         return make_plan(spec, request.shape, len(request.topology.cards))
+    # A plan that was named needs no search, and starts sooner without.
+    from spanker.sched.planning import search
+
     return search(request).chosen.plan
 
 
