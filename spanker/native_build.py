@@ -68,6 +68,8 @@ ARM_NEON = (
     "-Wno-ignored-optimization-argument",  # clang neither has that flag nor needs it
 )
 
+RISCV_BASELINE = ("-march=rv64gc", "-mabi=lp64d")
+
 
 class Library(NamedTuple):
     """A static library: one directory of C files, one set of flags."""
@@ -100,6 +102,8 @@ def libraries(machine: str) -> list[Library]:
     elif machine == "aarch64":
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
+    elif machine == "riscv64":
+        baseline = RISCV_BASELINE
     found = (
         Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),

@@ -83,6 +83,18 @@ void spk_fp_leave(uint64_t saved)
 {
     __asm__ volatile("msr fpcr, %0" : : "r"(saved));
 }
+#elif defined(__riscv_flen)
+uint64_t spk_fp_enter(void)
+{
+    uint64_t saved;
+    __asm__ volatile("csrrw %0, fcsr, zero" : "=r"(saved)); /* nearest even; there is no flushing */
+    return saved;
+}
+
+void spk_fp_leave(uint64_t saved)
+{
+    __asm__ volatile("csrw fcsr, %0" : : "r"(saved));
+}
 #else
 uint64_t spk_fp_enter(void)
 {
