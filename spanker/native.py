@@ -35,6 +35,7 @@ ISAS: dict[str, int] = {
     "avx2": lib.SPK_ISA_AVX2,
     "avx512vnni": lib.SPK_ISA_AVX512VNNI,
     "neon": lib.SPK_ISA_NEON,
+    "rvv": lib.SPK_ISA_RVV,
 }
 
 _ERRORS: dict[int, tuple[type[CardError], str]] = {

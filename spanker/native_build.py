@@ -69,6 +69,8 @@ ARM_NEON = (
 )
 
 RISCV_BASELINE = ("-march=rv64gc", "-mabi=lp64d")
+# Needs the intrinsics of RVV 1.0: clang 17 or gcc 14.
+RISCV_RVV = ("-march=rv64gcv", "-mabi=lp64d")
 
 
 class Library(NamedTuple):
@@ -103,7 +105,8 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     elif machine == "riscv64":
-        baseline = RISCV_BASELINE
+        baseline, macros = RISCV_BASELINE, (("SPK_HAVE_RVV", "1"),)
+        isas = (Library("spk_rvv", f"{KERNELS}/rvv", RISCV_RVV),)
     found = (
         Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),

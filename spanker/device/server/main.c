@@ -40,6 +40,7 @@ static const char *const isa_names[SPK_ISA_COUNT] = {
     [SPK_ISA_AVX2] = "avx2",
     [SPK_ISA_AVX512VNNI] = "avx512vnni",
     [SPK_ISA_NEON] = "neon",
+    [SPK_ISA_RVV] = "rvv",
 };
 
 struct options {
@@ -85,7 +86,7 @@ static const char usage[] =
     "N emulated cards, linked to each other, at vfio-user sockets DIR/card0.sock and so on.\n"
     "\n"
     "  --ddr BYTES     memory of a card, a power of two (536870912)\n"
-    "  --isa NAME      scalar, avx2, avx512vnni or neon (the best that this machine has)\n"
+    "  --isa NAME      scalar, avx2, avx512vnni, neon or rvv (the best that this machine has)\n"
     "  --serial FIRST  serial number of the first card; the others count up (0x7ea00001)\n"
     "  --faults        with the registers that make a card fail\n";
 

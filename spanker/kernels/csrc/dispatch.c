@@ -39,6 +39,16 @@ static int machine_has_neon_dotprod(void)
 }
 #endif
 
+#if SPK_HAVE_RVV
+#include <sys/auxv.h>
+
+/* The letter V of the machine's ISA string: RVV 1.0, with registers of 128 bits at least. */
+static int machine_has_rvv(void)
+{
+    return (getauxval(AT_HWCAP) >> ('V' - 'A') & 1) != 0;
+}
+#endif
+
 const struct spk_kernels *spk_kernels_get(int isa)
 {
     if (isa == SPK_ISA_SCALAR)
@@ -52,6 +62,10 @@ const struct spk_kernels *spk_kernels_get(int isa)
 #if SPK_HAVE_NEON
     if (isa == SPK_ISA_NEON && machine_has_neon_dotprod())
         return &spk_kernels__neon;
+#endif
+#if SPK_HAVE_RVV
+    if (isa == SPK_ISA_RVV && machine_has_rvv())
+        return &spk_kernels__rvv;
 #endif
     return NULL;
 }

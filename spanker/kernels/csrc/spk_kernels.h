@@ -62,7 +62,8 @@
 #define SPK_ISA_AVX2 1
 #define SPK_ISA_AVX512VNNI 2
 #define SPK_ISA_NEON 3
-#define SPK_ISA_COUNT 4
+#define SPK_ISA_RVV 4
+#define SPK_ISA_COUNT 5
 
 /* How REDUCE folds two elements. */
 #define SPK_REDUCE_SUM 0
@@ -198,5 +199,6 @@ extern const struct spk_kernels spk_kernels__scalar;
 extern const struct spk_kernels spk_kernels__avx2;
 extern const struct spk_kernels spk_kernels__avx512vnni;
 extern const struct spk_kernels spk_kernels__neon;
+extern const struct spk_kernels spk_kernels__rvv;
 
 #endif

@@ -41,6 +41,11 @@ side_by_side(const struct spk_attention *a, size_t first, int n, float *out)
     return out;
 }
 
+/* Scaled scores of n queries from `first`, `row` floats apart, and the queries behind them. */
+static inline __attribute__((always_inline)) void
+scores(const struct spk_attention *a, size_t first, int n, size_t tiles, size_t row);
+
+#if !SPK_LANES_SIZELESS
 static inline __attribute__((always_inline)) void
 scores(const struct spk_attention *a, size_t first, int n, size_t tiles, size_t row)
 {
@@ -63,6 +68,7 @@ scores(const struct spk_attention *a, size_t first, int n, size_t tiles, size_t 
             l_store(a->scratch + (size_t)j * row + tile * 16, l_mul(s[j], scale));
     }
 }
+#endif
 
 /* Scores to exp(score - max); returns the sum, NaN when a score is not finite.  Lanes past
  * `visible` become +0. */
@@ -111,6 +117,11 @@ static const uint16_t *values_of_tile(const struct spk_attention *a, size_t tile
  * dimensions from `at`. */
 static inline __attribute__((always_inline)) void
 values(const struct spk_attention *a, size_t first, int n, const float *score, size_t row,
+       size_t end, const float *sum, size_t at, int chunks);
+
+#if !SPK_LANES_SIZELESS
+static inline __attribute__((always_inline)) void
+values(const struct spk_attention *a, size_t first, int n, const float *score, size_t row,
        size_t end, const float *sum, size_t at, int chunks)
 {
     size_t dim = a->kv.head_dim;
@@ -140,6 +151,7 @@ values(const struct spk_attention *a, size_t first, int n, const float *score, s
         for (int c = 0; c < chunks; c++)
             l_store(a->out[first + (size_t)j] + at + c * 16, l_div(acc[j][c], l_set1(sum[j])));
 }
+#endif
 
 static inline __attribute__((always_inline)) void
 values_of(const struct spk_attention *a, size_t first, int n, const float *score, size_t row,

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Helpers over 16 lanes, and the names of the functions of one instruction set.
- * The file that includes this has included its lanes.h and defined SPK_ISA. */
+ * The file that includes this has included its lanes.h and defined SPK_ISA.  Where that defines
+ * SPK_LANES_SIZELESS, neither array nor structure can hold lanes: what keeps them in arrays is then
+ * the instruction set's own. */
 #ifndef SPK_LANES_COMMON_H
 #define SPK_LANES_COMMON_H
 

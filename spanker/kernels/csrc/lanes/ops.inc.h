@@ -86,6 +86,7 @@ int K(dequantize_row)(int format, const uint8_t *row, float *out, size_t k)
 }
 
 /* FORMAT_LOAD reads 16 rows' weights of one k; tokens go four at a time over each load. */
+#ifndef MATMUL_FLOAT_TILE
 #define MATMUL_FLOAT_TILE(load, weight, TOKENS)                                                \
     do {                                                                                       \
         lanes acc[TOKENS];                                                                     \
@@ -99,6 +100,7 @@ int K(dequantize_row)(int format, const uint8_t *row, float *out, size_t k)
         for (int j = 0; j < (TOKENS); j++)                                                     \
             l_store_partial(out + (t + (size_t)j) * out_stride + tile * 16, acc[j], n);        \
     } while (0)
+#endif
 
 #define MATMUL_FLOAT(name, type, load)                                                         \
     void K(name)(const uint8_t *w, const float *x, size_t x_stride, float *out,                \
