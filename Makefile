@@ -20,7 +20,7 @@ TEST_JOBS ?= 2
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build card-server demo test test-long soak test-driver test-driver-debug
+.PHONY: help build card-server demo test test-long soak test-riscv test-driver test-driver-debug
 .PHONY: check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
@@ -43,6 +43,9 @@ test-long: $(INSTALLED)  ## run the tests that take minutes
 soak: $(INSTALLED)  ## ten thousand fleets that things happen to, and more for long (SOAK_ARGS="--seeds 0:100")
 	$(BIN)/python -m spanker.testing.misfortune --seeds 0:10000 $(SOAK_ARGS)
 	$(BIN)/python -m pytest --durations=10 -s -m soak tests/testing/test_misfortune_soak.py
+
+test-riscv: $(INSTALLED)  ## run the RISC-V code in QEMU (installs what that needs where root, Debian 12)
+	PYTHON="$(BIN)/python" tools/test_riscv.sh --durations=10 --numprocesses=$(TEST_JOBS) --dist=worksteal $(PYTEST_ARGS)
 
 test-driver: $(INSTALLED)  ## run the kernel module and a model in virtual machines (Debian 12, root)
 	$(BIN)/python driver/tests/vm/run.py $(DRIVER_ARGS)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs the tests of RISC-V code under qemu-user (tests/riscv), arguments being pytest's.  What they
+# need is installed where this is root on Debian or Ubuntu, and otherwise named.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+
+# A file or command that each package brings.
+declare -A PROOF=(
+  [clang-19]=clang-19
+  [binutils-riscv64-linux-gnu]=riscv64-linux-gnu-objdump
+  [libc6-dev-riscv64-cross]=/usr/riscv64-linux-gnu/lib/libc.a
+  [libgcc-12-dev-riscv64-cross]=/usr/lib/gcc-cross/riscv64-linux-gnu/12/libgcc.a
+  [qemu-user]=qemu-riscv64
+)
+
+missing() {
+  for package in "${!PROOF[@]}"; do
+    command -v "${PROOF[$package]}" >/dev/null || [ -e "${PROOF[$package]}" ] || echo "$package"
+  done
+}
+
+mapfile -t packages < <(missing | sort)
+if [ ${#packages[@]} -ne 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -q
+  apt-get install -y -q --no-install-recommends "${packages[@]}"
+  mapfile -t packages < <(missing | sort)
+fi
+if [ ${#packages[@]} -ne 0 ]; then
+  echo "test-riscv: these are not installed: ${packages[*]}" >&2
+  echo "test-riscv: on Debian 12, as root: apt-get install --no-install-recommends ${packages[*]}" >&2
+  exit 1
+fi
+exec "$PYTHON" -m pytest -m riscv tests/riscv "$@"
