@@ -20,15 +20,18 @@
 #define LANES 16
 
 /* DO(0) to DO(n - 1) where n, at most 4, is a constant: such lanes have names instead of indices. */
-#define EACH_OF(n, DO)  \
-    do {                \
-        DO(0);          \
-        if ((n) > 1)    \
-            DO(1);      \
-        if ((n) > 2)    \
-            DO(2);      \
-        if ((n) > 3)    \
-            DO(3);      \
+#define EACH_OF(n, DO) \
+    do {               \
+        DO(0);         \
+        if ((n) > 1) { \
+            DO(1);     \
+        }              \
+        if ((n) > 2) { \
+            DO(2);     \
+        }              \
+        if ((n) > 3) { \
+            DO(3);     \
+        }              \
     } while (0)
 
 typedef vfloat32m4_t lanes;

@@ -11,11 +11,13 @@
  * 128 * 127 = 32,512).  What weights are stored too large by is taken off through the sums of the
  * activations.
  *
- * Sketch for one token, 16 rows and one q4_0 block at 128 bits, in operations on one register: 18
- * loads, 64 to narrow, 32 to split, 64 to multiply and add, 20 for floats: 200 against 288 bytes.
- * For four tokens the columns are used four times: 256 products against 190 others.  Their sums take
- * 16 registers, columns 8; the float sums may be spilled, once a block.
+ * Counted for 16 rows and one q4_0 block, 288 bytes: for one token 108 vector instructions, of which 32
+ * multiply and add, 24 narrow and 32 split nibbles; for four tokens 236, of which 128 multiply and
+ * add.  Their sums take 16 registers of 32 at 128 bits, columns and what they are made of 12; so the
+ * float sums of several tokens are in memory, one load and store a block.
  */
+#include <string.h>
+
 #include "lanes.h"
 #include "spk_kernels.h"
 #include "spk_tiles.h"
@@ -24,6 +26,10 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 _Static_assert(GROUP == 4, "tokens have names");
+
+/* What follows is not begun before `v` is known.  A compiler that starts all columns of a block at
+ * once runs out of registers, and spills what it has just made. */
+#define AFTER(v) __asm__ volatile("" : "+vr"(v))
 
 /* 16 rows x 4 weights as bytes; alignment is nobody's promise. */
 ALWAYS_INLINE vuint8m4_t load_words(const uint8_t *p)
@@ -110,6 +116,12 @@ ALWAYS_INLINE void dots_nibbles(struct spk_tiling f, const struct spk_block_at *
             EACH_OF(n, ADD);
 #undef ADD
         }
+#define HOLD(j)    \
+    AFTER(low##j); \
+    AFTER(high##j)
+        if (n > 2)
+            EACH_OF(n, HOLD);
+#undef HOLD
     }
 #define JOIN(j)                                               \
     *dot##j = __riscv_vwadd_vv_i32m4(low##j, high##j, LANES); \
@@ -153,6 +165,10 @@ ALWAYS_INLINE void dots_wide(struct spk_tiling f, const struct spk_block_at *at,
     sum##j = zero
                 EACH_OF(n, WIDEN);
 #undef WIDEN
+#define HOLD(j) AFTER(*dot##j)
+                if (n > 2)
+                    EACH_OF(n, HOLD);
+#undef HOLD
             }
         }
     }
@@ -160,7 +176,7 @@ ALWAYS_INLINE void dots_wide(struct spk_tiling f, const struct spk_block_at *at,
 
 /* Scales and minima of a super-block's eight blocks, 16 rows each. */
 struct super {
-    float d[8][LANES], m[8][LANES];
+    float d[8][16], m[8][16];
 };
 
 ALWAYS_INLINE vuint32m4_t shifted(vuint32m4_t x, int by, uint32_t mask)
@@ -169,7 +185,7 @@ ALWAYS_INLINE vuint32m4_t shifted(vuint32m4_t x, int by, uint32_t mask)
 }
 
 /* The four bytes of each row's word, times that row's scale. */
-ALWAYS_INLINE void scaled_bytes(lanes scale, vuint32m4_t words, float out[4][LANES])
+ALWAYS_INLINE void scaled_bytes(lanes scale, vuint32m4_t words, float out[4][16])
 {
     for (int j = 0; j < 4; j++) {
         lanes byte = __riscv_vfcvt_f_xu_v_f32m4(shifted(words, 8 * j, 255), LANES);
@@ -218,8 +234,8 @@ ALWAYS_INLINE void tile_group(struct spk_tiling f, const uint8_t *tile,
 {
     const int scaled = f.super && !f.six;
     struct super super;
-    size_t stored = rows < LANES ? rows : LANES;
-    lanes acc0 = l_set1(0.0f), acc1 = acc0, acc2 = acc0, acc3 = acc0;
+    float acc[GROUP][16] = {0};
+    lanes acc_of_one = l_set1(0.0f);
     for (size_t b = 0; b < blocks; b++, x += n) {
         struct spk_block_at at = spk_locate(f, tile, blocks, b);
         vint32m4_t dot0 = __riscv_vmv_v_x_i32m4(0, LANES), dot1 = dot0, dot2 = dot0, dot3 = dot0;
@@ -238,13 +254,17 @@ ALWAYS_INLINE void tile_group(struct spk_tiling f, const uint8_t *tile,
             if (f.minima)
                 mw = load_halves(at.m);
         }
-#define ADD(j) acc##j = add_block(f, acc##j, dw, mw, dot##j, &x[j])
-        EACH_OF(n, ADD);
+#define ADD(j) l_store(acc[j], add_block(f, l_load(acc[j]), dw, mw, dot##j, &x[j]))
+        if (n == 1)
+            acc_of_one = add_block(f, acc_of_one, dw, mw, dot0, x);
+        else
+            EACH_OF(n, ADD);
 #undef ADD
     }
-#define STORE(j) __riscv_vse32_v_f32m4(out + j * out_stride, acc##j, stored)
-    EACH_OF(n, STORE);
-#undef STORE
+    if (n == 1)
+        l_store(acc[0], acc_of_one);
+    for (int j = 0; j < n; j++)
+        memcpy(out + (size_t)j * out_stride, acc[j], (rows < 16 ? rows : 16) * sizeof *acc[j]);
 }
 
 ALWAYS_INLINE void matmul(struct spk_tiling f, const uint8_t *w, const struct spk_q8 *x,
