@@ -10,6 +10,9 @@
 #ifndef SPK_LANES_H
 #define SPK_LANES_H
 
+#if !defined(__riscv_v_intrinsic) || __riscv_v_intrinsic < 11000
+#error "the RVV kernels need a compiler with the intrinsics of RVV 1.0, such as clang 17 or gcc 14"
+#endif
 #include <riscv_vector.h>
 
 #include "spk_scalar_math.h"
