@@ -67,7 +67,7 @@ from spanker.native import lib
 from spanker.sched.bandwidth import CardSpeed, Profile
 from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
-from spanker.sched.plan import FleetPlan, Limits
+from spanker.sched.plan import FleetPlan, Limits, Plan
 from spanker.sched.topology import Topology
 from spanker.values import Value
 
@@ -306,12 +306,9 @@ class Coordinator:
         }
         total = sum(u.nbytes for card in todo.values() for u in card)
         done = 0
-        # All cards together as many as there are cores to make the bytes.
-        at_once = 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // len(chains))
+        at_once = self._messages_at_once(len(chains))
 
-        # From small pages every step would read slower, and loading is only once.
-        reached = [c for c in todo if self.clients[c].shares_memory and self.cards[c].maps]
-        mapping = reached if packed is not None and reached and packed.is_huge() else []
+        mapping = self.mapping(tuple(todo), packed)
 
         def sent(nbytes: int) -> None:
             nonlocal done
@@ -359,6 +356,65 @@ class Coordinator:
                     await self.unload(loaded)
             raise
         return replicas
+
+    def mapping(self, cards: Sequence[int], packed: PackedFile | None) -> list[int]:
+        """Those of these cards that map a packed copy instead of holding its bytes."""
+        # From small pages every step would read slower, and loading is only once.
+        reached = [c for c in cards if self.clients[c].shares_memory and self.cards[c].maps]
+        return reached if packed is not None and reached and packed.is_huge() else []
+
+    def _messages_at_once(self, cards: int) -> int:
+        """How many messages are under way to each of so many cards: together as many as there are
+        cores to make the bytes."""
+        return 1 if self.modelled else -(-len(os.sched_getaffinity(0)) // cards)
+
+    async def move(
+        self,
+        held: LoadedModel,
+        beside: Sequence[LoadedModel],
+        gguf: GGUFFile | None,
+        plan: Plan,
+        limits: Limits,
+        free: Sequence[int],
+        packed: PackedFile | None = None,
+    ) -> LoadedModel:
+        """Put what is `held` of a model onto the cards of another plan: weights come from where
+        they are, on its cards and on those of its replicas `beside`, and else as in `load`.
+
+        `free`: bytes on each card when nothing of it is there any more.  On any failure,
+        cancellation included, all of it is freed.  Raises what cards report.
+        """
+        from spanker.actors import resharding
+
+        if self.mapping(plan.cards, packed):
+            await self.unload(held)
+            (mapped,) = await self.load(held.model, gguf, FleetPlan.of(plan), limits, None, packed)
+            return mapped
+        down, births = self.links.down_among(plan.cards), tuple(self.births)
+        loaded = LoadedModel(
+            held.model, plan, limits, {c: {} for c in plan.cards}, {}, down, births
+        )
+        async with self._load_lock:
+            try:
+                move = resharding.Move(self, held, beside, loaded, gguf, packed)
+                steps = move.planned(free)
+                before = await self._memory_used(FleetPlan.of(plan))
+                for card in plan.cards:
+                    if self.holds(held, card):
+                        before[card] -= self._expected_bytes(held, card)
+                await move.carry_out(steps, self._messages_at_once(len(plan.cards)))
+
+                async def load_step(card: int) -> None:
+                    loaded.programs[card] = await self._load_step(loaded, card)
+
+                await loading.run_all([functools.partial(load_step, c) for c in plan.cards])
+                self._check_memory((loaded,), before, await self._memory_used(FleetPlan.of(plan)))
+            except BaseException:
+                with trio.move_on_after(STOP_S, shield=True):
+                    await self.unload(loaded)
+                    await self.unload(held)
+                raise
+        return loaded
 
     async def _load_step(self, loaded: LoadedModel, card: int) -> int:
         """The program of a model's steps on a card, around the links that it avoids."""
@@ -466,13 +522,7 @@ class Coordinator:
         """A card that counts other bytes than the plan would break every later plan."""
         for loaded in replicas:
             for card in loaded.plan.cards:
-                expected = card_bytes(
-                    loaded.model.shape,
-                    loaded.plan,
-                    card,
-                    loaded.limits,
-                    granule=self.cards[card].ddr_granule,
-                )
+                expected = self._expected_bytes(loaded, card)
                 used = after[card] - before[card]
                 if used != expected:
                     raise CardError(
@@ -481,9 +531,19 @@ class Coordinator:
                         card=card,
                     )
 
+    def _expected_bytes(self, loaded: LoadedModel, card: int) -> int:
+        """Bytes of DDR that a model takes on a card."""
+        granule = self.cards[card].ddr_granule
+        shape, plan, limits = loaded.model.shape, loaded.plan, loaded.limits
+        return card_bytes(shape, plan, card, limits, granule=granule)
+
     async def unload(self, loaded: LoadedModel) -> None:
-        """Free what a model holds on its cards; a card that is lost has nothing to free, and one
-        that answers nothing for the hang timeout is lost."""
+        """Free what a model holds on its cards."""
+        await self.free(loaded, {card: tuple(names) for card, names in loaded.handles.items()})
+
+    async def free(self, loaded: LoadedModel, buffers: Mapping[int, Sequence[str]]) -> None:
+        """Free these buffers of a model, by card, and first its programs there; a card that is lost
+        has nothing to free, and one that answers nothing for the hang timeout is lost."""
 
         async def free(card: int) -> None:
             client, handles = self.clients[card], loaded.handles[card]
@@ -498,7 +558,7 @@ class Coordinator:
                 if card in loaded.programs:
                     await ask(UnloadProgram(loaded.programs.pop(card)))
                 async with trio.open_nursery() as asking:
-                    for name in list(handles):
+                    for name in buffers[card]:
                         asking.start_soon(ask, FreeBuffer(handles.pop(name)))
 
             if not await patience.with_(free_all):
@@ -508,7 +568,7 @@ class Coordinator:
         # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
         # does not answer must not keep the others' memory.
         async with trio.open_nursery() as nursery:
-            for card in loaded.handles:
+            for card in buffers:
                 if self.holds(loaded, card):
                     nursery.start_soon(free, card)
 

@@ -9,7 +9,7 @@ takes is said in docs/api/timing-model.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -70,16 +70,10 @@ async def copy(
     Waits while others have the cards, and lets them in between.  Raises what the cards report.
     """
     for batch in _runs(buffers):
-        programs: dict[int, int] = {}
-        try:
-            for card, made in zip(handles, build(tuple(handles), batch), strict=True):
-                data = made.encode(handles[card])
-                programs[card] = await coordinator.load_program(card, data)
-            await _run(coordinator, programs)
-        finally:
-            with trio.move_on_after(RELEASE_S, shield=True):
-                for card, program in programs.items():
-                    await _unload(coordinator, card, program)
+        made = zip(handles, build(tuple(handles), batch), strict=True)
+        data = {card: program.encode(handles[card]) for card, program in made}
+        async with loaded(coordinator, data) as programs:
+            await run(coordinator, programs)
 
 
 def _runs(buffers: Sequence[BufferSpec]) -> Iterator[Sequence[BufferSpec]]:
@@ -115,7 +109,23 @@ def _transfer(send: bool, peer: int, buffer: BufferSpec) -> Transfer:
     return Transfer(send, peer, Ref(buffer.name), buffer.nbytes, bulk=True)
 
 
-async def _run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
+@contextlib.asynccontextmanager
+async def loaded(
+    coordinator: Coordinator, data: Mapping[int, bytes]
+) -> AsyncIterator[dict[int, int]]:
+    """Encoded programs on their cards within the block: their numbers, by card."""
+    programs: dict[int, int] = {}
+    try:
+        for card, program in data.items():
+            programs[card] = await coordinator.load_program(card, program)
+        yield programs
+    finally:
+        with trio.move_on_after(RELEASE_S, shield=True):
+            for card, number in programs.items():
+                await _unload(coordinator, card, number)
+
+
+async def run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
     """Run these programs, by card, together."""
     cards = tuple(programs)
     await coordinator.take_cards(cards)

@@ -25,6 +25,8 @@ from spanker.ggml.architectures import llama
 
 ItemT = TypeVar("ItemT")
 Batch = list[tuple[str, llama.Piece]]
+Job = Callable[[], object]
+"""An async callable."""
 
 # Buffers or pieces that one message is about.
 BATCH_MAX = 64
@@ -165,12 +167,12 @@ async def map_all(
         sent(sum(upload.nbytes for upload in batch))
 
 
-async def run_all(jobs: Sequence[Callable[[], object]]) -> None:
+async def run_all(jobs: Sequence[Job]) -> None:
     """Run async callables together; the first error, alone, is what is raised."""
     errors: list[Exception] = []
     async with trio.open_nursery() as nursery:
 
-        async def run(job: Callable[[], object]) -> None:
+        async def run(job: Job) -> None:
             try:
                 await job()  # type: ignore[misc]
             except Exception as error:

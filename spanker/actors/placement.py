@@ -171,12 +171,13 @@ class Placement:
     async def replace(self, number: int) -> LoadedModel:
         """Put a replica anew on the cards that are left to it: those of its own that are in use,
         and those that no replica of the model has.  The context stays what it was, and so does what
-        it has where the plan is the same.
+        it has where the plan is the same.  Weights come from where they are, be it on cards of
+        other replicas, as far as nothing fails meanwhile; else from the file.
 
         The limits may allow fewer KV pages than before.  Raises CardMemoryError, with the bytes
-        needed, where it does not fit any more, CardLostError where no card is left: then it still
-        has what it had.  Of a failure later, ModelError where its file is gone, it has nothing.  A
-        card that is lost meanwhile is left out, too.
+        needed, where it does not fit any more, CardLostError where no card is left, ModelError
+        where its file is gone: then it still has what it had.  Of a failure later it has nothing.
+        A card that is lost meanwhile is left out, too.
         """
         before = self.replicas[number]
         assert before is not None
@@ -184,23 +185,29 @@ class Placement:
         held: LoadedModel | None = before
         async with self._lock:
             while True:
-                births = tuple(coordinator.births)
+                births, moving = tuple(coordinator.births), False
                 try:
                     cards, free = await self._cards(self._left_to(number), held)
                     plan = self._replan(number, cards, free)
                     pages = fit_kv_pages(
                         self._model.shape, plan, before.limits, free, before.limits.kv_pages
                     )
-                    if held is not None:
-                        if coordinator.whole(held) and self._stays(held.plan, plan, cards):
-                            return await self._rerouted(number, held)
-                        held = None
-                        await self.give_up(number)
                     limits = attrs.evolve(before.limits, kv_pages=pages)
-                    (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
+                    if held is None:
+                        (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
+                        break
+                    if coordinator.whole(held) and self._stays(held.plan, plan, cards):
+                        return await self._rerouted(number, held)
+                    with self._opened() as (gguf, packed):
+                        held, self.replicas[number], moving = None, None, True
+                        beside = [replica for replica in self.replicas if replica is not None]
+                        loaded = await coordinator.move(
+                            before, beside, gguf, plan, limits, free, packed
+                        )
                     break
                 except CardError as error:
-                    if not self._lost(error, births):
+                    # Whatever has become of what it held, the host has everything.
+                    if not (self._lost(error, births) or moving):
                         raise
         self.replicas[number] = loaded
         return loaded
@@ -229,9 +236,11 @@ class Placement:
 
     async def give_up(self, number: int) -> None:
         """Free what a replica has on its cards; they are there for the others."""
-        replica, self.replicas[number] = self.replicas[number], None
-        if replica is not None:
-            await self._coordinator.unload(replica)
+        # Another one may be taking weights from it.
+        async with self._lock:
+            replica, self.replicas[number] = self.replicas[number], None
+            if replica is not None:
+                await self._coordinator.unload(replica)
 
     def _left_to(self, number: int) -> tuple[int, ...]:
         others = {
@@ -397,8 +406,15 @@ class Placement:
     async def _load(
         self, plan: FleetPlan, limits: Limits, progress: Progress | None
     ) -> tuple[LoadedModel, ...]:
-        coordinator = self._coordinator
+        with self._opened() as (gguf, packed):
+            return await self._coordinator.load(self._model, gguf, plan, limits, progress, packed)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[GGUFFile | None, PackedFile | None]]:
+        """The file and its packed copy within the block, as far as there are any; ModelError where
+        it has changed."""
         if self.file is None:
-            return await coordinator.load(self._model, None, plan, limits, progress, None)
-        with self.file.open(coordinator.modelled) as (gguf, packed):
-            return await coordinator.load(self._model, gguf, plan, limits, progress, packed)
+            yield None, None
+            return
+        with self.file.open(self._coordinator.modelled) as opened:
+            yield opened

@@ -154,14 +154,14 @@ async def test_copied_replicas_hold_what_the_first_one_does(plan: str, tiny: Pat
 def at_run(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[[], None]]:
     """What to do at the beginning of a run of a copy, by its number from 1; runs are short."""
     todo: dict[int, Callable[[], None]] = {}
-    runs, original = itertools.count(1), copying._run
+    runs, original = itertools.count(1), copying.run
 
     async def run(coordinator: Coordinator, programs: dict[int, int]) -> None:
         todo.pop(next(runs), lambda: None)()
         await original(coordinator, programs)
 
     monkeypatch.setattr(copying, "RUN_BYTES", 1000)
-    monkeypatch.setattr(copying, "_run", run)
+    monkeypatch.setattr(copying, "run", run)
     return todo
 
 

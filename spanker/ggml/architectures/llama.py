@@ -47,6 +47,7 @@ from spanker.sched.plan import (
     Stage,
     WeightShape,
 )
+from spanker.sched.resharding import Content, contents
 from spanker.sched.shares import Share
 from spanker.values import Value, lazy_frozen
 
@@ -396,14 +397,14 @@ def _packed_rows(
     gguf: GGUFFile | None,
     packed: PackedFile | None,
     weight: Weight,
-    buffer: str,
-    first: int,
-    rows: int,
+    content: Content,
+    offset: int,
 ) -> Upload:
+    buffer, first, rows = content.buffer, content.first, content.stop - content.first
     if packed is not None:
         place = packed.place(weight.shape, weight.format, first, rows)
         if place is not None:
-            return _copied(packed, place, buffer, weight.shape.packed_bytes(rows))
+            return _copied(packed, place, buffer, content.nbytes, offset)
     step = max(UPLOAD_BYTES // weight.shape.row_bytes // 16 * 16, 16)
     name = weight.shape.name
     data = None if gguf is None else gguf.tensor_data(name)
@@ -417,24 +418,22 @@ def _packed_rows(
             pack(weight.format, data[at : at + count], weight.shape.k, out)
             gguf.forget(name, at, count)
 
-        nbytes = weight.shape.packed_bytes(count)
-        return Piece(begin * weight.shape.row_bytes, nbytes, _zeros if gguf is None else fill)
+        at = offset + begin * weight.shape.row_bytes
+        return Piece(at, weight.shape.packed_bytes(count), _zeros if gguf is None else fill)
 
-    nbytes = weight.shape.packed_bytes(rows)
-    return Upload(buffer, nbytes, tuple(map(piece, range(0, rows, step))))
+    return Upload(buffer, content.nbytes, tuple(map(piece, range(0, rows, step))))
 
 
-def _copied(packed: PackedFile, place: int, buffer: str, nbytes: int) -> Upload:
+def _copied(packed: PackedFile, place: int, buffer: str, nbytes: int, offset: int) -> Upload:
     def piece(begin: int) -> Piece:
         fill = functools.partial(packed.read, place + begin)
-        return Piece(begin, min(UPLOAD_BYTES, nbytes - begin), fill)
+        return Piece(offset + begin, min(UPLOAD_BYTES, nbytes - begin), fill)
 
     return Upload(buffer, nbytes, tuple(map(piece, range(0, nbytes, UPLOAD_BYTES))), place)
 
 
-def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share) -> Upload:
-    unit, nbytes = weight.shape.columns_unit, weight.shape.unit_bytes
-    begin, end = columns.start // unit * nbytes, columns.stop // unit * nbytes
+def _columns(gguf: GGUFFile | None, weight: Weight, content: Content) -> Upload:
+    begin, end = (edge * weight.shape.unit_bytes for edge in (content.first, content.stop))
     width, rows = end - begin, weight.shape.rows
     step = max(UPLOAD_BYTES // width, 1)
     name = weight.shape.name
@@ -450,7 +449,35 @@ def _columns(gguf: GGUFFile | None, weight: Weight, buffer: str, columns: Share)
 
         return Piece(row * width, count * width, _zeros if gguf is None else fill)
 
-    return Upload(buffer, rows * width, tuple(map(piece, range(0, rows, step))))
+    return Upload(content.buffer, rows * width, tuple(map(piece, range(0, rows, step))))
+
+
+def _norm(model: LlamaModel, gguf: GGUFFile | None, name: str) -> Upload:
+    weights = np.zeros(model.shape.hidden, np.float32)
+    if gguf is not None:
+        kind = gguf.tensors[name].type.name.lower()
+        weights = dequantize_row(kind, gguf.tensor_data(name))
+    return _whole(name, weights)
+
+
+def upload(
+    model: LlamaModel,
+    gguf: GGUFFile | None,
+    limits: Limits,
+    content: Content,
+    packed: PackedFile | None = None,
+    offset: int = 0,
+) -> Upload:
+    """What must be written into a buffer from `offset` on so that it has this content there."""
+    buffer = content.buffer
+    if buffer == "rope":
+        return _whole(buffer, rope.table(limits.context, model.shape.rope_dim, model.rope_base))
+    if buffer.endswith("_norm.weight"):
+        return _norm(model, gguf, buffer)
+    if buffer == "token_embd.weight.columns":
+        return _columns(gguf, model.weights["token_embd.weight"], content)
+    name = model.shape.output.name if buffer == "output.rows" else buffer
+    return _packed_rows(gguf, packed, model.weights[name], content, offset)
 
 
 @collecting.paused()
@@ -464,34 +491,10 @@ def uploads(
 ) -> tuple[Upload, ...]:
     """What must be written into a card's buffers before its program can run; without a file all
     weights are zero.  What a packed copy of the file has is read from there."""
-    number, share = plan.place(card)
-    stage = plan.stages[number]
-    out: list[Upload] = [
-        _whole("rope", rope.table(limits.context, model.shape.rope_dim, model.rope_base))
-    ]
-
-    def norm(name: str) -> None:
-        weights = np.zeros(model.shape.hidden, np.float32)
-        if gguf is not None:
-            kind = gguf.tensors[name].type.name.lower()
-            weights = dequantize_row(kind, gguf.tensor_data(name))
-        out.append(_whole(name, weights))
-
-    if not share.columns.empty and not embeds_from_output(model.shape, share):
-        embedding = model.weights["token_embd.weight"]
-        out.append(_columns(gguf, embedding, "token_embd.weight.columns", share.columns))
-    for i in range(stage.layers.start, stage.layers.stop):
-        norm(f"blk.{i}.attn_norm.weight")
-        norm(f"blk.{i}.ffn_norm.weight")
-        for matrix, first, rows in layer_rows(model.shape.layers[i], model.shape, share):
-            weight = model.weights[matrix.name]
-            out.append(_packed_rows(gguf, packed, weight, matrix.name, first, rows))
-    if not share.vocabulary.empty:
-        norm("output_norm.weight")
-        weight = model.weights[model.shape.output.name]
-        v = share.vocabulary
-        out.append(_packed_rows(gguf, packed, weight, "output.rows", v.start, v.size))
-    return tuple(out)
+    return tuple(
+        upload(model, gguf, limits, content, packed)
+        for content in contents(model.shape, plan, card, limits.context)
+    )
 
 
 @lazy_frozen

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model goes from one plan to another with what its cards hold of it: the rounds of a
+`sched.resharding.Reshard`, one after the other.
+
+In a round a card copies within its memory, then sends and receives, by a program of its own, while
+the host writes what no card has.  Other models and replicas have their steps between two rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from spanker.actors import copying, loading
+from spanker.actors.steps import LoadedModel
+from spanker.ggml.architectures import llama
+from spanker.ggml.gguf import GGUFFile
+from spanker.ggml.packed import PackedFile
+from spanker.kernels import program as op
+from spanker.kernels.elements import Element
+from spanker.kernels.program import Command, Program, Ref, Transfer
+from spanker.sched.layout import BufferSpec, card_buffers
+from spanker.sched.resharding import (
+    Content,
+    Fill,
+    Holdings,
+    Reshard,
+    Round,
+    check_reshard,
+    contents,
+    reshard,
+)
+
+if TYPE_CHECKING:
+    from spanker.actors.coordinator import Coordinator
+
+# Transfers that cards make together: no card has more than these in one exchange.
+EXCHANGE_MAX = 256
+
+
+class Move:
+    """One model on its way: `held` is what is left where it was, `loaded` what is already where it
+    will be."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        held: LoadedModel,
+        beside: Sequence[LoadedModel],
+        loaded: LoadedModel,
+        gguf: GGUFFile | None,
+        packed: PackedFile | None,
+    ) -> None:
+        self._coordinator = coordinator
+        self.held = held
+        self.loaded = loaded
+        self._gguf = gguf
+        self._packed = packed
+        self._lenders = {c: m for m in beside for c in m.plan.cards if _holds(coordinator, m, c)}
+        self._holdings = Holdings.of(
+            held.plan,
+            [m.plan for m in beside],
+            [*self._lenders, *(c for c in held.plan.cards if _holds(coordinator, held, c))],
+        )
+        model, limits = loaded.model, loaded.limits
+        self._contents = {
+            card: {c.buffer: c for c in contents(model.shape, loaded.plan, card, limits.context)}
+            for card in loaded.plan.cards
+        }
+
+    def planned(self, free: Sequence[int]) -> Reshard:
+        """What is to be done, checked; `free` bytes there are on each card when nothing of the
+        model is on it any more."""
+        coordinator, shape = self._coordinator, self.loaded.model.shape
+        context = self.loaded.limits.context
+        granule = max(coordinator.cards[card].ddr_granule for card in self.loaded.plan.cards)
+        room = {}
+        for card in self.loaded.plan.cards:
+            own: tuple[Content, ...] = ()
+            if card in self._holdings.own:
+                own = contents(shape, self.held.plan, card, context)
+            room[card] = free[card] - sum(-(-c.nbytes // granule) * granule for c in own)
+        made = reshard(
+            shape,
+            self._holdings,
+            self.loaded.plan,
+            coordinator.topology,
+            context=context,
+            room=room,
+            granule=granule,
+        )
+        check_reshard(shape, self._holdings, self.loaded.plan, made, context=context)
+        return made
+
+    async def carry_out(self, made: Reshard, at_once: int) -> None:
+        """All of it, but for the programs.  Raises what cards report, ModelError of the file."""
+        coordinator, held, loaded = self._coordinator, self.held, self.loaded
+        # Keys, values and activations, of which nothing is kept.
+        unkept = {}
+        for card, handles in held.handles.items():
+            weights = {c.buffer for c in contents(held.model.shape, held.plan, card, 1)}
+            unkept[card] = [name for name in handles if name not in weights]
+        await coordinator.free(held, unkept)
+        for card, buffer in made.kept:
+            loaded.handles[card][buffer] = held.handles[card].pop(buffer)
+        for round_ in made.rounds:
+            await self._round(round_, at_once)
+        missing = {}
+        for card, handles in loaded.handles.items():
+            specs = card_buffers(loaded.model.shape, loaded.plan, card, loaded.limits)
+            missing[card] = [spec for spec in specs if spec.name not in handles]
+        await self._allocate(missing)
+        rest = [Fill(card, b, 0, self._contents[card][b].nbytes) for card, b in made.rest]
+        await loading.run_all(self._uploads(rest, at_once))
+
+    async def _round(self, round_: Round, at_once: int) -> None:
+        specs: dict[int, list[BufferSpec]] = {}
+        for card, buffer in round_.made:
+            spec = BufferSpec(buffer, self._contents[card][buffer].nbytes)
+            specs.setdefault(card, []).append(spec)
+        await self._allocate(specs)
+        data = {
+            card: program.encode(self._handles(card)) for card, program in programs(round_).items()
+        }
+        jobs = self._uploads(round_.from_host, at_once)
+        async with copying.loaded(self._coordinator, data) as numbers:
+            if numbers:
+                jobs.append(functools.partial(copying.run, self._coordinator, numbers))
+            await loading.run_all(jobs)
+        freed: dict[int, list[str]] = {}
+        for card, buffer in round_.freed:
+            freed.setdefault(card, []).append(buffer)
+        await self._coordinator.free(self.held, freed)
+
+    async def _allocate(self, specs: Mapping[int, Sequence[BufferSpec]]) -> None:
+        async def allocate(card: int) -> None:
+            handles = self.loaded.handles[card]
+            for batch in loading.batched(specs[card], loading.BATCH_MAX):
+                sizes = tuple(spec.nbytes for spec in batch)
+                new = await self._coordinator.allocate(card, sizes)
+                handles.update(zip((spec.name for spec in batch), new, strict=True))
+
+        await loading.run_all([functools.partial(allocate, card) for card in specs])
+
+    def _uploads(self, fills: Sequence[Fill], at_once: int) -> list[loading.Job]:
+        """What brings these from the host, card by card."""
+        by_card: dict[int, list[llama.Upload]] = {}
+        loaded, model, limits = self.loaded, self.loaded.model, self.loaded.limits
+        for fill in fills:
+            content: Content = self._contents[fill.card][fill.buffer]
+            if fill.nbytes < content.nbytes:
+                content = content.part(fill.offset, fill.nbytes)
+            by_card.setdefault(fill.card, []).append(
+                llama.upload(model, self._gguf, limits, content, self._packed, fill.offset)
+            )
+        return [
+            functools.partial(
+                loading.upload,
+                functools.partial(self._coordinator.ask, card),
+                uploads,
+                loaded.handles[card],
+                at_once,
+                lambda nbytes: None,
+            )
+            for card, uploads in by_card.items()
+        ]
+
+    def _handles(self, card: int) -> dict[str, int]:
+        """The buffers that a card's program names."""
+        handles = dict(self.loaded.handles.get(card, {}))
+        lender = self._lenders.get(card)
+        if lender is not None:
+            there: Mapping[str, int] = lender.handles[card]
+        else:
+            # What is kept it holds, and has, at the same time.
+            there = {**handles, **self.held.handles.get(card, {})}
+        handles.update({_held(name): handle for name, handle in there.items()})
+        return handles
+
+
+def _holds(coordinator: Coordinator, loaded: LoadedModel, card: int) -> bool:
+    return card not in coordinator.lost and coordinator.holds(loaded, card)
+
+
+# --- programs ----------------------------------------------------------------------------
+
+
+def _held(buffer: str) -> str:
+    """What a program calls the buffer of this name that was there before."""
+    return f"held {buffer}"
+
+
+def programs(round_: Round) -> dict[int, Program]:
+    """What each card does in a round, where it does something: copies within its memory, then
+    transfers, in the same order everywhere."""
+    commands: dict[int, list[Command]] = {}
+    for fill in round_.copies:
+        commands.setdefault(fill.card, []).append(_copy(fill))
+    for moves in loading.batched(round_.moves, EXCHANGE_MAX):
+        transfers: dict[int, list[Transfer]] = {}
+        for card, transfer in _transfers(moves):
+            transfers.setdefault(card, []).append(transfer)
+        for card, own in transfers.items():
+            commands.setdefault(card, []).extend(op.exchange(own))
+    return {card: Program(tuple(commands[card]), 1, 1, 1) for card in sorted(commands)}
+
+
+def _copy(fill: Fill) -> Command:
+    element = Element.I32
+    into = Ref(fill.buffer, offset=fill.offset)
+    operand = Ref(_held(fill.buffer), offset=fill.source_offset)
+    return op.copy(element, into, operand, count=fill.nbytes // element.nbytes)
+
+
+def _transfers(moves: Sequence[Fill]) -> Iterator[tuple[int, Transfer]]:
+    """Both sides of each move, with the card whose it is."""
+    for fill in moves:
+        assert fill.source is not None
+        there = Ref(_held(fill.buffer), offset=fill.source_offset)
+        here = Ref(fill.buffer, offset=fill.offset)
+        yield fill.source, Transfer(True, fill.card, there, fill.nbytes, bulk=True)
+        yield fill.card, Transfer(False, fill.source, here, fill.nbytes, bulk=True)

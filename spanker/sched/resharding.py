@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model's weights get to where another plan wants them: from what cards hold already.
+
+A row that the same card holds is copied within its memory, one that a peer holds comes over a link,
+and only what no card holds comes from the host.  A `Reshard` says all of it: buffer by buffer, so
+that a card needs room for a few buffers more than it ends up with.  Made and checked here, from
+plans alone; actors/resharding.py carries it out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
+
+from spanker.errors import PlanError
+from spanker.sched.layout import embeds_from_output, layer_rows
+from spanker.sched.plan import DDR_ALIGN, TILE_ROWS, ModelShape, Plan
+from spanker.sched.topology import Topology
+from spanker.values import Value
+
+# A round makes buffers of so many bytes on a card, or one that is larger.
+ROUND_BYTES = 64 << 20
+
+
+# --- what a card holds -------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False, repr=False)
+class Content(Value):
+    """What a weight buffer holds: rows [first, stop) of a tensor, in tiles of `tile` rows from its
+    start on, the last one filled up.  A tile takes `row_bytes` a row, and two of the same rows are
+    the same bytes.
+
+    Norms and rotations are one row.  The rows of an embedding's part are blocks of columns, and all
+    of them one tile: token after token they lie side by side, and every width is laid out anew.
+    """
+
+    buffer: str
+    first: int
+    stop: int
+    row_bytes: int
+    tile: int = TILE_ROWS
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tile * self.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return -(-(self.stop - self.first) // self.tile) * self.tile_bytes
+
+    def row(self, offset: int) -> int:
+        """The first row of the tile at an offset, or where the last one ends."""
+        return min(self.first + offset // self.row_bytes, self.stop)
+
+    def part(self, offset: int, nbytes: int) -> Content:
+        """The content of these bytes, whole tiles, in a buffer of their own."""
+        return attrs.evolve(self, first=self.row(offset), stop=self.row(offset + nbytes))
+
+    def shared(self, other: Content) -> tuple[int, int]:
+        """The bytes [begin, end) of this buffer that another one holds as well, from
+        `other.offset(row(begin))` on; begin == end where it holds none of them."""
+        if (self.row_bytes, self.tile) != (other.row_bytes, other.tile):
+            return 0, 0
+        if (self.first - other.first) % self.tile:
+            return 0, 0
+        first, stop = max(self.first, other.first), min(self.stop, other.stop)
+        if self.stop != other.stop:
+            # The last tile of one of them is filled up, or goes on.
+            stop -= (stop - self.first) % self.tile
+        if first >= stop:
+            return 0, 0
+        begin = self.offset(first)
+        return begin, begin + -(-(stop - first) // self.tile) * self.tile_bytes
+
+    def offset(self, row: int) -> int:
+        """Where the tile that begins with this row lies."""
+        return (row - self.first) * self.row_bytes
+
+
+def contents(shape: ModelShape, plan: Plan, card: int, context: int) -> tuple[Content, ...]:
+    """What a card holds of a model under a plan, buffer by buffer, with the table of rotations for
+    `context` positions."""
+    return tuple(_contents(shape, plan, card, context))
+
+
+def _contents(shape: ModelShape, plan: Plan, card: int, context: int) -> Iterator[Content]:
+    number, share = plan.place(card)
+    layers, norm_bytes = plan.stages[number].layers, shape.hidden * 4
+    table, output = shape.embedding, shape.output
+    yield Content("rope", 0, 1, context * shape.rope_dim * 4, 1)
+    if not share.columns.empty and not embeds_from_output(shape, share):
+        first, stop = (
+            edge // table.columns_unit for edge in (share.columns.start, share.columns.stop)
+        )
+        row_bytes = table.rows * table.unit_bytes
+        yield Content(f"{table.name}.columns", first, stop, row_bytes, stop - first)
+    for index in range(layers.start, layers.stop):
+        for norm in ("attn_norm", "ffn_norm"):
+            yield Content(f"blk.{index}.{norm}.weight", 0, 1, norm_bytes, 1)
+        for matrix, first, rows in layer_rows(shape.layers[index], shape, share):
+            yield Content(matrix.name, first, first + rows, matrix.row_bytes)
+    if not share.vocabulary.empty:
+        yield Content("output_norm.weight", 0, 1, norm_bytes, 1)
+        v = share.vocabulary
+        yield Content("output.rows", v.start, v.stop, output.row_bytes)
+
+
+# --- what is done ------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False, repr=False)
+class Fill(Value):
+    """Bytes [offset, offset + nbytes) of a card's new buffer come from `source_offset` of what card
+    `source`, which may be the same, holds in the buffer of that name; from the host where it is
+    None."""
+
+    card: int
+    buffer: str
+    offset: int
+    nbytes: int
+    source: int | None = None
+    source_offset: int = 0
+
+
+Buffers = tuple[tuple[int, str], ...]
+"""Buffers as (card, name)."""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Round(Value):
+    """Buffers are made new, then filled; then those are freed that nobody reads any more."""
+
+    made: Buffers
+    fills: tuple[Fill, ...]
+    freed: Buffers
+
+    @property
+    def moves(self) -> tuple[Fill, ...]:
+        """What goes over links."""
+        return tuple(f for f in self.fills if f.source is not None and f.source != f.card)
+
+    @property
+    def copies(self) -> tuple[Fill, ...]:
+        """What is copied within a card."""
+        return tuple(f for f in self.fills if f.source == f.card)
+
+    @property
+    def from_host(self) -> tuple[Fill, ...]:
+        return tuple(f for f in self.fills if f.source is None)
+
+
+@attrs.frozen(eq=False, repr=False)
+class Reshard(Value):
+    """Buffers that are `kept` as they are, the rounds that make the others, and those that come
+    from the host at the end, when all is freed that is not wanted: for them a card has not room
+    beside what it held."""
+
+    kept: Buffers
+    rounds: tuple[Round, ...]
+    rest: Buffers
+
+
+@attrs.frozen(eq=False, repr=False)
+class Holdings(Value):
+    """Where weights are: the plan by which each card holds some, and of which of them it may be
+    taken (`own`), when they are wanted no more."""
+
+    plans: dict[int, Plan]
+    own: tuple[int, ...]
+
+    @classmethod
+    def of(cls, before: Plan, others: Sequence[Plan], cards: Sequence[int]) -> Holdings:
+        """Of a replica that had the plan `before`, and others like it, as far as their `cards`
+        still hold what they were given."""
+        plans = {c: p for p in (before, *others) for c in p.cards if c in cards}
+        return cls(plans, tuple(card for card in before.cards if card in cards))
+
+
+def reshard(
+    shape: ModelShape,
+    held: Holdings,
+    after: Plan,
+    topology: Topology,
+    *,
+    context: int,
+    room: Mapping[int, int],
+    granule: int = DDR_ALIGN,
+) -> Reshard:
+    """How the cards of `after` get what it gives them.  `room`: bytes free on each card; `granule`:
+    memory is taken in multiples of that.
+
+    A row that several peers hold comes from the one that has sent the least.
+    """
+    return _Resharding(shape, held, after, topology, context, room, granule).made()
+
+
+class _Resharding:
+    def __init__(
+        self,
+        shape: ModelShape,
+        held: Holdings,
+        after: Plan,
+        topology: Topology,
+        context: int,
+        room: Mapping[int, int],
+        granule: int,
+    ) -> None:
+        self._after, self._topology, self._granule = after, topology, granule
+        self._old = _by_buffer(shape, held.plans, context)
+        self._new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
+        self._own = held.own
+        self._room = dict(room)
+        self._sent = dict.fromkeys(held.plans, 0)
+        self._kept = set[tuple[int, str]]()
+
+    def made(self) -> Reshard:
+        for buffer, new in self._new.items():
+            old = self._old.get(buffer, {})
+            self._kept.update((c, buffer) for c in new if c in self._own and old.get(c) == new[c])
+        rounds, rest = list[Round](), list[tuple[int, str]]()
+        unwanted = [b for b in self._old if b not in self._new]
+        if any(self._frees(buffer) for buffer in unwanted):
+            rounds.append(self._done(Round((), (), self._frees(*unwanted))))
+        todo = [buffer for buffer in self._order() if self._wants(buffer) or self._frees(buffer)]
+        while todo:
+            taken, late = self._taken(todo)
+            del todo[: len(taken)]
+            pairs = [(card, buffer) for buffer in taken for card in self._wants(buffer)]
+            made = tuple(pair for pair in pairs if pair not in late)
+            fills = tuple(fill for pair in made for fill in self._fills(*pair))
+            rounds.append(self._done(Round(made, fills, self._frees(*taken))))
+            rest += late
+        return Reshard(tuple(sorted(self._kept)), tuple(rounds), tuple(rest))
+
+    def _wants(self, buffer: str) -> list[int]:
+        """The cards that a new buffer is to be made on."""
+        return [card for card in self._new[buffer] if (card, buffer) not in self._kept]
+
+    def _frees(self, *buffers: str) -> Buffers:
+        """What is there of them and not kept."""
+        pairs = ((c, b) for b in buffers for c in self._old.get(b, {}) if c in self._own)
+        return tuple(pair for pair in pairs if pair not in self._kept)
+
+    def _order(self) -> list[str]:
+        """All new buffers: every card's first one, then every card's second one, so that the cards
+        of a pipeline, which have no buffer in common, get theirs at the same time."""
+        lists = [
+            [buffer for buffer, new in self._new.items() if card in new]
+            for card in self._after.cards
+        ]
+        rows = itertools.zip_longest(*lists)
+        return list(dict.fromkeys(b for row in rows for b in row if b is not None))
+
+    def _bytes(self, content: Content) -> int:
+        return -(-content.nbytes // self._granule) * self._granule
+
+    def _taken(self, todo: Sequence[str]) -> tuple[list[str], Buffers]:
+        """The buffers that the next round makes, and those of them for which a card has no room."""
+        taken: list[str] = []
+        late: Buffers = ()
+        used = dict.fromkeys(self._after.cards, 0)
+        for buffer in todo:
+            sizes = {c: self._bytes(self._new[buffer][c]) for c in self._wants(buffer)}
+            full = [c for c, n in sizes.items() if used[c] + n > min(ROUND_BYTES, self._room[c])]
+            if full and taken:
+                break
+            taken.append(buffer)
+            if full:
+                # Alone in a round it may be larger than a round, not than the room.
+                late = tuple((c, buffer) for c in full if sizes[c] > self._room[c])
+                break
+            for card, nbytes in sizes.items():
+                used[card] += nbytes
+        return taken, late
+
+    def _done(self, made: Round) -> Round:
+        """A round, when its cards have less room by it, or more."""
+        for card, buffer in made.made:
+            self._room[card] -= self._bytes(self._new[buffer][card])
+        for card, buffer in made.freed:
+            if card in self._room:
+                self._room[card] += self._bytes(self._old[buffer][card])
+        return made
+
+    def _fills(self, card: int, buffer: str) -> Iterator[Fill]:
+        content, old = self._new[buffer][card], self._old.get(buffer, {})
+        holders: dict[int, tuple[int, int]] = {}
+        for holder, its in old.items():
+            if holder == card or self._topology.is_up(holder, card):
+                begin, end = content.shared(its)
+                if begin < end:
+                    holders[holder] = begin, end
+        edges = {0, content.nbytes, *(edge for ends in holders.values() for edge in ends)}
+        fill: Fill | None = None
+        for begin, end in itertools.pairwise(sorted(edges)):
+            having = [c for c, (a, b) in holders.items() if a <= begin and end <= b]
+            source = card if card in having else min(having, key=self._cost, default=None)
+            if source is not None and source != card:
+                self._sent[source] += end - begin
+            if fill is not None and fill.source == source:
+                fill = attrs.evolve(fill, nbytes=end - fill.offset)
+                continue
+            if fill is not None:
+                yield fill
+            at = 0 if source is None else old[source].offset(content.row(begin))
+            fill = Fill(card, buffer, begin, end - begin, source, at)
+        if fill is not None:
+            yield fill
+
+    def _cost(self, card: int) -> tuple[int, int]:
+        return self._sent[card], card
+
+
+_ByBuffer = dict[str, dict[int, Content]]
+
+
+def _by_buffer(shape: ModelShape, plans: Mapping[int, Plan], context: int) -> _ByBuffer:
+    found: _ByBuffer = {}
+    for card, plan in plans.items():
+        for content in contents(shape, plan, card, context):
+            found.setdefault(content.buffer, {})[card] = content
+    return found
+
+
+# --- checking ----------------------------------------------------------------------------
+
+
+def check_reshard(
+    shape: ModelShape, held: Holdings, after: Plan, made: Reshard, *, context: int
+) -> None:
+    """Raise PlanError, saying where, unless every byte of every buffer that `after` wants is filled
+    exactly once, with that very byte and from who holds it by then, and nothing else is left."""
+    old = _by_buffer(shape, held.plans, context)
+    new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
+    there = {(card, buffer) for buffer, by_card in old.items() for card in by_card}
+    own = {pair for pair in there if pair[0] in held.own}
+    done: set[tuple[int, str]] = set()
+
+    def finish(pair: tuple[int, str], how: str) -> None:
+        card, buffer = pair
+        if pair in done or card not in new.get(buffer, {}):
+            raise PlanError(f"card {card}, {buffer}: {how}, but it is wanted once or not at all")
+        done.add(pair)
+
+    def free(pair: tuple[int, str]) -> None:
+        if pair not in own or pair not in there:
+            raise PlanError(f"card {pair[0]}, {pair[1]}: freed, but it is not there to be freed")
+        there.remove(pair)
+
+    for card, buffer in made.kept:
+        finish((card, buffer), "kept")
+        if (card, buffer) not in own or old[buffer][card] != new[buffer][card]:
+            raise PlanError(f"card {card}, {buffer}: kept, but it holds something else")
+    for number, round_ in enumerate(made.rounds):
+        filled: dict[tuple[int, str], int] = {}
+        for pair in round_.made:
+            finish(pair, f"made in round {number}")
+            filled[pair] = 0
+        for fill in sorted(round_.fills, key=lambda f: (f.card, f.buffer, f.offset)):
+            pair = fill.card, fill.buffer
+            if filled.get(pair) != fill.offset:
+                raise PlanError(
+                    f"card {fill.card}, {fill.buffer}: round {number} fills it from {fill.offset} "
+                    f"on, expected from {filled.get(pair)}"
+                )
+            filled[pair] += fill.nbytes
+            content = new[fill.buffer][fill.card]
+            _check_fill(fill, content, old.get(fill.buffer, {}), there)
+        for (card, buffer), nbytes in filled.items():
+            if nbytes != new[buffer][card].nbytes:
+                raise PlanError(
+                    f"card {card}, {buffer}: round {number} fills {nbytes} of "
+                    f"{new[buffer][card].nbytes} bytes"
+                )
+        for pair in round_.freed:
+            free(pair)
+    for pair in made.rest:
+        finish(pair, "taken from the host at the end")
+    missing = {(card, buffer) for buffer, by_card in new.items() for card in by_card} - done
+    left = (own & there) - set(made.kept)
+    for pairs, what in ((missing, "wanted, but not made"), (left, "not wanted, but not freed")):
+        if pairs:
+            card, buffer = min(pairs)
+            raise PlanError(f"card {card}, {buffer}: {what}")
+
+
+def _check_fill(
+    fill: Fill,
+    content: Content,
+    holders: Mapping[int, Content],
+    there: set[tuple[int, str]],
+) -> None:
+    """Raise PlanError unless the source holds these very tiles."""
+    where = f"card {fill.card}, {fill.buffer}, {fill.nbytes} bytes at {fill.offset}"
+    if fill.nbytes <= 0 or fill.offset % content.tile_bytes or fill.nbytes % content.tile_bytes:
+        raise PlanError(f"{where}: not whole tiles of {content.tile_bytes} bytes")
+    if fill.source is None:
+        return
+    if (fill.source, fill.buffer) not in there:
+        raise PlanError(f"{where}: card {fill.source} does not hold it (any more)")
+    its = holders[fill.source]
+    if fill.source_offset % its.tile_bytes or fill.source_offset + fill.nbytes > its.nbytes:
+        raise PlanError(f"{where}: card {fill.source} has no such tiles at {fill.source_offset}")
+    if content.part(fill.offset, fill.nbytes) != its.part(fill.source_offset, fill.nbytes):
+        raise PlanError(f"{where}: card {fill.source} holds other rows at {fill.source_offset}")
