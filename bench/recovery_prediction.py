@@ -63,7 +63,7 @@ class Case:
     lost: int
     fault: str = "kill"
     hang_timeout_s: float = 10.0
-    weights: Weights = Weights.HOST
+    weights: Weights = Weights.PEERS
     simulated: bool = True
     shape: str = "tinyllama"
     cards: int = 4
@@ -101,8 +101,6 @@ CASES = (
     Case("dp2xtp2, small cards", "dp2xtp2", 0, weights=Weights.HELD, ddr_bytes=SMALL_CARDS),
     Case("dp4, to another", "dp4", 0, weights=Weights.HELD),
     Case("dp4, to one that decodes", "dp4", 0, weights=Weights.HELD, batch=4),
-    Case("tp4, weights of peers", "tp", 2, weights=Weights.PEERS, simulated=False),
-    Case("dp2xtp2, weights of peers", "dp2xtp2", 0, weights=Weights.PEERS, simulated=False),
     Case("rev-b, tp8", "tp", 5, cards=8, profile=REV_B),
     Case("smollm2-135m, tp3", "tp", 1, shape="smollm2-135m", cards=3),
     Case("smollm2-135m, two cards", "tp", 0, shape="smollm2-135m", cards=2, batch=3, prompt=40),

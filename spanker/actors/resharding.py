@@ -22,6 +22,7 @@ from spanker.kernels.elements import Element
 from spanker.kernels.program import Command, Program, Ref, Transfer
 from spanker.sched.layout import BufferSpec, card_buffers
 from spanker.sched.resharding import (
+    EXCHANGE_MAX,
     Content,
     Fill,
     Holdings,
@@ -34,9 +35,6 @@ from spanker.sched.resharding import (
 
 if TYPE_CHECKING:
     from spanker.actors.coordinator import Coordinator
-
-# Transfers that cards make together: no card has more than these in one exchange.
-EXCHANGE_MAX = 256
 
 
 class Move:

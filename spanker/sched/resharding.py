@@ -22,6 +22,8 @@ from spanker.values import Value
 
 # A round makes buffers of so many bytes on a card, or one that is larger.
 ROUND_BYTES = 64 << 20
+# Transfers that cards make together, in one exchange, at most.
+EXCHANGE_MAX = 256
 
 
 # --- what a card holds -------------------------------------------------------------------

@@ -23,7 +23,7 @@ from spanker.sched.cost.phases import Bound
 from spanker.sched.cost.pieces import Pieces, gathers_q8
 from spanker.sched.cost.prefilling import PrefillCost, prefill, prefill_unlike
 from spanker.sched.cost.recovery import RecoveryCost, Weights, recovery
-from spanker.sched.cost.resharding import Sources, sources
+from spanker.sched.cost.resharding import ReshardCost, resharding
 from spanker.sched.cost.rows import StepRows
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "Pieces",
     "PrefillCost",
     "RecoveryCost",
-    "Sources",
+    "ReshardCost",
     "StepCost",
     "StepRows",
     "Weights",
@@ -46,5 +46,5 @@ __all__ = [
     "prefill",
     "prefill_unlike",
     "recovery",
-    "sources",
+    "resharding",
 ]

@@ -9,7 +9,7 @@ turns of the others.  Replicas that are alike are filled from card to card where
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
@@ -18,24 +18,10 @@ from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.phases import phases
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
-from spanker.sched.layout import (
-    card_buffers,
-    card_bytes,
-    embeds_from_output,
-    layer_rows,
-    weight_buffers,
-)
+from spanker.sched.layout import card_buffers, card_bytes, weight_buffers
 from spanker.sched.limits import CANDIDATES
-from spanker.sched.plan import (
-    TILE_ROWS,
-    CardShare,
-    FleetPlan,
-    Limits,
-    ModelShape,
-    Plan,
-    Stage,
-    on_cards,
-)
+from spanker.sched.plan import FleetPlan, Limits, ModelShape, Plan, on_cards
+from spanker.sched.resharding import Content, contents
 from spanker.sched.topology import Topology
 from spanker.values import Value, lazy_frozen
 
@@ -67,12 +53,30 @@ class LoadCost(Value):
 
 
 @lazy_frozen
-class _Upload(Value):
+class Sent(Value):
     """What one card is sent: bytes on the wire, and messages that are waited for one by one."""
 
-    card: int
     nbytes: int
     messages: int
+
+    @classmethod
+    def of(cls, sizes: Iterable[int]) -> Sent:
+        """Pieces of these sizes, in messages that join them while they fit."""
+        total, sent, pieces, nbytes = 0, 0, 0, 0
+        for size in sizes:
+            if pieces and (nbytes + size > UPLOAD_BYTES or pieces == BATCH_MAX):
+                total += messages.write_bytes(pieces, nbytes)
+                sent, pieces, nbytes = sent + 1, 0, 0
+            pieces, nbytes = pieces + 1, nbytes + size
+        return cls(total + messages.write_bytes(pieces, nbytes), sent + 1)
+
+
+@lazy_frozen
+class _Upload(Value):
+    """What one card is given."""
+
+    card: int
+    sent: Sent
     allocations: int
     program_bytes: int
 
@@ -114,7 +118,7 @@ def load(
         startup_s=cards * round_trip_s(profile, 2 * messages.SMALL_BYTES + 24),
         programs_s=programs_s,
         from_host_s=from_host_s,
-        nbytes={u.card: u.nbytes + u.program_bytes for u in every},
+        nbytes={u.card: u.sent.nbytes + u.program_bytes for u in every},
     )
 
 
@@ -146,14 +150,28 @@ def _load_s(
     counters_s += 2 * used * round_trip_s(profile, counters)
     allocation_s = round_trip_s(profile, 2 * messages.allocation_bytes(BATCH_MAX))
     rounds = max(u.allocations for u in uploads)
+    return (
+        counters_s + chain * rounds * allocation_s + uploads_s(profile, [u.sent for u in uploads])
+    )
+
+
+def uploads_s(profile: Profile, uploads: Sequence[Sent]) -> float:
+    """What cards are sent that begin together: they stay together until one has everything."""
+    rate = profile.host_link_bytes_per_s
+    if not rate or not uploads:
+        return 0.0
     answer_s = round_trip_s(profile, messages.SMALL_BYTES)
-    alone_s = max(u.nbytes / rate + u.messages * answer_s for u in uploads)
-    # They begin together and stay together: between two messages the link is idle for as long as an
-    # answer takes that the others' last turns do not hide.
-    idle_s = max(answer_s - (len(uploads) - 1) * TURN_S, 0.0)
-    between = max(u.messages for u in uploads) - 1
-    shared_s = sum(u.nbytes for u in uploads) / rate + answer_s + between * idle_s
-    return counters_s + chain * rounds * allocation_s + max(alone_s, shared_s)
+    total = idle_s = 0.0
+    before = 0
+    for number, one in enumerate(sorted(uploads, key=lambda u: u.nbytes)):
+        together = len(uploads) - number
+        # Between two messages the link is idle for as long as an answer takes that the others' last
+        # turns do not hide.
+        idle_s = max(answer_s - (together - 1) * TURN_S, 0.0)
+        nbytes = one.nbytes - before
+        total += together * nbytes / rate + one.messages * nbytes / one.nbytes * idle_s
+        before = one.nbytes
+    return total + answer_s - idle_s
 
 
 def _programs_s(
@@ -227,14 +245,12 @@ def _uploads(shape: ModelShape, plan: Plan, machine: Machine, limits: Limits) ->
     for number, stage in enumerate(plan.stages):
         commands = _command_counts(pieces, plan, number)
         for share, count in zip(stage.shares, commands, strict=True):
-            sizes = _pieces(shape, plan, stage, share, limits)
-            nbytes, sent = _messages(sizes)
+            own = contents(shape, plan, share.card, limits.context)
             buffers = len(card_buffers(shape, plan, share.card, limits))
             found.append(
                 _Upload(
                     card=share.card,
-                    nbytes=nbytes,
-                    messages=sent,
+                    sent=Sent.of(size for c in own for size in content_pieces(shape, c)),
                     allocations=-(-buffers // BATCH_MAX),
                     program_bytes=messages.program_bytes(count),
                 )
@@ -242,43 +258,17 @@ def _uploads(shape: ModelShape, plan: Plan, machine: Machine, limits: Limits) ->
     return found
 
 
-def _pieces(
-    shape: ModelShape, plan: Plan, stage: Stage, share: CardShare, limits: Limits
-) -> Iterator[int]:
-    """Bytes of each piece that a card is sent, in order: whole rows, as many as fit."""
-
-    def pieces(nbytes: int, at_once: int) -> Iterator[int]:
-        for begin in range(0, nbytes, at_once):
-            yield min(at_once, nbytes - begin)
-
-    def tiles(row_bytes: int) -> int:
-        return max(UPLOAD_BYTES // row_bytes // TILE_ROWS, 1) * TILE_ROWS * row_bytes
-
-    norm = shape.hidden * 4
-    yield from pieces(limits.context * shape.rope_dim * 4, UPLOAD_BYTES)
-    table = shape.embedding
-    if not share.columns.empty and not embeds_from_output(shape, share):
-        width = share.columns.size // table.columns_unit * table.unit_bytes
-        yield from pieces(table.rows * width, max(UPLOAD_BYTES // width, 1) * width)
-    for layer in shape.layers[stage.layers.start : stage.layers.stop]:
-        yield from (norm, norm)
-        for matrix, _, rows in layer_rows(layer, shape, share):
-            yield from pieces(matrix.packed_bytes(rows), tiles(matrix.row_bytes))
-    if not share.vocabulary.empty:
-        yield norm
-        rows_bytes = shape.output.packed_bytes(share.vocabulary.size)
-        yield from pieces(rows_bytes, tiles(shape.output.row_bytes))
-
-
-def _messages(sizes: Iterator[int]) -> tuple[int, int]:
-    """Bytes on the wire, and the messages, of pieces that are joined while they fit."""
-    total, sent, pieces, nbytes = 0, 0, 0, 0
-    for size in sizes:
-        if pieces and (nbytes + size > UPLOAD_BYTES or pieces == BATCH_MAX):
-            total += messages.write_bytes(pieces, nbytes)
-            sent, pieces, nbytes = sent + 1, 0, 0
-        pieces, nbytes = pieces + 1, nbytes + size
-    return total + messages.write_bytes(pieces, nbytes), sent + 1
+def content_pieces(shape: ModelShape, content: Content) -> Iterator[int]:
+    """Bytes of each piece of a buffer's content that a card is sent: whole rows, as many as fit."""
+    at_once = UPLOAD_BYTES
+    if content.buffer == f"{shape.embedding.name}.columns":
+        # Of an embedding token by token.
+        width = content.nbytes // shape.embedding.rows
+        at_once = max(UPLOAD_BYTES // width, 1) * width
+    elif content.tile > 1:
+        at_once = max(UPLOAD_BYTES // content.tile_bytes, 1) * content.tile_bytes
+    for begin in range(0, content.nbytes, at_once):
+        yield min(at_once, content.nbytes - begin)
 
 
 def _command_counts(pieces: Pieces, plan: Plan, number: int) -> list[int]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model stands still for when a card is lost: from the failure to the next token.
 
-It is noticed, what the replica held is freed, weights and programs are brought to the cards that
-are left, and the tokens of every sequence are computed again, as a prompt.  Where another replica
-takes the sequences, it has weights and programs already.
+It is noticed, what is not kept is freed, weights and programs are brought to the cards that are
+left, and the tokens of every sequence are computed again, as a prompt.  Where another replica takes
+the sequences, it has weights and programs already.
 """
 
 from __future__ import annotations
@@ -16,33 +16,28 @@ from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
 from spanker.sched.cost.loading import load, round_trip_s
-from spanker.sched.cost.machine import Machine
 from spanker.sched.cost.prefilling import prefill_unlike
-from spanker.sched.cost.resharding import sources
+from spanker.sched.cost.resharding import frees_s, resharding
 from spanker.sched.layout import card_buffers
 from spanker.sched.limits import CANDIDATES
 from spanker.sched.plan import Limits, ModelShape, Plan
+from spanker.sched.resharding import Holdings, contents
 from spanker.sched.topology import Topology
 from spanker.values import Value, lazy_frozen
 
-# Messages that are under way to a card at a time.
-WINDOW = 16
 # How often a step in flight is looked at, at most.
 WATCH_S = 1.0
 
 
 class Weights(enum.Enum):
-    """Where the weights of the plan afterwards come from: all of them over the host link; they are
-    there, with their programs, on a replica that takes the sequences; or what any card that is left
-    holds from that one over the links, and the rest from the host.
-
-    A fleet does the first two.  PEERS is a bound: bytes alone, in the time that links and host take
-    for them side by side.
+    """Where the weights of the plan afterwards come from: what any card that is left holds from
+    that one, and the rest from the host, as a fleet does it; all of them from the host, as it does
+    where that fails; or they are there, with their programs, on a replica that takes the sequences.
     """
 
+    PEERS = "peers"
     HOST = "host"
     HELD = "held"
-    PEERS = "peers"
 
 
 @lazy_frozen
@@ -50,7 +45,7 @@ class RecoveryCost(Value):
     """Seconds of each part, in their order, and what they come to.
 
     `detection_s`: from the failure to when the card is known to be lost.  `release_s`: asking the
-    cards that are left, and freeing what the replica held.  `weights_s` with the counting and
+    cards that are left, and freeing what is not to be kept.  `weights_s` with the counting and
     allocating of memory, `programs_s`, and `kv_s`: the tokens computed again, until the last
     sequence has its next one.
     """
@@ -83,7 +78,7 @@ def recovery(
     limits: Limits,
     *,
     positions: Sequence[int],
-    weights: Weights = Weights.HOST,
+    weights: Weights = Weights.PEERS,
     others: Sequence[Plan] = (),
     serving: Sequence[int] = (),
     hang_timeout_s: float | None = None,
@@ -105,11 +100,7 @@ def recovery(
     gone = sorted(set(after.cards) & set(lost))
     if gone:
         raise PlanError(f"plan {after.name} uses card {gone[0]}, which is lost")
-    own = tuple(card for card in before.cards if card in alive)
     detection_s = _detection_s(profile, len(before.cards), hang_timeout_s)
-    release_s = 0.0
-    if weights is not Weights.HELD:
-        release_s = _release_s(shape, before, own, profile, limits, len(topology.cards))
     kv = prefill_unlike(
         shape,
         after,
@@ -120,15 +111,15 @@ def recovery(
         decoding=serving,
         candidates=candidates,
     )
-    weights_s = programs_s = 0.0
+    release_s = weights_s = programs_s = 0.0
     if weights is not Weights.HELD:
+        held = Holdings.of(before, others, alive)
+        keeps = weights is Weights.PEERS
+        release_s = _release_s(shape, before, held.own, profile, limits, topology, keeps)
         loading = load(shape, after, profile, left, limits)
         weights_s, programs_s = loading.seconds - loading.programs_s, loading.programs_s
-    if weights is Weights.PEERS:
-        found = sources(shape, (before, *others), alive, after)
-        machine = Machine(profile, left)
-        over_host_s = sum(found.from_host.values()) * machine.host_s_per_byte
-        weights_s = max(machine.moves_s(found.moves), over_host_s)
+        if keeps:
+            weights_s = resharding(shape, held, after, profile, left, limits).seconds
     return RecoveryCost(detection_s, release_s, weights_s, programs_s, kv.seconds)
 
 
@@ -150,18 +141,18 @@ def _release_s(
     own: Sequence[int],
     profile: Profile,
     limits: Limits,
-    cards: int,
+    topology: Topology,
+    keeps: bool,
 ) -> float:
     """Counters of the cards that are left, all at the same time; then a message for the program and
-    one for every buffer, so many at a time to each card."""
+    one for every buffer that is not a weight, or for all of them."""
     if not own or not profile.host_link_bytes_per_s:
         return 0.0
-    counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
+    counters = messages.SMALL_BYTES + messages.counters_bytes(len(topology.cards))
     asked_s = round_trip_s(profile, len(own) * counters)
-    counts = [len(card_buffers(shape, before, card, limits)) for card in own]
     program_s = round_trip_s(profile, 2 * len(own) * messages.SMALL_BYTES)
-    # A window goes out while the answers to the one before come in.
-    windows = math.ceil(max(counts) / WINDOW) + 1
-    latency_s = windows * profile.host_link_latency_s
-    bytes_s = sum(counts) * messages.SMALL_BYTES / profile.host_link_bytes_per_s
-    return asked_s + program_s + max(latency_s, bytes_s + 2 * profile.host_link_latency_s)
+    counts = [len(card_buffers(shape, before, card, limits)) for card in own]
+    if keeps:
+        weights = (len(contents(shape, before, card, limits.context)) for card in own)
+        counts = [count - kept for count, kept in zip(counts, weights, strict=True)]
+    return asked_s + program_s + frees_s(profile, counts)
