@@ -9,7 +9,8 @@ here depends on the machine it runs on.
 
 `no token` is the time from the failure to the next token of the last sequence that it has
 interrupted, `re-planned` what the fleet's own events say.  Rows without a simulation are
-predictions alone, of what a fleet does not do: weights from the cards that are left, over links.
+predictions alone: what all weights from the host would take, and the refilling of a replica whose
+sequences do not wait for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import trio
 
 from spanker.actors.virtual_time import run_virtual
 from spanker.device.virtual.spec import VirtualCardSpec
-from spanker.events import CardLost, Replanned, ReplicaLost
+from spanker.events import CardLost, Event, Replanned, ReplicaLost
 from spanker.fleet import Fleet, Generation, open_fleet
 from spanker.sched import cost
 from spanker.sched.bandwidth import REV_A, REV_B, Profile
@@ -101,6 +102,8 @@ CASES = (
     Case("dp2xtp2, small cards", "dp2xtp2", 0, weights=Weights.HELD, ddr_bytes=SMALL_CARDS),
     Case("dp4, to another", "dp4", 0, weights=Weights.HELD),
     Case("dp4, to one that decodes", "dp4", 0, weights=Weights.HELD, batch=4),
+    Case("tp4, all from the host", "tp", 2, weights=Weights.HOST, simulated=False),
+    Case("dp2xtp2, filled again", "dp2xtp2", 0, simulated=False),
     Case("rev-b, tp8", "tp", 5, cards=8, profile=REV_B),
     Case("smollm2-135m, tp3", "tp", 1, shape="smollm2-135m", cards=3),
     Case("smollm2-135m, two cards", "tp", 0, shape="smollm2-135m", cards=2, batch=3, prompt=40),
@@ -225,6 +228,13 @@ async def _simulate(case: Case) -> Simulated:
         model = await fleet.load_shape(
             case.shape, plan=case.plan, ctx=case.context, kv_tokens=case.kv_tokens
         )
+        replanned = trio.Event()
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Replanned | ReplicaLost):
+                replanned.set()
+
+        fleet.events.listen(hear)
         times: list[list[float]] = [[] for _ in range(case.batch)]
         failed_s = 0.0
 
@@ -246,9 +256,11 @@ async def _simulate(case: Case) -> Simulated:
         async with trio.open_nursery() as nursery:
             for number, generation in enumerate(generations):
                 nursery.start_soon(take, number, generation)
+        # A replica whose sequences go on elsewhere may not be filled again by then.
+        await replanned.wait()
         history = fleet.events.history
         (lost,) = (event for event in history if isinstance(event, CardLost))
-        (moved,) = (e for e in history if isinstance(e, Replanned | ReplicaLost))
+        (moved,) = (event for event in history if isinstance(event, Replanned | ReplicaLost))
         hit = times[first :: len(case.made_plan().replicas)]
         return Simulated(
             detection_s=lost.time_s - failed_s,

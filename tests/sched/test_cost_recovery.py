@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a lost card costs, part by part, and where weights are that a plan wants."""
+"""What a lost card costs, part by part, and what weights do that come from other cards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 from spanker.errors import PlanError
 from spanker.sched import cost
 from spanker.sched.bandwidth import NATIVE, REV_A
-from spanker.sched.cost import RecoveryCost, Weights, sources
+from spanker.sched.cost import RecoveryCost, Weights, resharding
 from spanker.sched.limits import step_limits
 from spanker.sched.plan import Plan, on_cards, tensor_pipeline
 from spanker.sched.planner import make_plan
-from spanker.sched.shapes import Dimensions, named_shape, shape_of
+from spanker.sched.resharding import Holdings
+from spanker.sched.shapes import named_shape
 from spanker.sched.topology import Topology
 
 SHAPE = named_shape("tinyllama")
@@ -32,7 +33,7 @@ def recovery(before: Plan = TP4, after: Plan = TP3, **options: object) -> Recove
 
 
 def test_parts_add_up_and_weights_take_what_the_host_link_does() -> None:
-    found = recovery()
+    found = recovery(weights=Weights.HOST)
     assert found.seconds == pytest.approx(
         found.detection_s + found.release_s + found.weights_s + found.programs_s + found.kv_s
     )
@@ -82,10 +83,12 @@ def test_another_replica_has_everything_but_the_keys_and_values() -> None:
     assert handed.kv_s < busy.kv_s < handed.kv_s * 1.1
 
 
-def test_without_a_host_link_only_computing_takes_time() -> None:
+def test_without_a_host_link_only_the_cards_take_time() -> None:
     found = recovery(profile=NATIVE)
-    assert found.detection_s == found.replan_s == 0
-    assert found.kv_s == found.seconds > 0
+    assert found.detection_s == found.release_s == found.programs_s == 0
+    # They copy and send.
+    assert 0 < found.weights_s == found.replan_s < 0.1
+    assert recovery(profile=NATIVE, weights=Weights.HOST).replan_s == 0 < found.kv_s
 
 
 def test_plans_that_cannot_be_are_refused() -> None:
@@ -95,46 +98,59 @@ def test_plans_that_cannot_be_are_refused() -> None:
         recovery(positions=())
 
 
-# --- where weights are --------------------------------------------------------------------
+# --- weights of other cards ---------------------------------------------------------------
 
 
-def test_what_a_lost_card_alone_had_comes_from_the_host() -> None:
-    found = sources(SHAPE, (TP4,), (0, 1, 3), TP3)
-    from_host, moved = sum(found.from_host.values()), sum(found.moved.values())
-    # A quarter of the rows; two cards hold KV heads twice then.
-    assert from_host == pytest.approx(WEIGHTS / 4, rel=0.03)
-    assert found.kept + from_host + moved == pytest.approx(WEIGHTS, rel=0.02)
-    assert all(2 not in ends for ends in found.moved)
-    peers = recovery(weights=Weights.PEERS)
-    assert peers.weights_s == pytest.approx(from_host / 100e6)
-    assert attrs.evolve(peers, weights_s=0) == attrs.evolve(recovery(), weights_s=0)
+def test_the_host_link_brings_what_the_lost_card_had_and_the_embedding() -> None:
+    found = resharding(SHAPE, Holdings.of(TP4, (), (0, 1, 3)), TP3, REV_A, FOUR, LIMITS)
+    table = SHAPE.embedding.rows * SHAPE.embedding.row_bytes
+    assert found.from_host == pytest.approx((WEIGHTS - table) / 4 + table, rel=0.03)
+    # A quarter stays on each of the three cards, copied; two hold KV heads twice then.
+    assert found.copied + found.links + found.from_host == pytest.approx(WEIGHTS, rel=0.02)
+    # Cards copy and send beside it.
+    assert found.seconds == pytest.approx(found.from_host / 100e6, rel=0.02)
+    peers, host = recovery(), recovery(weights=Weights.HOST)
+    assert peers.weights_s == pytest.approx(found.seconds)
+    assert peers.release_s < host.release_s
+    assert (peers.detection_s, peers.programs_s, peers.kv_s) == (
+        host.detection_s,
+        host.programs_s,
+        host.kv_s,
+    )
 
 
 def test_a_replica_is_filled_from_its_like() -> None:
     first, second = make_plan("dp2xtp2", SHAPE, 4).replicas
     alone = on_cards(tensor_pipeline(SHAPE, 1, 1), (1,))
-    found = sources(SHAPE, (first, second), (1, 2, 3), alone)
-    assert found.from_host == {}
-    assert list(found.moved) == [(2, 1)]
-    assert found.moved[2, 1] == pytest.approx(WEIGHTS / 2, rel=0.01)
-    peers = recovery(first, alone, lost=(0,), weights=Weights.PEERS, others=(second,))
-    assert peers.weights_s == pytest.approx(found.moved[2, 1] / 500e6, rel=1e-3)
+    found = resharding(SHAPE, Holdings.of(first, (second,), (1, 2, 3)), alone, REV_A, FOUR, LIMITS)
+    table = SHAPE.embedding.rows * SHAPE.embedding.row_bytes
+    assert found.links == pytest.approx((WEIGHTS - table) / 2, rel=0.01)
+    assert found.from_host == pytest.approx(table, rel=0.01)
+    peers = recovery(first, alone, lost=(0,), others=(second,))
+    assert peers.weights_s == pytest.approx(found.seconds)
+    # Not shorter than the host takes beside one round, and the links for the others.
+    assert table / 100e6 + 0.8 * found.links / 500e6 < found.seconds < WEIGHTS / 2 / 100e6
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_same_plan_wants_nothing(tied: bool) -> None:
-    shape = shape_of(Dimensions(3, 576, 9, 3, 1536, 4096, 512, tied=tied))
-    for tensor, pipeline in ((1, 1), (3, 1), (1, 3), (2, 2)):
-        plan = tensor_pipeline(shape, tensor, pipeline)
-        found = sources(shape, (plan,), plan.cards, plan)
-        assert found.kept > 0 and found.moved == {} and found.from_host == {}
+def test_what_is_kept_takes_no_time() -> None:
+    found = resharding(SHAPE, Holdings.of(TP4, (), TP4.cards), TP4, REV_A, FOUR, LIMITS)
+    assert (found.from_host, found.links, found.copied) == (0, 0, 0)
+    assert found.seconds < 0.01
 
 
-def test_what_several_hold_each_brings_a_part_of() -> None:
-    shape = shape_of(Dimensions(2, 512, 8, 8, 1536, 4096, 512))
-    plans = make_plan("dp3", shape, 3).replicas
-    new = on_cards(plans[0], (3,))
-    found = sources(shape, plans, (0, 1, 2, 3), new)
-    parts = list(found.moved.values())
-    assert set(found.moved) == {(0, 3), (1, 3), (2, 3)} and found.kept == 0
-    assert parts[0] == parts[1] == parts[2] == pytest.approx(sum(parts) / 3)
+def test_where_there_is_no_room_the_host_brings_more() -> None:
+    held = Holdings.of(TP4, (), (0, 1, 3))
+    plenty = resharding(SHAPE, held, TP3, REV_A, FOUR, LIMITS)
+    tight = resharding(
+        SHAPE, held, TP3, REV_A, FOUR, LIMITS, room={0: 1 << 20, 1: 1 << 40, 3: 1 << 40}
+    )
+    assert tight.from_host > plenty.from_host and tight.copied < plenty.copied
+    assert tight.seconds > plenty.seconds
+
+
+def test_cards_that_are_not_linked_bring_nothing() -> None:
+    held = Holdings.of(TP4, (), (0, 1, 3))
+    apart = resharding(SHAPE, held, TP3, REV_A, Topology.of_pairs(4, []), LIMITS)
+    linked = resharding(SHAPE, held, TP3, REV_A, FOUR, LIMITS)
+    assert apart.links == 0
+    assert apart.from_host == linked.from_host + linked.links

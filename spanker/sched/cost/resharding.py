@@ -203,15 +203,15 @@ def _exchange(profile: Profile, moves: Sequence[Fill], at: dict[int, float]) -> 
         into[fill.card] += fill.nbytes
     port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
     begin = {card: at[card] + profile.command_s for card in {*out, *into}}
+    first = dict.fromkeys(into, math.inf)
+    for source, target in links:
+        first[target] = min(first[target], begin[source])
     done = dict(begin)
-    first: dict[int, float] = {}
     for (source, target), nbytes in links.items():
         speed = profile.link(source, target)
-        left = begin[source] + max(nbytes / speed.bytes_per_s, out[source] * port_s)
+        over_link_s = nbytes / speed.bytes_per_s
+        left = begin[source] + max(over_link_s, out[source] * port_s)
         done[source] = max(done[source], left)
-        first[target] = min(first.get(target, math.inf), begin[source])
-        arrived = max(
-            begin[source] + nbytes / speed.bytes_per_s, first[target] + into[target] * port_s
-        )
+        arrived = max(begin[source] + over_link_s, first[target] + into[target] * port_s)
         done[target] = max(done[target], arrived + speed.latency_s)
     at.update(done)
