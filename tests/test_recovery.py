@@ -6,6 +6,7 @@ A failing case is replayed by its name: faults and their moments are drawn from 
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ from waiting import until
 
 import spanker
 from spanker.actors import coordinator as coordinators
+from spanker.actors import copying
 from spanker.actors import session as sessions
+from spanker.actors.coordinator import Coordinator
 from spanker.actors.message import Ok, Request, WriteBuffers
 from spanker.errors import (
     CardLinkError,
@@ -39,9 +42,14 @@ from spanker.errors import (
     ConfigError,
     ModelError,
 )
-from spanker.events import CardLost, Event, LinkRetried, Replanned, ReplicaLost
+from spanker.events import CardLost, Event, LinkDown, LinkRetried, Replanned, ReplicaLost
+from spanker.sched import resharding
+from spanker.sched.bandwidth import REV_A
 from spanker.sched.plan import tensor_pipeline
 from spanker.testing import hang, kill, run_virtual, write_tiny_llama
+
+# A host link that is paced, but not for long.
+FAST_REV_A = attrs.evolve(REV_A, host_link_bytes_per_s=1e8, host_link_latency_s=0.0)
 
 # --- any moment ---------------------------------------------------------------------------
 
@@ -106,6 +114,44 @@ async def test_another_one_during_a_recovery(fault: str, tiny: Path, expected: A
         fleet.events.listen(strike_again)
         assert await Crowd(model, Schedule(fleet, [(20, kill, 1)])).run() == expected
         assert lost_cards(fleet) == [1, 2]
+
+
+@pytest.mark.parametrize("fault", ["cut", *FAULTS])
+@pytest.mark.parametrize("run", [1, 2])
+async def test_what_fails_while_cards_bring_weights_changes_no_bit(
+    run: int, fault: str, tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, original = itertools.count(1), copying.run
+    monkeypatch.setattr(resharding, "ROUND_BYTES", 100_000)
+
+    async def failing(coordinator: Coordinator, programs: dict[int, int]) -> None:
+        if next(runs) == run:
+            if fault == "cut":
+                fleet.devices[0].cut(1)  # type: ignore[union-attr]
+            else:
+                FAULTS[fault](fleet, 3)
+        await original(coordinator, programs)
+
+    async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        monkeypatch.setattr(copying, "run", failing)
+        assert await Crowd(model, Schedule(fleet, [(20, kill, 2)])).run() == expected
+        assert next(runs) > run
+        assert lost_cards(fleet) == ([2] if fault == "cut" else [2, 3])
+        assert (LinkDown in kinds(fleet)) == (fault == "cut")
+        await check_nothing_held(model)
+
+
+async def test_a_drained_card_leaves_its_weights_to_the_others(tiny: Path) -> None:
+    async with spanker.open_fleet(3, profile=FAST_REV_A) as fleet:
+        model = await fleet.load(tiny, plan="pp")
+        link = fleet._coordinator.host_link
+        assert link is not None
+        loaded = link.bytes_to_cards
+        await fleet.drain(1)
+        assert model.plan.cards == (0, 2)
+        # Programs alone; no layer is cut in a pipeline, nor is the embedding.
+        assert link.bytes_to_cards - loaded < 0.35 * loaded
 
 
 async def test_an_idle_fleet_finds_out_with_the_next_request(tiny: Path, expected: Answers) -> None:

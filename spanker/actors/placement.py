@@ -24,6 +24,7 @@ from spanker.actors.steps import LoadedModel
 from spanker.errors import (
     CardError,
     CardHungError,
+    CardLinkDownError,
     CardLostError,
     CardMemoryError,
     ModelError,
@@ -206,6 +207,9 @@ class Placement:
                         )
                     break
                 except CardError as error:
+                    if isinstance(error, CardLinkDownError):
+                        assert error.card is not None and error.peer is not None
+                        coordinator.links.lose(error.card, error.peer)
                     # Whatever has become of what it held, the host has everything.
                     if not (self._lost(error, births) or moving):
                         raise

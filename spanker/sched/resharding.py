@@ -196,26 +196,37 @@ def reshard(
 
     A row that several peers hold comes from the one that has sent the least.
     """
-    return _Resharding(shape, held, after, topology, context, room, granule).made()
+    old = _by_buffer(shape, held.plans, context)
+    new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
+    return _Resharding(old, new, held.own, after.cards, topology, room, granule).made()
+
+
+_ByBuffer = dict[str, dict[int, Content]]
+
+
+def _by_buffer(shape: ModelShape, plans: Mapping[int, Plan], context: int) -> _ByBuffer:
+    found: _ByBuffer = {}
+    for card, plan in plans.items():
+        for content in contents(shape, plan, card, context):
+            found.setdefault(content.buffer, {})[card] = content
+    return found
 
 
 class _Resharding:
     def __init__(
         self,
-        shape: ModelShape,
-        held: Holdings,
-        after: Plan,
+        old: _ByBuffer,
+        new: _ByBuffer,
+        own: Sequence[int],
+        cards: Sequence[int],
         topology: Topology,
-        context: int,
         room: Mapping[int, int],
         granule: int,
     ) -> None:
-        self._after, self._topology, self._granule = after, topology, granule
-        self._old = _by_buffer(shape, held.plans, context)
-        self._new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
-        self._own = held.own
+        self._old, self._new, self._own, self._cards = old, new, own, cards
+        self._topology, self._granule = topology, granule
         self._room = dict(room)
-        self._sent = dict.fromkeys(held.plans, 0)
+        self._sent = {card: 0 for by_card in old.values() for card in by_card}
         self._kept = set[tuple[int, str]]()
 
     def made(self) -> Reshard:
@@ -250,8 +261,7 @@ class _Resharding:
         """All new buffers: every card's first one, then every card's second one, so that the cards
         of a pipeline, which have no buffer in common, get theirs at the same time."""
         lists = [
-            [buffer for buffer, new in self._new.items() if card in new]
-            for card in self._after.cards
+            [buffer for buffer, new in self._new.items() if card in new] for card in self._cards
         ]
         rows = itertools.zip_longest(*lists)
         return list(dict.fromkeys(b for row in rows for b in row if b is not None))
@@ -263,7 +273,7 @@ class _Resharding:
         """The buffers that the next round makes, and those of them for which a card has no room."""
         taken: list[str] = []
         late: Buffers = ()
-        used = dict.fromkeys(self._after.cards, 0)
+        used = dict.fromkeys(self._cards, 0)
         for buffer in todo:
             sizes = {c: self._bytes(self._new[buffer][c]) for c in self._wants(buffer)}
             full = [c for c, n in sizes.items() if used[c] + n > min(ROUND_BYTES, self._room[c])]
@@ -314,17 +324,6 @@ class _Resharding:
 
     def _cost(self, card: int) -> tuple[int, int]:
         return self._sent[card], card
-
-
-_ByBuffer = dict[str, dict[int, Content]]
-
-
-def _by_buffer(shape: ModelShape, plans: Mapping[int, Plan], context: int) -> _ByBuffer:
-    found: _ByBuffer = {}
-    for card, plan in plans.items():
-        for content in contents(shape, plan, card, context):
-            found.setdefault(content.buffer, {})[card] = content
-    return found
 
 
 # --- checking ----------------------------------------------------------------------------
