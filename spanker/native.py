@@ -36,6 +36,7 @@ ISAS: dict[str, int] = {
     "avx512vnni": lib.SPK_ISA_AVX512VNNI,
     "neon": lib.SPK_ISA_NEON,
     "rvv": lib.SPK_ISA_RVV,
+    "xpop": lib.SPK_ISA_XPOP,
 }
 
 _ERRORS: dict[int, tuple[type[CardError], str]] = {

@@ -20,9 +20,10 @@ KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
 SERVER = "spanker/device/server"
 VOCABULARY = "spanker/ggml/csrc"
+XPOP_TRAP = "spanker/device/riscv/csrc"  # Xpop_matmul, emulated
 INTERFACE = "driver/include"  # of the card, as the kernel module sees it
 UAPI = "driver/include/uapi"
-INCLUDE_DIRS = [KERNELS, CARD, VOCABULARY, INTERFACE, UAPI]
+INCLUDE_DIRS = [KERNELS, CARD, XPOP_TRAP, VOCABULARY, INTERFACE, UAPI]
 HEADERS_WITH_CDEFS = [
     f"{KERNELS}/spk_kernels.h",
     f"{CARD}/spk_card.h",
@@ -105,8 +106,13 @@ def libraries(machine: str) -> list[Library]:
         baseline, macros = ARM_BASELINE, (("SPK_HAVE_NEON", "1"),)
         isas = (Library("spk_neon", f"{KERNELS}/neon", ARM_NEON),)
     elif machine == "riscv64":
-        baseline, macros = RISCV_BASELINE, (("SPK_HAVE_RVV", "1"),)
-        isas = (Library("spk_rvv", f"{KERNELS}/rvv", RISCV_RVV),)
+        baseline = RISCV_BASELINE
+        macros = (("SPK_HAVE_RVV", "1"), ("SPK_HAVE_XPOP", "1"))
+        isas = (
+            Library("spk_xpop", f"{KERNELS}/xpop", RISCV_RVV),
+            Library("spk_rvv", f"{KERNELS}/rvv", RISCV_RVV),
+            Library("spk_xpop_trap", XPOP_TRAP, RISCV_BASELINE),
+        )
     found = (
         Library("spk_vocabulary", VOCABULARY, baseline),
         Library("spk_card", CARD, baseline),

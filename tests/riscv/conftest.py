@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from guest_kernels import LENGTHS, Guest, GuestKernels, cpu, qemu
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # its cases and tests run here, too
@@ -28,6 +29,20 @@ def kernel_server() -> Path:
     done = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / done.stdout.strip()
+
+
+@pytest.fixture(scope="module", params=LENGTHS)
+def guest(request: pytest.FixtureRequest, kernel_server: Path) -> Iterator[Guest]:
+    """A guest with vectors for the kernels that the module's ISA names, at every length."""
+    with Guest([*qemu(cpu(request.param)), str(kernel_server)], request.module.ISA) as guest:
+        guest.start()
+        assert guest.vector_bytes * 8 == request.param
+        yield guest
+
+
+@pytest.fixture
+def kernels(guest: Guest) -> GuestKernels:
+    return GuestKernels(guest)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guest_kernels import Guest, GuestError, GuestKernels, cpu, qemu
+from guest_kernels import Guest, GuestError, cpu, qemu
 from kernel_tests import kernel_tests
 
 
@@ -15,11 +15,6 @@ from kernel_tests import kernel_tests
 def guest(kernel_server: Path) -> Iterator[Guest]:
     with Guest([*qemu(cpu(None)), str(kernel_server)], "scalar") as guest:
         yield guest
-
-
-@pytest.fixture
-def kernels(guest: Guest) -> GuestKernels:
-    return GuestKernels(guest)
 
 
 globals().update(kernel_tests())

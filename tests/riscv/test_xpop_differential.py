@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three independent models of Xpop_matmul agree: the emulation by trap, Spike's extension, numpy.
+"""Three models of Xpop_matmul that share no code agree: emulation by trap, Spike, numpy.
 
 The seed is printed; $XPOP_SEED sets it.  What differs is repeated by
 `python tests/riscv/xpop_cases.py --seed SEED --batch BATCH`.
@@ -95,5 +95,5 @@ def test_a_wrong_emulation_is_found(models: Path, tmp_path: Path, number: int) -
     mutant = tmp_path / "xpop_trap.c"
     mutant.write_text(source.replace(right, wrong))
     xpop_cases.build_trap(tmp_path, mutant)
-    got = xpop_cases.execute("trap", tmp_path, xpop_cases.DIGESTS, 1, 0, 16)
-    assert got != [xpop_cases.batch_digests(1, i)[0][-1] for i in range(16)]
+    got = xpop_cases.execute("trap", tmp_path, xpop_cases.DIGESTS, 1, 0, 32)
+    assert got != [xpop_cases.batch_digests(1, i)[0][-1] for i in range(32)]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.riscv
 
 INCLUDE = ["-Ispanker/kernels/csrc", "-Ispanker/device/riscv/csrc"]
 COMPILERS = {
-    "clang": ["clang-19", "--target=riscv64-linux-gnu", "-fuse-ld=lld"],
+    "clang": ["clang-19", "--target=riscv64-linux-gnu"],
     "gcc": ["riscv64-linux-gnu-gcc"],
 }
 

@@ -187,8 +187,8 @@ static void random_case(uint32_t *digest)
     unsigned which = c >> 53 & 3;
     for (unsigned i = 0; i < 3; i++) {
         number[i] = registers[(b >> 8 * i & 0xff) % 29];
-        if ((c >> 48 & 31) == 0 && (which == i || which == 3))
-            at[i] += c >> 56;
+        if ((c >> 48 & 15) == 0 && (which == i || which == 3))
+            at[i] += (uint64_t)1 << (c >> 56 & (i == 2 ? 7 : 3));
     }
     for (unsigned i = 0; i < 32; i++)
         run.in[i] = b * (2 * i + 1);

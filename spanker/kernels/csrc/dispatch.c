@@ -49,6 +49,15 @@ static int machine_has_rvv(void)
 }
 #endif
 
+#if SPK_HAVE_XPOP
+static int xpop_found;
+
+void spk_xpop_found(void)
+{
+    xpop_found = 1;
+}
+#endif
+
 const struct spk_kernels *spk_kernels_get(int isa)
 {
     if (isa == SPK_ISA_SCALAR)
@@ -66,6 +75,11 @@ const struct spk_kernels *spk_kernels_get(int isa)
 #if SPK_HAVE_RVV
     if (isa == SPK_ISA_RVV && machine_has_rvv())
         return &spk_kernels__rvv;
+#endif
+#if SPK_HAVE_XPOP
+    /* All but its products are those of RVV. */
+    if (isa == SPK_ISA_XPOP && xpop_found && machine_has_rvv())
+        return &spk_kernels__xpop;
 #endif
     return NULL;
 }

@@ -63,7 +63,8 @@
 #define SPK_ISA_AVX512VNNI 2
 #define SPK_ISA_NEON 3
 #define SPK_ISA_RVV 4
-#define SPK_ISA_COUNT 5
+#define SPK_ISA_XPOP 5
+#define SPK_ISA_COUNT 6
 
 /* How REDUCE folds two elements. */
 #define SPK_REDUCE_SUM 0
@@ -115,7 +116,7 @@ struct spk_attention {
 };
 
 /* Rows [tile_begin*16, min(tile_end*16, rows)) of out[token][row]; weights as spk_pack leaves
- * them. */
+ * them.  w and x->block are aligned to 16 bytes, as memory of a card and of malloc is. */
 typedef void (*spk_matmul_q8)(const uint8_t *w, const struct spk_q8 *x, float *out,
                               size_t out_stride, size_t rows, size_t tokens, size_t tile_begin,
                               size_t tile_end);
@@ -200,5 +201,10 @@ extern const struct spk_kernels spk_kernels__avx2;
 extern const struct spk_kernels spk_kernels__avx512vnni;
 extern const struct spk_kernels spk_kernels__neon;
 extern const struct spk_kernels spk_kernels__rvv;
+extern const struct spk_kernels spk_kernels__xpop;
+
+/* For riscv64: this machine has Xpop_matmul, or an emulation of it is installed.  No system tells a
+ * program; whoever knows says so before the first spk_kernels_get. */
+void spk_xpop_found(void);
 
 #endif

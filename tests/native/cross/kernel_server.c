@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "spk_kernels.h"
+#include "xpop_trap.h"
 
 enum {
     QUANTIZE_Q8,
@@ -241,6 +242,9 @@ static uint32_t vector_bytes(void)
 int main(int count, char **arguments)
 {
     const struct spk_kernels *kernels = NULL;
+    if (spk_xpop_install_trap() != 0)
+        fail("Xpop_matmul cannot be emulated");
+    spk_xpop_found();
     for (int isa = 0; count == 2 && isa < SPK_ISA_COUNT; isa++)
         if (spk_kernels_get(isa) && strcmp(spk_kernels_get(isa)->name, arguments[1]) == 0)
             kernels = spk_kernels_get(isa);

@@ -15,13 +15,14 @@
 #include "spk_tiles.h"
 #include "spk_xpop.h"
 
+#define GROUP SPK_Q8_GROUP
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* What an instruction adds to, or leaves, for a group of tokens. */
 #define RESULTS(type, name)                                                                    \
-    type name[SPK_Q8_GROUP][SPK_TILE_ROWS] __attribute__((aligned(SPK_POP_RESULTS_ALIGN)))
+    type name[GROUP][SPK_TILE_ROWS] __attribute__((aligned(SPK_POP_RESULTS_ALIGN)))
 
-/* A group of n tokens has an instruction of its own. */
+/* A group of n tokens has an instruction of its own, and its code wants a literal. */
 #define FOR_TOKENS(n, STEP)                                                                    \
     switch (n) {                                                                               \
     case 4: STEP(4); break;                                                                    \
@@ -29,14 +30,6 @@
     case 2: STEP(2); break;                                                                    \
     default: STEP(1); break;                                                                   \
     }
-
-ALWAYS_INLINE void store_rows(float acc[][SPK_TILE_ROWS], float *out, size_t out_stride, size_t n,
-                              size_t rows)
-{
-    size_t bytes = (rows < SPK_TILE_ROWS ? rows : SPK_TILE_ROWS) * sizeof(float);
-    for (size_t j = 0; j < n; j++)
-        memcpy(out + j * out_stride, acc[j], bytes);
-}
 
 /* --- the whole step in the unit ------------------------------------------------------------- */
 
@@ -48,7 +41,8 @@ ALWAYS_INLINE size_t run_unit(struct spk_tiling f)
 
 #define STEPS(FORMAT, RUN)                                                                     \
     do {                                                                                       \
-        size_t bytes = (RUN) * spk_block_bytes_of(f), ahead = (RUN) * run_unit(f) * n;         \
+        size_t bytes = (RUN) * spk_block_bytes_of(f);                                          \
+        size_t ahead = (RUN) * run_unit(f) * (size_t)n;                                        \
         const uint8_t *end = w + count / (RUN) * bytes;                                        \
         for (; w < end; w += bytes, x += ahead)                                                \
             FOR_TOKENS(n, STEP_##RUN##_##FORMAT)                                               \
@@ -67,9 +61,9 @@ ALWAYS_INLINE size_t run_unit(struct spk_tiling f)
 
 /* Steps through `count` blocks or super-blocks of a tile, in runs of two as they are stored. */
 #define IN_PAIRS(FORMAT)                                                                       \
-    ALWAYS_INLINE void tile_##FORMAT(struct spk_tiling f, const uint8_t *w,                    \
-                                     const struct spk_q8_block *x, size_t count, size_t n,     \
-                                     float acc[][SPK_TILE_ROWS])                               \
+    ALWAYS_INLINE void add_##FORMAT(struct spk_tiling f, const uint8_t *w,                     \
+                                    const struct spk_q8_block *x, size_t count, int n,         \
+                                    float acc[][SPK_TILE_ROWS])                                \
     {                                                                                          \
         STEPS(FORMAT, 2);                                                                      \
         STEPS(FORMAT, 1);                                                                      \
@@ -80,8 +74,8 @@ IN_PAIRS(Q4_1)
 IN_PAIRS(Q8_0)
 IN_PAIRS(Q6_K)
 
-ALWAYS_INLINE void tile_Q4_K(struct spk_tiling f, const uint8_t *w, const struct spk_q8_block *x,
-                             size_t count, size_t n, float acc[][SPK_TILE_ROWS])
+ALWAYS_INLINE void add_Q4_K(struct spk_tiling f, const uint8_t *w, const struct spk_q8_block *x,
+                            size_t count, int n, float acc[][SPK_TILE_ROWS])
 {
     STEPS(Q4_K, 1);
 }
@@ -131,8 +125,8 @@ ALWAYS_INLINE void block_scales(struct spk_tiling f, const struct spk_block_at *
 
 #define DOT_S8(N) SPK_POP_DOT(SPK_POP_S8, N, dot, bytes, x)
 
-ALWAYS_INLINE void tile_fifth(struct spk_tiling f, const uint8_t *w, const struct spk_q8_block *x,
-                              size_t count, size_t n, float acc[][SPK_TILE_ROWS])
+ALWAYS_INLINE void add_fifth(struct spk_tiling f, const uint8_t *w, const struct spk_q8_block *x,
+                             size_t count, int n, float acc[][SPK_TILE_ROWS])
 {
     RESULTS(int32_t, dot);
     int8_t bytes[512] __attribute__((aligned(SPK_POP_SOURCES_ALIGN)));
@@ -143,8 +137,8 @@ ALWAYS_INLINE void tile_fifth(struct spk_tiling f, const uint8_t *w, const struc
         unpack_fifth(f, &at, bytes);
         block_scales(f, &at, b, d, m);
         FOR_TOKENS(n, DOT_S8)
-        for (size_t j = 0; j < n; j++)
-            for (size_t r = 0; r < SPK_TILE_ROWS; r++) {
+        for (int j = 0; j < n; j++)
+            for (int r = 0; r < SPK_TILE_ROWS; r++) {
                 float *a = &acc[j][r];
                 *a = *a + (d[r] * x[j].d) * (float)dot[j][r];
                 if (f.minima && f.super)
@@ -157,32 +151,30 @@ ALWAYS_INLINE void tile_fifth(struct spk_tiling f, const uint8_t *w, const struc
 
 /* --- tiles and groups ----------------------------------------------------------------------- */
 
-#define TILES(tile_group)                                                                      \
-    size_t blocks = x->blocks;                                                                 \
-    for (size_t tile = tile_begin; tile < tile_end; tile++)                                    \
-        for (size_t t = 0; t < tokens; t += SPK_Q8_GROUP) {                                    \
-            size_t n = tokens - t < SPK_Q8_GROUP ? tokens - t : SPK_Q8_GROUP;                  \
-            RESULTS(float, acc);                                                               \
-            memset(acc, 0, sizeof acc);                                                        \
-            tile_group(f, w + tile * spk_tile_bytes(f, blocks), spk_q8_group(x, t),            \
-                       blocks / run_unit(f), n, acc);                                          \
-            store_rows(acc, out + t * out_stride + tile * SPK_TILE_ROWS, out_stride, n,        \
-                       rows - tile * SPK_TILE_ROWS);                                           \
-        }
+/* One tile against a group of n tokens. */
+ALWAYS_INLINE void tile_group(struct spk_tiling f, const uint8_t *tile,
+                              const struct spk_q8_block *x, size_t blocks, int n, float *out,
+                              size_t out_stride, size_t rows)
+{
+    size_t count = blocks / run_unit(f);
+    RESULTS(float, acc);
+    memset(acc, 0, sizeof acc);
+    if (f.fifth)
+        add_fifth(f, tile, x, count, n, acc);
+    else if (f.six)
+        add_Q6_K(f, tile, x, count, n, acc);
+    else if (f.super)
+        add_Q4_K(f, tile, x, count, n, acc);
+    else if (f.bytes)
+        add_Q8_0(f, tile, x, count, n, acc);
+    else if (f.minima)
+        add_Q4_1(f, tile, x, count, n, acc);
+    else
+        add_Q4_0(f, tile, x, count, n, acc);
+    for (int j = 0; j < n; j++)
+        memcpy(out + (size_t)j * out_stride, acc[j],
+               (rows < SPK_TILE_ROWS ? rows : SPK_TILE_ROWS) * sizeof(float));
+}
 
-#define MATMUL(name, tiling, tile_group)                                                       \
-    void name(const uint8_t *w, const struct spk_q8 *x, float *out, size_t out_stride,         \
-              size_t rows, size_t tokens, size_t tile_begin, size_t tile_end)                  \
-    {                                                                                          \
-        const struct spk_tiling f = tiling;                                                    \
-        TILES(tile_group)                                                                      \
-    }
-
-MATMUL(matmul_q4_0_q8__xpop, SPK_TILING_Q4_0, tile_Q4_0)
-MATMUL(matmul_q4_1_q8__xpop, SPK_TILING_Q4_1, tile_Q4_1)
-MATMUL(matmul_q8_0_q8__xpop, SPK_TILING_Q8_0, tile_Q8_0)
-MATMUL(matmul_q4_k_q8__xpop, SPK_TILING_Q4_K, tile_Q4_K)
-MATMUL(matmul_q6_k_q8__xpop, SPK_TILING_Q6_K, tile_Q6_K)
-MATMUL(matmul_q5_0_q8__xpop, SPK_TILING_Q5_0, tile_fifth)
-MATMUL(matmul_q5_1_q8__xpop, SPK_TILING_Q5_1, tile_fifth)
-MATMUL(matmul_q5_k_q8__xpop, SPK_TILING_Q5_K, tile_fifth)
+#define SPK_ISA xpop
+#include "../matmul_q.inc.h"
