@@ -223,56 +223,47 @@ static int spanker_call_reset(struct spanker_file *file)
 static int spanker_call_buffer_create(struct spanker_file *file, void *data, void __user *to,
 				      bool nonblock)
 {
-	struct spanker_buffer_create *create = data;
-	int ret = spanker_buffer_create(file, create);
+	return spanker_buffer_create(file, data);
+}
 
-	if (!ret && copy_to_user(to, create, sizeof(*create))) {
-		spanker_buffer_destroy(file, create->handle);
-		ret = -EFAULT;
-	}
-	return ret;
+static void spanker_undo_buffer_create(struct spanker_file *file, const void *data)
+{
+	const struct spanker_buffer_create *create = data;
+	const struct spanker_buffer_destroy destroy = { .handle = create->handle };
+
+	spanker_buffer_destroy(file, &destroy);
 }
 
 static int spanker_call_buffer_destroy(struct spanker_file *file, void *data, void __user *to,
 				       bool nonblock)
 {
-	const struct spanker_buffer_destroy *destroy = data;
-
-	return destroy->flags ? -EINVAL : spanker_buffer_destroy(file, destroy->handle);
+	return spanker_buffer_destroy(file, data);
 }
 
 static int spanker_call_program_load(struct spanker_file *file, void *data, void __user *to,
 				     bool nonblock)
 {
-	struct spanker_program_load *load = data;
-	int ret = spanker_program_load(file, load);
+	return spanker_program_load(file, data);
+}
 
-	if ((!ret || ret == -ENOEXEC) && copy_to_user(to, load, sizeof(*load))) {
-		if (!ret)
-			spanker_program_unload(file, load->program_id);
-		ret = -EFAULT;
-	}
-	return ret;
+static void spanker_undo_program_load(struct spanker_file *file, const void *data)
+{
+	const struct spanker_program_load *load = data;
+	const struct spanker_program_unload unload = { .program_id = load->program_id };
+
+	spanker_program_unload(file, &unload);
 }
 
 static int spanker_call_program_unload(struct spanker_file *file, void *data, void __user *to,
 				       bool nonblock)
 {
-	const struct spanker_program_unload *unload = data;
-
-	return unload->flags ? -EINVAL : spanker_program_unload(file, unload->program_id);
+	return spanker_program_unload(file, data);
 }
 
 static int spanker_call_submit(struct spanker_file *file, void *data, void __user *to,
 			       bool nonblock)
 {
-	struct spanker_submit *submit = data;
-	int ret = spanker_submit(file, submit);
-
-	/* It is queued all the same: the caller finds it when it collects. */
-	if (!ret && copy_to_user(to, submit, sizeof(*submit)))
-		ret = -EFAULT;
-	return ret;
+	return spanker_submit(file, data);
 }
 
 static int spanker_call_collect(struct spanker_file *file, void *data, void __user *to,
@@ -292,21 +283,24 @@ static int spanker_call_image(struct spanker_file *file, void *data, void __user
 	return spanker_image(file, data);
 }
 
-/* What of it is copied by whom: _IOW by the dispatcher before, _IOR by it afterwards, and of those
- * that are both the call itself copies back, since it may have to undo what it has done. */
+/* The argument is copied by the dispatcher: of _IOW before, of _IOR afterwards.  What cannot be told
+ * is undone; but a step that was submitted stays queued, and the caller finds it when it collects. */
 static const struct spanker_call {
 	unsigned int cmd;
 	int (*run)(struct spanker_file *file, void *data, void __user *to, bool nonblock);
+	void (*undo)(struct spanker_file *file, const void *data);
+	int tells;		/* an error with which there is something to copy back, too */
 	bool when_gone;		/* answers although the card is gone */
 	bool when_stale;	/* answers although the card has been reset */
-	bool copies;		/* back what is [out] */
+	bool copies;		/* back by itself what is [out] */
 } spanker_calls[] = {
 	{ SPANKER_IOC_INFO, spanker_call_info, .when_gone = true },
-	{ SPANKER_IOC_BUFFER_CREATE, spanker_call_buffer_create, .copies = true },
+	{ SPANKER_IOC_BUFFER_CREATE, spanker_call_buffer_create, spanker_undo_buffer_create },
 	{ SPANKER_IOC_BUFFER_DESTROY, spanker_call_buffer_destroy },
-	{ SPANKER_IOC_PROGRAM_LOAD, spanker_call_program_load, .copies = true },
+	{ SPANKER_IOC_PROGRAM_LOAD, spanker_call_program_load, spanker_undo_program_load,
+	  .tells = -ENOEXEC },
 	{ SPANKER_IOC_PROGRAM_UNLOAD, spanker_call_program_unload },
-	{ SPANKER_IOC_SUBMIT, spanker_call_submit, .copies = true },
+	{ SPANKER_IOC_SUBMIT, spanker_call_submit },
 	{ SPANKER_IOC_COLLECT, spanker_call_collect, .when_gone = true, .when_stale = true,
 	  .copies = true },
 	{ SPANKER_IOC_WAIT, spanker_call_wait },
@@ -341,9 +335,13 @@ static long spanker_card_ioctl(struct file *filp, unsigned int cmd, unsigned lon
 	if (_IOC_DIR(cmd) & _IOC_WRITE && copy_from_user(data, user, _IOC_SIZE(cmd)))
 		return -EFAULT;
 	ret = call->run(file, data, user, nonblock);
-	if (!ret && _IOC_DIR(cmd) & _IOC_READ && !call->copies &&
-	    copy_to_user(user, data, _IOC_SIZE(cmd)))
+	if ((ret && ret != call->tells) || !(_IOC_DIR(cmd) & _IOC_READ) || call->copies)
+		return ret;
+	if (copy_to_user(user, data, _IOC_SIZE(cmd))) {
+		if (!ret && call->undo)
+			call->undo(file, data);
 		ret = -EFAULT;
+	}
 	return ret;
 }
 

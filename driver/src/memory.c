@@ -234,13 +234,15 @@ int spanker_buffer_create(struct spanker_file *file, struct spanker_buffer_creat
 	return ret;
 }
 
-int spanker_buffer_destroy(struct spanker_file *file, u32 handle)
+int spanker_buffer_destroy(struct spanker_file *file, const struct spanker_buffer_destroy *arg)
 {
 	struct spanker_buffer *buffer;
 	int ret = 0;
 
+	if (arg->flags)
+		return -EINVAL;
 	mutex_lock(&file->lock);
-	buffer = xa_load(&file->buffers, handle);
+	buffer = xa_load(&file->buffers, arg->handle);
 	if (!buffer)
 		ret = -ENOENT;
 	else if (buffer->programs)

@@ -159,7 +159,7 @@ static int spanker_program_check(const struct spanker_program *program, const vo
 				snprintf(why, SPANKER_WHY_BYTES,
 					 "operand %u names buffer %u of %u", j, buffer,
 					 program->count);
-			else if (offset > program->buffers[buffer]->bytes)
+			else if (offset >= program->buffers[buffer]->bytes)
 				snprintf(why, SPANKER_WHY_BYTES,
 					 "operand %u begins at %llu, buffer %u ends at %zu", j,
 					 offset, buffer, program->buffers[buffer]->bytes);
@@ -192,6 +192,8 @@ static int spanker_program_send(struct spanker_program *program, const void *byt
 	job->command.program = cpu_to_le32(program->slot);
 	job->command.table_count = cpu_to_le32(program->count);
 	job->result_bytes = SAIL_WHY_BYTES;
+	job->loader = program->file;
+	job->charged = size + program->count * sizeof(*table);
 	kref_get(&program->ref);
 	job->program = program;
 	ret = spanker_queue_with(job, bytes, size, table, program->count * sizeof(*table));
@@ -292,14 +294,16 @@ free:
 	return ret;
 }
 
-int spanker_program_unload(struct spanker_file *file, u32 id)
+int spanker_program_unload(struct spanker_file *file, const struct spanker_program_unload *arg)
 {
 	struct spanker_card *card = file->card;
 	struct spanker_program *program;
 	int ret = 0;
 
+	if (arg->flags)
+		return -EINVAL;
 	mutex_lock(&file->lock);
-	program = xa_load(&file->programs, id);
+	program = xa_load(&file->programs, arg->program_id);
 	if (!program) {
 		ret = -ENOENT;
 		goto unlock;
@@ -310,7 +314,7 @@ int spanker_program_unload(struct spanker_file *file, u32 id)
 	mutex_unlock(&card->queue_lock);
 	if (ret)
 		goto unlock;
-	xa_erase(&file->programs, id);
+	xa_erase(&file->programs, program->id);
 	spanker_program_unname(program);
 unlock:
 	mutex_unlock(&file->lock);
@@ -401,7 +405,7 @@ int spanker_submit(struct spanker_file *file, struct spanker_submit *arg)
 	job->command.program = cpu_to_le32(program->slot);
 	job->command.table_count = cpu_to_le32(arg->read_count);
 	job->command.stream = cpu_to_le32(file->stream);
-	job->step_bytes = arg->parameters_bytes + job->result_bytes;
+	job->charged = arg->parameters_bytes + job->result_bytes;
 	job->file = file;
 	job->program = program;
 	ret = spanker_queue_with(job, parameters, arg->parameters_bytes, table,
@@ -441,6 +445,8 @@ int spanker_image(struct spanker_file *file, const struct spanker_image *arg)
 	job = spanker_job_new(card, SAIL_OP_IMAGE);
 	ret = -ENOMEM;
 	if (job) {
+		job->loader = file;
+		job->charged = arg->image_bytes;
 		ret = spanker_queue_with(job, bytes, arg->image_bytes, NULL, 0);
 		if (!ret)
 			ret = spanker_job_wait(job);

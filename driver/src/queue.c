@@ -99,6 +99,10 @@ void spanker_queue_add(struct spanker_job *job)
 	lockdep_assert_held(&card->queue_lock);
 	kref_get(&job->ref);
 	list_add_tail(&job->node, &card->pending);
+	if (job->loader) {
+		kref_get(&job->loader->ref);
+		job->loader->load_bytes += job->charged;
+	}
 	if (!spanker_is_step(job))
 		return;
 	card->queued++;
@@ -106,20 +110,26 @@ void spanker_queue_add(struct spanker_job *job)
 	kref_get(&job->ref);
 	list_add_tail(&job->step_node, &file->steps);
 	file->step_count++;
-	file->step_bytes += job->step_bytes;
+	file->step_bytes += job->charged;
 	file->queued++;
 	job->user_fence = ++file->submitted;
 }
 
-/* Whether the file may have one more step queued. */
-static int spanker_step_room(struct spanker_job *job)
+/* What alone is more than the limit may go on, but alone. */
+static bool spanker_too_much(size_t bytes, size_t more)
+{
+	return bytes && bytes + more > (size_t)spanker_queue_mib << 20;
+}
+
+/* Whether the file may have one more step queued, or one more program or image on its way. */
+static int spanker_room(struct spanker_job *job)
 {
 	struct spanker_file *file = job->file;
-	size_t bytes = (size_t)spanker_queue_mib << 20;
 
-	/* One that alone is more than the limit may run, but alone. */
-	if (file->step_count >= spanker_queue_max ||
-	    (file->step_count && file->step_bytes + job->step_bytes > bytes))
+	if (job->loader && spanker_too_much(job->loader->load_bytes, job->charged))
+		return -EBUSY;
+	if (file && (file->step_count >= spanker_queue_max ||
+		     spanker_too_much(file->step_bytes, job->charged)))
 		return -EBUSY;
 	return 0;
 }
@@ -136,8 +146,8 @@ int spanker_queue(struct spanker_job *job)
 	/* A slot means another program after a reset, or none. */
 	if (!ret && job->program && job->program->generation != card->generation)
 		ret = -ESTALE;
-	if (!ret && spanker_is_step(job))
-		ret = spanker_step_room(job);
+	if (!ret)
+		ret = spanker_room(job);
 	if (!ret) {
 		spanker_queue_add(job);
 		spanker_queue_pump(card, &finished);
@@ -241,6 +251,8 @@ static void spanker_job_finish(struct spanker_job *job, int error, bool limbo,
 	} else {
 		spanker_blocks_free(job);
 	}
+	if (job->loader)
+		job->loader->load_bytes -= job->charged;
 	if (op == SAIL_OP_LOAD && !error)
 		job->program->loaded = true;
 	if (op == SAIL_OP_RUN)
@@ -299,23 +311,33 @@ void spanker_queue_pump(struct spanker_card *card, struct list_head *finished)
 
 /* --- what comes back ----------------------------------------------------------------------------- */
 
-static const int spanker_errors[] = {
-	[SAIL_OK] = 0,
-	[SAIL_E_INVALID] = -EINVAL,
-	[SAIL_E_REFUSED] = -ENOEXEC,
-	[SAIL_E_PARAMETERS] = -EINVAL,
-	[SAIL_E_FAULT] = -EIO,
-	[SAIL_E_ABORTED] = -ECANCELED,
-	[SAIL_E_DMA] = -EIO,
-	[SAIL_E_NO_MEMORY] = -ENOMEM,
-	[SAIL_E_NUMERIC] = -EDOM,
-	[SAIL_E_RANGE] = -ERANGE,
-	[SAIL_E_LINK] = -EBADMSG,
-};
-
-static int spanker_error(u32 status)
+/* What a status of an operation is to a program; one that the operation cannot have is EIO. */
+static int spanker_error(u32 op, u32 status)
 {
-	return status < ARRAY_SIZE(spanker_errors) ? spanker_errors[status] : -EIO;
+	switch (status) {
+	case SAIL_OK:
+		return 0;
+	case SAIL_E_NO_MEMORY:
+		return -ENOMEM;
+	case SAIL_E_REFUSED:
+		return op == SAIL_OP_LOAD ? -ENOEXEC : -EIO;
+	}
+	if (op != SAIL_OP_RUN)
+		return -EIO;
+	switch (status) {
+	case SAIL_E_PARAMETERS:
+		return -EINVAL;
+	case SAIL_E_ABORTED:
+		return -ECANCELED;
+	case SAIL_E_NUMERIC:
+		return -EDOM;
+	case SAIL_E_RANGE:
+		return -ERANGE;
+	case SAIL_E_LINK:
+		return -EBADMSG;
+	default:
+		return -EIO;
+	}
 }
 
 /* Whether the card ends the steps of this stream that it has, too. */
@@ -331,9 +353,14 @@ static void spanker_queue_cancel(struct spanker_card *card, struct spanker_file 
 {
 	struct spanker_job *job;
 
-	list_for_each_entry(job, &card->pending, node)
-		if (spanker_is_step(job) && (!file || job->file == file))
-			job->cancelled = true;
+	list_for_each_entry(job, &card->pending, node) {
+		if (!spanker_is_step(job) || (file && job->file != file))
+			continue;
+		job->cancelled = true;
+		/* It may wait for long for its turn to be told. */
+		job->written = NULL;
+		spanker_blocks_free(job);
+	}
 	/* Those that the card was given after it failed, but before anybody knew, it does run. */
 	if (!file)
 		return;
@@ -375,7 +402,9 @@ void spanker_queue_completions(struct spanker_card *card, struct list_head *fini
 		card->inflight_count--;
 		job->busy_ns = le64_to_cpu(entry.busy_ns);
 		job->detail = le32_to_cpu(entry.detail);
-		error = job->cancelled ? -ECANCELED : spanker_error(le32_to_cpu(entry.status));
+		error = job->cancelled ? -ECANCELED :
+					 spanker_error(le32_to_cpu(job->command.op),
+						       le32_to_cpu(entry.status));
 		if (spanker_takes_others(job, le32_to_cpu(entry.status)))
 			spanker_queue_cancel(card, job->file);
 		spanker_job_finish(job, error, false, finished);
@@ -424,15 +453,19 @@ void spanker_finish(struct list_head *finished)
 	list_for_each_entry_safe(job, next, finished, node) {
 		struct spanker_program *program = job->program;
 		struct spanker_buffer *buffer = job->buffer;
+		struct spanker_file *loader = job->loader;
 
 		list_del_init(&job->node);
 		job->program = NULL;
 		job->buffer = NULL;
+		job->loader = NULL;
 		complete_all(&job->done);
 		if (program)
 			spanker_program_put(program);
 		if (buffer)
 			spanker_buffer_put(buffer);
+		if (loader)
+			spanker_file_put(loader);
 		spanker_job_put(job);
 	}
 }

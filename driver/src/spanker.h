@@ -153,6 +153,7 @@ struct spanker_file {
 	u32 step_count;
 	u32 queued;			/* those that are not complete */
 	size_t step_bytes;		/* that those take */
+	size_t load_bytes;		/* of programs and images on their way, given up or not */
 	u64 submitted;			/* fences */
 	u64 completed;			/* read without the lock as well */
 	u64 collected;			/* likewise */
@@ -204,12 +205,13 @@ struct spanker_job {
 	struct spanker_file *file;	/* whose step it is; NULL once that is closed */
 	struct spanker_program *program;	/* that the queue holds */
 	struct spanker_buffer *buffer;		/* likewise */
+	struct spanker_file *loader;		/* likewise, of a program or an image */
 	struct sail_command command;
 	struct spanker_block blocks[3];
 	void *written;			/* what command.result means, for us */
 	void *result;			/* a copy of it, of the kernel's own memory */
 	size_t result_bytes;
-	size_t step_bytes;
+	size_t charged;			/* bytes that its file answers for */
 	u64 fence;			/* the card's */
 	u64 user_fence;
 	u64 busy_ns;
@@ -274,7 +276,7 @@ void spanker_finish(struct list_head *finished);
 
 /* memory.c */
 int spanker_buffer_create(struct spanker_file *file, struct spanker_buffer_create *arg);
-int spanker_buffer_destroy(struct spanker_file *file, u32 handle);
+int spanker_buffer_destroy(struct spanker_file *file, const struct spanker_buffer_destroy *arg);
 void spanker_buffer_close(struct spanker_buffer *buffer);
 void spanker_buffer_put(struct spanker_buffer *buffer);
 void spanker_host_buffers_free(struct spanker_card *card);
@@ -282,7 +284,7 @@ int spanker_mmap(struct file *filp, struct vm_area_struct *vma);
 
 /* program.c */
 int spanker_program_load(struct spanker_file *file, struct spanker_program_load *arg);
-int spanker_program_unload(struct spanker_file *file, u32 id);
+int spanker_program_unload(struct spanker_file *file, const struct spanker_program_unload *arg);
 void spanker_program_put(struct spanker_program *program);
 int spanker_submit(struct spanker_file *file, struct spanker_submit *arg);
 int spanker_image(struct spanker_file *file, const struct spanker_image *arg);

@@ -73,7 +73,7 @@ static int spanker_collect_oldest(struct spanker_file *file, struct spanker_coll
 	mutex_lock(&card->queue_lock);
 	list_del_init(&job->step_node);
 	file->step_count--;
-	file->step_bytes -= job->step_bytes;
+	file->step_bytes -= job->charged;
 	WRITE_ONCE(file->collected, job->user_fence);
 	mutex_unlock(&card->queue_lock);
 	spanker_job_put(job);

@@ -598,6 +598,9 @@ static void programs_are_checked(void)
     p->commands[2].ref[3].buffer = 2; /* the module's check */
     REFUSES(2);
     p->commands[2].ref[3].buffer = 1;
+    p->commands[1].ref[0].offset = 2 * PAGE; /* where the buffer ends */
+    REFUSES(1);
+    CHECK(!!strstr(why, "operand 0 begins at 8192"));
     p->commands[1].ref[0].offset = 2 * PAGE + 4;
     REFUSES(1);
     p->commands[1].ref[0].offset = UINT64_MAX;
@@ -650,6 +653,28 @@ static void slots_come_back(void)
     free(p);
     work_end(&w);
     CHECK(card_works(0));
+}
+
+/* 65,536 entries of all programs together, on emulated cards. */
+static void a_card_without_memory_for_a_table_is_enomem(void)
+{
+    struct spanker_program_load load;
+    struct work w;
+    NEED(work_begin(&w, 0, 1, PAGE));
+    struct program *p = copies(1, PAGE);
+    uint32_t *handles = malloc(40000 * sizeof *handles);
+    for (uint32_t i = 0; i < 40000; i++)
+        handles[i] = i % 2 ? w.into.handle : w.from.handle;
+    IS(program_load(w.fd, p, program_bytes(p), handles, 40000, &load, NULL), 0);
+    uint32_t first = load.program_id;
+    IS(program_load(w.fd, p, program_bytes(p), handles, 40000, &load, NULL), -ENOMEM);
+    IS(program_unload(w.fd, first), 0);
+    IS(program_load(w.fd, p, program_bytes(p), handles, 40000, &load, NULL), 0);
+    IS(program_unload(w.fd, load.program_id), 0);
+    CHECK(work_once(&w, 1));
+    free(handles);
+    free(p);
+    work_end(&w);
 }
 
 /* --- steps ----------------------------------------------------------------------------------------- */
@@ -1090,6 +1115,7 @@ int main(int argc, char **argv)
     TEST(memory_lives_as_long_as_a_mapping);
     TEST(programs_are_checked);
     TEST(slots_come_back);
+    TEST(a_card_without_memory_for_a_table_is_enomem);
     TEST(steps_bring_back_what_they_read);
     TEST(large_steps_work);
     TEST(bad_parameters_complete_with_einval);

@@ -2,14 +2,16 @@
 /*
  * Cards that fail, hang, are slow or are taken out, and processes that die, while others work.
  *
- *   faults [CARDS]    with CARDS cards there are (1); those that have faults are emulated ones
+ *   faults [CARDS [qemu]]    with CARDS cards there are (1); those that have faults are emulated ones
  *
  * Faults are planted through the module's debugfs.  A card is taken out through sysfs, as the bus
- * sees it when somebody pulls it.  The last test ends the first card for good.
+ * sees it when somebody pulls it.  With `qemu` errors of the bus happen, too: whoever reads the lines
+ * "MONITOR ..." of the console is to give them to QEMU, in which the card spankerN is behind the root
+ * port rpN.  The last test ends the first card for good.
  */
 #include "common.h"
 
-#include <dirent.h>
+#include <sys/time.h>
 
 static int cards = 1;
 
@@ -266,6 +268,40 @@ static void calls_that_need_a_hung_card_can_be_interrupted(void)
     CHECK(card_works(0));
 }
 
+/* What the card was given stays with it, and so its file answers for it. */
+static void images_that_were_given_up_count_until_they_end(void)
+{
+    enum { BYTES = 2 << 20 };
+    struct sigaction action = {.sa_handler = on_alarm};
+    struct itimerval soon = {.it_value.tv_usec = 50000}, never = {0};
+    struct spanker_image image = {.image_bytes = BYTES};
+    struct spanker_collect got;
+    char text[16] = "";
+    struct work w;
+    NEED(get("/sys/module/spanker/parameters/queue_mib", text, sizeof text) > 0);
+    NEED(work_begin(&w, 0, 1, PAGE));
+    image.image = (uintptr_t)calloc(1, BYTES);
+    IS(plant(0, SAIL_FAULT_HANG, 0), 0);
+    IS(submit(w.fd, w.program.program_id, NULL, 0, NULL), 0);
+    sigaction(SIGALRM, &action, NULL);
+    int given_up = 0;
+    long result;
+    do {
+        setitimer(ITIMER_REAL, &soon, NULL);
+        result = call(w.fd, SPANKER_IOC_IMAGE, &image);
+        setitimer(ITIMER_REAL, &never, NULL);
+    } while (result == -EINTR && ++given_up < 1000);
+    signal(SIGALRM, SIG_DFL);
+    IS(result, -EBUSY);
+    IS(given_up, (atoi(text) << 20) / BYTES);
+    IS(plant(0, SAIL_FAULT_NONE, 0), 0);
+    IS(collect(w.fd, 60 * SECOND, NULL, 0, &got), 0);
+    CHECK(work_once(&w, 1));
+    IS(call(w.fd, SPANKER_IOC_IMAGE, &image), 0);
+    free((void *)(uintptr_t)image.image);
+    work_end(&w);
+}
+
 static void an_abort_ends_what_is_queued(void)
 {
     struct spanker_info info;
@@ -345,6 +381,69 @@ static void an_uncorrected_error_fails_the_card(void)
     work_end(&w);
     CHECK(card_works(0));
     neighbour_end();
+}
+
+/* Makes `strike` happen to the first card at work: it fails, is reset, and works as before. */
+static void check_strike(void (*strike)(void))
+{
+    struct spanker_event event;
+    struct work w;
+    neighbour_begin();
+    NEED(work_begin(&w, 0, 1, PAGE));
+    int watcher = open_card(0);
+    IS(plant(0, SAIL_FAULT_HANG, 0), 0);
+    for (int i = 0; i < 3; i++)
+        IS(submit(w.fd, w.program.program_id, NULL, 0, NULL), 0);
+    strike();
+    CHECK(next_event(watcher, SPANKER_EVENT_FAILED, 10000, &event));
+    check_failed(watcher, &w);
+    /* Until the bus is done with the card it cannot be reset. */
+    long result = -EIO;
+    for (int i = 0; result == -EIO && i < 1000; i++) {
+        result = call(watcher, SPANKER_IOC_RESET, NULL);
+        if (result)
+            sleep_ms(10);
+    }
+    IS(result, 0);
+    CHECK(state_is(0, "ready"));
+    close(watcher);
+    work_end(&w);
+    CHECK(card_works(0));
+    neighbour_end();
+}
+
+static void reset_by_sysfs(void)
+{
+    char path[300];
+    NEED(pci_of(0, path, sizeof path - 8));
+    strcat(path, "/reset");
+    IS(put(path, "1"), 0);
+}
+
+static void a_reset_of_the_function_fails_the_card(void)
+{
+    check_strike(reset_by_sysfs);
+}
+
+static void fatal_error(void)
+{
+    printf("\nMONITOR pcie_aer_inject_error rp0 DLP\n");
+}
+
+/* The link is reset, and with it the card behind it. */
+static void a_fatal_error_of_the_bus_fails_the_card(void)
+{
+    check_strike(fatal_error);
+}
+
+static void nonfatal_error(void)
+{
+    printf("\nMONITOR pcie_aer_inject_error rp0 COMP_TIME\n");
+}
+
+static void an_error_of_the_bus_fails_the_card(void)
+{
+    check_strike(nonfatal_error);
 }
 
 static void a_wrong_completion_fails_the_card(void)
@@ -642,9 +741,15 @@ int main(int argc, char **argv)
     TEST(late_completions_come);
     TEST(hung_is_told_and_reset);
     TEST(calls_that_need_a_hung_card_can_be_interrupted);
+    TEST(images_that_were_given_up_count_until_they_end);
     TEST(an_abort_ends_what_is_queued);
     TEST(an_uncorrected_error_fails_the_card);
     TEST(a_wrong_completion_fails_the_card);
+    TEST(a_reset_of_the_function_fails_the_card);
+    if (argc > 2 && !strcmp(argv[2], "qemu")) {
+        TEST(a_fatal_error_of_the_bus_fails_the_card);
+        TEST(an_error_of_the_bus_fails_the_card);
+    }
     TEST(heat_is_told);
     TEST(links_that_flap_are_told);
     TEST(events_that_nobody_reads_are_counted);

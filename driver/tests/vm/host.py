@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,15 +63,21 @@ def start(command: Sequence[object], **options: object) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen, terminate_s: float = TERMINATE_S) -> None:
-    """Ask, wait a bounded time, kill; the whole group."""
-    for number, wait_s in ((signal.SIGTERM, terminate_s), (signal.SIGKILL, terminate_s)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
-            break
+    """Ask, wait a bounded time, kill; the whole group, of which some may outlive the first."""
+    # That one is looked at, and not reaped: as long as it is there, so is the number of its group.
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + terminate_s
+        while time.monotonic() < deadline and not _has_ended(process):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(terminate_s)
     if process in _children:
         _children.remove(process)
+
+
+def _has_ended(process: subprocess.Popen) -> bool:
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def kill_all() -> None:

@@ -48,6 +48,7 @@ LINES = (OWN, *TREES)
 # What kbuild's recipes run; the compiler comes with the headers.
 BUILD_TOOLS = ["binutils", "make", "dash", "bash", "coreutils", "sed", "grep", "mawk", "findutils"]
 BUILD_TOOLS += ["perl", "python3"]  # kernel-doc, which W=1 runs: the one or the other
+BUILD_TOOLS += ["sparse"]
 NOT_CHECKED = {
     "BLOCK_COMMENT_STYLE",  # comments of several lines beside the fields of the interface
     "LINUX_VERSION_CODE",  # a module outside of the kernel's tree has no one version
@@ -121,21 +122,21 @@ def _found(line: str, release: str, tree: Path, unpacked: Path) -> Kernel:
 # --- the module -----------------------------------------------------------------------------------
 
 
-def build_module(of: Kernel, *, sparse: bool = False) -> Path:
-    """The module for a kernel, with W=1; a warning in the module's own files is a failure."""
+def build_module(of: Kernel) -> Path:
+    """The module for a kernel, with W=1 and sparse; a warning in its own files is a failure."""
     target = WORK / f"module-{of.release}"
     with building(target) as partial:
         copy_source(partial)
         log = WORK / "logs" / f"module-{of.release}.log"
-        check = ["C=2"] if sparse else []
+        checks = ["W=1", "C=2"]
         if of.tree == Path("/"):
             command = ["make", "-C", of.headers, f"M={partial}"]
-            output = run([*command, "W=1", *check, "modules"], log=log)
+            output = run([*command, *checks, "modules"], log=log)
         else:
             inside = of.tree / "module"
             shutil.rmtree(inside, ignore_errors=True)
             shutil.copytree(partial, inside)
-            command = ["make", "-C", of.headers, "M=/module", "W=1", "modules"]
+            command = ["make", "-C", of.headers, "M=/module", *checks, "modules"]
             output = run(in_tree(of.tree, *command), log=log)
             shutil.copytree(inside, partial, dirs_exist_ok=True)
         complaints = _complaints(output, partial)

@@ -13,6 +13,7 @@ import io
 import os
 import queue
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -42,6 +43,8 @@ SERVER = ROOT / "build" / "spanker-card-server"
 SERVER_READY_S = 20
 DUMP_S = 20
 POWER_OFF_S = 10
+MONITOR = "monitor.sock"
+MONITOR_S = 10
 MIB = 1 << 20
 
 
@@ -187,12 +190,12 @@ def boot(guest: Guest) -> list[str]:
         initramfs = scratch / "initramfs"
         initramfs.write_bytes(guest.initramfs())
         with _card_server(guest, scratch, logs / f"{guest.name}.server") as sockets:
-            return _run(guest, initramfs, sockets, logs / f"{guest.name}.console")
+            return _run(guest, scratch, sockets, logs / f"{guest.name}.console")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _command(guest: Guest, initramfs: Path, sockets: list[Path]) -> list[object]:
+def _command(guest: Guest, scratch: Path, sockets: list[Path]) -> list[object]:
     memory = f"{guest.memory_bytes // MIB}M"
     command: list[object] = [
         *qemu(),
@@ -202,7 +205,8 @@ def _command(guest: Guest, initramfs: Path, sockets: list[Path]) -> list[object]
         *("-accel", "tcg", "-cpu", "max", "-smp", "2"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", "stdio"),
-        *("-kernel", guest.image, "-initrd", initramfs),
+        *("-monitor", f"unix:{scratch / MONITOR},server=on,wait=off"),
+        *("-kernel", guest.image, "-initrd", scratch / "initramfs"),
         *("-append", "console=ttyS0 panic=-1 oops=panic quiet loglevel=5"),
     ]
     if guest.disk is not None:
@@ -218,9 +222,24 @@ def _command(guest: Guest, initramfs: Path, sockets: list[Path]) -> list[object]
     return command
 
 
-def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[str]:
+def _tell_monitor(path: Path, command: str) -> None:
+    """Have QEMU do something to the machine, as the machine itself has asked."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(MONITOR_S)
+        monitor.connect(str(path))
+        monitor.sendall(command.encode() + b"\n")
+        # QEMU forgets what it has not read when the other end goes: until it asks for more.
+        answer = b""
+        while answer.count(b"(qemu) ") < 2:
+            got = monitor.recv(4096)
+            if not got:
+                break
+            answer += got
+
+
+def _run(guest: Guest, scratch: Path, sockets: list[Path], log: Path) -> list[str]:
     process = start(
-        _command(guest, initramfs, sockets),
+        _command(guest, scratch, sockets),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -251,6 +270,8 @@ def _run(guest: Guest, initramfs: Path, sockets: list[Path], log: Path) -> list[
             console_log.write(line + "\n")
             if line.startswith("STEP "):
                 say(line.removeprefix("STEP "))
+            if line.startswith("MONITOR "):
+                _tell_monitor(scratch / MONITOR, line.removeprefix("MONITOR "))
             if line.startswith("MACHINE "):
                 result = line.removeprefix("MACHINE ").strip()
             if line.startswith(until):

@@ -38,11 +38,12 @@ class Stage:
 
 
 def build_modules() -> None:
-    """For every kernel; with sparse where its tree has it."""
     for line in kernels.LINES:
-        kernels.build_module(kernels.kernel(line), sparse=line == kernels.OWN)
+        kernels.build_module(kernels.kernel(line))
 
 
+QEMU = Stage("qemu", "QEMU with vfio-user-pci, in a tree of its own", qemu.check_qemu)
+PROGRAMS = Stage("programs", "the card server and the test programs in C", suites.build_programs)
 STAGES = [
     Stage("packages", "what the distribution has to have installed",
           lambda: packages.install(packages.TOOLS)),
@@ -50,8 +51,8 @@ STAGES = [
           lambda: [host.say(kernels.kernel(line).release) for line in kernels.LINES]),
     Stage("module", "the module for each kernel, W=1 and sparse", build_modules),
     Stage("checkpatch", "the kernel's style checker", kernels.checkpatch),
-    Stage("qemu", "QEMU with vfio-user-pci, in a tree of its own", qemu.check_qemu),
-    Stage("programs", "the card server and the test programs in C", suites.build_programs),
+    QEMU,
+    PROGRAMS,
     Stage("layout", "sizes and padding of the interface's structures", suites.check_layout),
     Stage("disk", "a guest's disk with Python and the model", disk.disk),
     Stage("one-card", "the whole interface on one card", suites.one_card),
@@ -64,9 +65,9 @@ STAGES = [
 DEBUG_STAGES = [
     Stage("packages", "what the distribution has to have installed",
           lambda: packages.install({**packages.TOOLS, **packages.DEBUG_TOOLS})),
-    Stage("qemu", "QEMU with vfio-user-pci, in a tree of its own", qemu.check_qemu),
+    QEMU,
     Stage("debug-kernel", "a kernel that looks for bugs", debug_kernel.tree),
-    Stage("programs", "the card server and the test programs in C", suites.build_programs),
+    PROGRAMS,
     Stage("debug-one-card", "the whole interface under that kernel", suites.debug_one_card),
     Stage("debug-two-cards", "faults and removal under that kernel", suites.debug_two_cards),
     Stage("debug-failures", "the same while allocations fail", suites.debug_failures),

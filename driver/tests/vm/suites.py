@@ -119,15 +119,16 @@ step "abi after the fuzzer" abi 1
 step "no unload while a file is open" sh -c "rmmod spanker 3<>/dev/spanker0 2>&1 | grep unavailable"
 step unload rmmod spanker
 step "load again" insmod /spanker.ko
-step faults faults 1
+step faults faults 1 qemu
 step unload rmmod spanker
 """
 # The last test of `faults` takes the first card off the bus's answers for good.
 TWO_CARDS = f"""
 step load insmod /spanker.ko
 step abi abi 2
+step "abi, 32 bit" abi32 2
 step fuzz fuzz {FUZZ_SEED + 1} {FUZZ_COUNT // 10} 2
-step faults faults 2
+step faults faults 2 qemu
 step unload rmmod spanker
 """
 
