@@ -156,6 +156,12 @@ def module_in(target: Path) -> Path:
     return found[0]
 
 
+def has_changed_since(time: float) -> bool:
+    """Whether a source of the module has."""
+    sources = [DRIVER / "Kbuild", *DRIVER.glob("src/*"), *DRIVER.rglob("include/**/*.h")]
+    return any(path.stat().st_mtime > time for path in sources)
+
+
 def copy_source(target: Path) -> None:
     ignored = shutil.ignore_patterns("tests", "*.o", "*.ko", "*.mod*", ".*.cmd", "Module.symvers")
     shutil.copytree(DRIVER, target, ignore=ignored, dirs_exist_ok=True)

@@ -104,7 +104,11 @@ def _kernel(line: str) -> kernels.Kernel:
 
 def _built(line: str) -> Path:
     target = WORK / f"module-{_kernel(line).release}"
-    return kernels.module_in(target) if target.exists() else kernels.build_module(_kernel(line))
+    if target.exists():
+        built = kernels.module_in(target)
+        if not kernels.has_changed_since(built.stat().st_mtime):
+            return built
+    return kernels.build_module(_kernel(line))
 
 
 # --- the interface, in C --------------------------------------------------------------------------
