@@ -306,6 +306,8 @@ static void spanker_reset_done(struct pci_dev *pci)
 {
 	struct spanker_card *card = pci_get_drvdata(pci);
 
+	/* The kernel has restored it, as above. */
+	pci_save_state(pci);
 	mutex_lock(&card->queue_lock);
 	card->away = false;
 	mutex_unlock(&card->queue_lock);
