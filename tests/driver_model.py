@@ -6,8 +6,9 @@ soft cards by the rules of driver/include/uapi/spanker_ioctl.h.  So what user sp
 module is tested without a kernel; that the module keeps these rules is tested in a virtual machine,
 by the same suite.
 
-Knobs: `loaded`, `version`, `denied` (paths), `calls` (names of ioctls, in order), and per card
-`fail`, `kill`, `hang`, `take_image`.
+Knobs: `loaded`, `version`, `denied` (paths), `calls` (names of ioctls, in order), `kill` and
+`put_in` of a card, and what its `_Card` has: `failed`, `takes_image`, and the soft card with its
+faults.
 """
 
 from __future__ import annotations
@@ -81,15 +82,20 @@ class _File:
     program_ids: int = 0
     fences: int = 0
 
+    def forget(self) -> None:
+        self.programs.clear()
+        self.buffers.clear()
+        self.steps.clear()
+
 
 @attrs.define(eq=False)
 class _Card:
-    """`epoch_0` is added to the soft card's epochs: a card that others have used before."""
+    """One that others have used before, by its epoch; the soft card's is the same, but 1 where this
+    one's is 0."""
 
     number: int
     soft: SoftCard
     serial: int
-    epoch_0: int = 40
     epoch: int = 41
     generation: int = 0
     gone: bool = False
@@ -101,10 +107,10 @@ class _Card:
 
     def link_of(self, peer: int) -> int:
         """The links of a card lead to all others, in order; none to itself."""
-        return peer - (peer > self.number)
+        return peer - (peer > self.soft.number)
 
     def peer_of(self, link: int) -> int:
-        return link + (link >= self.number)
+        return link + (link >= self.soft.number)
 
 
 class DriverModel:
@@ -118,7 +124,10 @@ class DriverModel:
         self.calls: list[str] = []
         self.mapped = 0
         self._rig = SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count)
+        # By where they are; what they are called is another matter.
         self.cards = [_Card(c.number, c, SERIAL_0 + c.number) for c in self._rig.cards]
+        for card in self.cards:
+            card.soft.abort(card.epoch)
         self._files: dict[int, _File] = {}
         self._ioctls: dict[int, tuple[str, str, Callable[..., None]]] = {}
         for name, struct in (
@@ -134,6 +143,7 @@ class DriverModel:
             ("ABORT", "abort"),
             ("RESET", ""),
             ("LINK", "link"),
+            ("LINK_CONTROL", "link_control"),
             ("TELEMETRY", "telemetry"),
             ("IMAGE", "image"),
         ):
@@ -155,12 +165,10 @@ class DriverModel:
         if self.loaded and name == CONTROL:
             return None
         match = re.fullmatch(r"spanker(\d+)", name)
-        if not self.loaded or not match or int(match[1]) >= len(self.cards):
-            raise _Errno(errno.ENOENT)
-        card = self.cards[int(match[1])]
-        if card.gone:
-            raise _Errno(errno.ENOENT)
-        return card
+        for card in self.cards:
+            if self.loaded and match and card.number == int(match[1]) and not card.gone:
+                return card
+        raise _Errno(errno.ENOENT)
 
     def open(self, path: str) -> int:
         try:
@@ -191,7 +199,7 @@ class DriverModel:
             return
         if any(step.result is None for step in file.steps):
             card.epoch += 1
-            card.soft.abort(card.epoch - card.epoch_0)
+            card.soft.abort(card.epoch)
             end = time.monotonic() + 5
             while any(step.result is None for step in file.steps):
                 assert time.monotonic() < end, "the aborted steps of a closed file do not end"
@@ -200,9 +208,7 @@ class DriverModel:
             card.soft.unload_program(program.soft)
         for buffer in file.buffers.values():
             card.soft.free(buffer.soft)
-        file.programs.clear()
-        file.buffers.clear()
-        file.steps.clear()
+        file.forget()
 
     def map(self, fd: int, offset: int, nbytes: int) -> Any:
         file = self._files[fd]
@@ -334,7 +340,7 @@ class DriverModel:
             for ref in command["ref"]:
                 if ref["buffer"] >= len(table) and any(ref.tolist()):
                     self._refuse(p, number, "an operand names no buffer of the table")
-                if table and ref["offset"] > table[ref["buffer"]].nbytes:
+                if table and ref["offset"] >= -(-table[ref["buffer"]].nbytes // PAGE) * PAGE:
                     self._refuse(p, number, "an operand begins outside of its buffer")
                 if table:
                     ref["buffer"] = table[ref["buffer"]].soft
@@ -444,17 +450,18 @@ class DriverModel:
             raise _Errno(errno.EINVAL)
         if any(other.steps for other in card.files if other is not file):
             raise _Errno(errno.EBUSY)
-        card.soft.abort(a.epoch - card.epoch_0)
+        if a.epoch > 1:
+            card.soft.abort(a.epoch)
         card.epoch = a.epoch
 
     def _reset(self, file: _File) -> None:
         card = file.card
         assert card
-        card.failed = False
         for other in card.files:
-            self._drop(card, other)
+            other.forget()
+        card.soft.reopen()
+        card.failed, card.epoch, card.image = False, 0, b""
         card.generation += 1
-        card.image = b""
 
     def _link(self, file: _File, i: Any) -> None:
         card = file.card
@@ -465,6 +472,13 @@ class DriverModel:
         i.state = lib.SPANKER_LINK_DOWN if peer in counters.links_down else lib.SPANKER_LINK_UP
         i.errors, i.peer = 0, self.cards[peer].serial
         i.tx_bytes, i.rx_bytes = counters.link_tx_bytes[peer], counters.link_rx_bytes[peer]
+
+    def _link_control(self, file: _File, c: Any) -> None:
+        card = file.card
+        assert card
+        if c.up > 1 or c.link >= len(self.cards) - 1:
+            raise _Errno(errno.EINVAL)
+        (card.soft.mend if c.up else card.soft.cut)(card.peer_of(c.link))
 
     def _telemetry(self, file: _File, t: Any) -> None:
         card = file.card
@@ -491,6 +505,14 @@ class DriverModel:
         """The card is taken out."""
         self.cards[number].gone = True
         self.cards[number].soft.kill()
+
+    def put_in(self, number: int) -> None:
+        """It is there again, as new, under the lowest name that is free."""
+        soft, serial = self.cards[number].soft, self.cards[number].serial
+        soft.reopen()
+        taken = {card.number for card in self.cards if not card.gone}
+        name = min(set(range(len(self.cards))) - taken)
+        self.cards[number] = _Card(name, soft, serial, epoch=0)
 
     @property
     def open_files(self) -> int:

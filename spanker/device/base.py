@@ -12,13 +12,15 @@ from __future__ import annotations
 import abc
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
 from spanker.errors import CardCommandError
+from spanker.native import lib
 from spanker.values import Value, lazy_frozen
 
 Buffer = bytes | bytearray | memoryview
@@ -30,7 +32,9 @@ READS_MAX = 8
 Lent = tuple[int, Buffer]
 # A buffer's handle, where in a file its bytes are, and how many they are.
 Place = tuple[int, int, int]
-MAP_ALIGN = 32
+MAP_ALIGN = int(lib.SPK_LENT_ALIGN)
+
+_Rig = TypeVar("_Rig", bound="CardRig")
 
 # How a card tells of one executed command: the fields of TraceEvent in their order.
 TRACE_EVENT = struct.Struct("<QQQIHH")
@@ -135,6 +139,25 @@ class DeviceCounters(Value):
     link_tx_bytes: tuple[int, ...]
     link_rx_bytes: tuple[int, ...]
     links_down: tuple[int, ...] = ()
+
+
+class CardRig(abc.ABC):
+    """What owns the cards of one fleet: as a context it closes them in the end."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of the cards, and of whatever makes them work.  Idempotent."""
+
+    def __enter__(self: _Rig) -> _Rig:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class CardDevice(abc.ABC):

@@ -13,7 +13,6 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 import attrs
@@ -23,6 +22,7 @@ from spanker.device.base import (
     TRACE_EVENT,
     Buffer,
     CardDevice,
+    CardRig,
     Completion,
     DeviceCounters,
     DeviceInfo,
@@ -638,7 +638,7 @@ def link_all(cards: Sequence[SoftCard]) -> None:
             )
 
 
-class SoftRig:
+class SoftRig(CardRig):
     """The cards of one fleet, fully linked, and the threads that step them.
 
     `throttle` is a profile whose speeds the cards keep in real time, as far as the machine can.
@@ -682,14 +682,3 @@ class SoftRig:
             throttle.close()
         for card in self.cards:
             card.release()
-
-    def __enter__(self) -> SoftRig:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -32,6 +32,7 @@ IMAGE_BYTES_MAX = int(lib.SPANKER_IMAGE_BYTES_MAX)
 FLAG_EMULATED = int(lib.SPANKER_INFO_EMULATED)
 FLAG_FAILED = int(lib.SPANKER_INFO_FAILED)
 FLAG_GONE = int(lib.SPANKER_INFO_GONE)
+LINK_TRAINING = int(lib.SPANKER_LINK_TRAINING)
 LINK_UP = int(lib.SPANKER_LINK_UP)
 
 # What poll(2) answers, as on every Linux.
@@ -273,13 +274,16 @@ class DeviceFile:
         """The error of a card that is gone (ENODEV), has failed (EIO), or was reset by somebody
         (ESTALE)."""
         if number == errno.ESTALE:
-            what = "was reset since it was opened, and all it held is lost; open the fleet again"
+            what = "was reset since it was opened, and all it held is lost"
+            then = "admit it to the fleet again, or open the fleet again"
         elif number == errno.EIO:
-            what = "has failed; close the fleet and open it again, which resets the card"
+            what = "has failed"
+            then = "admit it to the fleet again, or open the fleet again: both reset the card"
         else:
-            what = "is gone; close the fleet and open it without that card"
+            what = "is gone"
+            then = "admit it once it is back, or open the fleet without that card"
         who = self.path if self.card is None else f"card {self.card}: {self.path}"
-        return CardLostError(f"{who} {what}", card=self.card)
+        return CardLostError(f"{who} {what}; {then}", card=self.card)
 
     def lock(self) -> None:
         """Until `close`, nobody else who asks gets this card; CardError where somebody has it."""
@@ -424,6 +428,12 @@ class DeviceFile:
         i.link = number
         self._call(lib.SPANKER_IOC_LINK, i)
         return LinkInfo(i.link, i.state, i.errors, i.peer, i.tx_bytes, i.rx_bytes)
+
+    def link_control(self, number: int, *, up: bool) -> None:
+        """Whether this end wants a link up."""
+        c = ffi.new("struct spanker_link_control *")
+        c.link, c.up = number, up
+        self._call(lib.SPANKER_IOC_LINK_CONTROL, c)
 
     def telemetry(self) -> Telemetry:
         t = ffi.new("struct spanker_telemetry *")

@@ -14,8 +14,8 @@ import functools
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -100,8 +100,21 @@ class _Pending:
         return self.large and self.error is None and not self.aborted
 
 
+class Rig(Protocol):
+    """What owns the cards of a fleet, and knows where they are."""
+
+    def closed(self) -> None:
+        """One of the cards was."""
+
+    def open_again(self, card: KernelCard) -> tuple[uapi.DeviceFile, uapi.Info]:
+        """The file of a card that has just been reset, wherever it is now; as `reopen` raises."""
+
+    def links_of(self, card: KernelCard) -> tuple[int | None, ...]:
+        """The link from a card to each card of the fleet."""
+
+
 class KernelCard(CardDevice):
-    """One card of a `KernelRig`, which is told by `on_close`."""
+    """One card of a rig."""
 
     # Of what only other bodies have: speeds that are kept.
     pace = None
@@ -112,13 +125,26 @@ class KernelCard(CardDevice):
         file: uapi.DeviceFile,
         info: uapi.Info,
         twin: SoftCard,
-        on_close: Callable[[], None],
+        rig: Rig,
     ) -> None:
         self.number = number
-        self._on_close = on_close
-        self._file = file
+        self._rig = rig
         self._twin = twin
+        self._buffers: dict[int, _Memory] = {}
+        self._mapping = threading.Lock()
+        self._programs: dict[int, _Loaded] = {}
+        self._pending: deque[_Pending] = deque()
+        # Of the fleet; the card counts on from `_epoch_0`.
+        self._epoch, self._epoch_0 = 1, 0
+        # The link to each card of the fleet, by its number, None where there is none.
+        self._links: tuple[int | None, ...] = ()
+        self._begin: DeviceCounters | None = None
+        self._use(file, info)
+
+    def _use(self, file: uapi.DeviceFile, info: uapi.Info) -> None:
+        self._file = file
         self._queue_max = info.queue_max
+        self._fences = 0
         self._info = DeviceInfo(
             name=f"spanker{info.number}",
             serial=info.serial,
@@ -128,20 +154,10 @@ class KernelCard(CardDevice):
             programs_max=info.programs,
             ddr_granule=mmap.PAGESIZE,
         )
-        self._buffers: dict[int, _Memory] = {}
-        self._mapping = threading.Lock()
-        self._programs: dict[int, _Loaded] = {}
-        self._pending: deque[_Pending] = deque()
-        self._fences = 0
-        # Of the fleet; the card counts on from `_epoch_0`.
-        self._epoch, self._epoch_0 = 1, 0
-        # The link to each card of the fleet, by its number, None where there is none.
-        self._links: tuple[int | None, ...] = ()
-        self._begin: DeviceCounters | None = None
 
-    def join(self, links: Sequence[int | None], epoch: int) -> None:
-        """For the rig: the links to the fleet's cards, and the epoch that all of them begin in."""
-        self._links = tuple(links)
+    def join(self, epoch: int) -> None:
+        """For the rig, once it has all cards: they begin in this epoch."""
+        self._links = self._rig.links_of(self)
         self._not_busy(
             functools.partial(self._file.abort, epoch),
             f"another process has steps queued on {self._file.path}; wait until it is done",
@@ -542,6 +558,7 @@ class KernelCard(CardDevice):
         return attrs.evolve(
             now,
             **{name: getattr(now, name) - getattr(begin, name) for name in counted},
+            progress=(now.progress - begin.progress) % (1 << 32),
             link_tx_bytes=_less(now.link_tx_bytes, begin.link_tx_bytes),
             link_rx_bytes=_less(now.link_rx_bytes, begin.link_rx_bytes),
         )
@@ -575,10 +592,33 @@ class KernelCard(CardDevice):
         self._check_alive()
         self._file.image(bytes(image))
 
-    # --- the end ------------------------------------------------------------------------
+    # --- links --------------------------------------------------------------------------
+
+    def cut(self, peer: int) -> None:
+        """This end wants the link with a peer down: what is under way waits in it."""
+        self._file.link_control(self._link(peer), up=False)
+
+    def mend(self, peer: int) -> None:
+        """This end wants the link up, which it is while both ends do: what waited goes on."""
+        self._file.link_control(self._link(peer), up=True)
+
+    def _link(self, peer: int) -> int:
+        link = self._links[peer] if 0 <= peer < len(self._links) else None
+        if link is None:
+            raise CardCommandError(
+                f"card {self.number} has no link with card {peer}", card=self.number
+            )
+        return link
+
+    # --- the end, and a new beginning ------------------------------------------------------
 
     def close(self) -> None:
         """Let the card go: the module drops what is queued and frees what this file holds."""
+        if not self._file.closed:
+            self._let_go()
+            self._rig.closed()
+
+    def _let_go(self) -> None:
         if self._file.closed:
             return
         for memory in self._buffers.values():
@@ -587,7 +627,18 @@ class KernelCard(CardDevice):
         self._buffers.clear()
         self._programs.clear()
         self._pending.clear()
-        self._on_close()
+
+    def reopen(self) -> None:
+        """As the contract says.  The card is reset, and may have been taken out and put in again
+        meanwhile; it is known by its serial number."""
+        self._let_go()
+        # Which there is as long as one card of the fleet is open.
+        self._twin.reopen()
+        self._use(*self._rig.open_again(self))
+        # The reset has ended whatever epoch it was in.
+        self._epoch = 1
+        self._links = self._rig.links_of(self)
+        self._begin = self._counters()
 
     @property
     def closed(self) -> bool:

@@ -17,13 +17,13 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import attrs
 
 from spanker.device.base import (
     Buffer,
     CardDevice,
+    CardRig,
     Completion,
     DeviceCounters,
     Fill,
@@ -305,7 +305,7 @@ class VirtualCard(SoftCard):
             os.close(fd)
 
 
-class VirtualRig:
+class VirtualRig(CardRig):
     """The cards of one fleet, fully linked, and the engine that says when they are done.
 
     `clock` gives the time in picoseconds; without one it passes by `advance` alone, from 0.
@@ -395,14 +395,3 @@ class VirtualRig:
         """Release the cards.  Idempotent."""
         for card in self.cards:
             card.release()
-
-    def __enter__(self) -> VirtualRig:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
