@@ -238,6 +238,16 @@ static inline long wait_fence(int fd, uint64_t fence, int64_t timeout_ns)
     return call(fd, SPANKER_IOC_WAIT, &wait);
 }
 
+/* Of a card that is slow: a machine that is emulated may stand still, and the card with it, for as
+ * long as a timeout takes. */
+static inline long wait_slow(int fd, uint64_t fence, int64_t timeout_ns)
+{
+    long result = -ETIMEDOUT;
+    for (int i = 0; i < 20 && result == -ETIMEDOUT; i++)
+        result = wait_fence(fd, fence, timeout_ns);
+    return result;
+}
+
 static inline long info_of(int fd, struct spanker_info *info)
 {
     return call(fd, SPANKER_IOC_INFO, info);

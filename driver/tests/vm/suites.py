@@ -187,6 +187,8 @@ cd /src
 export SPANKER_TEST_KERNEL_CARDS={CONFORMANCE_CARDS}
 step conformance python -m pytest -q -p spanker.testing.plugin -p no:cacheprovider \
   --color=no tests/device/test_conformance*.py
+step "cards come back" python -m pytest -v -p spanker.testing.plugin -p no:cacheprovider \
+  --color=no tests/device/test_kernel_returns.py
 step unload rmmod spanker
 """
     _boot_python("conformance", script, cards=CONFORMANCE_CARDS, ddr_bytes=64 * MIB, timeout_s=600)
