@@ -157,7 +157,7 @@ async def test_a_card_that_is_not_there_yet_stays_lost(module: Module, tiny: Pat
             module.take_out(1)
             assert await tokens(model) == right
             for _ in range(2):
-                with pytest.raises(CardLostError, match=r"card 1 is not there: .* serial number 0x"):
+                with pytest.raises(CardLostError, match=r"card 1 is not there: .* number 0x"):
                     await fleet.admit(1)
             assert await tokens(model) == right
             module.put_in(1)
