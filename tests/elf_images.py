@@ -49,6 +49,9 @@ class Image:
     data_memory: int = 0x100
     sha256: bytes | None = None
     note_bytes: int | None = None
+    # Of .riscv.attributes; None where there is no such section.
+    arch: str | None = "rv64i2p1_m2p0_a2p1_f2p2_d2p2_c2p0_v1p0_zicsr2p0_zmmul1p0_zvl128b1p0"
+    attributes: bytes | None = None
 
     def build(self) -> bytes:
         names, text = [], b""
@@ -102,17 +105,24 @@ class Image:
         for name, address, kind in self.symbols:
             symbols += SYM.pack(len(strings), 1 << 4 | kind, 0, 1, address, 4)
             strings += name.encode() + b"\0"
-        section_names = b"\0.symtab\0.strtab\0.shstrtab\0"
+        section_names = b"\0.symtab\0.strtab\0.shstrtab\0.riscv.attributes\0"
+        attributes = self.attributes
+        if attributes is None:
+            attributes = attributes_of(self.arch or "")
         symbols_at = len(file)
-        file += symbols + strings + section_names
+        file += symbols + strings + section_names + attributes
         strings_at = symbols_at + len(symbols)
         names_at = strings_at + len(strings)
+        attributes_at = names_at + len(section_names)
         sections = [
             SHDR.pack(*[0] * 10),
             SHDR.pack(1, 2, 0, 0, symbols_at, len(symbols), 2, 1, 8, SYM.size),
             SHDR.pack(9, 3, 0, 0, strings_at, len(strings), 0, 0, 1, 0),
             SHDR.pack(17, 3, 0, 0, names_at, len(section_names), 0, 0, 1, 0),
         ]
+        if self.arch is not None:
+            kind = 0x70000003
+            sections.append(SHDR.pack(27, kind, 0, 0, attributes_at, len(attributes), 0, 0, 1, 0))
         sections_at = len(file)
         file += b"".join(sections)
         ident = b"\x7fELF" + bytes([self.elf_class, self.byte_order, 1]) + bytes(9)
@@ -134,6 +144,14 @@ class Image:
         )
         file[EHDR.size : EHDR.size + PHDR.size * len(headers)] = b"".join(headers)
         return bytes(file)
+
+
+def attributes_of(arch: str, vendor: str = "riscv", tag: int = 1) -> bytes:
+    """A section .riscv.attributes: the stack's alignment, the ISA string, no unaligned accesses."""
+    values = b"\x04\x10\x05" + arch.encode() + b"\0\x06\x00"
+    part = struct.pack("<BI", tag, 5 + len(values)) + values
+    name = vendor.encode() + b"\0"
+    return b"A" + struct.pack("<I", 4 + len(name) + len(part)) + name + part
 
 
 def _padded(data: bytes) -> bytes:

@@ -46,7 +46,10 @@ _EXTENSIONS = frozenset(
     "zaamo zalrsc zkt zvkt zba zbb zbs zmmul zvfhmin zvfh zvbb zvkb zve32x zve32f zve64x zve64f "
     "zve64d zvl32b zvl64b zvl128b xpopmatmul".split()
 )
+_OWN = frozenset({"xpopmatmul"})  # of the card alone: what RVA23 does not have
 _NEEDED = ("i", "m", "a", "f", "d", "v")
+_ATTRIBUTES = ".riscv.attributes"
+_TAG_FILE, _TAG_ARCH = 1, 5
 _PT_LOAD, _PF_X, _PF_W = 1, 1, 2
 
 
@@ -154,6 +157,7 @@ class _Reader:
         note = self._note()
         self._check_abi(note)
         check_isa(note.isa, self._name)
+        self._check_attributes(note)
         digest = hash_segments(self._data, self._load_headers(), note.hash_at)
         if digest != note.sha256:
             raise self._wrong(
@@ -300,6 +304,30 @@ class _Reader:
                 f"{lib.SPK_SEMANTICS_VERSION}: answers could differ; build it from this version"
             )
 
+    def _check_attributes(self, note: _Note) -> None:
+        """What the compiler says that it has used must be in the note, or in RVA23.  It need not
+        name all: compilers leave out extensions that they do not know."""
+        section = self._elf.get_section_by_name(_ATTRIBUTES)
+        if section is None:
+            return
+        begin, nbytes = int(section["sh_offset"]), int(section["sh_size"])
+        if begin + nbytes > len(self._data):
+            raise self._wrong(f"its section {_ATTRIBUTES} goes beyond the end of the file")
+        try:
+            archs = list(riscv_archs(self._data[begin : begin + nbytes]))
+        except (ValueError, IndexError, struct.error):
+            raise self._wrong(f"its section {_ATTRIBUTES} is malformed") from None
+        known = _EXTENSIONS - _OWN | _BASE | _extensions(note.isa)
+        for arch in archs:
+            if not arch.startswith("rv64"):
+                raise self._wrong(f"compiled for {arch}, a card has 64 bits")
+            unsaid = sorted(_extensions(arch) - known)
+            if unsaid:
+                raise self._wrong(
+                    f"compiled with {', '.join(unsaid)} ({arch}), which neither its note "
+                    f"({note.isa}) nor RVA23 has: note and code are not of the same build"
+                )
+
     def _kernels(self, note: _Note, segments: tuple[Segment, ...]) -> tuple[Kernel, ...]:
         symbols: dict[str, int] = {}
         table = self._elf.get_section_by_name(".symtab")
@@ -348,6 +376,66 @@ def hash_segments(data: bytes, headers: list[Any], hash_at: int) -> bytes:
         digest.update(struct.pack("<QQQI", h["p_vaddr"], h["p_filesz"], h["p_memsz"], h["p_flags"]))
         digest.update(blank[h["p_offset"] : h["p_offset"] + h["p_filesz"]])
     return digest.digest()
+
+
+def riscv_archs(data: bytes) -> Iterator[str]:
+    """The ISA strings that a section .riscv.attributes has for the whole file, with versions, such
+    as `rv64i2p1_m2p0_zba1p0`; ValueError, IndexError or struct.error where it is malformed.
+
+    Source: RISC-V ELF psABI, "Attributes": `A`; for each vendor a length and a name; below it, for
+    the file, sections or symbols, a tag, a length, and attributes, each a ULEB128 tag and, as the
+    tag is odd or even, a text or a ULEB128 number.
+    """
+    if data[:1] != b"A":
+        raise ValueError("another version")
+    at = 1
+    while at < len(data):
+        end = _end(data, at, at, len(data))
+        vendor_end = data.index(b"\0", at + 4, end)
+        part = vendor_end + 1
+        if data[at + 4 : vendor_end] != b"riscv":
+            part = end
+        while part < end:
+            part_end = _end(data, part, part + 1, end)
+            value = part + 5
+            while data[part] == _TAG_FILE and value < part_end:
+                tag, value = _uleb128(data, value, part_end)
+                if tag % 2 == 0:
+                    _, value = _uleb128(data, value, part_end)
+                    continue
+                text_end = data.index(b"\0", value, part_end)
+                if tag == _TAG_ARCH:
+                    yield data[value:text_end].decode("ascii")
+                value = text_end + 1
+            part = part_end
+        at = end
+
+
+def _end(data: bytes, begin: int, length_at: int, most: int) -> int:
+    """Where something ends that begins there and has its length in there."""
+    (nbytes,) = struct.unpack_from("<I", data, length_at)
+    if begin + nbytes > most or begin + nbytes < length_at + 4:
+        raise ValueError("a length")
+    return begin + int(nbytes)
+
+
+def _uleb128(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """A number, and where it ends."""
+    value = shift = 0
+    while at < end and shift < 64:
+        value |= (data[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 0x80:
+            return value, at
+    raise ValueError("a number without end")
+
+
+def _extensions(isa: str) -> set[str]:
+    """Of an ISA string of 64 bits, with versions or without."""
+    names: set[str] = set()
+    for name in re.sub(r"\d+p\d+", "", isa.removeprefix("rv64")).split("_"):
+        names.update([name] if name[:1] in ("s", "x", "z") else name.replace("g", "imafd"))
+    return names
 
 
 def check_isa(isa: str, name: str = "firmware") -> None:

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 from conformance_rigs import BODIES, soft_rig
-from elf_images import ADD, EHDR, MATMUL, PHDR, Image, R, W, X
+from elf_images import ADD, EHDR, MATMUL, PHDR, Image, R, W, X, attributes_of
 
-from spanker.device.firmware import IMAGE_BYTES_MAX, check_isa, parse_firmware, read_firmware
+from spanker.device.firmware import (
+    IMAGE_BYTES_MAX,
+    check_isa,
+    parse_firmware,
+    read_firmware,
+    riscv_archs,
+)
 from spanker.errors import CardCommandError, FirmwareError
 from spanker.kernels.program import Op
 
@@ -43,6 +49,44 @@ def test_a_good_image_is_read_whole(tmp_path: Path, note_loaded: bool) -> None:
 )
 def test_isas_that_a_card_has(isa: str) -> None:
     check_isa(isa)
+
+
+# What clang 19 writes for -march=rv64gcv, and for RVA23.
+CLANG = (
+    "rv64i2p1_m2p0_a2p1_f2p2_d2p2_c2p0_v1p0_zicsr2p0_zifencei2p0_zmmul1p0_zve32f1p0_zve32x1p0"
+    "_zve64d1p0_zve64f1p0_zve64x1p0_zvl128b1p0_zvl32b1p0_zvl64b1p0"
+)
+CLANG_RVA23 = (
+    "rv64i2p1_m2p0_a2p1_f2p2_d2p2_c2p0_v1p0_zic64b1p0_zicbom1p0_zicbop1p0_zicboz1p0_ziccamoa1p0"
+    "_ziccif1p0_zicclsm1p0_ziccrse1p0_zicntr2p0_zicond1p0_zicsr2p0_zihintntl1p0_zihintpause2p0"
+    "_zihpm2p0_zimop1p0_zmmul1p0_za64rs1p0_zawrs1p0_zfa1p0_zfhmin1p0_zca1p0_zcb1p0_zcmop1p0_zba1p0"
+    "_zbb1p0_zbs1p0_zkt1p0_zvbb1p0_zve32f1p0_zve32x1p0_zve64d1p0_zve64f1p0_zve64x1p0_zvfhmin1p0"
+    "_zvkb1p0_zvkt1p0_zvl128b1p0_zvl32b1p0_zvl64b1p0"
+)
+
+
+@pytest.mark.parametrize("isa", ["rv64gv", "rv64gcv_zvl128b_xpopmatmul"])
+@pytest.mark.parametrize("arch", [None, "rv64gcv", CLANG, CLANG_RVA23])
+def test_code_may_be_compiled_for_what_the_note_or_rva23_has(isa: str, arch: str | None) -> None:
+    assert parse_firmware(Image(isa=isa, arch=arch).build()).isa == isa
+
+
+def test_extensions_that_only_the_card_has_are_in_the_note() -> None:
+    parse_firmware(Image(arch=f"{CLANG}_xpopmatmul0p1").build())
+    with pytest.raises(FirmwareError, match=r"compiled with xpopmatmul .*its note \(rv64gcv\)"):
+        parse_firmware(Image(isa="rv64gcv", arch=f"{CLANG}_xpopmatmul0p1").build())
+
+
+def test_attributes_of_others_are_left_alone() -> None:
+    whole = attributes_of(CLANG)
+    for other in (attributes_of("rv64i_zfoo", "gnu"), attributes_of("rv64i_zfoo", tag=2)):
+        assert list(riscv_archs(whole + other[1:] + whole[1:])) == [CLANG, CLANG]
+
+    # After the version, which is all that there need be.
+    assert list(riscv_archs(whole[:1])) == []
+    for end in (0, *range(2, len(whole))):
+        with pytest.raises((ValueError, IndexError, struct.error)):
+            list(riscv_archs(whole[:end]))
 
 
 # --- bad ones ---------------------------------------------------------------------------
@@ -78,6 +122,13 @@ BAD: dict[str, tuple[Image, str]] = {
     "major": (Image(abi=(2, 0)), "made for version 2.0 of the card's interface.*knows 1"),
     "minor": (Image(abi=(1, 99)), "made for version 1.99"),
     "semantics": (Image(semantics=2), "semantics 2, expected 1"),
+    "attributes": (
+        Image(arch="rv64i2p1_zba1p0_zvl256b1p0_zfoo1p0"),
+        r"compiled with zfoo, zvl256b .*neither its note \(rv64gcv_zvl128b_xpopmatmul\) nor RVA23",
+    ),
+    "bits of attributes": (Image(arch="rv32i2p1"), "compiled for rv32i2p1, a card has 64 bits"),
+    "form of attributes": (Image(attributes=b"A\1\0\0\0"), ".riscv.attributes is malformed"),
+    "version of attributes": (Image(attributes=b"B"), "not a well-formed ELF file .*version"),
     "hash": (Image(sha256=bytes(32)), "have SHA-256 [0-9a-f]{64}, its note says 0{64}"),
     "no note": (Image(note_name=b"Sponker\0"), "no notes 'Spanker' of type 1, expected one"),
     "type of note": (Image(note_type=2), "no notes 'Spanker' of type 1"),
