@@ -146,6 +146,8 @@ int spanker_queue(struct spanker_job *job)
 	/* A slot means another program after a reset, or none. */
 	if (!ret && job->program && job->program->generation != card->generation)
 		ret = -ESTALE;
+	if (!ret && job->loader && spanker_stale(job->loader))
+		ret = -ESTALE;
 	if (!ret)
 		ret = spanker_room(job);
 	if (!ret) {

@@ -201,8 +201,8 @@ class Injection:
         if fault.what is What.CUT or (fault.what is What.FLAP and isinstance(fault.where, Link)):
             if not card.native("cut"):
                 raise ConfigError(
-                    f"fault {fault}: nobody can cut the links of {card.info.name}: only soft and "
-                    f"virtual cards do"
+                    f"fault {fault}: nobody can cut the links of {card.info.name}: cards of its "
+                    f"kind cannot"
                 )
 
     # --- faults -------------------------------------------------------------------------
