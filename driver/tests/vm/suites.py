@@ -191,7 +191,7 @@ step "cards come back" python -m pytest -v -p spanker.testing.plugin -p no:cache
   --color=no tests/device/test_kernel_returns.py
 step unload rmmod spanker
 """
-    _boot_python("conformance", script, cards=CONFORMANCE_CARDS, ddr_bytes=64 * MIB, timeout_s=600)
+    _boot_python("conformance", script, cards=CONFORMANCE_CARDS, ddr_bytes=64 * MIB, timeout_s=1200)
 
 
 def model() -> None:
@@ -213,7 +213,7 @@ step model model
 step unload rmmod spanker
 """
     here = _report_here()
-    lines = _boot_python("model", script, cards=CARDS, ddr_bytes=512 * MIB, timeout_s=400)
+    lines = _boot_python("model", script, cards=CARDS, ddr_bytes=512 * MIB, timeout_s=800)
     reports = [line.removeprefix("REPORT ") for line in lines if line.startswith("REPORT ")]
     there = json.loads(reports[0])
     for field in ("tokens", "logits_sha256"):
