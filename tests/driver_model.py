@@ -6,9 +6,9 @@ soft cards by the rules of driver/include/uapi/spanker_ioctl.h.  So what user sp
 module is tested without a kernel; that the module keeps these rules is tested in a virtual machine,
 by the same suite.
 
-Knobs: `loaded`, `version`, `denied` (paths), `calls` (names of ioctls, in order), `kill` and
-`put_in` of a card, and what its `_Card` has: `failed`, `takes_image`, and the soft card with its
-faults.
+Knobs: `loaded`, `version`, `denied` (paths), `calls` (names of ioctls, in order), `kill`, `fail`
+and `put_in` of a card, and what its `_Card` has: `failed`, `takes_image`, and the soft card with
+its faults.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import errno
 import mmap
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.errors import (
     CardAbortedError,
     CardCommandError,
+    CardError,
     CardLostError,
     CardMemoryError,
 )
@@ -407,7 +409,7 @@ class DriverModel:
         for completion in card.soft.completions():
             for file in card.files:
                 for step in file.steps:
-                    if step.soft_fence == completion.fence:
+                    if step.soft_fence == completion.fence and step.result is None:
                         step.result = completion
 
     def _collect(self, file: _File, c: Any) -> None:
@@ -505,6 +507,16 @@ class DriverModel:
         """The card is taken out."""
         self.cards[number].gone = True
         self.cards[number].soft.kill()
+
+    def fail(self, number: int) -> None:
+        """The card finds that it is broken: what is queued ends, nothing works until a reset."""
+        card = self.cards[number]
+        card.failed = True
+        for file in card.files:
+            for step in file.steps:
+                step.result = step.result or Completion(0, 0, CardError("the card has failed"))
+        # Whoever waits is woken.
+        os.write(card.soft.completion_fd or -1, (1).to_bytes(8, sys.byteorder))
 
     def put_in(self, number: int) -> None:
         """It is there again, as new, under the lowest name that is free."""

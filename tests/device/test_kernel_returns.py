@@ -53,8 +53,7 @@ class ModelledModule:
         self._model.cards[card].soft.hang()
 
     def fail(self, card: int) -> None:
-        self._model.cards[card].failed = True
-        self._model.cards[card].soft.hang()
+        self._model.fail(card)
 
 
 class RealModule:

@@ -507,7 +507,8 @@ class KernelCard(CardDevice):
 
     def _failure(self, got: uapi.Collected) -> CardError:
         number, what = -got.error, f"card {self.number}, command {got.command}"
-        if number == errno.ENODEV:
+        broken = self._file.poll() & (uapi.POLL_ERR | uapi.POLL_HUP)
+        if number == errno.ENODEV or (number == errno.EIO and broken):
             return self._lost()
         if number == errno.EIO:
             # All else about a step is checked before it is queued.
