@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,20 @@ def weighted_plan(model: ModelShape, stages: Sequence[Sequence[float]]) -> Plan:
     return Plan(name, tuple(made))
 
 
+# Where no way leads over other cards, what cards exchange goes over the host.
+TOPOLOGIES: dict[str, Callable[[int], Topology]] = {
+    "mesh": Topology.with_mock,
+    "none": lambda n: Topology.of_pairs(n, []),
+    "pairs": lambda n: Topology.of_pairs(n, [(a, a + 1) for a in range(0, n - 1, 2)]),
+}
+
 # --- cases -------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Case:
-    """A model on a machine; `plan` is a name, or the weights of the cards of each stage.
+    """A model on a machine; `plan` is a name, or the weights of the cards of each stage; `links`
+    one of TOPOLOGIES.
 
     `batch` sequences of `prompt` tokens in chunks of `chunk`, then `tokens` each.
     """
@@ -103,6 +111,11 @@ class Case:
     prompt: int = 48
     chunk: int = 512
     tokens: int = 13
+    links: str = "mesh"
+
+    @property
+    def topology(self) -> Topology:
+        return TOPOLOGIES[self.links](self.cards)
 
     @property
     def context(self) -> int:
@@ -241,6 +254,11 @@ CASES = (
     Case("four replicas, far host", "small", 4, "dp4", _FAR_HOST, batch=4),
     Case("replicas on two cores", "grouped", 4, "dp2xtp2", _TWO_CORES, batch=2),
     Case("replicas that share memory", "grouped", 4, "dp4", _SHARED, batch=4),
+    Case("no links", "grouped", 2, "tp", REV_A, links="none"),
+    Case("no links, long prompt", "grouped", 2, "tp", REV_A, prompt=200, chunk=64, links="none"),
+    Case("no links, pipeline", "mixed", 3, "pp", REV_A, prompt=96, chunk=16, links="none"),
+    Case("two pairs, a stage each", "mixed", 4, "tp2xpp2", REV_A, prompt=64, links="pairs"),
+    Case("a whole model without a link", "smollm2-135m", 2, "tp", REV_A, prompt=32, links="none"),
     Case("replicas of a whole model", "smollm2-135m", 4, "dp2xtp2", REV_B, batch=4),
 )
 
@@ -261,7 +279,7 @@ class Figures:
 def closed_form(case: Case) -> Figures:
     """What the cost model says."""
     model, plan = shape(case.shape), case.made_plan()
-    machine = case.profile, Topology.with_mock(case.cards)
+    machine = case.profile, case.topology
     # In the middle of the decoding; a token more costs a position more of attention.
     context = case.prompt + case.tokens // 2
     decode = cost.decode_fleet(model, plan, *machine, batch=case.batch, context=context)
@@ -296,6 +314,7 @@ def event_by_event(case: Case) -> Figures:
         batch=case.batch,
         ctx=case.context,
         prompt_chunk=case.chunk,
+        topology=case.topology,
     )
     found = simulate(scenario)
     rates = [rate for rate in found.sequence_rates if rate is not None]

@@ -52,6 +52,7 @@ from spanker.sched.bandwidth import Profile
 from spanker.sched.decision import Decision
 from spanker.sched.limits import DEFAULT_PROMPT_CHUNK
 from spanker.sched.plan import FleetPlan, Plan
+from spanker.sched.topology import Topology
 
 if TYPE_CHECKING:
     from spanker.device.kernel.card import KernelCard
@@ -382,7 +383,8 @@ class Generation:
 
 
 class Model:
-    """A model on the cards of a fleet.  Made by `Fleet.load`; lives as long as its fleet."""
+    """A model on the cards of a fleet.  Made by `Fleet.load`; lives as long as its fleet, or until
+    it is unloaded."""
 
     def __init__(self, portal: _Portal, model: trio_api.Model) -> None:
         self._portal = portal
@@ -498,6 +500,10 @@ class Model:
         """float32 (tokens, vocabulary): row i are the logits after ids[:i + 1]."""
         return await self._portal.call(self._model.logits, ids)
 
+    async def unload(self) -> None:
+        """Give back what the model has on the cards; as `spanker.fleet.Model.unload`."""
+        await self._portal.call(self._model.unload)
+
 
 class Fleet:
     """An open fleet.  Made by `open_fleet`."""
@@ -589,6 +595,10 @@ class Fleet:
         """Take a card out of use without losing a token; as `spanker.Fleet.drain`."""
         await self._portal.call(lambda: self._fleet.drain(card))
 
+    async def add(self, card: str | CardSpec) -> int:
+        """Take one more card into the running fleet; as `spanker.Fleet.add`."""
+        return await self._portal.call(lambda: self._fleet.add(card))
+
     async def admit(self, card: int) -> None:
         """Use a drained or lost card again; as `spanker.Fleet.admit`."""
         await self._portal.call(lambda: self._fleet.admit(card))
@@ -620,6 +630,7 @@ async def open_fleet(
     recover: bool = True,
     audit_every: int | None = None,
     rebalance: bool = False,
+    topology: Topology | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts, its thread too, ends with the `async with`
     block.  The options are those of `spanker.open_fleet`."""
@@ -636,6 +647,7 @@ async def open_fleet(
             recover=recover,
             audit_every=audit_every,
             rebalance=rebalance,
+            topology=topology,
         )
     )
     try:

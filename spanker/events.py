@@ -59,6 +59,17 @@ class CardReturned(Event):
 
 
 @lazy_frozen
+class CardJoined(Event):
+    """The fleet has one card more, linked with all others."""
+
+    card: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"card {self.card} ({self.name}) has joined"
+
+
+@lazy_frozen
 class LinkDown(Event):
     """What goes from a card to its peer, and back, goes another way from now on."""
 
@@ -83,15 +94,18 @@ class LinkUp(Event):
 @lazy_frozen
 class Rerouted(Event):
     """The steps of a model go around the links that are down by now, which may be none: weights and
-    KV are where they were."""
+    KV are where they were.  What no other card leads on goes over the host, between those cards
+    that are `hosted`."""
 
     model: str
     down: tuple[tuple[int, int], ...]
     seconds: float
+    hosted: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
-        links = ", ".join(f"{a}-{b}" for a, b in self.down if a < b or (b, a) not in self.down)
-        ways = f"around {links}" if links else "straight again"
+        ways = f"around {_both_ways(self.down)}" if self.down else "straight again"
+        if self.hosted:
+            ways += f", over the host for {_both_ways(self.hosted)}"
         return f"{self.model}: steps go {ways}, after {self.seconds:.2f} s"
 
 
@@ -161,6 +175,11 @@ class ReplicaLost(Event):
             f"{self.model}: replica {self.replica} is given up, {self.moved} sequences moved, "
             f"{self.ended} ended: {self.reason}"
         )
+
+
+def _both_ways(pairs: tuple[tuple[int, int], ...]) -> str:
+    """Links between two cards, named once for both directions."""
+    return ", ".join(f"{a}-{b}" for a, b in pairs if a < b or (b, a) not in pairs)
 
 
 class EventLog:

@@ -18,6 +18,8 @@ import sys
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
+    Awaitable,
+    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -270,7 +272,8 @@ class Generation:
 
 
 class Model:
-    """A model on the cards of a fleet.  Made by `Fleet.load`; lives as long as its fleet."""
+    """A model on the cards of a fleet.  Made by `Fleet.load`; lives as long as its fleet, or until
+    it is unloaded."""
 
     def __init__(
         self,
@@ -283,6 +286,7 @@ class Model:
         replicas: Replicas,
         cards: int,
         profile: Profile,
+        unload: Callable[[Model], Awaitable[None]],
     ) -> None:
         self.path = path
         self._asked = cards, profile
@@ -290,6 +294,7 @@ class Model:
         self._model = model
         self._limits = limits
         self._replicas = replicas
+        self._unload = unload
         self._metadata = metadata
         self._tokenizer = tokenizer
         self._template: ChatTemplate | None = None
@@ -417,6 +422,11 @@ class Model:
                 parts.append(rows)
         return np.concatenate(parts)
 
+    async def unload(self) -> None:
+        """Give back what the model has on the cards; it is of no use any more.  Its sequences end
+        with RequestError.  Returns when the cards' memory is free.  Idempotent."""
+        await self._unload(self)
+
     @property
     def stats(self) -> SessionStats:
         """Counts since it was loaded, of all replicas together."""
@@ -436,11 +446,14 @@ class Fleet:
         recover: bool,
         audit_every: int | None,
         rebalance: bool,
+        around: Around | None = None,
         devices: Sequence[CardDevice] | None = None,
     ) -> None:
-        """`devices` stand in the place of the rig's cards, where that is not what they are."""
+        """`devices` stand in the place of the rig's cards, where that is not what they are, and
+        `around` says what does so in the place of one that joins."""
         self.profile = profile
-        self._devices = rig.cards if devices is None else devices
+        self._around = around
+        self._devices = list(rig.cards if devices is None else devices)
         self._audit_every = audit_every
         self._rebalance = rebalance
         self._recover = recover
@@ -624,6 +637,7 @@ class Fleet:
             replicas,
             len(self.cards),
             self.profile,
+            self._unload,
         )
         self._nursery.start_soon(replicas.run)
         self._models.append(out)
@@ -632,6 +646,11 @@ class Fleet:
                 # Drained while the model was being loaded.
                 self._nursery.start_soon(_moved, session)
         return out
+
+    async def _unload(self, model: Model) -> None:
+        await model._replicas.unload()
+        if model in self._models:
+            self._models.remove(model)
 
     def _auditor(self, placement: Placement, number: int) -> Auditor | None:
         file = placement.file
@@ -738,8 +757,8 @@ class Fleet:
         they can.
 
         Raises ConfigError where the card is neither, and of one that is lost what still stands in
-        its way: CardLostError where it is gone or was the last one, CardCommandError where its kind
-        cannot be opened again.
+        its way: CardLostError where it is gone, CardCommandError where its kind cannot be opened
+        again.  Models that had no card left have ended, and can be loaded again.
         """
         coordinator = self._coordinator
         if card not in coordinator.lost and card not in coordinator.drained:
@@ -747,10 +766,70 @@ class Fleet:
         async with self._draining:
             await coordinator.revive(card)
             coordinator.drained.discard(card)
-            for session in self._sessions():
-                # What has no better place stays where it is.
-                with contextlib.suppress(PlanError, CardMemoryError):
-                    await session.move()
+            await self._place_anew()
+
+    async def add(self, card: str | CardSpec) -> int:
+        """Take one more card into the running fleet; its number.  It is given like those of
+        `open_fleet`, as `soft:1` or `virtual:1:64MiB`, is of their kind, and is linked with all.
+
+        Models are planned anew with it, each between two of its steps, and use it where that is
+        better; generations go on, with the same bits.  Collectives are of all cards from then on;
+        those that wait for the cards meanwhile raise TopologyMismatchError.  Raises ConfigError
+        where no such card can join, or while the fleet is traced; then, or cancelled before it has
+        joined, nothing of it is left.
+        """
+        specs = parse_fleet(card) if isinstance(card, str) else (card,)
+        if len(specs) != 1:
+            raise ConfigError(f"cards join one by one: expected one, got {len(specs)}")
+        async with self._draining:
+            number = await self._join(specs[0])
+            await self._place_anew()
+        return number
+
+    async def _join(self, spec: CardSpec) -> int:
+        coordinator = self._coordinator
+        # Nobody who measures or loads is to find another fleet half way.
+        async with self._load_lock:
+            if coordinator.trace is not None:
+                raise ConfigError("a fleet that is traced takes no more cards: end the trace first")
+            card, link = self._create(spec)
+            device = card if self._around is None else self._around.device(card)
+            try:
+                await coordinator.join(device, link)
+            except BaseException:
+                card.release()
+                raise
+            self._devices.append(device)
+            collectives: Collectives | None = self.__dict__.pop("_collectives", None)
+            if collectives is not None:
+                await collectives.trim()
+            return card.number
+
+    def _create(self, spec: CardSpec) -> tuple[SoftCard, Callable[[], None]]:
+        """A new card of the rig, and what links it with the others."""
+        rig = self._rig
+        if isinstance(rig, SoftRig):
+            if isinstance(spec, SoftCardSpec):
+                soft = rig.create(spec)
+                return soft, lambda: rig.join(soft)
+        elif isinstance(spec, VirtualCardSpec) and self._coordinator.modelled:
+            from spanker.device.virtual.card import VirtualRig
+
+            if isinstance(rig, VirtualRig) and spec.hollow == self._coordinator.hollow:
+                virtual = rig.create(spec)
+                return virtual, lambda: rig.join(virtual)
+        if not isinstance(rig, SoftRig) and not self._coordinator.modelled:
+            raise ConfigError("kernel cards cannot join a fleet that is open: open it with all")
+        kind = "hollow" if self._coordinator.hollow else "soft"
+        if self._coordinator.modelled and not self._coordinator.hollow:
+            kind = "virtual"
+        raise ConfigError(f"a card that joins must be of the fleet's kind: open e.g. {kind}:1")
+
+    async def _place_anew(self) -> None:
+        """Have models placed on the cards there are by now; what has no better place stays."""
+        for session in self._sessions():
+            with contextlib.suppress(PlanError, CardMemoryError):
+                await session.move()
 
     def _sessions(self) -> list[Session]:
         """Those that are not over, of all models."""
@@ -854,6 +933,7 @@ async def open_fleet(
     recover: bool = True,
     audit_every: int | None = None,
     rebalance: bool = False,
+    topology: Topology | None = None,
     _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of cards; everything it starts ends with the `async with` block.
@@ -871,7 +951,8 @@ async def open_fleet(
     computed again on the host, and a card that has it wrong is lost (spanker/actors/audit.py has
     the odds).  With `rebalance` a card that becomes twice as slow as it was, beside the
     others, gets a smaller share; emulated cards, which share the cores of a machine, may only seem
-    so.  Raises ConfigError and CardError.
+    so.  `topology` says which emulated cards have links, by default all with all; those without
+    exchange over others, or over the host.  Raises ConfigError and CardError.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -883,7 +964,7 @@ async def open_fleet(
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
-    with _one_error(first), _rig(specs, chosen, workers, throttle) as rig:
+    with _one_error(first), _rig(specs, chosen, workers, throttle, topology) as rig:
         devices: Sequence[CardDevice] = rig.cards
         if _around is not None:
             devices = [_around.device(card) for card in rig.cards]
@@ -894,7 +975,7 @@ async def open_fleet(
                 chosen,
                 channel=channel,
                 hang_timeout_s=hang_timeout_s,
-                topology=_topology(rig),
+                topology=_topology(rig, topology),
                 around=_around,
             ) as coordinator,
             trio.open_nursery() as nursery,
@@ -909,6 +990,7 @@ async def open_fleet(
                     recover,
                     audit_every,
                     rebalance,
+                    _around,
                     devices,
                 )
             except Exception as error:
@@ -920,7 +1002,11 @@ async def open_fleet(
 
 
 def _rig(
-    specs: Sequence[CardSpec], profile: Profile, workers: int | None, throttle: bool
+    specs: Sequence[CardSpec],
+    profile: Profile,
+    workers: int | None,
+    throttle: bool,
+    topology: Topology | None,
 ) -> SoftRig | VirtualRig | KernelRig:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
@@ -936,11 +1022,15 @@ def _rig(
             raise ConfigError("kernel cards work by themselves: leave workers out")
         if throttle:
             raise ConfigError("kernel cards have their own speed: leave throttle out")
+        if topology is not None:
+            raise ConfigError("kernel cards know their links: leave the topology out")
         from spanker.device.kernel.rig import KernelRig
 
         return KernelRig(kernel)
     if not virtual:
-        return SoftRig(soft, workers, profile if throttle else None)
+        soft_rig = SoftRig(soft, workers, profile if throttle else None, topology)
+        soft_rig.held = True
+        return soft_rig
     if workers is not None:
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:
@@ -948,7 +1038,9 @@ def _rig(
     from spanker.actors.virtual_time import now_ps
     from spanker.device.virtual.card import VirtualRig
 
-    return VirtualRig(virtual, profile, now_ps)
+    virtual_rig = VirtualRig(virtual, profile, now_ps, topology)
+    virtual_rig.held = True
+    return virtual_rig
 
 
 @contextlib.asynccontextmanager
@@ -965,11 +1057,14 @@ async def _passing_time(rig: SoftRig | VirtualRig | KernelRig) -> AsyncIterator[
         yield
 
 
-def _topology(rig: SoftRig | VirtualRig | KernelRig) -> Topology | None:
+def _topology(rig: SoftRig | VirtualRig | KernelRig, asked: Topology | None) -> Topology | None:
     """Which cards are linked, where not all of them need be."""
     states = getattr(rig, "links", None)
     if states is None:
-        return None
+        if asked is None:
+            return None
+        up = tuple(link for link in asked.links if link.state is LinkState.UP)
+        return Topology(asked.cards, up)
     links = tuple(Link(a, b, LinkState(state)) for (a, b), state in sorted(states().items()))
     return Topology(tuple(range(len(rig.cards))), links)
 

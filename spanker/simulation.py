@@ -61,9 +61,10 @@ class Scenario:
 
     `batch` sequences of `prompt_tokens` each generate `tokens` tokens side by side, spread over the
     replicas of the plan, a name as for `Fleet.load` or a value.  `ctx` is the positions per
-    sequence (default: as `Fleet.load`, or what they need).  With `arithmetic` the
-    cards compute what soft cards would; that takes as long as it takes, and changes no time in the
-    result.  `seed` decides in what order the host does what it could do at the same time.
+    sequence (default: as `Fleet.load`, or what they need); `topology` as for `open_fleet`.  With
+    `arithmetic` the cards compute what soft cards would; that takes as long as it takes, and
+    changes no time in the result.  `seed` decides in what order the host does what it could do at
+    the same time.
     """
 
     model: str | None = None
@@ -77,6 +78,7 @@ class Scenario:
     ctx: int | None = None
     prompt_chunk: int = DEFAULT_PROMPT_CHUNK
     ddr_bytes: int = DEFAULT_DDR_BYTES
+    topology: Topology | None = None
     arithmetic: bool = False
     seed: int = 0
 
@@ -179,7 +181,10 @@ async def run(
     report = progress or (lambda what, done, total: None)
     spec = VirtualCardSpec(ddr_bytes=scenario.ddr_bytes, hollow=not scenario.arithmetic)
     async with open_fleet(
-        [spec] * scenario.cards, profile=scenario.profile, hang_timeout_s=HANG_TIMEOUT_S
+        [spec] * scenario.cards,
+        profile=scenario.profile,
+        hang_timeout_s=HANG_TIMEOUT_S,
+        topology=scenario.topology,
     ) as fleet:
         begin = now_ps()
         model = await _load(fleet, scenario, functools.partial(report, "loading"))
@@ -240,7 +245,7 @@ def _plan(scenario: Scenario, context: int) -> FleetPlan:
     request = Request(
         shape,
         scenario.profile,
-        Topology.with_mock(scenario.cards),
+        scenario.topology or Topology.with_mock(scenario.cards),
         (scenario.ddr_bytes,) * scenario.cards,
         limits,
         batch=scenario.batch,

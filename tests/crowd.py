@@ -22,6 +22,17 @@ Fault = Callable[[spanker.Fleet, int], None]
 Answers = list[tuple[tuple[int, ...], bytes]]
 
 
+class At:
+    """Calls at moments of a crowd."""
+
+    def __init__(self, calls: dict[int, Callable[[], None]]) -> None:
+        self._calls = dict(calls)
+
+    def __call__(self, items: int) -> None:
+        for moment in [m for m in self._calls if m <= items]:
+            self._calls.pop(moment)()
+
+
 class Crowd:
     """Sequences of all kinds at the same time; `moment(n)` is called when n items have come."""
 

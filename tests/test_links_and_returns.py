@@ -8,7 +8,6 @@ A failing case is replayed by its name: faults and their moments are drawn from 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from crowd import (
     HANG_TIMEOUT_S,
     ITEMS,
     Answers,
+    At,
     Crowd,
     check_nothing_held,
     kinds,
@@ -34,7 +34,6 @@ from spanker.errors import (
     CardLinkDownError,
     CardLinkError,
     CardLostError,
-    CardMemoryError,
     ConfigError,
 )
 from spanker.events import (
@@ -47,17 +46,6 @@ from spanker.events import (
     Rerouted,
 )
 from spanker.testing import kill, run_virtual, write_tiny_llama
-
-
-class At:
-    """Calls at moments of a crowd."""
-
-    def __init__(self, calls: dict[int, Callable[[], None]]) -> None:
-        self._calls = dict(calls)
-
-    def __call__(self, items: int) -> None:
-        for moment in [m for m in self._calls if m <= items]:
-            self._calls.pop(moment)()
 
 
 def cut(fleet: spanker.Fleet, a: int, b: int) -> None:
@@ -122,23 +110,11 @@ async def test_two_cards_without_their_link_are_one(tiny: Path, expected: Answer
         assert len(model.plan.cards) == 1
 
 
-async def test_without_recovery_a_cut_that_nothing_leads_around_is_the_end(tiny: Path) -> None:
+async def test_without_recovery_the_host_leads_around_a_cut(tiny: Path, expected: Answers) -> None:
     async with spanker.open_fleet(2, recover=False, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
         model = await fleet.load(tiny, plan="tp")
-        cut(fleet, 0, 1)
-        with pytest.raises(CardLinkDownError, match=r"cannot be reached .* links are down"):
-            await model.generate([1], max_tokens=4).collect()
-
-
-async def test_a_model_that_needs_both_sides_of_a_cut_says_what_it_needs(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "large.gguf", layers=4, hidden=256, ffn=4096)
-    async with spanker.open_fleet("soft:2:8MiB", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
-        model = await fleet.load(path, plan="tp", ctx=64, prompt_chunk=64)
-        generation = model.generate([1], max_tokens=40, ignore_eos=True)
-        await anext(generation)
-        cut(fleet, 0, 1)
-        with trio.fail_after(2), pytest.raises(CardMemoryError, match=r"needs .* bytes"):
-            await generation.collect()
+        assert await Crowd(model, At({30: lambda: cut(fleet, 1, 0)})).run() == expected
+        assert kinds(fleet) == [LinkDown, Rerouted]
 
 
 async def test_a_model_is_loaded_around_a_link_that_is_known_to_be_down(
@@ -485,18 +461,10 @@ async def test_a_card_comes_back_while_a_collective_waits_for_the_cards(channel:
         assert not any(bytes(reply.buffers[0]))
 
 
-async def test_who_cannot_come_back(tiny: Path) -> None:
+async def test_who_cannot_come_back() -> None:
     async with spanker.open_fleet(2) as fleet:
         with pytest.raises(ConfigError, match="card 1 is neither drained nor lost"):
             await fleet.admit(1)
-        model = await fleet.load(tiny, plan="tp")
-        kill(fleet, 0)
-        kill(fleet, 1)
-        with pytest.raises(CardLostError):
-            await model.generate([1], max_tokens=2).collect()
-        with pytest.raises(CardLostError, match="open the fleet again"):
-            await fleet.admit(1)
-        assert len(fleet.health().lost) == 2
 
 
 @pytest.mark.parametrize("seconds", [12, pytest.param(60, marks=pytest.mark.long)])

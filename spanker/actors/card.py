@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import trio
@@ -36,6 +36,7 @@ from spanker.actors.message import (
     ReadBuffer,
     ReadCounters,
     ReadTrace,
+    Relayed,
     RunLent,
     RunStep,
     StartTrace,
@@ -58,6 +59,10 @@ from spanker.errors import (
 )
 
 QUEUE_MAX = 4
+
+# What has come over the host and waits for room on the card; what is beyond gets lost, which the
+# card finds out with the next message.
+RELAYED_BYTES_MAX = 64 << 20
 
 # Writes that run side by side, in threads.
 WRITES_MAX = 4
@@ -103,15 +108,21 @@ class KernelQueue:
             slots -= len(self._waiting.unpark(count=slots))
         self._free_slots += slots
 
-    async def completed(self) -> Sequence[Completion]:
-        """Wait until submissions finish; return them in order."""
+    async def completed(
+        self, looked: Callable[[], Awaitable[None]] | None = None
+    ) -> Sequence[Completion]:
+        """Wait until submissions finish; return them in order.  `looked` is called whenever the
+        card may have something else to tell."""
         while True:
             fd = self._device.completion_fd
             if fd is None:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(fd)
+            # In this order: this makes the descriptor quiet.
             done = self._device.completions()
+            if looked is not None:
+                await looked()
             if done:
                 self._release(len(done))
                 return done
@@ -131,6 +142,9 @@ class CardActor:
         self._last_id: int | None = None
         # While completions have been collected that are yet to be answered.
         self._answers = False
+        # What has come over the host, by peer, and waits for room on the card.
+        self._relayed: dict[int, deque[Buffer]] = {}
+        self._relayed_bytes = 0
         self._writers = WorkThreads("spanker-writer", WRITES_MAX)
         self._free_writers = trio.Semaphore(WRITES_MAX)
         self._waiting_for_writes = trio.lowlevel.ParkingLot()
@@ -160,6 +174,9 @@ class CardActor:
             # While the next one is waited for nothing is kept of the last: its memory is not ours.
             request = None
             request_id, request = await self._channel.receive()
+            if isinstance(request, Relayed):
+                self._take_relayed(request)
+                continue
             self._check_newer(request_id)
             # A modelled card's time does not wait for threads.
             in_thread = not self._device.modelled
@@ -324,6 +341,7 @@ class CardActor:
             max_windows=info.windows_max,
             meets=info.meets,
             maps=info.maps,
+            relays=info.relays,
             ddr_granule=info.ddr_granule,
         )
 
@@ -334,7 +352,10 @@ class CardActor:
             if not self._pending and self._device.completion_fd is None:
                 self._submitted = trio.Event()
                 await self._submitted.wait()
-            done = await self._queue.completed()
+            try:
+                done = await self._queue.completed(self._relay)
+            except ChannelClosedError:
+                return
             self._answers = True
             for completion in done:
                 request_id, reply = self._answer_to(completion)
@@ -343,6 +364,34 @@ class CardActor:
                 except ChannelClosedError:
                     return
             self._answers = False
+
+    async def _relay(self) -> None:
+        """Send what programs have sent over the host, and give the card what waits for room."""
+        for peer, data in self._device.relayed():
+            await self._send(Relayed(peer, buffers=(data,)), 0)
+        for peer in tuple(self._relayed):
+            self._give_relayed(peer)
+
+    def _take_relayed(self, message: Relayed) -> None:
+        peer, data = message.peer, flat_buffer(message.buffers[0])
+        if isinstance(data, Deferred):
+            raise LocalProtocolError("Relayed: expected bytes, got a buffer that is yet to be made")
+        if self._relayed_bytes + len(data) > RELAYED_BYTES_MAX:
+            return
+        self._relayed.setdefault(peer, deque()).append(data)
+        self._relayed_bytes += len(data)
+        self._give_relayed(peer)
+
+    def _give_relayed(self, peer: int) -> None:
+        """Give the card what has come from a peer, as far as it has room."""
+        waiting = self._relayed[peer]
+        while waiting:
+            # What nobody waits for any more, or what is no message, is as good as lost.
+            with contextlib.suppress(CardError):
+                if not self._device.relay(peer, waiting[0]):
+                    return
+            self._relayed_bytes -= len(waiting.popleft())
+        del self._relayed[peer]
 
     def _answer_to(self, completion: Completion) -> tuple[int, Message]:
         request_id, fence = self._pending.popleft()

@@ -14,7 +14,7 @@ import trio
 
 from spanker.actors.card import CardActor
 from spanker.actors.channel import Channel
-from spanker.actors.client import CardClient
+from spanker.actors.client import CardClient, Relay
 from spanker.device.base import CardDevice
 from spanker.errors import CardLostError
 
@@ -24,17 +24,19 @@ if sys.version_info < (3, 11):
 
 class CardLife:
     """One card's tasks.  `pair` makes both ends of a channel, the host's and the card's, by its
-    name."""
+    name; `relay` takes what the card sends its peers over the host."""
 
     def __init__(
         self,
         nursery: trio.Nursery,
         device: CardDevice,
         pair: Callable[[str], tuple[Channel, Channel]],
+        relay: Relay,
     ) -> None:
         self._nursery = nursery
         self._device = device
         self._pair = pair
+        self._relay = relay
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self._ended.set()
@@ -43,7 +45,7 @@ class CardLife:
         """Start the card's actor; the client for it.  Only while it has none."""
         number = self._device.number
         host_end, card_end = self._pair(f"channel of card {number}")
-        client, actor = CardClient(number, host_end), CardActor(card_end, self._device)
+        client, actor = CardClient(number, host_end, self._relay), CardActor(card_end, self._device)
         # Cancellation from outside must not reach a card before its coordinator has asked it to
         # stop; it does so itself, in bounded time.
         self._scope, self._ended = trio.CancelScope(shield=True), trio.Event()
@@ -53,6 +55,10 @@ class CardLife:
     def end(self) -> None:
         """Have both end, and close the card."""
         self._scope.cancel()
+
+    async def ended(self) -> None:
+        """Wait until both have ended."""
+        await self._ended.wait()
 
     async def again(self) -> CardClient:
         """Wait for their end, open the card again, start anew.  Raises as `CardDevice.reopen`."""

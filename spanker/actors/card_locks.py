@@ -23,8 +23,12 @@ class CardLocks:
     def __init__(self, cards: int) -> None:
         # A card that somebody waits for is handed over: it stays taken.
         self._taken = set[int]()
-        self._waiting = tuple(trio.lowlevel.ParkingLot() for _ in range(cards))
+        self._waiting = [trio.lowlevel.ParkingLot() for _ in range(cards)]
         self._waiters = 0
+
+    def add(self) -> None:
+        """There is one more card, which nobody has."""
+        self._waiting.append(trio.lowlevel.ParkingLot())
 
     def take_nowait(self, cards: Sequence[int]) -> bool:
         """Take the cards if nobody has any of them."""

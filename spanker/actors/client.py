@@ -9,13 +9,15 @@ take the channel, and with it the card, away from everyone else.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 import trio
 
 from spanker.actors.channel import Channel, DirectRuns
-from spanker.actors.message import Message, Request, RunLent
+from spanker.actors.frame import Buffer
+from spanker.actors.message import Message, Relayed, Request, RunLent
 from spanker.errors import (
     CardError,
     CardLostError,
@@ -27,14 +29,24 @@ from spanker.errors import (
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 Callback = Callable[[Message | SpankerError], None]
+# Who takes what a card sends its peers over the host.
+Relay = Callable[[int, Relayed], None]
+
+# What may wait to be sent to a card for its peers; what is beyond gets lost.
+RELAYED_BYTES_MAX = 64 << 20
 
 
 class CardClient:
     """Requests to one card.  `run` must be running in a nursery for anything to move."""
 
-    def __init__(self, number: int, channel: Channel) -> None:
+    def __init__(self, number: int, channel: Channel, relay: Relay | None = None) -> None:
         self.number = number
         self._channel = channel
+        self._relay = relay
+        # What other cards have sent this one over the host.
+        self._relayed: deque[Relayed] = deque()
+        self._relayed_bytes = 0
+        self._to_relay = trio.Event()
         self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
         self._next_id = 0
         self._failure: SpankerError | None = None
@@ -65,6 +77,7 @@ class CardClient:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
+                nursery.start_soon(self._write_relayed)
                 await self._read()
                 nursery.cancel_scope.cancel()
         finally:
@@ -85,6 +98,35 @@ class CardClient:
                     self._unwritten -= 1
                     del request  # which refers to memory of whoever made it
 
+    def pass_on(self, peer: int, data: Buffer) -> None:
+        """Send the card what a peer has sent it over the host, in order.  Never blocks; what can
+        not be sent is lost, which the card finds out by what comes next."""
+        message = Relayed(peer, buffers=(data,))
+        if self._failure is not None:
+            return
+        try:
+            if not self._relayed and self._channel.try_send(message, 0):
+                return
+        except SpankerError as error:
+            self.fail(error)
+            return
+        if self._relayed_bytes + len(data) <= RELAYED_BYTES_MAX:
+            self._relayed.append(message)
+            self._relayed_bytes += len(data)
+            self._to_relay.set()
+
+    async def _write_relayed(self) -> None:
+        while True:
+            self._to_relay = trio.Event()
+            while self._relayed:
+                try:
+                    await self._channel.send(self._relayed[0], 0)
+                except SpankerError as error:
+                    self.fail(error)
+                    return
+                self._relayed_bytes -= len(self._relayed.popleft().buffers[0])
+            await self._to_relay.wait()
+
     async def _read(self) -> None:
         try:
             while True:
@@ -101,6 +143,10 @@ class CardClient:
 
     def _arrived(self, request_id: int, reply: Message) -> bool:
         """Give a reply to who asked; False where nobody did."""
+        if isinstance(reply, Relayed):
+            if self._relay is not None:
+                self._relay(self.number, reply)
+            return self._relay is not None
         if request_id not in self._waiting:
             return False
         request, callback = self._waiting.pop(request_id)

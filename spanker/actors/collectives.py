@@ -48,6 +48,7 @@ from spanker.errors import (
     CardLostError,
     CardMemoryError,
     SpankerError,
+    TopologyMismatchError,
 )
 from spanker.kernels.program import encode_step
 
@@ -125,8 +126,7 @@ class Collectives:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._clients = coordinator.clients
-        self.cards = len(self._clients)
+        self.cards = len(coordinator.clients)
         self._prepared: dict[_Key, _Prepared] = {}
         self._calls = 0
         self._doomed: list[Resident] = []
@@ -134,6 +134,21 @@ class Collectives:
             info.max_windows > 1 for info in coordinator.cards
         )
         self._meet = all(info.meets for info in coordinator.cards)
+
+    @property
+    def _clients(self) -> Sequence[CardClient]:
+        return self._coordinator.clients[: self.cards]
+
+    def _check_cards(self) -> None:
+        """A card that has joined takes part from the next call on, of whoever knows of it."""
+        now = len(self._coordinator.clients)
+        if now != self.cards:
+            raise TopologyMismatchError(
+                f"a card has joined: the fleet has {now} cards, and these are arrays of "
+                f"{self.cards}; call again with an array for each",
+                expected=now,
+                actual=self.cards,
+            )
 
     # --- running ----------------------------------------------------------------------
 
@@ -160,8 +175,9 @@ class Collectives:
     ) -> bool:
         """False where nothing has been done: while the cards were waited for, one has come back as
         a new one, or a link has changed."""
-        coordinator = self._coordinator
+        coordinator, cards = self._coordinator, range(self.cards)
         key = _Key(work, tuple(resident), coordinator.links.changes)
+        self._check_cards()
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = await self._get(key)
@@ -169,17 +185,21 @@ class Collectives:
         prepared.last_used = self._calls
         prepared.users += 1
         try:
-            await coordinator.take_cards()
+            await coordinator.take_cards(cards)
             try:
+                self._check_cards()
                 # On a new card its numbers may be those of somebody else's buffers.
                 if key.changes != coordinator.links.changes:
                     return False
                 await self._run(work, prepared, memory)
                 return True
             finally:
-                coordinator.give_cards_back()
+                coordinator.give_cards_back(cards)
         finally:
             prepared.users -= 1
+            if len(coordinator.clients) != self.cards:
+                with trio.move_on_after(RELEASE_S, shield=True):
+                    await self.trim()
 
     # Interrupted halfway, it would leave runs that nobody has entered.
     @trio.lowlevel.enable_ki_protection
@@ -217,7 +237,7 @@ class Collectives:
         finally:
             if not flight.settled.is_set() or flight.errors:
                 with trio.CancelScope(shield=True):
-                    await coordinator.abort(flight.all_back.wait)
+                    await coordinator.abort(flight.all_back.wait, range(self.cards))
         if flight.errors:
             raise flight.cause()
         if not prepared.lent:
@@ -338,6 +358,7 @@ class Collectives:
     async def _get(self, key: _Key) -> _Prepared:
         async with self._coordinator.changing_memory():
             # Someone may have prepared it while this task waited.
+            self._check_cards()
             prepared = self._prepared.get(key)
             return await self._prepare(key) if prepared is None else prepared
 

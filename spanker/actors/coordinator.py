@@ -43,6 +43,7 @@ from spanker.actors.message import (
     Ok,
     ReadBuffer,
     ReadCounters,
+    Relayed,
     Request,
     Stop,
     UnloadProgram,
@@ -58,7 +59,7 @@ from spanker.errors import (
     SpankerError,
     again,
 )
-from spanker.events import CardLost, CardReturned, CardSlow, EventLog
+from spanker.events import CardJoined, CardLost, CardReturned, CardSlow, EventLog
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
@@ -99,10 +100,12 @@ class Coordinator:
         hollow: bool = False,
         topology: Topology | None = None,
         lives: Sequence[CardLife] = (),
+        new_life: Callable[[CardDevice], CardLife] | None = None,
     ) -> None:
         # By card number; one that returns has a new one.
         self.clients = list(clients)
-        self._lives = tuple(lives)
+        self._lives = list(lives)
+        self._new_life = new_life
         self._reviving = trio.Lock()
         # How often each card has been taken into use anew: what was put on it before is gone.
         self.births = [0] * len(clients)
@@ -202,6 +205,45 @@ class Coordinator:
         self.links.forget(card, {**others, card: own})
         self.events.tell(CardReturned(trio.current_time(), card))
 
+    async def join(self, device: CardDevice, link: Callable[[], None]) -> None:
+        """Use one more card, of the next number; models do not know of it yet.  `link` links it
+        with all others: it is called while nothing is queued on any card.
+
+        Raises what stands in its way; then, or cancelled, the device is closed and all is as
+        before.
+        """
+        card = len(self.clients)
+        assert device.number == card and self._new_life is not None
+        life = self._new_life(device)
+        client = life.begin()
+        found: list[CardInfo] = []
+
+        async def meet() -> None:
+            found.append(await _describe(client))
+
+        try:
+            if not await in_time(self._hang_timeout_s, meet):
+                raise self.silent(card)
+            async with self.changing_memory():
+                if client.failure is not None:
+                    raise again(client.failure)
+                link()
+                # All of it at once, and nobody has the cards meanwhile who does not know of it.
+                self.clients.append(client)
+                self.cards = (*self.cards, *found)
+                self._lives.append(life)
+                self.births.append(0)
+                self._epochs.append(None)
+                self._locks.add()
+                self._every_card = range(card + 1)
+                self.links.join(card)
+        except BaseException:
+            life.end()
+            with trio.CancelScope(shield=True):
+                await life.ended()
+            raise
+        self.events.tell(CardJoined(trio.current_time(), card, found[0].name))
+
     def pace(self, factors: Mapping[int, float]) -> None:
         """Plan from now on with cards that take so many times as long as they should."""
         for card, factor in factors.items():
@@ -230,6 +272,16 @@ class Coordinator:
         if card not in loaded.handles:
             return False
         return not loaded.births or loaded.births[card] == self.births[card]
+
+    @property
+    def relays(self) -> bool:
+        """Whether cards without a link can exchange over the host."""
+        return all(info.relays for info in self.cards)
+
+    def relay(self, card: int, message: Relayed) -> None:
+        """Pass on what a card sends a peer over the host."""
+        if message.peer in self._every_card and message.peer not in self.lost:
+            self.clients[message.peer].pass_on(card, message.buffers[0])
 
     def concern(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` whenever links have changed; what comes back ends that."""
@@ -425,10 +477,12 @@ class Coordinator:
         """Have a model's steps go around the links that are down now; its weights and KV stay where
         they are.  Between two of its steps, for who makes them.
 
-        Raises PlanError where there is no way, when all is as before, and what cards report.
+        Where no other card leads around one it is the host that does.  Raises PlanError where that
+        cannot be, when all is as before, and what cards report.
         """
         rerouted = attrs.evolve(loaded, down=self.links.down_among(loaded.plan.cards), programs={})
-        check_ways(loaded.plan, rerouted.down)
+        if not self.relays:
+            check_ways(loaded.plan, rerouted.down)
         try:
             for card in loaded.plan.cards:
                 rerouted.programs[card] = await self._load_step(rerouted, card)
@@ -732,6 +786,11 @@ class Coordinator:
                 found[card] = await self.ask(card, ReadCounters())
         return found
 
+    def end_lives(self) -> None:
+        """Have every card's actor end, whatever it is at."""
+        for life in self._lives:
+            life.end()
+
     async def stop(self) -> None:
         """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
         with trio.move_on_after(STOP_S):
@@ -802,9 +861,13 @@ async def open_coordinator(
             host_end, card_end = channels.pair(name)
             return host_end if around is None else around.channel(card, host_end), card_end
 
-        lives = [
-            CardLife(nursery, device, functools.partial(pair, device.number)) for device in devices
-        ]
+        def relay(card: int, message: Relayed) -> None:
+            coordinator.relay(card, message)
+
+        def new_life(device: CardDevice) -> CardLife:
+            return CardLife(nursery, device, functools.partial(pair, device.number), relay)
+
+        lives = [new_life(device) for device in devices]
         coordinator = Coordinator(
             [life.begin() for life in lives],
             profile,
@@ -813,6 +876,7 @@ async def open_coordinator(
             hollow=all(device.hollow for device in devices),
             topology=topology,
             lives=lives,
+            new_life=new_life,
         )
         coordinator.host_link = channels.link
         watching = trio.CancelScope()
@@ -829,8 +893,7 @@ async def open_coordinator(
             watching.cancel()
             with trio.CancelScope(shield=True):
                 await coordinator.stop()
-            for life in lives:
-                life.end()
+            coordinator.end_lives()
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -60,6 +60,14 @@ class LinkWatch:
         self._coordinator.events.tell(LinkDown(trio.current_time(), *pair))
         self._any_broken.set()
 
+    def join(self, card: int) -> None:
+        """A new card is linked with all others."""
+        others = self.topology.cards
+        links = [Link(*ends, LinkState.UP) for c in others for ends in ((c, card), (card, c))]
+        links = sorted((*self.topology.links, *links), key=lambda k: (k.local_sail, k.remote_sail))
+        self.topology = Topology((*others, card), tuple(links))
+        self._change({})
+
     def under_way(self, source: int, target: int, counters: Mapping[int, Counters]) -> int:
         """Bytes that one card has sent and another has not taken, by the counters of both."""
         sent = counters[source].link_tx_bytes[target] - counters[target].link_rx_bytes[source]

@@ -40,7 +40,7 @@ from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 from spanker.values import Value, lazy_frozen
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -275,6 +275,7 @@ class CardInfo(Message):
     max_windows: U32 = 0
     meets: U32 = 0
     maps: U32 = 0
+    relays: U32 = 0
     ddr_granule: U32 = 64
 
 
@@ -499,6 +500,18 @@ class MapFile(Request[Ok]):
 
     file: U32
     places: Reads
+
+
+@_wire(0x13, buffers=1)
+@lazy_frozen
+class Relayed(Message):
+    """Messages between two cards that go over the host, of at most RELAY_BYTES: for `peer` where a
+    card sends it, from `peer` where it is sent to a card.
+
+    Nothing answers it, and its request id is 0.
+    """
+
+    peer: U32
 
 
 @_wire(0x0B)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import trio
@@ -33,7 +33,7 @@ from spanker.errors import (
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
-from spanker.sched.detours import check_ways, meshed, reaching
+from spanker.sched.detours import check_ways, meshed, over_host, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
 from spanker.sched.plan import (
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 PLANNED_POSITION = 512
 # With stragglers among its cards a model moves to a plan that is so many times as fast.
 WORTH = 1.2
+T = TypeVar("T")
+
 # Plans that go over any number of cards: whoever asks for one wants it on those that are left, too.
 _ANY_CARDS = ("tp", "pp")
 
@@ -150,16 +152,13 @@ class Placement:
         A card that is lost meanwhile is left out where the plan is not one for certain cards.
         Raises PlanError, CardMemoryError, ConfigError, CardLostError.
         """
-        wanted, coordinator = self._wanted, self._coordinator
+        coordinator = self._coordinator
         async with self._lock:
             while True:
                 births = tuple(coordinator.births)
                 try:
                     cards, free = await self._cards(coordinator.alive, None)
-                    plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens)
-                    limits = with_kv_pages(
-                        self._model.shape, plan, wanted.limits, free, wanted.kv_tokens
-                    )
+                    plan, limits = self._first_plan(cards, free)
                     loaded = await self._load(plan, limits, progress)
                     break
                 except CardError as error:
@@ -189,10 +188,7 @@ class Placement:
                 births, moving = tuple(coordinator.births), False
                 try:
                     cards, free = await self._cards(self._left_to(number), held)
-                    plan = self._replan(number, cards, free)
-                    pages = fit_kv_pages(
-                        self._model.shape, plan, before.limits, free, before.limits.kv_pages
-                    )
+                    plan, pages = self._replan(number, cards, free, before.limits)
                     limits = attrs.evolve(before.limits, kv_pages=pages)
                     if held is None:
                         (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
@@ -224,13 +220,32 @@ class Placement:
         return births != tuple(self._coordinator.births)
 
     async def reroute(self, number: int) -> LoadedModel:
-        """Have a replica's steps go around the links that are down, where it is.
+        """Have a replica's steps go around the links that are down, where it is; over the host
+        where no other of its cards leads on, and nowhere else is better.
 
-        Raises PlanError where there is no way, and what cards report; then all is as before.
+        Raises PlanError where there is no way, or it is better placed anew, and what cards report;
+        then all is as before.
         """
         held = self.replicas[number]
         assert held is not None
+        down = self._coordinator.links.down_among(held.plan.cards)
+        if over_host(held.plan, down):
+            may_stay = self._coordinator.relays and not (self._flexible and self._recover)
+            if not may_stay and not await self._is_best(number, held):
+                check_ways(held.plan, down)
         return await self._rerouted(number, held)
+
+    async def _is_best(self, number: int, held: LoadedModel) -> bool:
+        """Whether a replica is as well placed as it can be."""
+        if not self._coordinator.relays:
+            return False
+        async with self._lock:
+            cards, free = await self._cards(self._left_to(number), held)
+        try:
+            plan, _ = self._replan(number, cards, free, held.limits)
+        except (PlanError, CardMemoryError):
+            return True
+        return self._stays(held.plan, plan, cards)
 
     async def _rerouted(self, number: int, held: LoadedModel) -> LoadedModel:
         links = self._coordinator.links
@@ -279,10 +294,6 @@ class Placement:
         await run_all([functools.partial(ask, card) for card in candidates])
         if not found:
             raise CardLostError("no card is left to load the model onto")
-        if coordinator.links.down and self._flexible:
-            # Cards between which there is no way can share nothing.
-            together = reaching(sorted(found), coordinator.links.down)[0]
-            found = {card: found[card] for card in together}
         shape, limits = self._model.shape, self._wanted.limits
         free = [0] * len(coordinator.clients)
         for card, counters in found.items():
@@ -298,27 +309,71 @@ class Placement:
                 )
         return tuple(sorted(found)), tuple(free)
 
-    def _replan(self, number: int, cards: Sequence[int], free: Sequence[int]) -> Plan:
-        """The plan for what there is: as asked where its cards are there or any will do, else the
-        best."""
-        down = self._coordinator.links.down
+    def _first_plan(self, cards: Sequence[int], free: Sequence[int]) -> tuple[FleetPlan, Limits]:
+        """The plan that is asked for, on these cards, and the limits that fit."""
+        wanted, shape = self._wanted, self._model.shape
+
+        def make(cards: Sequence[int], hosted: bool) -> tuple[FleetPlan, Limits]:
+            plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens, hosted)
+            return plan, with_kv_pages(shape, plan, wanted.limits, free, wanted.kv_tokens)
+
+        if not self._flexible:
+            return make(cards, self._coordinator.relays)
+        return self._on_best_group(cards, make)
+
+    def _replan(
+        self, number: int, cards: Sequence[int], free: Sequence[int], limits: Limits
+    ) -> tuple[Plan, int]:
+        """The plan for what there is, as asked where its cards are there or any will do, else the
+        best; and the KV pages that fit."""
+        shape = self._model.shape
+
+        def fitted(plan: Plan) -> tuple[Plan, int]:
+            return plan, fit_kv_pages(shape, plan, limits, tuple(free), limits.kv_pages)
+
         if not self._flexible and set(self._first[number].cards) <= set(cards):
             with contextlib.suppress(PlanError):
-                check_ways(self._first[number], down)
-                return self._first[number]
-        if down:
-            cards = reaching(cards, down)[0]
+                if not self._coordinator.relays:
+                    check_ways(self._first[number], self._coordinator.links.down)
+                return fitted(self._first[number])
+        return self._on_best_group(
+            cards, lambda group, hosted: fitted(self._best(group, free, hosted))
+        )
+
+    def _on_best_group(self, cards: Sequence[int], make: Callable[[Sequence[int], bool], T]) -> T:
+        """What can be made on the first group of these cards on which it can; the error of the last
+        where it can on none.
+
+        A group's cards reach each other; or, `hosted`, the host leads between some.  Where nobody
+        knows what that takes it is the last resort, else the planner's choice.
+        """
+        coordinator, down = self._coordinator, self._coordinator.links.down
+        together = reaching(cards, down)[0] if down else cards
+        groups: list[tuple[Sequence[int], bool]] = [(together, False)]
+        if coordinator.relays and down:
+            groups.append((cards, True))
+            priced = coordinator.profile.host_link_bytes_per_s is not None
+            if self._asked == "auto" and priced and len(together) < len(cards):
+                groups.reverse()
+        for group, hosted in groups[:-1]:
+            with contextlib.suppress(PlanError, CardMemoryError):
+                return make(group, hosted)
+        return make(*groups[-1])
+
+    def _best(self, cards: Sequence[int], free: Sequence[int], hosted: bool) -> Plan:
+        """The plan for these cards: as asked where any cards will do, else the best."""
         if self._flexible and not self._coordinator.slow.keys().isdisjoint(cards):
             # Equal shares would have all cards wait for the straggler.
-            return self._plan("auto", cards, free, None).replicas[0]
+            return self._plan("auto", cards, free, None, hosted).replicas[0]
         if self._asked in _ANY_CARDS:
             with contextlib.suppress(PlanError):
-                plan = self._plan(self._asked, cards, free, None).replicas[0]
-                check_ways(plan, down)
+                plan = self._plan(self._asked, cards, free, None, hosted).replicas[0]
+                if not hosted:
+                    check_ways(plan, self._coordinator.links.down)
                 with contextlib.suppress(CardMemoryError):
                     fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
                     return plan
-        return self._plan("auto", cards, free, None).replicas[0]
+        return self._plan("auto", cards, free, None, hosted).replicas[0]
 
     def _stays(self, held: Plan, plan: Plan, cards: Sequence[int]) -> bool:
         """Whether what a replica has is as good as another plan: the same, or, with stragglers
@@ -352,11 +407,13 @@ class Placement:
         cards: Sequence[int],
         free: Sequence[int],
         kv_tokens: int | None,
+        hosted: bool,
     ) -> FleetPlan:
-        """The plan that a name or a value stands for on these cards; PlanError where none does."""
+        """The plan that a name or a value stands for on these cards, `hosted` where the host may
+        lead between them; PlanError where none does."""
         coordinator, shape, limits = self._coordinator, self._model.shape, self._wanted.limits
         if isinstance(plan, FleetPlan):
-            return self._checked(plan, shape, cards)
+            return self._checked(plan, shape, cards, hosted)
         if plan == "auto" and len(cards) == 1:
             only = on_cards(tensor_pipeline(shape, 1, 1), cards)
             return FleetPlan.of(attrs.evolve(only, reason="there is one card"))
@@ -376,17 +433,19 @@ class Placement:
         )
         made = plan_for(plan, request)
         if plan.strip().lower() == "auto":
+            if hosted:
+                return made
             # One that is asked for anew stands for one replica: the first is the model, too.
             if not self._has_ways(made):
-                made = self._plan("tp", cards, free, kv_tokens)
+                made = self._plan("tp", cards, free, kv_tokens, True)
             if not self._has_ways(made):
                 together = meshed(cards, coordinator.links.down)
-                made = self._plan("auto", together, free, kv_tokens)
+                made = self._plan("auto", together, free, kv_tokens, hosted)
             return made
-        if is_path(plan):
-            return self._checked(made, shape, cards)
-        replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
-        return attrs.evolve(made, replicas=replicas)
+        if not is_path(plan):
+            replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
+            made = attrs.evolve(made, replicas=replicas)
+        return self._checked(made, shape, cards, hosted)
 
     def _has_ways(self, plan: FleetPlan) -> bool:
         """Whether the cards of each replica reach each other: those of a part of the fleet may be
@@ -398,12 +457,14 @@ class Placement:
             return False
         return True
 
-    def _checked(self, plan: FleetPlan, shape: ModelShape, cards: Sequence[int]) -> FleetPlan:
+    def _checked(
+        self, plan: FleetPlan, shape: ModelShape, cards: Sequence[int], hosted: bool
+    ) -> FleetPlan:
         check_fleet_plan(shape, plan, len(self._coordinator.clients))
         missing = sorted(set(plan.cards) - set(cards))
         if missing:
             raise PlanError(f"plan {plan.name} uses card {missing[0]}, which is lost")
-        for replica in plan.replicas:
+        for replica in () if hosted else plan.replicas:
             check_ways(replica, self._coordinator.links.down)
         return plan
 

@@ -73,6 +73,12 @@ class Replicas:
             return first
         return FleetPlan("+".join(plan.name for plan in replicas), replicas, replicas[0].reason)
 
+    async def unload(self) -> None:
+        """End all of them, and give back what they have on their cards."""
+        async with trio.open_nursery() as nursery:
+            for session in self.sessions:
+                nursery.start_soon(session.unload)
+
     async def run(self) -> None:
         """Make steps, of all replicas at the same time, until cancelled."""
         async with trio.open_nursery() as nursery:

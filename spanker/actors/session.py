@@ -262,6 +262,8 @@ class Session:
         self._flights: deque[list[tuple[Sequence, SequenceStep]]] = deque()
         self._step_scope: trio.CancelScope | None = None
         self._failure: SpankerError | None = None
+        self._unloading = False
+        self._over = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
@@ -304,6 +306,8 @@ class Session:
         With `score` nothing is generated: the logits of every prompt token come back.  Raises
         RequestError, ContextLengthError, and the failure of a session that cannot go on.
         """
+        if self._unloading and self._failure is None:
+            raise RequestError(f"{self.name} is being unloaded: load it again")
         if self._failure is not None:
             raise again(self._failure)
         limits, vocabulary = self.loaded.limits, self.loaded.model.shape.vocabulary
@@ -388,9 +392,10 @@ class Session:
                     "that opened it"
                 )
             )
+            self._over.set()
 
     async def _run(self) -> None:
-        while self._failure is None:
+        while self._failure is None and not self._unloading:
             if self._moves:
                 await self._move()
                 continue
@@ -423,6 +428,8 @@ class Session:
                         self._retire(sequence)
             if failure is not None:
                 await self._recover(failure)
+        if self._unloading:
+            self._fail(RequestError(f"{self.name} has been unloaded: load it again"))
         # Who has asked meanwhile for a replica to move that is given up: it is on no card any more.
         for move in self._moves:
             move.end(None)
@@ -530,7 +537,8 @@ class Session:
             await self._recover(error)
         else:
             now, down = trio.current_time(), tuple(sorted(self.loaded.down))
-            coordinator.events.tell(Rerouted(now, self.name, down, now - begin))
+            hosted = self.loaded.hosted
+            coordinator.events.tell(Rerouted(now, self.name, down, now - begin, hosted))
 
     def _tell_replanned(
         self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float, moved: int = 0
@@ -559,7 +567,7 @@ class Session:
         """
         if self._placement is None:
             raise ConfigError("this session cannot move: it was made without a placement")
-        if self._failure is not None:
+        if self._failure is not None or self._unloading:
             return
         move = _Move()
         self._moves.append(move)
@@ -567,6 +575,15 @@ class Session:
         await move.done.wait()
         if move.error is not None:
             raise again(move.error)
+
+    async def unload(self) -> None:
+        """End once the steps under way are over, and give back what the replica has on its cards.
+        Idempotent."""
+        self._unloading = True
+        self.wake()
+        await self._over.wait()
+        if self._placement is not None:
+            await self._placement.give_up(self.number)
 
     async def _move(self) -> None:
         placement, begin, before = self._placement, trio.current_time(), self.loaded.plan
@@ -673,7 +690,8 @@ class Session:
             async with coordinator.steps(self.loaded) as pipe:
                 while True:
                     while len(self._flights) < STEPS_AHEAD:
-                        if self._moves or self._links != coordinator.links.changes:
+                        changed = self._links != coordinator.links.changes
+                        if self._moves or self._unloading or changed:
                             break
                         if made and (coordinator.wanted(cards) or self._audit_due()):
                             break

@@ -26,7 +26,7 @@ from spanker.errors import CardAbortedError, CardHungError, CardLinkDownError, S
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
 from spanker.kernels.program import SequenceStep, encode_step
-from spanker.sched.detours import ALL_UP, Down
+from spanker.sched.detours import ALL_UP, Down, over_host
 from spanker.sched.layout import chunks
 from spanker.sched.plan import CardShare, Limits, Plan
 from spanker.values import Value
@@ -60,6 +60,11 @@ class LoadedModel(Value):
     down: Down = ALL_UP
     # How often each card of the fleet had been taken into use anew when it was loaded.
     births: tuple[int, ...] = ()
+
+    @property
+    def hosted(self) -> tuple[tuple[int, int], ...]:
+        """From which card to which its steps go over the host."""
+        return over_host(self.plan, self.down)
 
     @property
     def output_shares(self) -> tuple[CardShare, ...]:
@@ -222,7 +227,8 @@ class StepPipe:
             return
         # A step of a slow card takes long, and to look costs it a message.
         look_min_s = self._coordinator.hang_timeout_s / 10
-        await settled(self._coordinator, flight, self._loaded.plan.cards, look_min_s)
+        cards, down = self._loaded.plan.cards, self._loaded.down
+        await settled(self._coordinator, flight, cards, look_min_s, down)
 
     async def all_back(self) -> None:
         """Wait until every card has answered every step."""
@@ -297,9 +303,14 @@ class Flight:
 
 
 async def settled(
-    coordinator: Coordinator, flight: Flight, cards: Sequence[int], look_min_s: float = 0.0
+    coordinator: Coordinator,
+    flight: Flight,
+    cards: Sequence[int],
+    look_min_s: float = 0.0,
+    avoided: Down = ALL_UP,
 ) -> None:
-    """Wait until a run on these cards has settled; raises as `ProgressWatch.look`."""
+    """Wait until a run on these cards has settled, which needs none of the links that are
+    `avoided`; raises as `ProgressWatch.look`."""
     watch: ProgressWatch | None = None
     timeout_s = coordinator.hang_timeout_s
     look_s = min(max(WATCH_S, look_min_s), timeout_s / LOOKS_MIN)
@@ -309,7 +320,8 @@ async def settled(
         with trio.move_on_after(look_s):
             await flight.settled.wait()
         if not flight.settled.is_set():
-            watch = watch or ProgressWatch(coordinator, cards, math.ceil(timeout_s / look_s))
+            looks = math.ceil(timeout_s / look_s)
+            watch = watch or ProgressWatch(coordinator, cards, looks, avoided)
             await watch.look(flight)
 
 
@@ -320,8 +332,11 @@ class ProgressWatch:
     cards may stand still, too.
     """
 
-    def __init__(self, coordinator: Coordinator, cards: Sequence[int], looks: int) -> None:
+    def __init__(
+        self, coordinator: Coordinator, cards: Sequence[int], looks: int, avoided: Down = ALL_UP
+    ) -> None:
         self._coordinator = coordinator
+        self._avoided = avoided
         self._cards = cards
         self._looks = looks
         self._left = looks
@@ -340,7 +355,7 @@ class ProgressWatch:
         await in_time(self._coordinator.hang_timeout_s, count)
         missing = [card for card in self._cards if card not in counters]
         for card, own in counters.items():
-            if own.waiting_for in own.links_down:
+            if own.waiting_for in own.links_down and (own.waiting_for, card) not in self._avoided:
                 raise CardLinkDownError(
                     f"card {card} waits for card {own.waiting_for}, and the link between them is "
                     f"down",

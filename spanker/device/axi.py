@@ -385,6 +385,12 @@ class AxiRecorder(CardDevice):
     def completion_fd(self) -> int | None:
         return self._device.completion_fd
 
+    def relayed(self) -> Sequence[tuple[int, bytes]]:
+        return self._device.relayed()
+
+    def relay(self, peer: int, data: Buffer) -> bool:
+        return self._device.relay(peer, data)
+
     def abort(self, epoch: int) -> None:
         self._device.abort(epoch)
 

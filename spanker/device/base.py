@@ -33,6 +33,8 @@ Lent = tuple[int, Buffer]
 # A buffer's handle, where in a file its bytes are, and how many they are.
 Place = tuple[int, int, int]
 MAP_ALIGN = int(lib.SPK_LENT_ALIGN)
+# Of what goes over the host in one piece.
+RELAY_BYTES = int(lib.SPK_RELAY_BYTES)
 
 _Rig = TypeVar("_Rig", bound="CardRig")
 
@@ -65,7 +67,8 @@ class DeviceInfo(Value):
     """What a card says of itself.  `name` is for people, `serial` is stable across boots;
     `windows_max` windows onto the host's memory fit into a program, 0 where there are none;
     `meets` is 1 where cards reach each other's memory, as ALL_REDUCE does; `maps` is 1 where a
-    file can stand for a buffer's memory; DDR is taken in multiples of `ddr_granule` bytes."""
+    file can stand for a buffer's memory; `relays` is 1 where transfers of a program may go over the
+    host; DDR is taken in multiples of `ddr_granule` bytes."""
 
     name: str
     serial: int
@@ -76,6 +79,7 @@ class DeviceInfo(Value):
     windows_max: int = 0
     meets: int = 0
     maps: int = 0
+    relays: int = 0
     ddr_granule: int = 64
 
 
@@ -270,6 +274,18 @@ class CardDevice(abc.ABC):
     @abc.abstractmethod
     def completions(self) -> Sequence[Completion]:
         """All submissions that finished since the last call, in order.  Never blocks."""
+
+    def relayed(self) -> Sequence[tuple[int, bytes]]:
+        """What programs have sent over the host since the last call: peers, and what to give to
+        their `relay`, of at most RELAY_BYTES, in order.  `completion_fd` polls readable when there
+        is more.  Never blocks."""
+        return ()
+
+    def relay(self, peer: int, data: Buffer) -> bool:
+        """Take what a peer has sent over the host.  False where there is no room for it: again,
+        before anything later of that peer, once `completion_fd` has polled readable.
+        CardCommandError where no program takes any from that peer, and by a body that cannot."""
+        raise CardCommandError(f"card {self.number} takes nothing over the host", card=self.number)
 
     @abc.abstractmethod
     def abort(self, epoch: int) -> None:

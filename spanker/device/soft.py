@@ -19,6 +19,7 @@ import attrs
 import numpy as np
 
 from spanker.device.base import (
+    RELAY_BYTES,
     TRACE_EVENT,
     Buffer,
     CardDevice,
@@ -44,6 +45,7 @@ from spanker.errors import (
 )
 from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
 from spanker.sched.bandwidth import Profile
+from spanker.sched.topology import Topology
 from spanker.values import Value
 
 DEFAULT_DDR_BYTES = 16 << 30
@@ -82,6 +84,14 @@ class Rig(Protocol):
     def throttled(self) -> bool:
         """Whether they keep a profile's speeds in real time."""
 
+    @property
+    def meshed(self) -> bool:
+        """Whether every card has a link with every other."""
+
+    @property
+    def held(self) -> bool:
+        """Whether it stays when its last card is closed, until it is closed itself."""
+
     def close(self) -> None: ...
 
 
@@ -104,6 +114,7 @@ class SoftCard(CardDevice):
         self._rig = rig
         self._closed = False
         self._starved = 0
+        self._slowness = 1.0
         self._card: Any = lib.spk_card_create(ddr_bytes, isa_number(isa), status)
         check(status[0], f"opening card {number}", card=number)
         self._info = DeviceInfo(
@@ -114,18 +125,25 @@ class SoftCard(CardDevice):
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
             windows_max=lib.SPK_WINDOWS_MAX,
-            meets=int(not rig.throttled),
+            meets=int(rig.meshed and not rig.throttled),
             maps=1,
+            relays=1,
         )
         self._completion = ffi.new("struct spk_completion *")
         self._fence = ffi.new("uint64_t *")
         # Sizes of what each queued step will bring back, and the memory it was lent, oldest first.
         self._queued: deque[tuple[tuple[int, ...], list[Any] | None]] = deque()
         self._why = ffi.new("char[]", _WHY_BYTES)
+        self._peer = ffi.new("uint32_t *")
         self._lent = ffi.new("struct spk_lent[]", lib.SPK_WINDOWS_MAX)
         # The mapping behind each buffer that a file stands for.
         self._mapped: dict[int, Any] = {}
         self._lent_entries = tuple([self._lent[i] for i in range(lib.SPK_WINDOWS_MAX)])
+
+    @property
+    def native(self) -> Any:
+        """The native card, which is there until the rig is closed."""
+        return self._card
 
     @property
     def handle(self) -> Any:
@@ -333,6 +351,23 @@ class SoftCard(CardDevice):
             )
         return status_error(c.status, what, card=self.number)
 
+    def relayed(self) -> Sequence[tuple[int, bytes]]:
+        card, peer = self.handle, self._peer
+        if not lib.spk_card_relays(card):
+            return ()
+        found, data = [], ffi.new("char[]", RELAY_BYTES)
+        while nbytes := lib.spk_card_relay_take(card, peer, data):
+            found.append((int(peer[0]), ffi.buffer(data, nbytes)[:]))
+        return found
+
+    def relay(self, peer: int, data: Buffer) -> bool:
+        self._u32(peer, "card")
+        view = ffi.from_buffer("char[]", data)
+        status = lib.spk_card_relay_put(self.handle, peer, view, len(view))
+        if status != lib.SPK_E_BUSY:
+            self._check(status, f"taking {len(view)} bytes from card {peer} over the host")
+        return bool(status == lib.SPK_OK)
+
     def check_step(self, program: int, parameters: Buffer) -> None:
         """CardCommandError where `submit` would refuse a step; it is not done.  For a card that
         nobody steps and that has nothing queued."""
@@ -450,7 +485,12 @@ class SoftCard(CardDevice):
             self._slow(factor)
 
     def _slow(self, factor: float) -> None:
+        self._slowness = factor
         lib.spk_card_slow(self.handle, factor)
+
+    def keep_slow(self) -> None:
+        """For the rig: a new throttle knows nothing of how slow the card is."""
+        lib.spk_card_slow(self.native, self._slowness)
 
     def cut(self, peer: int) -> None:
         """This end wants the link with a peer down: what is under way waits in it."""
@@ -500,16 +540,18 @@ class SoftCard(CardDevice):
         check(lib.spk_card_reopen(self._card), f"reopening card {self.number}", card=self.number)
         self._closed = False
         self._starved = 0
+        self._slowness = 1.0
         # Only now: until then its workers may have been at work on memory that is lent.
         self._queued.clear()
         self._mapped.clear()
 
     def close(self) -> None:
-        """The card does nothing any more; with the last card of a rig its threads end too."""
+        """The card does nothing any more; with the last card of a rig that nobody holds its threads
+        end too."""
         if not self.closed:
             self._closed = True
             lib.spk_card_plant(self._card, lib.SPK_PLANT_DIE)
-            if all(card.closed for card in self._rig.cards):
+            if not self._rig.held and all(card.closed for card in self._rig.cards):
                 self._rig.close()
 
     def release(self) -> None:
@@ -627,19 +669,55 @@ def _ring_bytes(cards: int) -> int:
     return nbytes // 4096 * 4096
 
 
-def link_all(cards: Sequence[SoftCard]) -> None:
-    """Link every card with every other, before anyone steps them."""
-    ring_bytes = _ring_bytes(len(cards))
-    for a in cards:
-        for b in cards[a.number + 1 :]:
-            check(
-                lib.spk_link_connect(a.handle, a.number, b.handle, b.number, ring_bytes),
-                f"linking cards {a.number} and {b.number}",
+def check_topology(topology: Topology | None, cards: int) -> None:
+    """ConfigError unless emulated cards, so many, can be linked like this."""
+    if topology is None:
+        return
+    if topology.cards != tuple(range(cards)):
+        raise ConfigError(
+            f"the topology must be that of cards 0 to {cards - 1}, got one of {topology.cards}"
+        )
+    for link in topology.links:
+        back = link.remote_sail, link.local_sail
+        if topology.is_up(*back[::-1]) and not topology.is_up(*back):
+            raise ConfigError(
+                f"links of emulated cards go both ways: the topology has {back[1]} -> {back[0]} "
+                f"and not {back[0]} -> {back[1]}"
             )
 
 
+def link_all(cards: Sequence[SoftCard], topology: Topology | None = None) -> None:
+    """Link every card with every other, or as in a topology, before anyone steps them."""
+    ring_bytes = _ring_bytes(len(cards))
+    for a in cards:
+        for b in cards[a.number + 1 :]:
+            if topology is None or topology.is_up(a.number, b.number):
+                _link(a, b, ring_bytes)
+
+
+def link_one(card: SoftCard, others: Sequence[SoftCard]) -> None:
+    """Link a card with all others, while nobody steps them: with all, or, after an error, with
+    none."""
+    ring_bytes = _ring_bytes(len(others) + 1)
+    try:
+        for other in others:
+            _link(other, card, ring_bytes)
+    except BaseException:
+        for other in others:
+            lib.spk_link_disconnect(other.native, other.number, card.native, card.number)
+        raise
+
+
+def _link(a: SoftCard, b: SoftCard, ring_bytes: int) -> None:
+    check(
+        lib.spk_link_connect(a.native, a.number, b.native, b.number, ring_bytes),
+        f"linking cards {a.number} and {b.number}",
+    )
+
+
 class SoftRig(CardRig):
-    """The cards of one fleet, fully linked, and the threads that step them.
+    """The cards of one fleet, linked all with all or as in `topology`, and the threads that step
+    them.
 
     `throttle` is a profile whose speeds the cards keep in real time, as far as the machine can.
     """
@@ -649,21 +727,27 @@ class SoftRig(CardRig):
         specs: Sequence[SoftCardSpec],
         workers: int | None = None,
         throttle: Profile | None = None,
+        topology: Topology | None = None,
     ) -> None:
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
+        check_topology(topology, len(specs))
+        self.meshed = topology is None or topology.fully_meshed
         self.cards: list[SoftCard] = []
+        self.held = False
         self.throttled = throttle is not None
+        self._profile = throttle
+        self._workers_max = workers or len(os.sched_getaffinity(0))
         self._pool: Any = None
         self._throttle: Throttle | None = None
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(SoftCard(self, number, spec))
-            link_all(self.cards)
+            link_all(self.cards, topology)
             if throttle is not None:
                 self._throttle = Throttle([c.handle for c in self.cards], throttle)
             status = ffi.new("int *")
-            count = min(len(specs), workers or len(os.sched_getaffinity(0)))
+            count = min(len(specs), self._workers_max)
             self._pool = lib.spk_pool_create(
                 [c.handle for c in self.cards], len(specs), count, status
             )
@@ -671,6 +755,44 @@ class SoftRig(CardRig):
         except BaseException:
             self.close()
             raise
+
+    def create(self, spec: SoftCardSpec) -> SoftCard:
+        """One more card, of the next number; nobody steps it before `join`.  ConfigError where
+        there can be no more."""
+        if len(self.cards) == CARDS_MAX:
+            raise ConfigError(f"a soft fleet has at most {CARDS_MAX} cards")
+        return SoftCard(self, len(self.cards), spec)
+
+    def join(self, card: SoftCard) -> None:
+        """Link a new card with all others and have it stepped.  Nothing is queued on any card.
+        Blocks for some milliseconds.
+
+        Of throttled cards the pace is counted anew from now on.  After an error all is as before.
+        """
+        lib.spk_pool_pause(self._pool)
+        try:
+            link_one(card, self.cards)
+            try:
+                self._keep_pace([*self.cards, card])
+                status = lib.spk_pool_add(self._pool, card.handle, self._workers_max)
+                check(status, f"starting card {card.number}")
+            except BaseException:
+                for other in self.cards:
+                    lib.spk_link_disconnect(other.native, other.number, card.native, card.number)
+                self._keep_pace(self.cards)
+                raise
+            self.cards.append(card)
+        finally:
+            lib.spk_pool_resume(self._pool)
+
+    def _keep_pace(self, cards: Sequence[SoftCard]) -> None:
+        """Have these cards keep the profile's speeds, if any do."""
+        if self._throttle is None or self._profile is None:
+            return
+        self._throttle.close()
+        self._throttle = Throttle([card.native for card in cards], self._profile)
+        for card in cards:
+            card.keep_slow()
 
     def close(self) -> None:
         """Stop the workers, then release the cards.  Idempotent; takes a few milliseconds."""

@@ -92,8 +92,9 @@ class Command(Value):
     """One operation.  `refs` by operand slot (0 to 3; 3 is the output), `args` as the op says.
 
     `format` is that of weights, or the kind of element of a bulk operation.  `bulk` is said of a
-    transfer that is not about rows: it moves args[1] + args[2] * 2**32 bytes, once per step.
-    `part` names the part of the model that it belongs to, for people; the card never sees it.
+    transfer that is not about rows: it moves args[1] + args[2] * 2**32 bytes, once per step;
+    `hosted` of one that goes over the host.  `part` names the part of the model that it belongs
+    to, for people; the card never sees it.
     """
 
     op: Op
@@ -103,11 +104,21 @@ class Command(Value):
     outputs: bool = False
     part: str = attrs.field(default="", eq=False)
     bulk: bool = False
+    hosted: bool = False
 
     def of_part(self, part: str) -> Command:
         """The same command under the name of a part; a model has hundreds, and `attrs.evolve` takes
         ten times as long."""
-        return Command(self.op, self.refs, self.args, self.format, self.outputs, part, self.bulk)
+        return Command(
+            self.op,
+            self.refs,
+            self.args,
+            self.format,
+            self.outputs,
+            part,
+            self.bulk,
+            self.hosted,
+        )
 
     def renamed(self, names: Mapping[str, str], part: str) -> Command:
         """The same command of another part, on other buffers where `names` has another name."""
@@ -115,7 +126,16 @@ class Command(Value):
         for slot, ref in self.refs:
             name = names.get(ref.buffer)
             refs.append((slot, ref if name is None else Ref(name, ref.stride, ref.offset)))
-        return Command(self.op, tuple(refs), self.args, self.format, self.outputs, part, self.bulk)
+        return Command(
+            self.op,
+            tuple(refs),
+            self.args,
+            self.format,
+            self.outputs,
+            part,
+            self.bulk,
+            self.hosted,
+        )
 
 
 def _f32_bits(x: float) -> int:
@@ -274,13 +294,15 @@ def all_reduce(
 
 @attrs.frozen(eq=False, repr=False)
 class Transfer(Value):
-    """One side of moving rows over a link: `nbytes` of each row at `ref`; `bulk`, once per step."""
+    """One side of moving rows over a link, or, `hosted`, over the host: `nbytes` of each row at
+    `ref`; `bulk`, once per step."""
 
     send: bool
     peer: int
     ref: Ref
     nbytes: int
     bulk: bool = False
+    hosted: bool = False
 
 
 def exchange(transfers: Sequence[Transfer], *, outputs: bool = False) -> tuple[Command, ...]:
@@ -296,6 +318,7 @@ def exchange(transfers: Sequence[Transfer], *, outputs: bool = False) -> tuple[C
                 (t.peer, *(_halves(t.nbytes) if t.bulk else (t.nbytes,))),
                 outputs=outputs and not t.bulk,
                 bulk=t.bulk,
+                hosted=t.hosted,
             )
             for t in transfers
         ),
@@ -349,6 +372,7 @@ def _pack(command: Command, number: int, handles: Mapping[str, int]) -> bytes:
     args = command.args + (0,) * (14 - len(command.args))
     flags = int(lib.SPK_FLAG_OUTPUTS) if command.outputs else 0
     flags |= int(lib.SPK_FLAG_BULK) if command.bulk else 0
+    flags |= int(lib.SPK_FLAG_HOST) if command.hosted else 0
     return COMMAND.pack(command.op, command.format, flags, *refs, *args)
 
 

@@ -2,16 +2,18 @@
 """Ways around links that are down: the same moves, over other cards, in several phases.
 
 A row lies at the same place on every card that has it, so a card that has received a part of it can
-hand that part on.  With all links up everything is one phase, and nothing here is asked.
+hand that part on.  With all links up everything is one phase, and nothing here is asked.  Where no
+card leads on, the host does: a move over a link that is down stands for that.
 
 phases       as many as the longest way has links
-bytes        each part goes once over each link of the shortest ways to those that want it
+bytes        each part goes once over each link of the shortest ways to those that want it, and
+             once over the host to each group of them that links join with no holder
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from spanker.errors import PlanError
 from spanker.sched.moves import Move, all_gather, handover
@@ -27,7 +29,7 @@ ALL_UP: Down = frozenset()
 def gather_phases(
     cards: tuple[int, ...], shares: tuple[Share, ...], down: Down
 ) -> tuple[tuple[Move, ...], ...]:
-    """`moves.all_gather` around links that are down; PlanError where there is no way."""
+    """`moves.all_gather` around links that are down."""
     moves = all_gather(cards, shares)
     if not any((move.source, move.target) in down for move in moves):
         return (moves,) if moves else ()
@@ -43,7 +45,7 @@ def gather_phases(
 def handover_phases(
     sources: Sequence[int], targets: Sequence[int], row: int, down: Down
 ) -> tuple[tuple[Move, ...], ...]:
-    """`moves.handover` around links that are down; PlanError where there is no way."""
+    """`moves.handover` around links that are down."""
     moves = handover(sources, targets, row)
     if not any((move.source, move.target) in down for move in moves):
         return (moves,)
@@ -54,7 +56,7 @@ def choice_phases(
     voters: Sequence[int], embedders: Sequence[int], down: Down
 ) -> tuple[tuple[Move, ...], ...]:
     """Every embedder gets what each voter has: the part of voter i is [i, i + 1).  Other voters may
-    hand it on.  PlanError where there is no way."""
+    hand it on."""
     relays = [voter for voter in voters if voter not in embedders]
     return _in_phases(
         (
@@ -65,17 +67,36 @@ def choice_phases(
     )
 
 
-def check_ways(plan: Plan, down: Down) -> None:
-    """PlanError where cards of a plan that must hear of each other cannot, even over others of the
-    plan's."""
+def over_host(plan: Plan, down: Down) -> tuple[tuple[int, int], ...]:
+    """From which card to which something goes over the host in a step of a plan, as not even others
+    of the plan's cards lead there."""
     if not down:
-        return
+        return ()
+    found = {
+        (move.source, move.target)
+        for phases in _all_phases(plan, down)
+        for moves in phases
+        for move in moves
+    }
+    return tuple(sorted(found & down))
+
+
+def _all_phases(plan: Plan, down: Down) -> Iterator[tuple[tuple[Move, ...], ...]]:
     for stage in plan.stages:
         whole = tuple(Share(i, i + 1) for i in range(len(stage.cards)))
-        gather_phases(stage.cards, whole, down)
+        yield gather_phases(stage.cards, whole, down)
     for before, after in zip(plan.stages, plan.stages[1:], strict=False):
-        handover_phases(before.cards, after.cards, 1, down)
-    choice_phases(plan.voters, plan.embedders, down)
+        yield handover_phases(before.cards, after.cards, 1, down)
+    yield choice_phases(plan.voters, plan.embedders, down)
+
+
+def check_ways(plan: Plan, down: Down) -> None:
+    """PlanError where cards of a plan that must hear of each other cannot but over the host, even
+    over others of the plan's."""
+    for source, target in over_host(plan, down):
+        raise PlanError(
+            f"card {target} cannot be reached from card {source}: too many links are down"
+        )
 
 
 def reaching(cards: Sequence[int], down: Down) -> tuple[tuple[int, ...], ...]:
@@ -122,11 +143,21 @@ def _ways(
     holders: Sequence[int], wanting: Sequence[int], relays: Sequence[int], down: Down
 ) -> _Ways:
     """The shortest ways from those who hold something to those who want it, over each other and
-    over relays."""
+    over relays; where links lead to some of them only, over the host to one of the others, and on
+    from there."""
     parents: dict[int, tuple[int, int]] = {}
     front, phase = list(holders), 0
     left = [card for card in (*wanting, *relays) if card not in holders]
-    while left and front:
+    while left:
+        if not front:
+            cut_off = [card for card in left if card in wanting]
+            if not cut_off:
+                break
+            # Holders in turn: from the first phase on nothing keeps them from it.
+            source = holders[len(parents) % len(holders)]
+            parents[cut_off[0]] = source, 0
+            left.remove(cut_off[0])
+            front, phase = cut_off[:1], 1
         reached: dict[int, tuple[int, int]] = {}
         for place, card in enumerate(left):
             up = [source for source in front if (source, card) not in down]
@@ -137,11 +168,6 @@ def _ways(
         left = [card for card in left if card not in reached]
         # Whoever got it later only is asked by those whom nobody reached before.
         front, phase = list(reached), phase + 1
-    missing = [card for card in wanting if card not in parents and card not in holders]
-    if missing:
-        raise PlanError(
-            f"card {missing[0]} cannot be reached from card {holders[0]}: too many links are down"
-        )
     needed: dict[int, tuple[int, int]] = {}
     for card in wanting:
         while card in parents and card not in needed:

@@ -243,6 +243,12 @@ class FaultyCard(CardDevice):
                 step.due_s = now
             self._last_s = step.due_s
 
+    def relayed(self) -> Sequence[tuple[int, bytes]]:
+        return () if self._hung else self._live().relayed()
+
+    def relay(self, peer: int, data: Buffer) -> bool:
+        return self._live().relay(peer, data)
+
     def abort(self, epoch: int) -> None:
         self._live().abort(epoch)
         for step in self._steps:

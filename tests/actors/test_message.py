@@ -54,6 +54,7 @@ MESSAGES = (
     m.OpenWindows((1, U64)),
     m.RunLent(3, (), buffers=(b"",)),
     m.RunLent(3, (7, U64), buffers=(bytes(96), b"a", b"")),
+    m.Relayed(3, buffers=(b"message",)),
     m.MapFile(3, ()),
     m.MapFile(U32, ((7, 32, 7), (8, U64, 0))),
     m.StepDone(U64, 0),

@@ -1336,7 +1336,7 @@ static void a_corrupt_message_is_a_link_fault(void)
     for (size_t i = 0; i < COUNT(flips); i++) {
         struct step s = new_step(4, 2, 0, 0, 1);
         CASE("a flipped bit in the %s", flips[i].what);
-        struct ring *ring = alice.card->links[1].tx;
+        struct ring *ring = alice.card->links[1].direct.tx;
         CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
         uint64_t tail = atomic_load(&ring->tail);
         CHECK(!run_cards(&alice.card, 1));

@@ -108,8 +108,11 @@ def test_a_link_far_away_and_a_slow_one_are_no_sum() -> None:
 def test_cards_without_a_link_are_relayed_over_the_host_link() -> None:
     line = Machine(PROFILE, Topology.line(3))
     assert line.relays((0, 1, 2)) == [(0, 2), (2, 0)]
-    # 40 bytes in all go up and down at 10 bytes/s, two latencies.
-    assert line.gather_s((0, 1, 2), (20, 20, 20)) == 2 * (40 / 10 + 0.5)
+    # 20 bytes of each of two cards, in messages, go up at 10 bytes/s, but for the turn by which one
+    # is ahead; then the last message comes down, and two latencies.
+    whole = 20 * (1 + 67 / 16384) + 67
+    nbytes = 2 * whole - 10 * 500e-6 + 20 + 67
+    assert line.gather_s((0, 1, 2), (20, 20, 20)) == pytest.approx(nbytes / 10 + 2 * 0.5)
     assert line.gather_s((0, 1), (20, 20)) == pytest.approx(20 / 100 + 0.25)
 
 

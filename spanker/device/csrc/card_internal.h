@@ -49,12 +49,19 @@ struct wire {
     _Atomic uint32_t down; /* ends that want it down */
 };
 
-struct link {
+/* A ring in each direction, and where this card is in the messages of both. */
+struct way {
     struct ring *tx, *rx;
+    uint64_t tx_sequence, rx_sequence;
+    _Atomic int full; /* somebody waits for room in `rx` */
+};
+
+struct link {
+    struct way direct; /* no rings where there is no link */
+    struct way host;   /* over the host, who is at the other end of both rings; none until needed */
     struct spk_card *peer;
     struct wire *wire;
     uint32_t end; /* 1 or 2: this card's bit in `down` */
-    uint64_t tx_sequence, rx_sequence;
     _Atomic uint32_t corrupt; /* so many messages are to leave with a flipped bit */
     _Atomic uint64_t tx_bytes, rx_bytes, errors;
 };
@@ -145,6 +152,7 @@ struct spk_card {
     size_t scratch_bytes;
 
     struct link *links; /* SPK_CARDS_MAX of them, by peer number */
+    uint32_t hosted;    /* so many have a way over the host */
     struct meeting *meeting;
     uint32_t epoch;
     _Atomic uint32_t abort_epoch; /* above `epoch`: an abort is wanted */
@@ -163,6 +171,11 @@ struct spk_card {
     _Atomic int32_t waiting_for;
     _Atomic uint32_t command, epoch_seen;
 };
+
+static inline bool is_transfer(const struct spk_command *cmd)
+{
+    return cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
+}
 
 static inline uint8_t *card_at(const struct spk_card *c, const struct spk_ref *ref)
 {
@@ -210,6 +223,8 @@ void link_restart(struct spk_card *c);
 /* And what it wants and has counted is forgotten. */
 void link_renew(struct spk_card *c);
 void link_release(struct spk_card *c);
+/* The rings of a way to this peer over the host are there from now on; false without memory. */
+bool link_host(struct spk_card *c, uint32_t peer);
 
 /* meeting.c: one slice of an ALL_REDUCE, like execute_slice. */
 int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *waiting);

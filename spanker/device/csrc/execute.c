@@ -290,7 +290,7 @@ int execute_slice(struct spk_card *c, bool *done, bool *waiting)
         bulk_slice(c, cmd, done);
         return SPK_OK;
     }
-    if (cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV || rows == 0) {
+    if (is_transfer(cmd) || rows == 0) {
         *done = true; /* transfers ran with their exchange */
         return SPK_OK;
     }

@@ -14,6 +14,7 @@
 
 #define MESSAGE_MAX 65536u
 #define RING_BYTES_MIN (2 * (MESSAGE_MAX + 64))
+#define HOST_RING_BYTES (1u << 18)
 #define CRC_TRIES 3
 /* A message that a core's first cache holds: the CRC brings it there, the copy finds it. */
 #define SEND_BYTES 16384u
@@ -83,7 +84,7 @@ int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, 
                      uint64_t ring_bytes)
 {
     if (a == b || number_a >= SPK_CARDS_MAX || number_b >= SPK_CARDS_MAX ||
-        a->links[number_b].tx || b->links[number_a].tx || ring_bytes % 8 ||
+        a->links[number_b].direct.tx || b->links[number_a].direct.tx || ring_bytes % 8 ||
         ring_bytes < RING_BYTES_MIN)
         return SPK_E_ARG;
     struct ring *ab = ring_create(ring_bytes), *ba = ring_create(ring_bytes);
@@ -96,9 +97,41 @@ int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, 
     }
     atomic_init(&wire->refs, 2);
     atomic_init(&wire->down, 0);
-    a->links[number_b] = (struct link){.tx = ab, .rx = ba, .peer = b, .wire = wire, .end = 1};
-    b->links[number_a] = (struct link){.tx = ba, .rx = ab, .peer = a, .wire = wire, .end = 2};
+    a->links[number_b] =
+        (struct link){.direct = {.tx = ab, .rx = ba}, .peer = b, .wire = wire, .end = 1};
+    b->links[number_a] =
+        (struct link){.direct = {.tx = ba, .rx = ab}, .peer = a, .wire = wire, .end = 2};
     return SPK_OK;
+}
+
+void spk_link_disconnect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
+                         uint32_t number_b)
+{
+    struct link *l = &a->links[number_b], *back = &b->links[number_a];
+    if (!l->wire || l->wire != back->wire)
+        return;
+    ring_destroy(l->direct.tx);
+    ring_destroy(l->direct.rx);
+    free(l->wire);
+    *l = (struct link){.host = l->host};
+    *back = (struct link){.host = back->host};
+}
+
+bool link_host(struct spk_card *c, uint32_t peer)
+{
+    struct way *w = &c->links[peer].host;
+    if (w->tx)
+        return true;
+    struct ring *tx = ring_create(HOST_RING_BYTES), *rx = ring_create(HOST_RING_BYTES);
+    if (!tx || !rx) {
+        ring_destroy(tx);
+        ring_destroy(rx);
+        return false;
+    }
+    w->tx = tx;
+    w->rx = rx;
+    c->hosted++;
+    return true;
 }
 
 void link_release(struct spk_card *c)
@@ -109,20 +142,33 @@ void link_release(struct spk_card *c)
         for (int j = 0; l->peer && j < SPK_CARDS_MAX; j++)
             if (l->peer->links[j].peer == c)
                 l->peer->links[j].peer = NULL;
-        if (l->tx && atomic_fetch_sub(&l->wire->refs, 1) == 1) {
-            ring_destroy(l->tx);
-            ring_destroy(l->rx);
+        if (l->direct.tx && atomic_fetch_sub(&l->wire->refs, 1) == 1) {
+            ring_destroy(l->direct.tx);
+            ring_destroy(l->direct.rx);
             free(l->wire);
         }
+        ring_destroy(l->host.tx);
+        ring_destroy(l->host.rx);
     }
 }
 
 void link_new_epoch(struct spk_card *c)
 {
-    for (int i = 0; i < SPK_CARDS_MAX; i++)
-        c->links[i].tx_sequence = c->links[i].rx_sequence = 0;
+    for (int i = 0; i < SPK_CARDS_MAX; i++) {
+        struct link *l = &c->links[i];
+        l->direct.tx_sequence = l->direct.rx_sequence = 0;
+        l->host.tx_sequence = l->host.rx_sequence = 0;
+    }
     c->meeting->number = 0;
     memset(c->transfers, 0, sizeof c->transfers);
+}
+
+static void skip_all(struct way *w)
+{
+    if (!w->tx)
+        return;
+    atomic_store(&w->tx->forget, atomic_load(&w->tx->tail));
+    atomic_store(&w->rx->head, atomic_load(&w->rx->tail));
 }
 
 void link_restart(struct spk_card *c)
@@ -131,10 +177,8 @@ void link_restart(struct spk_card *c)
     atomic_store(&c->meeting->done, 0); /* meetings are counted anew */
     for (int i = 0; i < SPK_CARDS_MAX; i++) {
         struct link *l = &c->links[i];
-        if (!l->tx)
-            continue;
-        atomic_store(&l->tx->forget, atomic_load(&l->tx->tail));
-        atomic_store(&l->rx->head, atomic_load(&l->rx->tail));
+        skip_all(&l->direct);
+        skip_all(&l->host);
         if (l->peer)
             pool_notify(l->peer);
     }
@@ -144,9 +188,8 @@ void link_renew(struct spk_card *c)
 {
     for (int i = 0; i < SPK_CARDS_MAX; i++) {
         struct link *l = &c->links[i];
-        if (!l->tx)
-            continue;
-        atomic_fetch_and(&l->wire->down, ~l->end);
+        if (l->wire)
+            atomic_fetch_and(&l->wire->down, ~l->end);
         atomic_store(&l->corrupt, 0);
         l->tx_bytes = l->rx_bytes = l->errors = 0;
     }
@@ -162,7 +205,7 @@ static bool is_down(const struct link *l)
 
 void spk_card_link_want(struct spk_card *c, uint32_t peer, int up)
 {
-    if (peer >= SPK_CARDS_MAX || !c->links[peer].tx)
+    if (peer >= SPK_CARDS_MAX || !c->links[peer].wire)
         return;
     struct link *l = &c->links[peer];
     if (up)
@@ -180,7 +223,7 @@ void spk_card_link_want(struct spk_card *c, uint32_t peer, int up)
 
 int spk_card_link_state(struct spk_card *c, uint32_t peer)
 {
-    if (peer >= SPK_CARDS_MAX || !c->links[peer].tx)
+    if (peer >= SPK_CARDS_MAX || !c->links[peer].wire)
         return SPK_LINK_NONE;
     const struct link *l = &c->links[peer];
     uint32_t down = atomic_load(&l->wire->down);
@@ -247,17 +290,17 @@ static void get_rows(const struct ring *r, uint64_t position, const struct rows 
     }
 }
 
-static bool send_some(struct spk_card *c, struct link *l, const struct rows *rows, uint64_t total,
-                      struct transfer *t)
+static bool send_some(struct spk_card *c, struct link *l, struct way *w, const struct rows *rows,
+                      uint64_t total, struct transfer *t)
 {
-    struct ring *r = l->tx;
+    struct ring *r = w->tx;
     uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed), sent = 0;
     while (t->done_bytes < total && sent < SLICE_BYTES) {
         uint64_t left = total - t->done_bytes, n = left < SEND_BYTES ? left : SEND_BYTES;
         uint64_t head = atomic_load_explicit(&r->head, memory_order_acquire);
         if (r->capacity - (tail - head) < padded(n))
             break;
-        struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = l->tx_sequence++};
+        struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = w->tx_sequence++};
         m.crc = put_rows(r, tail + sizeof m, rows, t->done_bytes, n, spk_crc32c(0, &m, CRC_COVERS));
         if (atomic_load_explicit(&l->corrupt, memory_order_relaxed)) {
             atomic_fetch_sub(&l->corrupt, 1);
@@ -273,10 +316,10 @@ static bool send_some(struct spk_card *c, struct link *l, const struct rows *row
     return sent != 0;
 }
 
-static int receive_some(struct spk_card *c, struct link *l, const struct rows *rows, uint64_t total,
-                        struct transfer *t, bool *moved)
+static int receive_some(struct spk_card *c, struct link *l, struct way *w, const struct rows *rows,
+                        uint64_t total, struct transfer *t, bool *moved)
 {
-    struct ring *r = l->rx;
+    struct ring *r = w->rx;
     uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed), received = 0;
     uint64_t forget = atomic_load_explicit(&r->forget, memory_order_acquire);
     if (head < forget) {
@@ -299,7 +342,7 @@ static int receive_some(struct spk_card *c, struct link *l, const struct rows *r
             break;
         if (m.epoch == c->epoch) {
             uint64_t payload = head + sizeof m;
-            if (m.sequence != l->rx_sequence || m.bytes > total - t->done_bytes)
+            if (m.sequence != w->rx_sequence || m.bytes > total - t->done_bytes)
                 return SPK_E_LINK;
             int tries = 0;
             while (ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, m.bytes) != m.crc)
@@ -307,7 +350,7 @@ static int receive_some(struct spk_card *c, struct link *l, const struct rows *r
                     return SPK_E_LINK;
             get_rows(r, payload, rows, t->done_bytes, m.bytes);
             t->done_bytes += m.bytes;
-            l->rx_sequence++;
+            w->rx_sequence++;
         }
         /* Dropped ones too: what was sent and is not counted here still waits to be taken. */
         atomic_fetch_add_explicit(&l->rx_bytes, m.bytes, memory_order_relaxed);
@@ -317,6 +360,13 @@ static int receive_some(struct spk_card *c, struct link *l, const struct rows *r
         *moved = true;
     }
     return SPK_OK;
+}
+
+/* The host has something to take, or room for what it has. */
+static void tell_host(struct spk_card *c, bool sent, struct way *w)
+{
+    if (sent || atomic_exchange(&w->full, 0))
+        card_signal(c);
 }
 
 /* All transfers of an exchange advance together: no order of sends and receives can deadlock. */
@@ -337,23 +387,27 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     for (uint32_t i = 0; i < count; i++) {
         const struct spk_command *x = cmd + 1 + i;
         struct link *l = &c->links[x->arg[0]];
+        bool host = x->flags & SPK_FLAG_HOST;
+        struct way *w = host ? &l->host : &l->direct;
         struct rows rows = rows_of(c, x);
         uint64_t total = rows.count * rows.bytes;
         bool *unfinished = &behind[x->op == SPK_OP_LINK_SEND][x->arg[0]];
         if (c->transfers[i].done_bytes < total && !*unfinished) {
             bool some = false;
-            if (is_down(l)) {
+            if (!host && is_down(l)) {
                 /* What is in the rings, and whoever waits, stays there. */
             } else if (x->op == SPK_OP_LINK_SEND) {
-                some = send_some(c, l, &rows, total, &c->transfers[i]);
+                some = send_some(c, l, w, &rows, total, &c->transfers[i]);
             } else {
-                int status = receive_some(c, l, &rows, total, &c->transfers[i], &some);
+                int status = receive_some(c, l, w, &rows, total, &c->transfers[i], &some);
                 if (status != SPK_OK) {
                     atomic_fetch_add(&l->errors, 1);
                     return status;
                 }
             }
-            if (some && l->peer)
+            if (some && host)
+                tell_host(c, x->op == SPK_OP_LINK_SEND, w);
+            else if (some && l->peer)
                 pool_notify(l->peer);
             moved |= some;
         }
@@ -368,5 +422,74 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     *waiting = !*done && !moved;
     if (*waiting)
         atomic_store_explicit(&c->waiting_for, waits_for, memory_order_relaxed);
+    return SPK_OK;
+}
+
+/* --- over the host --------------------------------------------------------------------------- */
+
+int spk_card_relays(struct spk_card *c)
+{
+    return c->hosted != 0;
+}
+
+size_t spk_card_relay_take(struct spk_card *c, uint32_t *peer, void *messages)
+{
+    for (uint32_t i = 0; i < SPK_CARDS_MAX && c->hosted; i++) {
+        struct ring *r = c->links[i].host.tx;
+        if (!r)
+            continue;
+        uint64_t begin = atomic_load_explicit(&r->head, memory_order_relaxed);
+        uint64_t forget = atomic_load_explicit(&r->forget, memory_order_acquire);
+        uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
+        begin = begin < forget ? forget : begin;
+        uint64_t end = begin;
+        while (end < tail) {
+            struct message m;
+            ring_get(r, end, &m, sizeof m);
+            if (end + padded(m.bytes) - begin > SPK_RELAY_BYTES)
+                break;
+            end += padded(m.bytes);
+        }
+        if (end > begin)
+            ring_get(r, begin, messages, end - begin);
+        atomic_store_explicit(&r->head, end, memory_order_release);
+        if (end > begin) {
+            pool_notify(c); /* it may have waited for room */
+            *peer = i;
+            return end - begin;
+        }
+    }
+    return 0;
+}
+
+static bool are_messages(const uint8_t *at, size_t nbytes)
+{
+    while (nbytes) {
+        struct message m;
+        if (nbytes < sizeof m)
+            return false;
+        memcpy(&m, at, sizeof m);
+        if (m.bytes > MESSAGE_MAX || padded(m.bytes) > nbytes)
+            return false;
+        at += padded(m.bytes);
+        nbytes -= padded(m.bytes);
+    }
+    return true;
+}
+
+int spk_card_relay_put(struct spk_card *c, uint32_t peer, const void *messages, size_t nbytes)
+{
+    struct ring *r = peer < SPK_CARDS_MAX ? c->links[peer].host.rx : NULL;
+    if (!r || nbytes > SPK_RELAY_BYTES || !are_messages(messages, nbytes))
+        return SPK_E_ARG;
+    uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
+    /* Before looking, so that room that is made meanwhile is told of. */
+    atomic_store(&c->links[peer].host.full, 1);
+    if (r->capacity - (tail - atomic_load(&r->head)) < nbytes)
+        return SPK_E_BUSY;
+    atomic_store(&c->links[peer].host.full, 0);
+    ring_put(r, tail, messages, nbytes);
+    atomic_store_explicit(&r->tail, tail + nbytes, memory_order_release);
+    pool_notify(c);
     return SPK_OK;
 }

@@ -66,7 +66,7 @@ static int32_t missing_from(const struct spk_card *c, uint32_t cards, uint64_t k
 {
     for (uint32_t i = 0; i < cards; i++) {
         const struct spk_card *peer = c->links[i].peer;
-        if (c->links[i].tx && (!peer || atomic_load(&peer->meeting->open) != key ||
+        if (c->links[i].direct.tx && (!peer || atomic_load(&peer->meeting->open) != key ||
                                atomic_load(&c->links[i].wire->down)))
             return (int32_t)i;
     }
@@ -77,7 +77,7 @@ static int32_t unfinished_of(const struct spk_card *c, uint32_t cards, uint64_t 
 {
     for (uint32_t i = 0; i < cards; i++) {
         const struct spk_card *peer = c->links[i].peer;
-        if (c->links[i].tx && (!peer || atomic_load(&peer->meeting->done) != key))
+        if (c->links[i].direct.tx && (!peer || atomic_load(&peer->meeting->done) != key))
             return (int32_t)i;
     }
     return -1;
@@ -114,7 +114,7 @@ static int enter(struct spk_card *c, const struct spk_command *cmd)
 {
     for (uint32_t i = 0; i < cmd->arg[4]; i++) {
         struct link *l = &c->links[i];
-        if (!l->tx)
+        if (!l->direct.tx)
             continue;
         if (!same_work(l->peer->meeting->work, cmd))
             return SPK_E_LINK;
@@ -188,7 +188,7 @@ static void leave_share(struct spk_card *c, const struct spk_command *cmd, uint6
 {
     uint64_t bytes = share_bytes(cmd, cmd->arg[5]);
     for (uint32_t i = 0; i < cmd->arg[4]; i++) {
-        if (!c->links[i].tx)
+        if (!c->links[i].direct.tx)
             continue;
         count_received(&c->links[i], bytes);
         count_sent(&c->links[i], bytes);
@@ -239,7 +239,7 @@ int meet(struct spk_card *c, const struct spk_command *cmd, bool *done, bool *wa
         if (waits_for >= 0)
             break;
         for (uint32_t i = 0; i < cards; i++)
-            if (c->links[i].tx)
+            if (c->links[i].direct.tx)
                 count_received(&c->links[i], share_bytes(cmd, i));
         *done = true;
         return SPK_OK;

@@ -41,14 +41,17 @@ struct worker {
 };
 
 struct spk_pool {
-    struct spk_card **cards;
-    size_t card_count, worker_count;
+    struct spk_card *cards[SPK_CARDS_MAX];
+    _Atomic size_t card_count, worker_count;
     _Atomic int stop;
-    struct worker *settler; /* behind the workers, without cards; NULL until it runs */
+    _Atomic uint32_t pause; /* workers are to stand still, and so many do */
+    _Atomic size_t paused;
+    struct worker settler; /* without cards */
+    bool settles;
     /* A host thread steps cards: no worker is woken for what it will find (ALONE), or not the one
      * in whose place it is (its number above BESIDE). */
     _Atomic uint64_t helped;
-    struct worker workers[];
+    struct worker workers[SPK_CARDS_MAX];
 };
 
 static uint64_t now_ns(void)
@@ -126,7 +129,9 @@ static int try_step(struct spk_card *c)
 static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_t *wake_ns)
 {
     struct spk_pool *p = w->pool;
-    for (size_t i = w->number; i < p->card_count; i += p->worker_count) {
+    for (size_t i = 0; i < p->card_count; i++) {
+        if (p->cards[i]->owner != w)
+            continue;
         int result = try_step(p->cards[i]);
         *ran |= result == SPK_STEP_RAN;
         *waiting |= result == SPK_STEP_WAITING;
@@ -135,8 +140,7 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_
     }
     for (size_t i = 0; i < p->card_count && !*ran; i++) {
         struct spk_card *c = p->cards[i];
-        if (i % p->worker_count == w->number || !atomic_load(&c->ready) ||
-            atomic_load(&c->stepping))
+        if (c->owner == w || !atomic_load(&c->ready) || atomic_load(&c->stepping))
             continue;
         *ran |= try_step(c) == SPK_STEP_RAN;
         /* Its own worker may have looked away meanwhile and must not miss what is left. */
@@ -200,6 +204,14 @@ void pool_help(struct spk_card *c, bool beside)
             pool_notify(p->cards[i]);
 }
 
+static void stand_still(struct spk_pool *p)
+{
+    atomic_fetch_add(&p->paused, 1);
+    while (atomic_load(&p->pause))
+        futex_wait(&p->pause, 1, NULL);
+    atomic_fetch_sub(&p->paused, 1);
+}
+
 static void *work(void *argument)
 {
     struct worker *w = argument;
@@ -210,6 +222,8 @@ static void *work(void *argument)
     if (p->cards[0]->pace)
         prctl(PR_SET_TIMERSLACK, 1ul);
     while (!atomic_load(&p->stop)) {
+        if (atomic_load(&p->pause))
+            stand_still(p);
         uint32_t seen = atomic_load(&w->doorbell);
         bool ran = false, waiting = false;
         uint64_t wake_ns = UINT64_MAX;
@@ -242,7 +256,7 @@ static void *work(void *argument)
         }
         spin_since = 0;
         atomic_store(&w->sleeping, 1);
-        if (!atomic_load(&p->stop))
+        if (!atomic_load(&p->stop) && !atomic_load(&p->pause))
             futex_wait(&w->doorbell, seen, until);
         atomic_store(&w->sleeping, 0);
     }
@@ -252,7 +266,7 @@ static void *work(void *argument)
 void pool_settle(struct spk_card *c)
 {
     if (c->owner)
-        ring(c->owner->pool->settler);
+        ring(&c->owner->pool->settler);
 }
 
 /* When to collapse pages: SETTLE_AFTER_NS after the last large write to a card that has some; 0 when
@@ -293,46 +307,77 @@ static void *settle(void *argument)
     }
 }
 
+static bool start_worker(struct spk_pool *p)
+{
+    struct worker *w = &p->workers[p->worker_count];
+    *w = (struct worker){.pool = p, .number = p->worker_count};
+    if (pthread_create(&w->thread, NULL, work, w) != 0)
+        return false;
+    p->worker_count++;
+    return true;
+}
+
 struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers, int *status)
 {
     *status = SPK_E_ARG;
-    if (!count || !workers || workers > count)
+    if (!count || !workers || workers > count || count > SPK_CARDS_MAX)
         return NULL;
-    size_t nbytes = sizeof(struct spk_pool) + (workers + 1) * sizeof(struct worker);
-    struct spk_pool *p = aligned_alloc(64, (nbytes + 63) / 64 * 64);
+    size_t nbytes = (sizeof(struct spk_pool) + 63) / 64 * 64;
+    struct spk_pool *p = aligned_alloc(64, nbytes);
     *status = SPK_E_SYSTEM;
     if (!p)
         return NULL;
     memset(p, 0, nbytes);
-    p->cards = malloc(count * sizeof *p->cards);
-    if (!p->cards) {
-        free(p);
-        return NULL;
-    }
     for (size_t i = 0; i < count; i++) {
         p->cards[i] = cards[i];
         cards[i]->owner = &p->workers[i % workers];
     }
     p->card_count = count;
-    for (size_t i = 0; i <= workers; i++)
-        p->workers[i] = (struct worker){.pool = p, .number = i};
-    struct worker *settler = &p->workers[workers];
-    if (pthread_create(&settler->thread, NULL, settle, settler) != 0) {
+    p->settler = (struct worker){.pool = p};
+    p->settles = pthread_create(&p->settler.thread, NULL, settle, &p->settler) == 0;
+    bool complete = p->settles;
+    /* They begin once all are there. */
+    atomic_store(&p->pause, 1);
+    while (complete && p->worker_count < workers)
+        complete = start_worker(p);
+    spk_pool_resume(p);
+    if (!complete) {
         spk_pool_destroy(p);
         return NULL;
     }
-    p->settler = settler;
-    /* Threads read worker_count: it is final before the first one starts. */
-    p->worker_count = workers;
-    for (size_t i = 0; i < workers; i++) {
-        if (pthread_create(&p->workers[i].thread, NULL, work, &p->workers[i]) != 0) {
-            p->worker_count = i;
-            spk_pool_destroy(p);
-            return NULL;
-        }
-    }
     *status = SPK_OK;
     return p;
+}
+
+void spk_pool_pause(struct spk_pool *p)
+{
+    atomic_store(&p->pause, 1);
+    for (size_t i = 0; i < p->worker_count; i++)
+        ring(&p->workers[i]);
+    while (atomic_load(&p->paused) < p->worker_count)
+        usleep(10);
+}
+
+void spk_pool_resume(struct spk_pool *p)
+{
+    atomic_store(&p->pause, 0);
+    syscall(SYS_futex, &p->pause, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    /* Nobody is asleep who should not be. */
+    for (size_t i = 0; i < p->worker_count; i++)
+        ring(&p->workers[i]);
+}
+
+int spk_pool_add(struct spk_pool *p, struct spk_card *card, size_t workers)
+{
+    if (p->card_count == SPK_CARDS_MAX || card->owner)
+        return SPK_E_ARG;
+    bool more = p->worker_count < workers && p->worker_count < p->card_count + 1;
+    if (more && !start_worker(p))
+        return SPK_E_SYSTEM;
+    card->owner = &p->workers[more ? p->worker_count - 1 : p->card_count % p->worker_count];
+    p->cards[p->card_count] = card;
+    p->card_count++;
+    return SPK_OK;
 }
 
 void spk_pool_destroy(struct spk_pool *p)
@@ -344,14 +389,13 @@ void spk_pool_destroy(struct spk_pool *p)
         ring(&p->workers[i]);
     for (size_t i = 0; i < p->worker_count; i++)
         pthread_join(p->workers[i].thread, NULL);
-    if (p->settler) {
+    if (p->settles) {
         /* It may be waiting without being `sleeping`. */
-        atomic_fetch_add(&p->settler->doorbell, 1);
-        futex_wake(&p->settler->doorbell);
-        pthread_join(p->settler->thread, NULL);
+        atomic_fetch_add(&p->settler.doorbell, 1);
+        futex_wake(&p->settler.doorbell);
+        pthread_join(p->settler.thread, NULL);
     }
     for (size_t i = 0; i < p->card_count; i++)
         p->cards[i]->owner = NULL;
-    free(p->cards);
     free(p);
 }

@@ -184,9 +184,24 @@ static int check_meeting(const struct spk_card *c, const struct spk_command *cmd
     if (cards > SPK_CARDS_MAX || own >= cards)
         return refuse(why, op, "needs the card's number among at most 256");
     for (uint32_t i = 0; i < SPK_CARDS_MAX; i++)
-        if ((c->links[i].tx != NULL) != (i < cards && i != own))
+        if ((c->links[i].direct.tx != NULL) != (i < cards && i != own))
             return refuse(why, op, "is done by all cards together, each linked to all others");
     return SPK_OK;
+}
+
+/* A way over the host is made when the first program needs it. */
+static int check_way(struct spk_card *c, const struct spk_command *cmd, const char *op, char *why)
+{
+    uint32_t peer = cmd->arg[0];
+    if (!(cmd->flags & SPK_FLAG_HOST))
+        return peer < SPK_CARDS_MAX && c->links[peer].direct.tx
+                   ? SPK_OK
+                   : refuse(why, op, "names a peer without a link");
+    if (peer >= SPK_CARDS_MAX)
+        return refuse(why, op, "names a peer beyond the largest fleet");
+    if (!c->mapping)
+        return refuse(why, op, "goes over the host, where this card has no way");
+    return link_host(c, peer) ? SPK_OK : SPK_E_SYSTEM;
 }
 
 static const uint8_t *operand_at(const struct spk_card *c, const struct program *p,
@@ -210,8 +225,9 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         return SPK_E_ARG;
     }
     const char *op = op_names[cmd->op];
-    bool transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
-    if (cmd->flags & ~SPK_FLAG_OUTPUTS && !(transfer && cmd->flags == SPK_FLAG_BULK))
+    bool transfer = is_transfer(cmd);
+    uint32_t flags = transfer ? cmd->flags & ~SPK_FLAG_HOST : cmd->flags;
+    if (flags & ~SPK_FLAG_OUTPUTS && !(transfer && flags == SPK_FLAG_BULK))
         return refuse(why, op, "has unknown flags");
     if (is_bulk(cmd) && cmd->flags)
         return refuse(why, op, "runs once per step and takes no flags");
@@ -330,13 +346,14 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         if (n > 2 * SPK_CARDS_MAX || n > p->header.commands - i - 1)
             return refuse(why, op, "has more transfers than follow it");
         for (uint32_t t = i + 1; t <= i + n; t++)
-            if (p->commands[t].op != SPK_OP_LINK_SEND && p->commands[t].op != SPK_OP_LINK_RECV)
+            if (!is_transfer(&p->commands[t]))
                 return refuse(why, op, "is followed by something that is no transfer");
         break;
     case SPK_OP_LINK_SEND:
     case SPK_OP_LINK_RECV:
-        if (n >= SPK_CARDS_MAX || !c->links[n].tx)
-            return refuse(why, op, "names a peer without a link");
+        status = check_way(c, cmd, op, why);
+        if (status != SPK_OK)
+            return status;
         o[count++] = (struct operand){cmd->op == SPK_OP_LINK_SEND ? 0 : 3, rows, arg[1], 1};
         if (cmd->flags & SPK_FLAG_BULK) {
             bytes = bulk_count(cmd, 1);
@@ -400,7 +417,7 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
     p->quick = true;
     for (uint32_t i = 0; i < h->commands; i++) {
         const struct spk_command *cmd = &p->commands[i];
-        bool is_transfer = cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV;
+        bool transfer = is_transfer(cmd);
         *bad = i;
         int status = check_command(c, p, i, why);
         if (status != SPK_OK)
@@ -413,15 +430,15 @@ int program_check(struct spk_card *c, struct program *p, uint32_t *bad, char *wh
             bulk_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format);
         else if (cmd->op == SPK_OP_ALL_REDUCE)
             met_bytes += bulk_count(cmd, 0) * spk_element_bytes(cmd->format) * cmd->arg[4];
-        else if (is_transfer && cmd->flags & SPK_FLAG_BULK)
+        else if (transfer && cmd->flags & SPK_FLAG_BULK)
             bulk_bytes += bulk_count(cmd, 1);
         else if (cmd->op != SPK_OP_EXCHANGE)
             p->quick = false;
         p->quick &= bulk_bytes <= QUICK_BYTES && met_bytes <= QUICK_MEETING_BYTES;
         only_meets &= cmd->op == SPK_OP_ALL_REDUCE && met_bytes <= BRIEF_BYTES;
-        if (is_transfer && !transfers)
+        if (transfer && !transfers)
             return refuse(why, op_names[cmd->op], "stands outside an exchange");
-        transfers = is_transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
+        transfers = transfer ? transfers - 1 : cmd->op == SPK_OP_EXCHANGE ? cmd->arg[0] : 0;
     }
     p->brief = only_meets;
     return SPK_OK;

@@ -62,6 +62,7 @@
 
 #define SPK_FLAG_OUTPUTS 1u /* rows are the step's outputs, not its tokens */
 #define SPK_FLAG_BULK 2u    /* of a transfer: once per step, arg[1] + arg[2] * 2^32 bytes at the ref */
+#define SPK_FLAG_HOST 4u    /* of a transfer: over the host, not over the link: spk_card_relay_take */
 
 /* Row t of an operand starts at buffer + offset + t*stride (bytes). */
 struct spk_ref {
@@ -178,6 +179,8 @@ struct spk_counters {
 #define SPK_COMMAND_ANY 0xffffffffu
 #define SPK_SLOWEST 1000000
 
+#define SPK_RELAY_BYTES 66560 /* four messages that a card sends */
+
 #define SPK_LINK_NONE 0 /* nobody at the other end */
 #define SPK_LINK_DOWN 1
 #define SPK_LINK_WAITS 2 /* for the other end */
@@ -291,6 +294,15 @@ void spk_card_corrupt(struct spk_card *card, uint32_t peer, uint32_t messages);
  * in a link that is down. */
 void spk_card_link_want(struct spk_card *card, uint32_t peer, int up);
 int spk_card_link_state(struct spk_card *card, uint32_t peer);
+/* What the card has sent over the host: whole messages to one peer, up to SPK_RELAY_BYTES of them,
+ * which that card is to have by spk_card_relay_put.  How many bytes, 0 where there are none; the
+ * card's fd polls readable when there are more.  From one thread, which loads the programs, too. */
+int spk_card_relays(struct spk_card *card); /* whether there can be any */
+size_t spk_card_relay_take(struct spk_card *card, uint32_t *peer, void *messages);
+/* Whole messages that a peer has sent over the host.  SPK_E_BUSY where there is no room for them: the
+ * fd polls readable when there may be.  SPK_E_ARG where no program takes any from that peer, or for
+ * what are no messages: then nothing has been taken. */
+int spk_card_relay_put(struct spk_card *card, uint32_t peer, const void *messages, size_t nbytes);
 /* As when it was created, whatever has become of it: no buffers, programs and submissions, epoch 1.
  * What was under way on its links is lost; its peers may be at work, and meet it again in an epoch
  * that none of them has been in.  For a card with memory of its own; no other call beside it.  After
@@ -306,9 +318,14 @@ int spk_card_skip(struct spk_card *card);
 /* The same, and the step fails: those behind it are aborted. */
 int spk_card_fail(struct spk_card *card, int status);
 
-/* Two rings between cards numbered number_a and number_b; before the pool starts. */
+/* Two rings between cards numbered number_a and number_b; before the pool starts, or while it is
+ * paused. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
                      uint32_t number_b, uint64_t ring_bytes);
+
+/* The same undone: both cards are as if they had never been linked.  Nobody steps them. */
+void spk_link_disconnect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
+                         uint32_t number_b);
 
 /* Slows cards down to these speeds, by docs/api/timing-model.md: `links[i * count + j]` is the link
  * from cards[i] to cards[j], which must be known to each other by these numbers.  Before the pool
@@ -324,6 +341,12 @@ void spk_card_pace(struct spk_card *card, struct spk_pace *out);
 struct spk_pool *spk_pool_create(struct spk_card **cards, size_t count, size_t workers,
                                  int *status);
 void spk_pool_destroy(struct spk_pool *pool);
+/* Between these two no worker steps a card: cards may be linked and added.  For the thread that uses
+ * the cards; the first waits for what workers are at, some milliseconds. */
+void spk_pool_pause(struct spk_pool *pool);
+void spk_pool_resume(struct spk_pool *pool);
+/* One more card, stepped by one more worker while there are fewer than `workers`. */
+int spk_pool_add(struct spk_pool *pool, struct spk_card *card, size_t workers);
 /* cffi: end */
 
 /* --- for a front: whoever lets a host lay out the DDR by itself ------------------------------ */

@@ -88,6 +88,7 @@ struct pace {
     uint32_t pc; /* of the first submission in the queue: where it stands */
     double at;   /* when something happens by itself: it reaches an exchange, or its step's end */
     bool exchanging;
+    bool hosted;               /* and what goes over the host has really to get there */
     double exchange_done;      /* as far as is known: the last send or arrival so far */
     uint32_t leaving, lacking; /* flows, and links with a need */
     struct flow *flows;
@@ -422,7 +423,7 @@ static void run_commands(struct pace *p, double time)
             time += takes;
             break;
         }
-        if (cmd->op == SPK_OP_LINK_SEND || cmd->op == SPK_OP_LINK_RECV)
+        if (is_transfer(cmd))
             takes = 0;
         else
             takes = command_ns(p, t, cmd) * p->slowness;
@@ -488,7 +489,7 @@ static void end_exchange(struct pace *p)
 
 static void maybe_end_exchange(struct pace *p)
 {
-    if (p->exchanging && !p->leaving && !p->lacking)
+    if (p->exchanging && !p->hosted && !p->leaving && !p->lacking)
         end_exchange(p);
 }
 
@@ -508,6 +509,7 @@ static void begin_exchange(struct pace *p, double time)
     const struct spk_command *cmd = &t->program->commands[p->pc];
     move_flows(th, p->group, time);
     p->exchanging = true;
+    p->hosted = false;
     p->exchange_done = time;
     p->at = INFINITY;
     p->flow_count = p->leaving = p->lacking = 0;
@@ -517,6 +519,10 @@ static void begin_exchange(struct pace *p, double time)
         uint64_t bytes = transfer_bytes(t, x);
         if (!bytes || peer >= th->count)
             continue;
+        if (x->flags & SPK_FLAG_HOST) {
+            p->hosted = true;
+            continue;
+        }
         if (x->op == SPK_OP_LINK_SEND) {
             p->flows[p->flow_count++] =
                 (struct flow){.peer = peer, .bytes = bytes, .left = (double)bytes};
@@ -646,9 +652,10 @@ static double lead_ns(const struct pace *p, const struct program *program)
 {
     uint32_t before = 0;
     for (uint32_t i = 0; i < program->header.commands; i++) {
-        if (program->commands[i].op == SPK_OP_LINK_SEND)
+        const struct spk_command *x = &program->commands[i];
+        if (x->op == SPK_OP_LINK_SEND && !(x->flags & SPK_FLAG_HOST))
             return p->step_ns + before * p->command_ns;
-        before += program->commands[i].op != SPK_OP_LINK_RECV;
+        before += !is_transfer(x);
     }
     return INFINITY;
 }
@@ -663,8 +670,7 @@ static void learn(struct pace *p, const struct program *submitted)
             p->lead = fmin(p->lead, lead_ns(p, p->card->programs[i]));
     for (uint32_t i = 0; i < submitted->header.commands; i++) {
         const struct spk_command *x = &submitted->commands[i];
-        bool transfers = x->op == SPK_OP_LINK_SEND || x->op == SPK_OP_LINK_RECV;
-        if (transfers && x->arg[0] < th->count && th->cards[x->arg[0]].group != p->group)
+        if (is_transfer(x) && !(x->flags & SPK_FLAG_HOST) && x->arg[0] < th->count && th->cards[x->arg[0]].group != p->group)
             join(th, p->group, th->cards[x->arg[0]].group);
     }
 }
@@ -712,7 +718,7 @@ static void forget_step(struct pace *p, uint32_t place, double now)
         for (uint32_t i = 0; i < p->flow_count; i++)
             if (p->flows[i].left > 0)
                 leave(p, &p->flows[i], g->time);
-        p->exchanging = false;
+        p->exchanging = p->hosted = false;
         p->flow_count = p->leaving = p->lacking = 0;
         for (uint32_t peer = 0; peer < th->count; peer++)
             link_of(th, peer, p->number)->need = 0;
@@ -764,6 +770,22 @@ static bool is_known(const struct timeline *t, uint32_t command)
     return command < atomic_load_explicit(&t->known, memory_order_acquire);
 }
 
+/* Whether what comes next leaves the model's time: the end of a step, and what goes over the host,
+ * whose link is not modelled here. */
+static bool is_followed_outside(const struct program *program, uint32_t command)
+{
+    uint32_t commands = program->header.commands;
+    if (command == commands)
+        return true;
+    if (command + 1 >= commands || program->commands[command + 1].op != SPK_OP_EXCHANGE)
+        return false;
+    const struct spk_command *exchange = &program->commands[command + 1];
+    for (uint32_t i = 1; i <= exchange->arg[0]; i++)
+        if (exchange[i].flags & SPK_FLAG_HOST)
+            return true;
+    return false;
+}
+
 uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
 {
     struct pace *p = c->pace;
@@ -771,12 +793,19 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
     struct execution *run = &c->run;
     const struct timeline *t = run->submission.timeline;
     uint32_t commands = t->program->header.commands;
-    bool strict = command == commands;
+    bool strict = is_followed_outside(t->program, command);
     double now = now_of(th, now_ns), next = 0;
 
     if (!is_known(t, command)) {
         pthread_mutex_lock(&th->mutex);
         next = advance(th, p->group, now);
+        if (current(p) == t && p->exchanging && p->hosted) {
+            /* It has come by now. */
+            p->hosted = false;
+            p->exchange_done = fmax(p->exchange_done, now);
+            maybe_end_exchange(p);
+            next = advance(th, p->group, now);
+        }
         /* The model waits for something that will not come, since a peer has failed half way:
          * what has really arrived decides. */
         if (!is_known(t, command) && !isfinite(next) && current(p) == t && p->exchanging) {
@@ -790,7 +819,7 @@ uint64_t pace_end_ns(struct spk_card *c, uint32_t command, uint64_t now_ns)
         pthread_mutex_unlock(&th->mutex);
     }
     if (is_known(t, command)) {
-        double end = !commands ? t->begin : t->end[strict ? command - 1 : command];
+        double end = !commands ? t->begin : t->end[command == commands ? command - 1 : command];
         if (command == 0)
             run->command_begin_ns = th->base_ns + (uint64_t)t->begin;
         if (end <= now + (strict ? 0 : AHEAD_NS))

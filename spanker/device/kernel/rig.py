@@ -23,6 +23,8 @@ class _Twins:
     """The twins of a rig's cards."""
 
     throttled = False
+    meshed = True
+    held = False
 
     def __init__(self, ddr_bytes: Sequence[int]) -> None:
         self.cards: list[SoftCard] = []

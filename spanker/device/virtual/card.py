@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -31,9 +32,17 @@ from spanker.device.base import (
     Place,
     Read,
 )
-from spanker.device.soft import CARDS_MAX, SoftCard, SoftCardSpec, link_all
-from spanker.device.virtual.costs import ProgramCosts, step_size
+from spanker.device.soft import (
+    CARDS_MAX,
+    SoftCard,
+    SoftCardSpec,
+    check_topology,
+    link_all,
+    link_one,
+)
+from spanker.device.virtual.costs import ProgramCosts, over_links, step_size
 from spanker.device.virtual.engine import Engine, Outcome, Usage, Work
+from spanker.device.virtual.flows import MESSAGE_BYTES
 from spanker.device.virtual.recorder import Recorder
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.device.virtual.units import PS_PER_NS
@@ -41,6 +50,17 @@ from spanker.device.virtual.zeros import answer
 from spanker.errors import CardCommandError, ConfigError
 from spanker.native import lib, status_error
 from spanker.sched.bandwidth import Profile
+from spanker.sched.topology import Topology
+
+# What stands for a message that goes over the host: its epoch, how many bytes it has, whether they
+# are damaged; and as many bytes more as a soft card's message of them has.
+_HOSTED = struct.Struct("<QIB")
+_MESSAGE_HEADER_BYTES = 24
+
+
+def _hosted(nbytes: int, epoch: int, damaged: bool) -> bytes:
+    padding = -(-nbytes // 8) * 8 + _MESSAGE_HEADER_BYTES - _HOSTED.size
+    return _HOSTED.pack(epoch, nbytes, damaged) + bytes(padding)
 
 
 class VirtualCard(SoftCard):
@@ -63,6 +83,7 @@ class VirtualCard(SoftCard):
         self._native: dict[int, Completion] = {}
         self._failed = 0  # the last fence that was given up
         self._done: deque[Completion] = deque()
+        self._relayed: list[tuple[int, bytes]] = []
         self._recorder: Recorder | None = None
 
     @property
@@ -101,11 +122,20 @@ class VirtualCard(SoftCard):
     # --- programs and steps ---------------------------------------------------------------
 
     def load_program(self, program: Buffer) -> int:
-        handle = super().load_program(program)
+        # The native card's bytes take no time on any way; how they go is the engine's business.
+        handle = super().load_program(over_links(program))
         try:
-            self._programs[handle] = ProgramCosts.read(program)
+            self._programs[handle] = costs = ProgramCosts.read(program)
+            for peer in costs.link_peers:
+                if not self.rig.linked(self.number, peer):
+                    raise CardCommandError(
+                        f"card {self.number}: program refused: a transfer names card {peer}, a "
+                        f"peer without a link",
+                        card=self.number,
+                    )
         except BaseException:
             super().unload_program(handle)
+            self._programs.pop(handle, None)
             raise
         return handle
 
@@ -134,6 +164,30 @@ class VirtualCard(SoftCard):
         done = list(self._done)
         self._done.clear()
         return done
+
+    def send_over_host(self, peer: int, nbytes: int, epoch: int, damaged: bool) -> None:
+        """For the rig: a step hands bytes to the host."""
+        for begin in range(0, nbytes, MESSAGE_BYTES):
+            part = min(nbytes - begin, MESSAGE_BYTES)
+            self._relayed.append((peer, _hosted(part, epoch, damaged)))
+        os.eventfd_write(self._fd, 1)
+
+    def relayed(self) -> Sequence[tuple[int, bytes]]:
+        found, self._relayed = self._relayed, []
+        return found
+
+    def relay(self, peer: int, data: Buffer) -> bool:
+        self._check_peer(peer)
+        if len(data) < _HOSTED.size:
+            raise CardCommandError(
+                f"card {self.number}: {len(data)} bytes from card {peer} are nothing that came "
+                f"over the host",
+                card=self.number,
+            )
+        epoch, nbytes, damaged = _HOSTED.unpack_from(data)
+        self.rig.synced().take(peer, self.number, nbytes, epoch, bool(damaged))
+        self.rig.changed()
+        return True
 
     def abort(self, epoch: int) -> None:
         engine = self.rig.synced()
@@ -288,6 +342,7 @@ class VirtualCard(SoftCard):
         self._programs.clear()
         self._reads_of.clear()
         self._native.clear()
+        self._relayed.clear()
         self._failed = 0
         self._recorder = None
         self.completions()
@@ -306,7 +361,8 @@ class VirtualCard(SoftCard):
 
 
 class VirtualRig(CardRig):
-    """The cards of one fleet, fully linked, and the engine that says when they are done.
+    """The cards of one fleet, linked all with all or as in `topology`, and the engine that says
+    when they are done.
 
     `clock` gives the time in picoseconds; without one it passes by `advance` alone, from 0.
     `on_change`, if set, is called whenever the next event may have become another one.
@@ -317,14 +373,20 @@ class VirtualRig(CardRig):
         specs: Sequence[VirtualCardSpec],
         profile: Profile,
         clock: Callable[[], int] | None = None,
+        topology: Topology | None = None,
     ) -> None:
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a virtual fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
+        check_topology(topology, len(specs))
+        self._topology = topology
         self.on_change: Callable[[], None] | None = None
+        self.held = False
         self.cards: list[VirtualCard] = []
         self._clock = clock
         now = 0 if clock is None else clock()
-        self.engine = Engine(profile, len(specs), self._end_step, now, self._damaged)
+        self.engine = Engine(
+            profile, len(specs), self._end_step, now, self._damaged, self._send_over_host
+        )
         try:
             for number, spec in enumerate(specs):
                 self.cards.append(VirtualCard(self, number, spec))
@@ -338,6 +400,29 @@ class VirtualRig(CardRig):
     @property
     def throttled(self) -> bool:
         return False
+
+    @property
+    def meshed(self) -> bool:
+        return self._topology is None or self._topology.fully_meshed
+
+    def linked(self, card: int, peer: int) -> bool:
+        """Whether two cards have a link, be it up or down."""
+        given = self._topology
+        # Cards that have joined later are linked with all.
+        return given is None or max(card, peer) >= len(given.cards) or given.is_up(card, peer)
+
+    def create(self, spec: VirtualCardSpec) -> VirtualCard:
+        """One more card, of the next number; it is of no use before `join`.  ConfigError where
+        there can be no more."""
+        if len(self.cards) == CARDS_MAX:
+            raise ConfigError(f"a virtual fleet has at most {CARDS_MAX} cards")
+        self.synced().have_card(len(self.cards))
+        return VirtualCard(self, len(self.cards), spec)
+
+    def join(self, card: VirtualCard) -> None:
+        """Link a new card with all others.  After an error all is as before."""
+        link_one(card, self.cards)
+        self.cards.append(card)
 
     @property
     def now(self) -> int:
@@ -374,6 +459,9 @@ class VirtualRig(CardRig):
 
     def _damaged(self, card: int, work: Work) -> None:
         self.cards[card].damaged(work)
+
+    def _send_over_host(self, card: int, peer: int, nbytes: int, epoch: int, damaged: bool) -> None:
+        self.cards[card].send_over_host(peer, nbytes, epoch, damaged)
 
     def step_until(self, card: VirtualCard, fence: int) -> None:
         """Step cards until one of them has completed a step, or none can do anything more."""

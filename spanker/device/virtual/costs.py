@@ -179,9 +179,10 @@ def step_size(parameters: Buffer) -> StepSize:
 
 @attrs.frozen(eq=False)
 class Transfers:
-    """The sends and receives of one exchange of a step, in order, without those of no bytes.
+    """The sends and receives of one exchange of a step, in order, without those of no bytes; sends
+    over the host are `hosted`.
 
-    `distinct` says that no peer occurs twice among either.
+    `distinct` says that no peer occurs twice among sends or receives.
     """
 
     send_peers: I64
@@ -189,6 +190,7 @@ class Transfers:
     receive_peers: I64
     receive_bytes: I64
     distinct: bool
+    hosted: tuple[tuple[int, int], ...] = ()  # (peer, bytes)
 
 
 @attrs.frozen(eq=False)
@@ -200,17 +202,24 @@ class _Exchange:
     row_bytes: I64
     outputs: npt.NDArray[np.bool_]
     bulk: npt.NDArray[np.bool_]
+    hosted: npt.NDArray[np.bool_]
 
     def sized(self, tokens: int, outputs: int) -> Transfers:
         rows = np.where(self.outputs, outputs, tokens)
         nbytes = self.row_bytes * np.where(self.bulk, 1, rows)
         of = nbytes > 0
-        sends, receives = of & self.sends, of & ~self.sends
+        sends, receives = of & self.sends & ~self.hosted, of & ~self.sends
+        hosted = of & self.sends & self.hosted
         distinct = all(
             len(np.unique(self.peers[side])) == np.count_nonzero(side) for side in (sends, receives)
         )
         return Transfers(
-            self.peers[sends], nbytes[sends], self.peers[receives], nbytes[receives], distinct
+            self.peers[sends],
+            nbytes[sends],
+            self.peers[receives],
+            nbytes[receives],
+            distinct,
+            tuple(zip(self.peers[hosted].tolist(), nbytes[hosted].tolist(), strict=True)),
         )
 
 
@@ -285,6 +294,13 @@ class ProgramCosts:
             table=np.array(costs, np.float64).reshape(len(ops), len(_FIELDS)).T.copy(),
         )
 
+    @property
+    def link_peers(self) -> tuple[int, ...]:
+        """The cards with which something is exchanged over links."""
+        kinds = {id(e): e for e in self._exchanges}.values()
+        peers = [e.peers[~e.hosted] for e in kinds]
+        return tuple(np.unique(np.concatenate(peers)).tolist()) if peers else ()
+
     def transfers(self, tokens: int, outputs: int) -> tuple[Transfers, ...]:
         """What each exchange moves in a step of so many tokens and outputs."""
         key = tokens, outputs
@@ -338,9 +354,21 @@ def _exchange(transfers: npt.NDArray[np.void], kinds: dict[bytes, _Exchange]) ->
     peers, row_bytes, high = (transfers["args"][:, i].astype(np.int64) for i in range(3))
     outputs = (transfers["flags"] & int(lib.SPK_FLAG_OUTPUTS)).astype(bool)
     bulk = (transfers["flags"] & int(lib.SPK_FLAG_BULK)).astype(bool)
+    hosted = (transfers["flags"] & int(lib.SPK_FLAG_HOST)).astype(bool)
     row_bytes += np.where(bulk, high << 32, 0)
-    key = b"".join(a.tobytes() for a in (sends, peers, row_bytes, outputs, bulk))
-    return kinds.setdefault(key, _Exchange(sends, peers, row_bytes, outputs, bulk))
+    key = b"".join(a.tobytes() for a in (sends, peers, row_bytes, outputs, bulk, hosted))
+    return kinds.setdefault(key, _Exchange(sends, peers, row_bytes, outputs, bulk, hosted))
+
+
+def over_links(program: Buffer) -> Buffer:
+    """The bytes of a program with all its transfers over links."""
+    commands = np.frombuffer(program, _COMMAND, offset=PROGRAM_HEADER.size)
+    hosted = np.isin(commands["op"], _TRANSFERS) & (commands["flags"] & int(lib.SPK_FLAG_HOST) != 0)
+    if not hosted.any():
+        return program
+    commands = commands.copy()
+    commands["flags"][hosted] &= ~np.uint32(lib.SPK_FLAG_HOST)
+    return bytes(program[: PROGRAM_HEADER.size]) + commands.tobytes()
 
 
 def _rates(profile: Profile, speed: CardSpeed) -> F64:

@@ -155,6 +155,8 @@ class Engine:
 
     `complete(card, work)` is called when a step ends, and says how; `damaged(card, work)` when it
     fails on a message that does not pass its check, and what is queued behind it is dropped.
+    `host(card, peer, nbytes, epoch, damaged)` is called when a card hands bytes for a peer to the
+    host; what that takes is not told here, and when they have come, `take` is called with the same.
     """
 
     def __init__(
@@ -164,11 +166,13 @@ class Engine:
         complete: Callable[[int, Work], Outcome],
         now: int = 0,
         damaged: Callable[[int, Work], None] = lambda card, work: None,
+        host: Callable[[int, int, int, int, bool], None] | None = None,
     ) -> None:
         self.now = now
         self._profile = profile
         self._complete = complete
         self._damaged = damaged
+        self._host = host
         self._step_ps = to_ps(profile.step_s)
         memory = profile.local_ddr_bytes_per_s / PS_PER_S
         self._cards = tuple(_Card(n, memory * profile.card(n).memory) for n in range(cards))
@@ -183,6 +187,17 @@ class Engine:
         self._running: dict[_Card, None] = {}
         self._begun: dict[_Card, None] = {}
         self._running_changed = False
+
+    def have_card(self, number: int) -> None:
+        """There is one more card, of the next number; or one of that number was given up before it
+        did anything, and this is another one."""
+        if number < len(self._cards):
+            self.reopen(number)
+            return
+        profile = self._profile
+        memory = profile.local_ddr_bytes_per_s / PS_PER_S
+        self._cards += (_Card(number, memory * profile.card(number).memory),)
+        self._network.add_card()
 
     # --- time ---------------------------------------------------------------------------
 
@@ -293,6 +308,15 @@ class Engine:
     def _arrive_now(self, released: Sequence[Arrivals]) -> None:
         for arrivals in released:
             self._plan(self.now, self._arrive, _Flows(arrivals))
+
+    def take(self, card: int, peer: int, nbytes: int, epoch: int, damaged: bool) -> None:
+        """What a card has sent over the host comes to its peer."""
+        of = np.array([card * len(self._cards) + peer])
+        bad = np.array([True]) if damaged else None
+        arrivals = Arrivals(of, np.array([nbytes]), np.array([epoch]), bad)
+        cards, last = self._network.take(arrivals)
+        for target in cards:
+            self._check_exchange(self._cards[target], int(last[target]))
 
     def links_down(self, card: int) -> tuple[int, ...]:
         """The peers whose link with the card is down."""
@@ -439,6 +463,11 @@ class Engine:
             transfers = work.program.transfers(work.size.tokens, work.size.outputs)
             exchanges.append((c.number, transfers[c.run]))
         self._network.begin(exchanges, self.now)
+        for number, sized in exchanges:
+            for peer, nbytes in sized.hosted:
+                assert self._host is not None
+                epoch, damaged = self._network.send_over_host(number, peer, nbytes)
+                self._host(number, peer, nbytes, epoch, damaged)
         for c in cards:
             self._check_exchange(c, c.number)
 

@@ -29,9 +29,11 @@ F64 = npt.NDArray[np.float64]
 # events of one.
 _CLOSE = 1 + 1e-12
 # What a soft card sends at most in one message.
-_MESSAGE_BYTES = 16384
+MESSAGE_BYTES = 16384
 # The time of what does not happen.
 NEVER = int(np.iinfo(np.int64).max)
+# What is so until it is known, of each link.
+_NEVER_AT_FIRST = ("_due", "_damaged_at")
 
 
 @attrs.frozen(eq=False)
@@ -59,10 +61,8 @@ class Network:
 
     def __init__(self, profile: Profile, cards: int) -> None:
         n = self._n = cards
-        pairs = [(source, target) for source in range(n) for target in range(n)]
-        speeds = [profile.link(*ends) for ends in pairs]
-        self._link_rate = np.array([s.bytes_per_s / PS_PER_S for s in speeds])
-        self._latency_ps = np.array([to_ps(s.latency_s) for s in speeds], np.int64)
+        self._profile = profile
+        self._find_speeds()
         port = profile.port_bytes_per_s
         self._port_rate = None if port is None else port / PS_PER_S
 
@@ -83,6 +83,7 @@ class Network:
         self._epochs = np.ones(n, np.int64)  # of cards
         # Totals.
         self._busy_ps, self._sent, self._dropped = zeros(), zeros(), zeros()
+        self._hosted = zeros()  # sent over the host, where there is no such link
         # Of the exchange that a card is in.
         self._sending = [0] * n
         self._lacking = [False] * n
@@ -100,6 +101,40 @@ class Network:
         self._any_damaged = False
         # Totals when the source, or the target, was opened.
         self._sent_before, self._taken_before = zeros(), zeros()
+
+    def _find_speeds(self) -> None:
+        n = self._n
+        pairs = [(source, target) for source in range(n) for target in range(n)]
+        speeds = [self._profile.link(*ends) for ends in pairs]
+        self._link_rate = np.array([s.bytes_per_s / PS_PER_S for s in speeds])
+        self._latency_ps = np.array([to_ps(s.latency_s) for s in speeds], np.int64)
+
+    def add_card(self) -> None:
+        """One more card, linked with all others, in epoch 1; whatever is under way goes on."""
+        n = self._n
+
+        def moved(link: int) -> int:
+            return link // n * (n + 1) + link % n
+
+        for name, old in list(vars(self).items()):
+            if isinstance(old, np.ndarray) and old.shape == (n * n,):
+                new = np.full((n + 1, n + 1), NEVER if name in _NEVER_AT_FIRST else 0, old.dtype)
+                new[:n, :n] = old.reshape(n, n)
+                setattr(self, name, new.reshape(-1))
+        self._queues = {moved(link): queue for link, queue in self._queues.items()}
+        self._to_damage = {moved(link): count for link, count in self._to_damage.items()}
+        for table in (self._later, self._damaged_later):
+            entries = {(moved(link), epoch): value for (link, epoch), value in table.items()}
+            table.clear()
+            table.update(entries)
+        # Those who wait for them refer to these very values.
+        for arrivals in (*self._under_way, *self._held):
+            arrivals.links[:] = arrivals.links // n * (n + 1) + arrivals.links % n
+        self._epochs = np.append(self._epochs, 1)
+        self._sending.append(0)
+        self._lacking.append(False)
+        self._n = n + 1
+        self._find_speeds()
 
     # --- exchanges ----------------------------------------------------------------------
 
@@ -125,6 +160,13 @@ class Network:
         lacking = wanted[self._arrived[wanted] < self._wanted[wanted]] % n
         for card in set(lacking.tolist()):
             self._lacking[card] = True
+
+    def send_over_host(self, card: int, peer: int, nbytes: int) -> tuple[int, bool]:
+        """A card hands something to the host at once: the epoch, and whether it is damaged."""
+        link = card * self._n + peer
+        self._hosted[link] += nbytes
+        damaged = self._damage(np.array([link]), np.array([nbytes]))
+        return int(self._epochs[card]), damaged is not None and bool(damaged[0])
 
     def is_over(self, card: int) -> bool:
         """Whether a card's exchange is over: all has left, and all has arrived."""
@@ -187,6 +229,10 @@ class Network:
         self._under_way.pop(arrivals)
         if self._any_down:
             arrivals = self._hold(arrivals)
+        return self.take(arrivals)
+
+    def take(self, arrivals: Arrivals) -> tuple[list[int], I64]:
+        """As `arrive`, of what has come over the host."""
         n, links = self._n, arrivals.links
         sources, targets = links // n, links % n
         now_in = self._epochs[targets]
@@ -309,7 +355,7 @@ class Network:
             messages = self._to_damage.get(link)
             if messages is not None:
                 damaged[i] = True
-                left = messages - -(-int(nbytes[i]) // _MESSAGE_BYTES)
+                left = messages - -(-int(nbytes[i]) // MESSAGE_BYTES)
                 self.damage(link // self._n, link % self._n, max(left, 0))
         return damaged
 
@@ -347,7 +393,7 @@ class Network:
         into, out = slice(card, None, n), slice(card * n, (card + 1) * n)
         self._dropped[into] += np.minimum(self._arrived[into], self._wanted[into])
         self._taken_before[into] = self._dropped[into]
-        self._sent_before[out] = self._sent[out]
+        self._sent_before[out] = self._sent[out] + self._hosted[out]
         self._arrived[into] = self._wanted[into] = 0
         # What a peer has not taken yet it will not find.
         self._arrived[out] = np.minimum(self._arrived[out], self._wanted[out])
@@ -440,7 +486,7 @@ class Network:
         """Bytes that a card has sent to a peer, and taken from it, since it was opened."""
         out, into = card * self._n + peer, peer * self._n + card
         taken = min(self._arrived[into], self._wanted[into])
-        sent = self._sent[out] - self._sent_before[out]
+        sent = self._sent[out] + self._hosted[out] - self._sent_before[out]
         return int(sent), int(self._dropped[into] + taken - self._taken_before[into])
 
     def use(self, now: int) -> list[tuple[int, int, int, int]]:

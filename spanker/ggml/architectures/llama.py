@@ -533,8 +533,8 @@ def held_rows(model: LlamaModel, plan: Plan, card: int) -> tuple[HeldRows, ...]:
 def build_program(
     model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down = ALL_UP
 ) -> Program:
-    """The program of one step on one card of the plan, around the links that are down; PlanError
-    where that cannot be."""
+    """The program of one step on one card of the plan, around the links that are down: over other
+    cards of the plan where there is a way, else over the host."""
     return Program(
         commands=tuple(_Builder(model, plan, card, limits, down).commands()),
         tokens_max=limits.tokens_max,
@@ -681,6 +681,7 @@ class _Builder:
                             peer=move.target if send else move.source,
                             ref=row.at(move.part.start),
                             nbytes=row.nbytes(move.part.size),
+                            hosted=(move.source, move.target) in self.down,
                         )
                     )
             if transfers:

@@ -3,7 +3,7 @@
 an exchange takes.
 
 The links of a topology that are up are those there are.  Where two cards have none, what one sends
-the other goes over the host link, up and then down.
+the other goes over the host link, message by message up and then down.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from collections.abc import Sequence
 import attrs
 
 from spanker.sched.bandwidth import Profile
+from spanker.sched.cost.messages import RELAYED_BYTES, RELAYED_HEADER_BYTES
 from spanker.sched.topology import Topology
 from spanker.values import Value
+
+# Bytes on the host link for a byte that it relays, besides one header for each move.
+RELAYED_RATIO = 1 + RELAYED_HEADER_BYTES / RELAYED_BYTES
+# How long the host link is one card's before it is another one's turn.
+HOST_TURN_S = 500e-6
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -38,6 +44,8 @@ class Machine:
         self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
         rate = profile.host_link_bytes_per_s
         self.host_s_per_byte = 1 / rate if rate else 0.0
+        # What a card sends over the host link before another one gets its turn.
+        self.host_turn_bytes = rate * HOST_TURN_S if rate else 0.0
         # Whether all cards are linked, and all links alike.
         self.uniform = topology.fully_meshed and not profile.links
         # Whether cards are in each other's way while they compute.
@@ -114,12 +122,12 @@ class Machine:
         each with its own latency, a port's being the largest of its links; and the relayed bytes.
         """
         links: dict[tuple[int, int], float] = {}
-        relayed = 0.0
+        relayed: list[tuple[int, float]] = []
         for source, target, nbytes in moves:
             if source == target or not nbytes:
                 continue
             if not self.topology.is_up(source, target):
-                relayed += nbytes
+                relayed.append((source, nbytes))
                 continue
             ends = source, target
             links[ends] = links.get(ends, 0) + nbytes
@@ -141,9 +149,21 @@ class Machine:
         is_up = self.topology.is_up
         return [(a, b) for a in cards for b in cards if a != b and not is_up(a, b)]
 
-    def _relay_s(self, nbytes: float) -> float:
-        """Bytes from card to card over the host: all up, then all down."""
-        return 2 * (nbytes * self.host_s_per_byte + self.profile.host_link_latency_s)
+    def _relay_s(self, moves: Sequence[tuple[int, float]]) -> float:
+        """(source, bytes) from card to card over the host: all up, and down what has come; at the
+        end the last message alone.
+
+        Who has been first in one exchange is first in the next, and up by a turn of the link.
+        """
+        sent: dict[int, float] = {}
+        for source, nbytes in moves:
+            whole = nbytes * RELAYED_RATIO + RELAYED_HEADER_BYTES
+            sent[source] = sent.get(source, 0.0) + whole
+        last = min(max(nbytes for _, nbytes in moves), RELAYED_BYTES) + RELAYED_HEADER_BYTES
+        most = max(sent.values())
+        ahead = min(most, self.host_turn_bytes)
+        nbytes = max(sum(sent.values()) - ahead, most) + last
+        return nbytes * self.host_s_per_byte + 2 * self.profile.host_link_latency_s
 
     def _are_alike(self, cards: tuple[int, ...]) -> bool:
         if self.uniform:

@@ -19,6 +19,11 @@ STEP_HEADER_BYTES = 32
 PROGRAM_HEADER_BYTES = 32
 COMMAND_BYTES = 128
 
+# What goes from card to card over the host does so in messages of so much; and what each of them, a
+# Relayed with one message of a link in it, has besides.
+RELAYED_BYTES = 16384
+RELAYED_HEADER_BYTES = HEADER_BYTES + RAW_BUFFER_BYTES + 3 + 24
+
 # One that carries next to nothing, such as Ok, ReadCounters or Describe.
 SMALL_BYTES = HEADER_BYTES + 1 + INTEGER_BYTES
 

@@ -23,7 +23,8 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.machine import RELAYED_RATIO, Machine
+from spanker.sched.cost.messages import RELAYED_BYTES, RELAYED_HEADER_BYTES
 from spanker.values import Value
 
 F64 = npt.NDArray[np.float64]
@@ -50,6 +51,7 @@ class Gather:
         self._latency_s = profile.intercard_latency_s
         self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
         self._host_s_per_byte = machine.host_s_per_byte
+        self._host_turn_bytes = machine.host_turn_bytes
         self._host_latency_s = profile.host_link_latency_s
         self._up = ~np.eye(n, dtype=bool)
         # [source, target]: seconds a byte, and latencies.
@@ -82,11 +84,17 @@ class Gather:
         for axis in (1, 2):
             ports = sent.sum(axis=axis) * self._port_s + latencies.max(axis=axis)
             longest = np.maximum(longest, ports.max(axis=1))
-        return np.maximum(longest, self._relay_s(nbytes @ self._relays))
+        return np.maximum(longest, self._relay_s(nbytes)) if self._relays.any() else longest
 
-    def _relay_s(self, relayed: F64) -> F64:
-        seconds: F64 = 2 * (relayed * self._host_s_per_byte + self._host_latency_s)
-        return np.where(relayed > 0, seconds, 0.0)
+    def _relay_s(self, nbytes: F64) -> F64:
+        moved = nbytes * (self._relays > 0)
+        headers = (moved > 0) * float(RELAYED_HEADER_BYTES)
+        sent = (moved * RELAYED_RATIO + headers) * self._relays
+        last = np.minimum(moved.max(axis=1), RELAYED_BYTES) + RELAYED_HEADER_BYTES
+        most, total = sent.max(axis=1), sent.sum(axis=1)
+        link = np.maximum(total - np.minimum(most, self._host_turn_bytes), most) + last
+        seconds: F64 = link * self._host_s_per_byte + 2 * self._host_latency_s
+        return np.where(total > 0, seconds, 0.0)
 
     def least(self, total: float) -> float:
         """What no way of dividing so many bytes can beat."""
@@ -96,7 +104,9 @@ class Gather:
         if self._uniform:
             longest = max(total / n * self._link_s, total * (n - 1) / n * self._port_s)
             return longest + self._latency_s
-        relay = float(self._relay_s(np.array([total * self._relays.min()]))[0])
+        relayed = total * float(self._relays.min())
+        relayed = max(relayed - self._host_turn_bytes, relayed / 2)
+        relay = relayed * self._host_s_per_byte + 2 * self._host_latency_s if relayed else 0.0
         if not self._links.all():
             return relay
         # Each card's own part takes at least its slowest link and its port.

@@ -315,11 +315,11 @@ def _idealised(request: Request) -> Request:
     rates, latencies = [x.bytes_per_s for x in links], [x.latency_s for x in links]
     port = profile.port_bytes_per_s
     if not request.topology.fully_meshed:
-        # What is relayed goes twice over the host link, and through no port.
-        relay = (profile.host_link_bytes_per_s or math.inf) / 2
+        # What is relayed goes over the host link, and through no port.
+        relay = profile.host_link_bytes_per_s or math.inf
         rates.append(relay)
         latencies.append(2 * profile.host_link_latency_s)
-        port = max(port, relay) if port else None
+        port = port + relay if port else None
     return attrs.evolve(
         request,
         profile=attrs.evolve(

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards that join a running fleet, models that are unloaded, the last card that comes back.
+
+A failing case is replayed by its name: moments are drawn from the seed in it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from crowd import FAULTS, HANG_TIMEOUT_S, ITEMS, Answers, At, Crowd, check_nothing_held, kinds
+from waiting import until
+
+import spanker
+from spanker.actors import coordinator as coordinators
+from spanker.errors import (
+    CardHungError,
+    CardLostError,
+    ConfigError,
+    RequestError,
+    TopologyMismatchError,
+)
+from spanker.events import CardJoined, CardLost, Replanned
+from spanker.sched.topology import Topology
+from spanker.testing import hang, kill, run_virtual
+
+
+@pytest.mark.parametrize("plan", ["tp", "pp", "tp2"])
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_card_joins_in_the_middle_of_generations(
+    seed: int, plan: str, tiny: Path, expected: Answers
+) -> None:
+    draw = random.Random(f"{seed} {plan}")
+    with trio.fail_after(30):
+        async with (
+            spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet,
+            trio.open_nursery() as nursery,
+        ):
+            model = await fleet.load(tiny, plan=plan)
+            joining = At({draw.randrange(1, ITEMS - 20): lambda: _join(nursery, fleet)})
+            assert await Crowd(model, joining).run() == expected
+            await until(lambda: CardJoined in kinds(fleet))
+            assert await Crowd(model).run() == expected
+            assert len(model.plan.cards) == (2 if plan == "tp2" else 3)
+            assert kinds(fleet) == [CardJoined] + [Replanned] * (plan != "tp2")
+            assert str(fleet.events.history[0]) == "card 2 (soft2) has joined"
+            assert fleet.health().cards == (0, 1, 2) and fleet.topology == Topology.with_mock(3)
+            arrays = [np.full(64, card, np.float32) for card in range(3)]
+            await spanker.all_reduce(fleet, arrays)
+            assert all(np.array_equal(array, np.full(64, 3, np.float32)) for array in arrays)
+            await check_nothing_held(model)
+
+
+def _join(nursery: trio.Nursery, fleet: spanker.Fleet) -> None:
+    nursery.start_soon(fleet.add, "soft:1")
+
+
+async def test_from_one_card_to_four(tiny: Path, expected: Answers) -> None:
+    async with spanker.open_fleet(1, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        for number in (1, 2, 3):
+            assert await fleet.add("soft:1") == number
+            assert model.plan.cards == tuple(range(number + 1))
+            assert await Crowd(model).run() == expected
+        kill(fleet, 3)
+        assert await Crowd(model).run() == expected
+        await fleet.admit(3)
+        assert len(model.plan.cards) == 4
+        assert await Crowd(model).run() == expected
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_card_joins_and_another_one_dies_at_once(
+    fault: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+
+        async def misfortune() -> None:
+            await fleet.add("soft:1")
+            FAULTS[fault](fleet, 0)
+
+        async with trio.open_nursery() as nursery:
+            begin = At({30: lambda: nursery.start_soon(misfortune)})
+            assert await Crowd(model, begin).run() == expected
+        FAULTS[fault](fleet, 0)
+        assert await Crowd(model).run() == expected
+        assert model.plan.cards == (1, 2)
+        assert kinds(fleet)[0] is CardJoined and kinds(fleet).count(CardLost) == 1
+
+
+@pytest.mark.parametrize("cards", ["soft:2", "virtual:2"])
+def test_a_join_that_is_cancelled_leaves_nothing(cards: str, tiny: Path) -> None:
+    async def main() -> None:
+        kind = cards.partition(":")[0]
+        async with spanker.open_fleet(cards, hang_timeout_s=5, profile="rev-a") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            coordinator = fleet._coordinator
+            before = len(coordinator._lives)
+            # While somebody has the cards, it waits.
+            await coordinator.take_cards()
+            with trio.move_on_after(0.1) as scope:
+                await fleet.add(f"{kind}:1")
+            coordinator.give_cards_back()
+            assert scope.cancelled_caught
+            assert len(fleet.cards) == len(fleet.devices) == before == len(coordinator._lives)
+            assert fleet.events.history == () and len(fleet.topology.cards) == 2
+            generation = model.generate([1, 2], max_tokens=4, ignore_eos=True)
+            await generation.collect()
+            assert await fleet.add(f"{kind}:1") == 2
+            again = model.generate([1, 2], max_tokens=4, ignore_eos=True)
+            await again.collect()
+            assert again.token_ids == generation.token_ids and len(model.plan.cards) == 3
+
+    threads = threading.active_count()
+    (trio.run if cards.startswith("soft") else run_virtual)(main)
+    assert threading.active_count() == threads
+
+
+async def test_a_card_that_is_silent_does_not_join(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+
+        async def silent(client: object) -> None:
+            await trio.sleep_forever()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(coordinators, "_describe", silent)
+            with pytest.raises(CardHungError, match="card 2 has not answered"):
+                await fleet.add("soft:1")
+        assert len(fleet.cards) == 2
+        assert await Crowd(model).run() == expected
+        assert await fleet.add("soft:1") == 2
+        assert await Crowd(model).run() == expected
+
+
+async def test_who_cannot_join(tmp_path: Path) -> None:
+    async with spanker.open_fleet(2) as fleet:
+        for spec, match in (("soft:2", "one by one"), ("virtual:1", "open e.g. soft:1")):
+            with pytest.raises(ConfigError, match=match):
+                await fleet.add(spec)
+        async with fleet.trace(tmp_path / "trace.json"):
+            with pytest.raises(ConfigError, match="end the trace first"):
+                await fleet.add("soft:1")
+        assert len(fleet.cards) == 2
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+async def test_a_collective_that_waits_while_a_card_joins_is_told(channel: str) -> None:
+    async with spanker.open_fleet(2, channel=channel) as fleet:
+        await spanker.all_reduce(fleet, [np.ones(64, np.int32) for _ in range(2)])
+        arrays, coordinator = await fleet.arrays(64), fleet._coordinator
+
+        async def reduce() -> None:
+            with pytest.raises(TopologyMismatchError, match="a card has joined"):
+                await spanker.all_reduce(fleet, [np.ones(64, np.int32) for _ in range(2)])
+
+        await coordinator.take_cards()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.add, "soft:1")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(reduce)
+            await trio.testing.wait_all_tasks_blocked()
+            coordinator.give_cards_back()
+        await arrays.aclose()
+        whole = [np.full(64, card, np.int32) for card in range(3)]
+        await spanker.all_reduce(fleet, whole)
+        assert all(np.array_equal(array, np.full(64, 3, np.int32)) for array in whole)
+        await fleet._collectives.trim()
+        assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("profile", ["rev-a", "native"])
+def test_virtual_cards_join_alike_each_time(profile: str, tiny: Path) -> None:
+    async def main(join: bool) -> tuple[list[int], float, list[str]]:
+        async with spanker.open_fleet("virtual:2", profile=profile) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            async with trio.open_nursery() as nursery:
+                generation = model.generate([5, 6, 7], max_tokens=30, ignore_eos=True)
+                async for token in generation:
+                    if join and token.position == 9:
+                        nursery.start_soon(fleet.add, "virtual:1")
+            log = [str(event) for event in fleet.events.history]
+            return generation.token_ids, trio.current_time(), log
+
+    alone, joined = run_virtual(main, False), run_virtual(main, True)
+    assert joined[0] == alone[0]
+    assert [line.partition(";")[0] for line in joined[2]] == [
+        "card 2 (virtual2) has joined",
+        "tiny llama: re-planned tp2 -> tp3 on cards 0, 1, 2",
+    ]
+    assert run_virtual(main, True) == joined
+
+
+async def test_throttled_cards_join_and_keep_their_pace(tiny: Path) -> None:
+    async with spanker.open_fleet(2, profile="rev-a", throttle=True) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        fleet.devices[0].slow(2)  # type: ignore[union-attr]
+        before = model.generate([5], max_tokens=8, ignore_eos=True)
+        await before.collect()
+        await fleet.add("soft:1")
+        after = model.generate([5], max_tokens=8, ignore_eos=True)
+        await after.collect()
+        assert after.token_ids == before.token_ids and len(model.plan.cards) == 3
+        paces = [device.pace for device in fleet.devices]  # type: ignore[union-attr]
+        assert all(pace is not None and pace.steps >= 8 for pace in paces)
+
+
+# --- models that are unloaded -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["tp", "dp2"])
+async def test_an_unloaded_model_leaves_nothing_and_others_go_on(
+    plan: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        other = await fleet.load(tiny, plan="tp")
+        used = [device.counters().ddr_used_bytes for device in fleet.devices]
+        model = await fleet.load(tiny, plan=plan)
+        generation = model.generate([1, 2], max_tokens=60, ignore_eos=True)
+        await anext(generation)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(model.unload)
+            assert await Crowd(other).run() == expected
+        assert [device.counters().ddr_used_bytes for device in fleet.devices] == used
+        with pytest.raises(RequestError, match="tiny llama has been unloaded"):
+            await generation.collect()
+        with pytest.raises(RequestError, match="unloaded"):
+            model.generate([1], max_tokens=1)
+        await model.unload()
+        assert [m.name for m in fleet.health().models] == ["tiny llama"]
+        assert fleet.plan == other.plan
+        await other.unload()
+        assert not any(device.counters().ddr_used_bytes for device in fleet.devices)
+
+
+# --- the last card --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fail", [kill, hang])
+async def test_the_last_card_comes_back(
+    fail: Callable[[spanker.Fleet, int], None], tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        fail(fleet, 0)
+        fail(fleet, 1)
+        with pytest.raises(CardLostError, match="no card is left"):
+            await model.generate([1], max_tokens=2).collect()
+        assert len(fleet.health().lost) == 2
+        with pytest.raises(CardLostError):
+            await fleet.load(tiny)
+        await fleet.admit(1)
+        await fleet.admit(0)
+        assert fleet.health().cards == (0, 1)
+        again = await fleet.load(tiny, plan="tp")
+        assert again.plan.cards == (0, 1)
+        assert await Crowd(again).run() == expected
+        with pytest.raises(CardLostError, match="no card is left"):
+            model.generate([1], max_tokens=2)
+        await model.unload()
