@@ -34,11 +34,12 @@ class Question:
 
 @attrs.frozen(eq=False, repr=False)
 class Answer:
-    """The ids of as many tokens as anybody asks for, and the logits behind each; of a prompt that
-    is scored, no ids, and the logits of each of its tokens."""
+    """The ids of as many tokens as anybody asks for, and the logits behind each, and what each adds
+    to the text; of a prompt that is scored, no ids, and the logits of each of its tokens."""
 
     ids: tuple[int, ...]
     logits: tuple[bytes, ...]
+    texts: tuple[str, ...] = ()
 
 
 _known: dict[Question, Answer] = {}
@@ -65,6 +66,25 @@ def question_of(scenario: Scenario, client: Client) -> Question:
         0 if greedy else client.sampling_seed,
         False,
     )
+
+
+def stop_of(scenario: Scenario, client: Client) -> str:
+    """The stop string of a client, or nothing."""
+    if client.stop_at is None or client.score:
+        return ""
+    return answer_to(question_of(scenario, client)).texts[client.stop_at]
+
+
+def stopped_after(scenario: Scenario, client: Client) -> int | None:
+    """The tokens that end with the stop string of a client, None where it does not come."""
+    stop, text = stop_of(scenario, client), ""
+    if not stop:
+        return None
+    for count, piece in enumerate(answer_to(question_of(scenario, client)).texts, 1):
+        text += piece
+        if stop in text:
+            return count
+    return None
 
 
 def number_of_model(scenario: Scenario, client: Client) -> int:
@@ -109,5 +129,7 @@ async def _ask(name: str, questions: list[Question]) -> None:
                 ignore_eos=True,
                 logits=True,
             )
-            logits = [t.logits.tobytes() async for t in generation if t.logits is not None]
-            _known[question] = Answer(tuple(generation.token_ids), tuple(logits))
+            tokens = [token async for token in generation]
+            logits = [t.logits.tobytes() for t in tokens if t.logits is not None]
+            texts = tuple(t.text for t in tokens if t.id is not None)
+            _known[question] = Answer(tuple(generation.token_ids), tuple(logits), texts)

@@ -26,7 +26,12 @@ from spanker.errors import (
 )
 from spanker.fleet import Model
 from spanker.sched.layout import card_bytes
-from spanker.testing.misfortune.answers import answer_to, number_of_model, question_of
+from spanker.testing.misfortune.answers import (
+    answer_to,
+    number_of_model,
+    question_of,
+    stopped_after,
+)
 from spanker.testing.misfortune.outcome import Got
 from spanker.testing.misfortune.scenario import Client, Deed, Scenario, What
 from spanker.testing.misfortune.world import World
@@ -44,8 +49,9 @@ def _is_plenty(scenario: Scenario) -> bool:
 
 
 def _nothing_left(world: World) -> bool:
-    """Whether no card need have been usable at some time by now."""
-    every = set(range(len(world.fleet.cards)))
+    """Whether no card need have been usable at some time by now; one that joins may have come too
+    late."""
+    every = set(range(len(parse_fleet(world.scenario.cards))))
     return every <= world.drained.union(world.ever_struck)
 
 
@@ -56,9 +62,6 @@ def _may_fail_with(world: World, error: SpankerError) -> bool:
         return bool(changed) and (What.STARVE in world.done or not _is_plenty(world.scenario))
     if isinstance(error, CardLinkDownError):
         return What.CUT in world.done
-    if isinstance(error, PlanError):
-        # No way is left, and the model may not go elsewhere.
-        return What.CUT in world.done and not world.scenario.recover
     if isinstance(error, CardLinkError):
         return What.CORRUPT in world.done
     if isinstance(error, CardLostError | CardHungError):
@@ -160,10 +163,15 @@ def wanted(scenario: Scenario, client: Client) -> int:
     """How many items a client gets that stays."""
     if client.score:
         return client.prompt_length
-    return min(client.tokens_max, scenario.ctx - client.prompt_length)
+    most = min(client.tokens_max, scenario.ctx - client.prompt_length)
+    stopped = stopped_after(scenario, client)
+    return most if stopped is None else min(most, stopped)
 
 
 def _finish(scenario: Scenario, client: Client) -> str:
+    stopped = stopped_after(scenario, client)
+    if stopped is not None and stopped <= wanted(scenario, client):
+        return "stop"
     if client.score or client.tokens_max <= scenario.ctx - client.prompt_length:
         return "length"
     return "context"
@@ -232,7 +240,8 @@ def check_counters(world: World) -> None:
         stats = model.stats
         if stats.generated_tokens < made:
             world.violate(f"{stats.generated_tokens} tokens counted, {made} delivered")
-        if all(got.left is None for _, got in mine):
+        # What is generated behind a stop string nobody takes.
+        if all(got.left is None and client.stop_at is None for client, got in mine):
             if stats.generated_tokens != made:
                 world.violate(f"{stats.generated_tokens} tokens counted, {made} delivered")
             prompts = sum(client.prompt_length for client, _ in mine)

@@ -10,7 +10,7 @@ import trio
 
 from spanker.errors import SpankerError, again
 from spanker.fleet import Model
-from spanker.testing.misfortune.answers import number_of_model, prompt_of
+from spanker.testing.misfortune.answers import number_of_model, prompt_of, stop_of
 from spanker.testing.misfortune.outcome import Got
 from spanker.testing.misfortune.scenario import Client, Way
 from spanker.testing.misfortune.world import World
@@ -52,6 +52,7 @@ async def _generate(
         seed=client.sampling_seed,
         ignore_eos=True,
         logits=client.logits,
+        stop=[stop] if (stop := stop_of(world.scenario, client)) else [],
     )
     while not _is_time_to_leave(client, got, scope):
         try:
@@ -119,6 +120,8 @@ def describe(client: Client) -> str:
         words.append(f"leaves ({client.leave_by.value}) after {client.leave_after}")
     if client.deadline_s is not None:
         words.append(f"within {client.deadline_s:g} s")
+    if client.stop_at is not None:
+        words.append(f"stops at the text of token {client.stop_at}")
     if client.model:
         words.append("of the second model")
     return ", ".join(words)

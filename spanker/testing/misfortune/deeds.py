@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from spanker.errors import SpankerError, again
+from spanker.testing.fault_plan import FaultPlan, HostLink, Link
 from spanker.testing.misfortune.answers import second_model
 from spanker.testing.misfortune.checks import check_deed, check_drained
 from spanker.testing.misfortune.models import path_of
@@ -41,11 +42,21 @@ async def _perform(world: World, deed: Deed) -> None:
 
 
 async def _strike(world: World, deed: Deed) -> None:
+    if max(deed.card, deed.peer) >= len(world.fleet.devices):
+        world.tell(f"{in_words(deed)}: no such card yet")
+        return
     card: Any = world.fleet.devices[deed.card]
-    if deed.what in FATAL or deed.what is What.INJECT:
+    if deed.what in FATAL:
         world.strike(deed.card)
     if deed.what is What.INJECT:
         assert world.injection is not None
+        (fault,) = FaultPlan.parse(deed.text).faults
+        if isinstance(fault.where, Link):
+            world.done.add(What.CUT)
+        else:
+            everyone = isinstance(fault.where, HostLink)
+            for number in range(len(world.fleet.devices)) if everyone else fault.cards:
+                world.strike(number)
         world.injection.strike(deed.text)
     elif deed.what in FATAL:
         getattr(card, _KNOBS[deed.what])()
@@ -76,6 +87,8 @@ def in_words(deed: Deed) -> str:
     word = deed.what.value
     if deed.what is What.LOAD:
         return "load the second model"
+    if deed.what is What.JOIN:
+        return "a card joins"
     if deed.what is What.INJECT:
         return deed.text
     if deed.what is What.CUT:
@@ -102,10 +115,15 @@ async def _load(world: World, deed: Deed) -> None:
     await load(world, 1, second_model(world.scenario), "auto")
 
 
+async def _join(world: World, deed: Deed) -> None:
+    await world.fleet.add("virtual:1:16MiB")
+
+
 _WISHES: Mapping[What, Callable[[World, Deed], Awaitable[None]]] = {
     What.DRAIN: _drain,
     What.ADMIT: _admit,
     What.LOAD: _load,
+    What.JOIN: _join,
 }
 
 

@@ -32,6 +32,15 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "tied": False,
     },
     "deep": {"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64, "format": "q5_1"},
+    # Rows are whole blocks of 256.
+    "blocks": {
+        "layers": 1,
+        "hidden": 256,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn": 256,
+        "format": "q4_k",
+    },
     # Float weights: float32 is gathered where others have Q8.
     "float": {"layers": 1, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 32, "format": "f16"},
 }

@@ -18,6 +18,7 @@ import trio
 
 import spanker
 from spanker.actors.virtual_time import run_virtual
+from spanker.device.spec import parse_fleet
 from spanker.errors import SpankerError
 from spanker.events import LOGGER
 from spanker.fleet import Fleet
@@ -27,7 +28,7 @@ from spanker.testing.misfortune.clients import attend
 from spanker.testing.misfortune.deeds import load, perform
 from spanker.testing.misfortune.knobs import turned
 from spanker.testing.misfortune.outcome import Outcome
-from spanker.testing.misfortune.profiles import PROFILES
+from spanker.testing.misfortune.profiles import PROFILES, TOPOLOGIES
 from spanker.testing.misfortune.scenario import WISHES, Scenario, What
 from spanker.testing.misfortune.watchdog import StuckError, Turns, wall_clock
 from spanker.testing.misfortune.world import World
@@ -83,6 +84,9 @@ async def _fleet(scenario: Scenario) -> AsyncIterator[tuple[Fleet, Injection | N
         "profile": PROFILES[scenario.profile],
         "hang_timeout_s": scenario.hang_timeout_s,
         "recover": scenario.recover,
+        "topology": TOPOLOGIES[scenario.links](len(parse_fleet(scenario.cards))),
+        "audit_every": scenario.audit_every,
+        "rebalance": scenario.rebalance,
     }
     if any(deed.what is What.INJECT for deed in scenario.deeds):
         async with faulty_fleet(scenario.cards, **options) as (fleet, injection):

@@ -39,13 +39,14 @@ class What(enum.Enum):
     DRAIN = "drain"
     ADMIT = "admit"
     LOAD = "load"
+    JOIN = "join"
 
     def __repr__(self) -> str:
         return f"What.{self.name}"
 
 
 # What is somebody's wish; the rest is misfortune.
-WISHES = frozenset({What.DRAIN, What.ADMIT, What.LOAD})
+WISHES = frozenset({What.DRAIN, What.ADMIT, What.LOAD, What.JOIN})
 # What a card does not survive.
 FATAL = frozenset({What.KILL, What.HANG, What.RESET, What.ECC})
 
@@ -67,7 +68,8 @@ class Client:
     Its prompt has `prompt_length` tokens, which follow from `prompt_first`.  `score` asks for the
     logits of the prompt, anything else generates.  It takes `pause_s` before each item but the
     first, leaves `leave_s` after its item `leave_after` (None: stays to the end), and gives up
-    `deadline_s` after it has begun.  `model` is the one it asks: 0 the first, 1 the second.
+    `deadline_s` after it has begun.  Its stop string is the text of the token `stop_at` of the
+    right answer, if that has any.  `model` is the one it asks: 0 the first, 1 the second.
     """
 
     start: Moment = Moment()
@@ -84,6 +86,7 @@ class Client:
     leave_s: float = 0.0
     leave_by: Way = Way.CLOSE
     deadline_s: float | None = None
+    stop_at: int | None = None
     model: int = 0
 
 
@@ -93,7 +96,8 @@ class Deed:
 
     `value` is the factor of SLOW, the allocations of STARVE, the messages of CORRUPT; `for_s` is
     how long a link is CUT, None for ever.  INJECT is the fault `text` of a fault plan, for what
-    happens to the channel of the card.
+    happens to channels, the host link, and whatever else only an injection does.  One that is for a
+    card that has not joined is not done.
     """
 
     at: Moment
@@ -121,8 +125,9 @@ class Knobs:
 class Scenario:
     """Everything that is decided before a run; `seed` decides the rest, the scheduler's choices.
 
-    `cards` and `plan` as for `open_fleet`, `profile` and `model` by their names in profiles.py and
-    models.py, `ctx`, `kv_tokens` and `prompt_chunk` as for `Fleet.load`.
+    `cards`, `plan`, `audit_every` and `rebalance` as for `open_fleet`, `profile`, `model` and
+    `links` by their names in profiles.py and models.py, `ctx`, `kv_tokens` and `prompt_chunk` as
+    for `Fleet.load`.
     """
 
     seed: int
@@ -135,6 +140,9 @@ class Scenario:
     prompt_chunk: int = 16
     hang_timeout_s: float = 1.0
     recover: bool = True
+    links: str = "mesh"
+    audit_every: int | None = None
+    rebalance: bool = False
     knobs: Knobs = Knobs()
     clients: tuple[Client, ...] = ()
     deeds: tuple[Deed, ...] = ()
