@@ -361,7 +361,10 @@ def _exchange(transfers: npt.NDArray[np.void], kinds: dict[bytes, _Exchange]) ->
 
 
 def over_links(program: Buffer) -> Buffer:
-    """The bytes of a program with all its transfers over links."""
+    """The bytes of a program with all its transfers over links; what is no program stays as it is,
+    for the card to refuse."""
+    if len(program) < PROGRAM_HEADER.size or (len(program) - PROGRAM_HEADER.size) % COMMAND.size:
+        return program
     commands = np.frombuffer(program, _COMMAND, offset=PROGRAM_HEADER.size)
     hosted = np.isin(commands["op"], _TRANSFERS) & (commands["flags"] & int(lib.SPK_FLAG_HOST) != 0)
     if not hosted.any():
