@@ -13,6 +13,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find spanker/kernels/csrc spanker/device/csrc spanker/ggml/csrc driver/include -name '*.[ch]')
 CHECK_OUT := build/check
 SERVER := build/spanker-card-server
+FIRMWARE := build/spanker-firmware.elf
 
 # Processes that run tests side by side, each whole files.
 TEST_JOBS ?= 2
@@ -20,7 +21,7 @@ TEST_JOBS ?= 2
 DEMO_CARDS ?= 3
 DEMO_PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: help build card-server demo test test-long soak test-riscv test-driver test-driver-debug
+.PHONY: help build card-server firmware demo test test-long soak test-riscv test-driver test-driver-debug
 .PHONY: check check-python check-c check-sanitize bench clean
 .DEFAULT_GOAL := help
 
@@ -81,6 +82,11 @@ card-server: $(SERVER)  ## build spanker-card-server: emulated cards on QEMU's P
 
 $(SERVER): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/server/*.[ch] driver/include/*.h) tools/build_card_server.py
 	$(BIN)/python tools/build_card_server.py --cc "$(CC)" $@
+
+firmware: $(FIRMWARE)  ## build the firmware of RISC-V cards (clang, and the C library for riscv64)
+
+$(FIRMWARE): $(INSTALLED) $(NATIVE) $(wildcard spanker/device/card_process/*.[ch] spanker/device/riscv/csrc/*.[ch]) tools/build_firmware.py
+	$(BIN)/python tools/build_firmware.py $@
 
 clean:  ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,6 +56,7 @@ from spanker.sched.topology import Topology
 
 if TYPE_CHECKING:
     from spanker.device.kernel.card import KernelCard
+    from spanker.device.remote import RemoteCard
 
 T = TypeVar("T")
 
@@ -527,7 +528,7 @@ class Fleet:
         return self._fleet.plan
 
     @property
-    def devices(self) -> tuple[SoftCard | KernelCard, ...]:
+    def devices(self) -> tuple[SoftCard | KernelCard | RemoteCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
         return self._fleet.devices
 

@@ -41,6 +41,7 @@ from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
 from spanker.device.kernel.spec import KernelCardSpec
+from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from spanker.device.base import CardDevice
     from spanker.device.kernel.card import KernelCard
     from spanker.device.kernel.rig import KernelRig
+    from spanker.device.remote import RemoteCard
+    from spanker.device.riscv.rig import RiscvRig
     from spanker.device.virtual.card import VirtualRig
     from spanker.device.virtual.engine import Usage as FleetUsage
     from spanker.sched.decision import Decision
@@ -439,7 +442,7 @@ class Fleet:
     def __init__(
         self,
         coordinator: Coordinator,
-        rig: SoftRig | VirtualRig | KernelRig,
+        rig: SoftRig | VirtualRig | KernelRig | RiscvRig,
         profile: Profile,
         nursery: trio.Nursery,
         default_plan: str,
@@ -490,7 +493,7 @@ class Fleet:
         return self._models[-1].plan
 
     @property
-    def devices(self) -> tuple[SoftCard | KernelCard, ...]:
+    def devices(self) -> tuple[SoftCard | KernelCard | RemoteCard, ...]:
         """The devices behind the cards, for tests that make them fail."""
         return tuple(self._devices)  # type: ignore[arg-type]
 
@@ -819,7 +822,9 @@ class Fleet:
                 virtual = rig.create(spec)
                 return virtual, lambda: rig.join(virtual)
         if not isinstance(rig, SoftRig) and not self._coordinator.modelled:
-            raise ConfigError("kernel cards cannot join a fleet that is open: open it with all")
+            raise ConfigError(
+                "kernel and RISC-V cards cannot join a fleet that is open: open it with all"
+            )
         kind = "hollow" if self._coordinator.hollow else "soft"
         if self._coordinator.modelled and not self._coordinator.hollow:
             kind = "virtual"
@@ -1007,13 +1012,14 @@ def _rig(
     workers: int | None,
     throttle: bool,
     topology: Topology | None,
-) -> SoftRig | VirtualRig | KernelRig:
+) -> SoftRig | VirtualRig | KernelRig | RiscvRig:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     virtual = [spec for spec in specs if isinstance(spec, VirtualCardSpec)]
     kernel = [spec for spec in specs if isinstance(spec, KernelCardSpec)]
-    soft = [spec for spec in specs if isinstance(spec, SoftCardSpec)]
-    named = {"soft": soft, "virtual": virtual, "kernel": kernel}
+    here = [spec for spec in specs if isinstance(spec, SoftCardSpec | RiscvCardSpec)]
+    soft = [spec for spec in here if isinstance(spec, SoftCardSpec)]
+    named = {"soft": here, "virtual": virtual, "kernel": kernel}
     kinds = [kind for kind, found in named.items() if found]
     if len(kinds) > 1:
         raise ConfigError(f"{' and '.join(kinds)} cards do not go together: choose one kind")
@@ -1027,6 +1033,16 @@ def _rig(
         from spanker.device.kernel.rig import KernelRig
 
         return KernelRig(kernel)
+    if len(soft) < len(here):
+        if throttle:
+            raise ConfigError("RISC-V cards have their own speed: leave throttle out")
+        if topology is not None:
+            raise ConfigError("RISC-V cards are linked all with all: leave the topology out")
+        from spanker.device.riscv.rig import RiscvRig
+
+        riscv_rig = RiscvRig(here, workers)
+        riscv_rig.held = True
+        return riscv_rig
     if not virtual:
         soft_rig = SoftRig(soft, workers, profile if throttle else None, topology)
         soft_rig.held = True
@@ -1044,7 +1060,7 @@ def _rig(
 
 
 @contextlib.asynccontextmanager
-async def _passing_time(rig: SoftRig | VirtualRig | KernelRig) -> AsyncIterator[None]:
+async def _passing_time(rig: SoftRig | VirtualRig | KernelRig | RiscvRig) -> AsyncIterator[None]:
     """The time of virtual cards passes within the block."""
     if not rig.cards[0].modelled:
         yield
@@ -1057,7 +1073,9 @@ async def _passing_time(rig: SoftRig | VirtualRig | KernelRig) -> AsyncIterator[
         yield
 
 
-def _topology(rig: SoftRig | VirtualRig | KernelRig, asked: Topology | None) -> Topology | None:
+def _topology(
+    rig: SoftRig | VirtualRig | KernelRig | RiscvRig, asked: Topology | None
+) -> Topology | None:
     """Which cards are linked, where not all of them need be."""
     states = getattr(rig, "links", None)
     if states is None:

@@ -19,6 +19,7 @@ import cffi
 KERNELS = "spanker/kernels/csrc"
 CARD = "spanker/device/csrc"
 SERVER = "spanker/device/server"
+PROCESS = "spanker/device/card_process"
 VOCABULARY = "spanker/ggml/csrc"
 XPOP_TRAP = "spanker/device/riscv/csrc"  # Xpop_matmul, emulated
 INTERFACE = "driver/include"  # of the card, as the kernel module sees it
@@ -27,6 +28,7 @@ INCLUDE_DIRS = [KERNELS, CARD, XPOP_TRAP, VOCABULARY, INTERFACE, UAPI]
 HEADERS_WITH_CDEFS = [
     f"{KERNELS}/spk_kernels.h",
     f"{CARD}/spk_card.h",
+    f"{CARD}/spk_wire.h",
     f"{CARD}/spk_driver.h",
     f"{VOCABULARY}/spk_vocabulary.h",
 ]
@@ -123,10 +125,20 @@ def libraries(machine: str) -> list[Library]:
     return [library for library in found if library.sources]
 
 
-def card_server(machine: str) -> list[Library]:
-    """What spanker-card-server is linked from, in link order: its own sources come first."""
+def _program(name: str, directory: str, machine: str) -> list[Library]:
+    """What a program is linked from, in link order: its own sources come first."""
     parts = [library for library in libraries(machine) if library.directory != VOCABULARY]
-    return [Library("spk_server", SERVER, parts[0].isa_flags), *parts]
+    return [Library(name, directory, parts[0].isa_flags), *parts]
+
+
+def card_server(machine: str) -> list[Library]:
+    """Of spanker-card-server."""
+    return _program("spk_server", SERVER, machine)
+
+
+def card_process(machine: str) -> list[Library]:
+    """Of a card that is a process of its own; for riscv64 this is a card's firmware."""
+    return _program("spk_process", PROCESS, machine)
 
 
 # A 32-bit Python on a 64-bit kernel builds 32-bit code: plain C only.
@@ -137,7 +149,7 @@ def headers() -> list[str]:
     """Every header: each object depends on all of them, which is cheap and never wrong."""
     return sorted(
         path
-        for top in (*INCLUDE_DIRS, SERVER)
+        for top in (*INCLUDE_DIRS, SERVER, PROCESS)
         for path in glob.glob(f"{top}/**/*.h", recursive=True)
     )
 

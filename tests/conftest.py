@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +57,28 @@ def expected(tiny: Path) -> Answers:
             return await Crowd(await fleet.load(tiny)).run()
 
     return trio.run(main)
+
+
+@pytest.fixture(scope="session")
+def firmware() -> Path:
+    """The firmware of RISC-V cards, from the sources as they are."""
+    return _built()
+
+
+@pytest.fixture(scope="session")
+def card_process() -> Path:
+    """The same as a program of this machine, with sanitizers."""
+    if not shutil.which(os.environ.get("CC", "cc").split()[0]):
+        pytest.skip("needs a C compiler")
+    return _built("--here")
+
+
+def _built(*options: str) -> Path:
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "tools/build_firmware.py", *options]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / done.stdout.split()[-1]
 
 
 def _held() -> tuple[set[threading.Thread], frozenset[str], int]:

@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from native_objects import CommandError, compile_all, native, run
+from native_objects import CommandError, build_program, native
 
 OUT = Path("build/card-server")
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
@@ -25,13 +25,9 @@ SANITIZE += ["-fsanitize=address,undefined"]
 
 
 def build(compiler: str, program: Path, machine: str, extra: list[str]) -> None:
-    libraries = native["card_server"](machine)
     name = os.path.basename(shlex.split(compiler)[0])
-    objects = compile_all(compiler, OUT / name / program.name, extra, [], libraries)
-    program.parent.mkdir(parents=True, exist_ok=True)
-    partial = program.with_suffix(".partial")  # nobody finds half a program
-    run([*shlex.split(compiler), *extra, *objects, "-o", str(partial), *native["LINK_FLAGS"]])
-    partial.rename(program)
+    out = OUT / name / program.name
+    build_program(native["card_server"](machine), compiler, program, out, extra, [])
 
 
 def main() -> int:

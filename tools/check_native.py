@@ -43,7 +43,8 @@ ENVIRONMENT = {
 def check_warnings(compiler: str, machine: str | None) -> None:
     name = os.path.basename(shlex.split(compiler)[0])
     machine = machine or platform.machine().lower()
-    libraries = [*native["libraries"](machine), native["card_server"](machine)[0]]
+    programs = [native["card_server"](machine)[0], native["card_process"](machine)[0]]
+    libraries = [*native["libraries"](machine), *programs]
     objects = compile_all(compiler, OUT / name, ["-Werror"], [], libraries)
     print(f"check-c: {len(objects)} C files without a warning ({name})")
 

@@ -54,3 +54,18 @@ def compile_all(
         command = [*base, *native["CFLAGS"], *extra]
         jobs += [pool.submit(compile_one, test, out, command) for test in tests]
     return [job.result() for job in jobs]
+
+
+def build_program(
+    libraries: Any, compiler: str, program: Path, out: Path, extra: list[str], link: list[str]
+) -> None:
+    """Compiles and links a program; nobody finds half of one."""
+    objects = compile_all(compiler, out, extra, [], libraries)
+    link_program(compiler, objects, program, [*extra, *link])
+
+
+def link_program(compiler: str, objects: list[str], program: Path, flags: list[str]) -> None:
+    program.parent.mkdir(parents=True, exist_ok=True)
+    partial = program.with_suffix(".partial")
+    run([*shlex.split(compiler), *objects, "-o", str(partial), *flags, *native["LINK_FLAGS"]])
+    partial.rename(program)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests of RISC-V code under qemu-user (tests/riscv), arguments being pytest's.  What they
-# need is installed where this is root on Debian or Ubuntu, and otherwise named.
+# Runs the tests of RISC-V code under qemu-user (tests/riscv, and the conformance suite over cards
+# that run firmware), arguments being pytest's.  What they need is installed where this is root on
+# Debian or Ubuntu, and otherwise named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,4 +48,4 @@ then
   echo "test-riscv: no Spike here: tests that need it are left out" >&2
 fi
 
-exec "$PYTHON" -m pytest -m riscv tests/riscv "$@"
+exec "$PYTHON" -m pytest -m riscv tests/riscv tests/device "$@"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`spanker info`: versions, this machine, cached models; the shape and plan of a model."""
+"""`spanker info`: versions, this machine, cached models, cards; the shape and plan of a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from spanker.cli.options import FleetOptions
 from spanker.cli.reports import plan_json
 from spanker.device import uapi
 from spanker.device.kernel.survey import Survey, survey
+from spanker.device.riscv.emulator import Seen
+from spanker.device.riscv.emulator import survey as look
 from spanker.device.spec import parse_fleet
 from spanker.fleet import describe_share
 from spanker.ggml import catalog
@@ -52,7 +54,8 @@ def info(where: FleetOptions | None, *, as_json: bool) -> None:
         terminal.emit_json(out)
     elif forecast is None:
         seen = survey()
-        terminal.show(terminal.facts([*_rows(), ("kernel module", _module(seen))]))
+        rows = [*_rows(), ("kernel module", _module(seen)), ("RISC-V cards", _riscv(look()))]
+        terminal.show(terminal.facts(rows))
         _show_cards(seen)
     else:
         _show_forecast(forecast)
@@ -82,6 +85,7 @@ def _json() -> dict[str, object]:
             for entry in catalog.CATALOG.values()
         },
         "driver": _driver_json(survey()),
+        "riscv": _riscv_json(look()),
     }
 
 
@@ -164,6 +168,25 @@ def _driver_json(seen: Survey) -> dict[str, object]:
             for card in seen.cards
         ],
         "problems": list(seen.problems),
+    }
+
+
+# --- RISC-V cards ----------------------------------------------------------------------
+
+
+def _riscv(seen: Seen) -> str:
+    if seen.firmware is None:
+        return seen.problem
+    return f"{seen.path} ({seen.firmware.isa}) in {seen.emulator}"
+
+
+def _riscv_json(seen: Seen) -> dict[str, object]:
+    return {
+        "emulator": seen.emulator or None,
+        "firmware": seen.path or None,
+        "isa": seen.firmware.isa if seen.firmware else None,
+        "sha256": seen.firmware.sha256 if seen.firmware else None,
+        "problem": seen.problem or None,
     }
 
 

@@ -66,8 +66,9 @@ cards = click.option(
     "--cards",
     default="1",
     metavar="N|SPEC",
-    help="The cards: a number, or e.g. soft:3, soft:2@avx2,soft:1@scalar, soft:4:64MiB; kernel:2 "
-    "or kernel for those behind the kernel module.",
+    help="The cards: a number, or e.g. soft:3, soft:2@avx2,soft:1@scalar, soft:4:64MiB; "
+    "riscv:2 for those that run firmware in an emulator; kernel:2 or kernel for those behind the "
+    "kernel module.",
 )
 plan = click.option(
     "--plan",

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -34,6 +35,8 @@ NOTE_VERSION = 1
 NOTE_HEADER = struct.Struct("<IIHHIII32s")
 # op, format, where in the text its symbol is.
 NOTE_KERNEL = struct.Struct("<HHI")
+# name, info, other, section, value, size.
+SYMBOL = struct.Struct("<IBBHQQ")
 KERNELS_MAX = 4096
 SEGMENTS_MAX = 64
 SECTIONS_MAX = 4096
@@ -51,6 +54,7 @@ _NEEDED = ("i", "m", "a", "f", "d", "v")
 _ATTRIBUTES = ".riscv.attributes"
 _TAG_FILE, _TAG_ARCH = 1, 5
 _PT_LOAD, _PF_X, _PF_W = 1, 1, 2
+_STT_FUNC = 2
 
 
 @attrs.frozen
@@ -171,6 +175,11 @@ class _Reader:
         return Firmware(
             self._data, note.isa, note.abi, note.semantics, kernels, segments, entry, digest.hex()
         )
+
+    def sealed(self) -> bytes:
+        at = self._note().hash_at
+        digest = hash_segments(self._data, self._load_headers(), at)
+        return self._data[:at] + digest + self._data[at + len(digest) :]
 
     def _check_header(self) -> None:
         header = self._elf.header
@@ -334,9 +343,16 @@ class _Reader:
         if table is not None:
             if table["sh_entsize"] != 24 or table["sh_size"] > len(self._data):
                 raise self._wrong("its symbol table is malformed")
-            for symbol in table.iter_symbols():
-                if symbol["st_info"]["type"] == "STT_FUNC":
-                    symbols[symbol.name] = int(symbol["st_value"])
+            # By hand: a C library has thousands, of which a handful are looked for.
+            wanted = {symbol.encode() for _, _, symbol in note.kernels}
+            longest = max(map(len, wanted), default=0)
+            texts = self._elf.get_section(table["sh_link"]).data()
+            for at, info, _, _, address, _ in SYMBOL.iter_unpack(table.data()):
+                if info & 15 != _STT_FUNC:
+                    continue
+                text = texts[at : at + longest + 1].partition(b"\0")[0]
+                if text in wanted:
+                    symbols[text.decode()] = address
         if not note.kernels:
             raise self._wrong("its note lists no kernels")
         found: dict[tuple[int, int], Kernel] = {}
@@ -361,6 +377,19 @@ class _Reader:
         return tuple(found.values())
 
 
+def sealed(data: bytes, *, name: str = "firmware") -> bytes:
+    """An image whose note has the hash of its segments; all else is as it was, and not checked.
+
+    The last step of whoever links one.  FirmwareError where there is no note to put it into.
+    """
+    elf_file, elf_errors = _elftools()
+    try:
+        elf = elf_file(io.BytesIO(data))
+        return _Reader(name, data, elf).sealed()
+    except elf_errors as error:
+        raise FirmwareError(f"{name}: not a well-formed ELF file ({error})") from error
+
+
 def _within(address: int, segments: tuple[Segment, ...]) -> bool:
     """Whether there is code of the file at an address."""
     return any(s.executable and s.address <= address < s.address + s.nbytes for s in segments)
@@ -376,6 +405,28 @@ def hash_segments(data: bytes, headers: list[Any], hash_at: int) -> bytes:
         digest.update(struct.pack("<QQQI", h["p_vaddr"], h["p_filesz"], h["p_memsz"], h["p_flags"]))
         digest.update(blank[h["p_offset"] : h["p_offset"] + h["p_filesz"]])
     return digest.digest()
+
+
+def pack_note(isa: str, kernels: Sequence[tuple[Op, int, str]]) -> bytes:
+    """The note of an image of this version's interface and semantics, its hash yet to be put in:
+    `kernels` are the operation, weight format and symbol of each."""
+    texts = [isa, *dict.fromkeys(symbol for _, _, symbol in kernels)]
+    places = dict(zip(texts, itertools.accumulate([0, *[len(t) + 1 for t in texts]]), strict=False))
+    text = b"".join(t.encode("ascii") + b"\0" for t in texts)
+    table = b"".join(NOTE_KERNEL.pack(op, fmt, places[symbol]) for op, fmt, symbol in kernels)
+    nbytes = NOTE_HEADER.size + len(table) + len(text)
+    header = NOTE_HEADER.pack(
+        NOTE_VERSION,
+        nbytes,
+        *ABI_VERSION,
+        lib.SPK_SEMANTICS_VERSION,
+        len(kernels),
+        len(text),
+        bytes(32),
+    )
+    name = NOTE_NAME.encode() + b"\0"
+    head = struct.pack("<3I", len(name), nbytes, NOTE_TYPE) + name
+    return head + header + table + text + bytes(-nbytes % 4)
 
 
 def riscv_archs(data: bytes) -> Iterator[str]:

@@ -13,7 +13,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import attrs
 import numpy as np
@@ -22,7 +22,6 @@ from spanker.device.base import (
     RELAY_BYTES,
     TRACE_EVENT,
     Buffer,
-    CardDevice,
     CardRig,
     Completion,
     DeviceCounters,
@@ -34,16 +33,14 @@ from spanker.device.base import (
     Read,
     Together,
 )
+from spanker.device.core import CoreCard, Rig, counters_of, is_down
 from spanker.device.throttle import Pace, Throttle, pace_of
 from spanker.errors import (
     CardCommandError,
-    CardError,
-    CardFaultError,
     CardLostError,
-    CardMemoryError,
     ConfigError,
 )
-from spanker.native import check, default_isa, ffi, isa_number, lib, status_error
+from spanker.native import check, default_isa, ffi, isa_number, lib
 from spanker.sched.bandwidth import Profile
 from spanker.sched.topology import Topology
 from spanker.values import Value
@@ -74,28 +71,7 @@ class SoftCardSpec(Value):
     ddr_bytes: int = DEFAULT_DDR_BYTES
 
 
-class Rig(Protocol):
-    """What owns the native cards of a fleet, and whatever makes them work."""
-
-    @property
-    def cards(self) -> Sequence[SoftCard]: ...
-
-    @property
-    def throttled(self) -> bool:
-        """Whether they keep a profile's speeds in real time."""
-
-    @property
-    def meshed(self) -> bool:
-        """Whether every card has a link with every other."""
-
-    @property
-    def held(self) -> bool:
-        """Whether it stays when its last card is closed, until it is closed itself."""
-
-    def close(self) -> None: ...
-
-
-class SoftCard(CardDevice):
+class SoftCard(CoreCard):
     """One card of a rig, which owns its memory and steps it."""
 
     kind = "soft"
@@ -125,7 +101,7 @@ class SoftCard(CardDevice):
             ddr_bytes=ddr_bytes,
             programs_max=lib.SPK_PROGRAMS_MAX,
             windows_max=lib.SPK_WINDOWS_MAX,
-            meets=int(rig.meshed and not rig.throttled),
+            meets=int(rig.meets),
             maps=1,
             relays=1,
         )
@@ -158,10 +134,6 @@ class SoftCard(CardDevice):
         return self._card is None or self._closed
 
     @property
-    def info(self) -> DeviceInfo:
-        return self._info
-
-    @property
     def completion_fd(self) -> int | None:
         return int(lib.spk_card_fd(self.handle))
 
@@ -179,13 +151,6 @@ class SoftCard(CardDevice):
             self.free(handle)
             raise self._no_room(nbytes, 0)
         return handle
-
-    def _no_room(self, nbytes: int, free: int) -> CardMemoryError:
-        return CardMemoryError(
-            f"card {self.number}: no room for {nbytes:,} bytes in one piece: {free:,} of "
-            f"{self._info.ddr_bytes:,} are free; free buffers or open the card with more DDR",
-            card=self.number,
-        )
 
     def window(self, nbytes: int) -> int:
         self._u64(nbytes, "size")
@@ -332,7 +297,7 @@ class SoftCard(CardDevice):
         while lib.spk_card_completion(handle, c):
             sizes, _ = queued.popleft()
             if c.status != lib.SPK_OK:
-                out.append(Completion(c.fence, c.busy_ns, self._failure(c)))
+                out.append(Completion(c.fence, c.busy_ns, self._failure(c.status, c.command)))
             elif sizes:
                 out.append(Completion(c.fence, c.busy_ns, None, _cut(c, sizes)))
             else:
@@ -340,16 +305,6 @@ class SoftCard(CardDevice):
             if not queued:
                 break
         return out
-
-    def _failure(self, c: Any) -> CardError:
-        what = f"card {self.number}, command {c.command}"
-        if c.status == lib.SPK_E_PARAMS:
-            # All else about a step is checked before it runs.
-            return CardFaultError(
-                f"{what}: what an earlier step has chosen is no token of the vocabulary",
-                card=self.number,
-            )
-        return status_error(c.status, what, card=self.number)
 
     def relayed(self) -> Sequence[tuple[int, bytes]]:
         card, peer = self.handle, self._peer
@@ -389,7 +344,7 @@ class SoftCard(CardDevice):
         down = [
             peer
             for peer in range(len(links))
-            if lib.spk_card_link_state(self.handle, peer) in (lib.SPK_LINK_DOWN, lib.SPK_LINK_WAITS)
+            if is_down(lib.spk_card_link_state(self.handle, peer))
         ]
         return self._counters(links, down)
 
@@ -398,21 +353,7 @@ class SoftCard(CardDevice):
     ) -> DeviceCounters:
         c = ffi.new("struct spk_counters *")
         lib.spk_card_counters(self.handle, c)
-        return DeviceCounters(
-            commands=c.commands,
-            steps=c.steps,
-            ddr_read_bytes=c.ddr_read_bytes,
-            ddr_written_bytes=c.ddr_written_bytes,
-            busy_ns=c.busy_ns,
-            progress=c.progress,
-            ddr_used_bytes=c.ddr_used_bytes,
-            ddr_total_bytes=c.ddr_total_bytes,
-            queued=c.queued,
-            waiting_for=c.waiting_for if c.waiting_for >= 0 else None,
-            link_tx_bytes=tuple(t for t, _ in links),
-            link_rx_bytes=tuple(r for _, r in links),
-            links_down=tuple(links_down),
-        )
+        return counters_of(c, links, links_down)
 
     @property
     def pace(self) -> Pace | None:
@@ -435,32 +376,9 @@ class SoftCard(CardDevice):
             if not most or count < wanted:
                 return b"".join(parts), int(lost[0])
 
-    # --- fault injection ----------------------------------------------------------------
-    # All of it ends when the card is reopened, and none of it does anything to a closed card.  A
-    # fault with a `command` happens when the step under way or the next one gets there, or to its
-    # end where it has fewer; there is one at a time, and a later one takes its place.
+    # --- fault injection, beyond what every card of this core has --------------------------
 
-    def kill(self, command: int | None = None) -> None:
-        """The card vanishes: all it holds and all later calls fail with CardLostError."""
-        self._plant(lib.SPK_PLANT_DIE, command)
-
-    def hang(self, command: int | None = None) -> None:
-        """The card accepts work and never does it."""
-        self._plant(lib.SPK_PLANT_HANG, command)
-
-    def reset(self, command: int | None = None) -> None:
-        """Somebody resets the card: all it holds and all later calls fail with CardLostError."""
-        self._plant(lib.SPK_PLANT_RESET, command)
-
-    def fail_memory(self, command: int | None = None) -> None:
-        """An uncorrected memory error, found by the command under way or the next one: all that the
-        card holds and all later calls fail with CardLostError."""
-        self._plant(lib.SPK_PLANT_MEMORY, lib.SPK_COMMAND_ANY if command is None else command)
-
-    def _plant(self, fault: int, command: int | None) -> None:
-        self._u32(command or 0, "command")
-        if self.closed:
-            return
+    def _plant_fault(self, fault: int, command: int | None) -> None:
         if command is None:
             lib.spk_card_plant(self.handle, fault)
         else:
@@ -492,19 +410,6 @@ class SoftCard(CardDevice):
         """For the rig: a new throttle knows nothing of how slow the card is."""
         lib.spk_card_slow(self.native, self._slowness)
 
-    def cut(self, peer: int) -> None:
-        """This end wants the link with a peer down: what is under way waits in it."""
-        self._want(peer, False)
-
-    def mend(self, peer: int) -> None:
-        """This end wants the link up, which it is while both ends do: what waited goes on."""
-        self._want(peer, True)
-
-    def _want(self, peer: int, up: bool) -> None:
-        self._check_peer(peer)
-        if not self.closed:
-            self._want_link(peer, up)
-
     def _want_link(self, peer: int, up: bool) -> None:
         lib.spk_card_link_want(self.handle, peer, up)
 
@@ -518,15 +423,6 @@ class SoftCard(CardDevice):
 
     def _corrupt(self, peer: int, messages: int) -> None:
         lib.spk_card_corrupt(self.handle, peer, messages)
-
-    def _check_peer(self, peer: int) -> None:
-        count = len(self._rig.cards)
-        if not 0 <= peer < count or peer == self.number:
-            raise CardCommandError(
-                f"card {self.number} has no link with card {peer}: expected another card of "
-                f"0 to {count - 1}",
-                card=self.number,
-            )
 
     # --- the end, and a new beginning ------------------------------------------------------
 
@@ -561,27 +457,8 @@ class SoftCard(CardDevice):
             lib.spk_card_destroy(card)
         self._mapped.clear()
 
-    def _u32(self, value: int, what: str) -> None:
-        if value >> 32:
-            self._refuse(value, what, 32)
-
-    def _u64(self, value: int, what: str) -> None:
-        if value >> 64:
-            self._refuse(value, what, 64)
-
-    def _refuse(self, value: int, what: str, bits: int) -> NoReturn:
-        """Numbers come from the other end of a channel; the native card takes fixed widths."""
-        raise CardCommandError(
-            f"card {self.number}: no {what} {value}: expected 0 to 2**{bits} - 1",
-            card=self.number,
-        )
-
     def _reason(self) -> str:
         return bytes(ffi.string(self._why)).decode("ascii", "replace")
-
-    def _check(self, status: int, what: str, detail: str = "") -> None:
-        if status != lib.SPK_OK:
-            check(status, f"card {self.number}: {what}", card=self.number, detail=detail)
 
 
 class _SoftTogether:
@@ -628,7 +505,7 @@ class _SoftTogether:
                 found.append(int(part.fence))
                 continue
             c = part.completion
-            error = None if c.status == lib.SPK_OK else card._failure(c)
+            error = None if c.status == lib.SPK_OK else card._failure(c.status, c.command)
             found.append(Completion(c.fence, c.busy_ns, error))
         return found
 
@@ -661,8 +538,8 @@ def _mapping(file: int) -> Any:
     return view
 
 
-def _ring_bytes(cards: int) -> int:
-    """Of each ring of a fleet of so many cards."""
+def ring_bytes_of(cards: int) -> int:
+    """The bytes of each ring in a fleet of so many cards."""
     rings = max(cards * (cards - 1), 1)
     nbytes = min(LINK_RINGS_BYTES // rings, LINK_RING_BYTES_MAX)
     nbytes = max(nbytes, min(FAST_RINGS_BYTES // rings, FAST_RING_BYTES), LINK_RING_BYTES_MIN)
@@ -686,11 +563,14 @@ def check_topology(topology: Topology | None, cards: int) -> None:
             )
 
 
-def link_all(cards: Sequence[SoftCard], topology: Topology | None = None) -> None:
-    """Link every card with every other, or as in a topology, before anyone steps them."""
-    ring_bytes = _ring_bytes(len(cards))
-    for a in cards:
-        for b in cards[a.number + 1 :]:
+def link_all(
+    cards: Sequence[SoftCard], topology: Topology | None = None, fleet: int | None = None
+) -> None:
+    """Link every card with every other, or as in a topology, before anyone steps them; `fleet` is
+    how many cards there are with those elsewhere."""
+    ring_bytes = ring_bytes_of(fleet or len(cards))
+    for at, a in enumerate(cards):
+        for b in cards[at + 1 :]:
             if topology is None or topology.is_up(a.number, b.number):
                 _link(a, b, ring_bytes)
 
@@ -698,7 +578,7 @@ def link_all(cards: Sequence[SoftCard], topology: Topology | None = None) -> Non
 def link_one(card: SoftCard, others: Sequence[SoftCard]) -> None:
     """Link a card with all others, while nobody steps them: with all, or, after an error, with
     none."""
-    ring_bytes = _ring_bytes(len(others) + 1)
+    ring_bytes = ring_bytes_of(len(others) + 1)
     try:
         for other in others:
             _link(other, card, ring_bytes)
@@ -713,6 +593,16 @@ def _link(a: SoftCard, b: SoftCard, ring_bytes: int) -> None:
         lib.spk_link_connect(a.native, a.number, b.native, b.number, ring_bytes),
         f"linking cards {a.number} and {b.number}",
     )
+
+
+def start_workers(cards: Sequence[SoftCard], workers: int | None) -> Any:
+    """Threads that step the cards, at most one for each and no more than there are cores unless
+    `workers` says otherwise: a pool, to be given to `spk_pool_destroy`."""
+    status = ffi.new("int *")
+    count = min(len(cards), workers or len(os.sched_getaffinity(0)))
+    pool = lib.spk_pool_create([c.handle for c in cards], len(cards), count, status)
+    check(status[0], f"starting {count} workers")
+    return pool
 
 
 class SoftRig(CardRig):
@@ -732,7 +622,8 @@ class SoftRig(CardRig):
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
         check_topology(topology, len(specs))
-        self.meshed = topology is None or topology.fully_meshed
+        meshed = topology is None or topology.fully_meshed
+        self.meets = meshed and throttle is None
         self.cards: list[SoftCard] = []
         self.held = False
         self.throttled = throttle is not None
@@ -746,12 +637,7 @@ class SoftRig(CardRig):
             link_all(self.cards, topology)
             if throttle is not None:
                 self._throttle = Throttle([c.handle for c in self.cards], throttle)
-            status = ffi.new("int *")
-            count = min(len(specs), self._workers_max)
-            self._pool = lib.spk_pool_create(
-                [c.handle for c in self.cards], len(specs), count, status
-            )
-            check(status[0], f"starting {count} workers")
+            self._pool = start_workers(self.cards, self._workers_max)
         except BaseException:
             self.close()
             raise
@@ -797,7 +683,7 @@ class SoftRig(CardRig):
     def close(self) -> None:
         """Stop the workers, then release the cards.  Idempotent; takes a few milliseconds."""
         pool, self._pool = self._pool, None
-        if pool is not None and pool != ffi.NULL:
+        if pool is not None:
             lib.spk_pool_destroy(pool)
         throttle, self._throttle = self._throttle, None
         if throttle is not None:

@@ -3,12 +3,14 @@
 
 SPEC   = GROUP {"," GROUP} | KERNEL      3    soft:3    soft:2@avx2,soft:1@scalar    soft:4:64MiB
 GROUP  = [KIND ":"] N ["@" ISA] [":" BYTES]
-KIND   = "soft" | "virtual" | "hollow"
+KIND   = "soft" | "riscv" | "virtual" | "hollow"
 KERNEL = "kernel" [":" N]                kernel    kernel:2
 
 Soft cards work in real time, virtual ones in modelled time; hollow ones are virtual cards that do
 no arithmetic and keep no bytes.  Kernel cards are those behind the kernel module, /dev/spanker0 and
-so on: the first N, or all.  A fleet is of one kind.
+so on: the first N, or all.  RISC-V cards run firmware in an emulator; their ISA is scalar, rvv or
+xpop, vlen128 to vlen1024, or both, as in riscv:2@rvv_vlen256.  A fleet is of one kind, but soft
+and RISC-V cards go together: soft:1,riscv:1.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import re
 
 from spanker.device.kernel.spec import KernelCardSpec, first_cards
+from spanker.device.riscv.spec import RiscvCardSpec, card_spec
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import ConfigError
@@ -23,7 +26,8 @@ from spanker.native import isa_number
 
 _GROUP = r"(?:([A-Za-z]\w*):)?(\d{1,9})(?:@(\w+))?(?::([\w.]+))?"
 _BYTES = r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:([kmgt])(i?)b?|b)?"
-_KINDS = ("soft", "virtual", "hollow", "kernel")
+_KINDS = ("soft", "riscv", "virtual", "hollow", "kernel")
+_TOGETHER = {"soft", "riscv"}
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -40,11 +44,11 @@ def parse_bytes(text: str) -> int:
     return int(number * (1000 if decimal else 1024) ** _POWERS[letter.lower()])
 
 
-CardSpec = SoftCardSpec | VirtualCardSpec | KernelCardSpec
+CardSpec = SoftCardSpec | VirtualCardSpec | KernelCardSpec | RiscvCardSpec
 
 
 def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
-    """The cards of a fleet specification, all of one kind; ConfigError says what is wrong.
+    """The cards of a fleet specification, which go together; ConfigError says what is wrong.
 
     `kernel` looks which devices there are; nothing is opened.
     """
@@ -69,7 +73,7 @@ def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
                 f"no cards {group!r}: kernel cards are what they are: write kernel:{count}"
             )
         kinds[kind] = None
-        if len(kinds) > 1:
+        if len(kinds) > 1 and not kinds.keys() <= _TOGETHER:
             raise ConfigError(
                 f"{' and '.join(kinds)} cards do not go together, in {spec!r}: choose one kind"
             )
@@ -80,6 +84,9 @@ def parse_fleet(spec: str | int) -> tuple[CardSpec, ...]:
         if kind == "kernel":
             first = len(cards)
             cards.extend([KernelCardSpec(number) for number in range(first, first + count)])
+            continue
+        if kind == "riscv":
+            cards.extend([card_spec(isa, parse_bytes(ddr) if ddr else None)] * count)
             continue
         if isa is not None:
             isa_number(isa)

@@ -67,6 +67,37 @@ def test_info_names_cards_that_it_may_not_open(
     assert "/dev/spankerctl" in capsys.readouterr().out
 
 
+def test_info_says_what_riscv_cards_need(
+    module: DriverModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    emulator, image = tmp_path / "qemu-riscv64", tmp_path / "image.elf"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SPANKER_FIRMWARE", str(image))
+
+    def told() -> tuple[str, dict[str, str | None]]:
+        info(None, as_json=False)
+        shown = capsys.readouterr().out
+        info(None, as_json=True)
+        return shown, json.loads(capsys.readouterr().out)["riscv"]
+
+    shown, found = told()
+    assert "package qemu-user" in " ".join(shown.split()) and found["emulator"] is None
+    emulator.touch(0o755)
+    shown, found = told()
+    assert "there is no such file" in " ".join(shown.split())
+    assert (found["emulator"], found["firmware"]) == (str(emulator), None)
+    image.write_bytes(Image().build())
+    shown, found = told()
+    assert str(image) in shown and str(emulator) in shown and "rv64gcv" in shown
+    assert (found["firmware"], found["problem"]) == (str(image), None)
+    image.write_bytes(Image(abi=(9, 0)).build())
+    shown, found = told()
+    assert "made for version 9.0" in shown and found["isa"] is None
+
+
 def test_firmware_is_checked(tmp_path: Path) -> None:
     good, bad = str(tmp_path / "good.elf"), str(tmp_path / "bad.elf")
     Path(good).write_bytes(Image().build())

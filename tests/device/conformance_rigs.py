@@ -25,6 +25,9 @@ from spanker.device.axi import AxiRecorder
 from spanker.device.base import CardDevice, Completion
 from spanker.device.kernel.rig import KernelRig
 from spanker.device.kernel.spec import first_cards
+from spanker.device.remote import RemoteCard
+from spanker.device.riscv.rig import RiscvRig
+from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.device.virtual.card import VirtualCard, VirtualRig
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -84,6 +87,22 @@ class FaultyRig:
         self._rig.close()
 
 
+def riscv_rig(count: int, ddr_bytes: int) -> RiscvRig:
+    """Firmware in an emulator."""
+    return RiscvRig([riscv_spec(ddr_bytes)] * count)
+
+
+def mixed_rig(count: int, ddr_bytes: int) -> RiscvRig:
+    """The same and soft cards in turn."""
+    kinds = (riscv_spec(ddr_bytes), SoftCardSpec(ddr_bytes=ddr_bytes))
+    return RiscvRig([kinds[n % 2] for n in range(count)])
+
+
+def riscv_spec(ddr_bytes: int) -> RiscvCardSpec:
+    """The emulator keeps account of every page: no terabytes."""
+    return RiscvCardSpec(ddr_bytes=min(ddr_bytes, 64 << 20))
+
+
 def throttled_rig(count: int, ddr_bytes: int) -> SoftRig:
     """Soft cards at the first board's speeds."""
     return SoftRig([SoftCardSpec(ddr_bytes=ddr_bytes)] * count, throttle=REV_A)
@@ -119,9 +138,17 @@ class ModelledDriverRig:
 # How many real cards there are: /dev/spanker0 and so on are tested instead of the model.
 REAL_CARDS = int(os.environ.get("SPANKER_TEST_KERNEL_CARDS", "0"))
 
-# What an abort may take.  The machine around real cards is an emulated one, whose calls and
-# interrupts together take milliseconds when its host has other things to do.
-ABORT_WITHIN_S = 0.2 if REAL_CARDS else 0.010
+# What an abort may take.  The machine around real cards is an emulated one, and so is what runs
+# firmware: their calls and interrupts together take milliseconds when the host has other things to
+# do.
+ABORT_WITHIN_S = 0.010
+BESIDE_ABORT_WITHIN_S = 0.2
+
+
+def abort_within_s(device: CardDevice) -> float:
+    """What an abort may take of such a card."""
+    beside = REAL_CARDS or isinstance(device, RemoteCard)
+    return BESIDE_ABORT_WITHIN_S if beside else ABORT_WITHIN_S
 
 
 def kernel_rig(count: int, ddr_bytes: int) -> KernelRig:
@@ -137,8 +164,12 @@ BODIES: dict[str, Callable[[int, int], Rig]] = {
     "faulty": FaultyRig,
     "throttled": throttled_rig,
     "virtual": virtual_rig,
+    "riscv": riscv_rig,
+    "mixed": mixed_rig,
     "kernel": ModelledDriverRig,
 }
+# Those that need firmware and its emulator.
+EMULATED = ("riscv", "mixed")
 if REAL_CARDS:
     BODIES = {"kernel": kernel_rig}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spanker.device.kernel.spec import KernelCardSpec, first_cards
+from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import CARDS_MAX, DEFAULT_DDR_BYTES, SoftCardSpec, SoftRig
 from spanker.device.spec import parse_bytes, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
@@ -34,6 +35,11 @@ SCALAR = SoftCardSpec("scalar", DEFAULT_DDR_BYTES)
         ("virtual:2", (VirtualCardSpec(),) * 2),
         ("virtual:1@scalar:1M", (VirtualCardSpec("scalar", 1 << 20),)),
         ("hollow:1,hollow:1", (VirtualCardSpec(hollow=True),) * 2),
+        ("riscv:2", (RiscvCardSpec(),) * 2),
+        ("riscv:1@rvv", (RiscvCardSpec("rvv"),)),
+        ("riscv:1@vlen256", (RiscvCardSpec(None, 256),)),
+        ("riscv:1@scalar_vlen512:64M", (RiscvCardSpec("scalar", 512, 64 << 20),)),
+        ("riscv:1,soft:2@scalar", (RiscvCardSpec(), SCALAR, SCALAR)),
         ("kernel:2", (KernelCardSpec(0), KernelCardSpec(1))),
         (" kernel:1, kernel:2 ", tuple(KernelCardSpec(n) for n in range(3))),
     ],
@@ -83,6 +89,16 @@ def test_every_instruction_set_of_this_machine_can_be_named() -> None:
         ("soft:1:", "no cards"),
         ("soft:1:12X", "no size '12X'"),
         ("soft:1:MiB", "no size 'MiB'"),
+        ("riscv:1@avx2", "no option 'avx2' of a RISC-V card: expected one of scalar, rvv, xpop"),
+        ("riscv:1@rvv_scalar", "no option 'scalar'"),
+        ("riscv:1@vlen100", "no option 'vlen100'"),
+        ("riscv:1@vlen", "no option 'vlen'"),
+        ("riscv:1@rvv_", "no option ''"),
+        ("riscv:1:1T", "64 to 17,179,869,184 bytes of DDR, not 1,099,511,627,776"),
+        ("riscv:1:63", "64 to 17,179,869,184 bytes"),
+        ("riscv:1,virtual:1", "riscv and virtual cards do not go together"),
+        ("riscv:1,soft:1,kernel:1", "cards do not go together"),
+        ("riscv:65", "65 cards are too many: a riscv fleet has 1 to 64"),
         ("kernel:0", "at least one card"),
         ("kernel:65", "65 cards are too many: a kernel fleet has 1 to 64"),
         ("kernel:1@scalar", "kernel cards are what they are: write kernel:1"),

@@ -13,7 +13,8 @@ import pytest
 from guest_kernels import LENGTHS, Guest, GuestKernels, cpu, qemu
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # its cases and tests run here, too
+# Cases, rigs and tests of these run here, too.
+sys.path[:0] = [str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "device")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,22 +36,21 @@ struct program {
 
 /* A link's ring: one producer, one consumer, positions grow without wrapping. */
 struct ring {
-    uint64_t capacity;
     _Alignas(64) _Atomic uint64_t head; /* consumer */
     _Alignas(64) _Atomic uint64_t tail; /* producer */
     _Atomic uint64_t forget;            /* what is before was sent before the producer's restart */
     _Alignas(64) uint8_t data[];
 };
 
-/* What both ends of a link share. */
+/* What both ends of a link share beside the rings. */
 struct wire {
-    _Atomic uint32_t refs; /* cards that still use the pair of rings */
     _Atomic uint32_t down; /* ends that want it down */
 };
 
 /* A ring in each direction, and where this card is in the messages of both. */
 struct way {
     struct ring *tx, *rx;
+    uint64_t capacity; /* of each ring, in bytes */
     uint64_t tx_sequence, rx_sequence;
     _Atomic int full; /* somebody waits for room in `rx` */
 };
@@ -59,8 +58,9 @@ struct way {
 struct link {
     struct way direct; /* no rings where there is no link */
     struct way host;   /* over the host, who is at the other end of both rings; none until needed */
-    struct spk_card *peer;
-    struct wire *wire;
+    struct spk_card *peer; /* NULL where it is gone, or far */
+    bool far;              /* the other end is in another process, and rings no doorbell */
+    struct wire *wire;     /* where the mapping of it and of the direct rings begins */
     uint32_t end; /* 1 or 2: this card's bit in `down` */
     _Atomic uint32_t corrupt; /* so many messages are to leave with a flipped bit */
     _Atomic uint64_t tx_bytes, rx_bytes, errors;
@@ -166,6 +166,7 @@ struct spk_card {
     struct pace *pace;    /* its part of a throttle, or NULL */
     _Atomic uint64_t wake_ns; /* after SPK_STEP_PACED: when to try again */
     struct worker *owner; /* the worker that polls the card, or NULL */
+    _Atomic bool waits_far; /* what the card waits for comes from another process */
 
     _Atomic uint64_t commands, steps, ddr_read, ddr_written, busy_ns, progress;
     _Atomic int32_t waiting_for;

@@ -6,14 +6,18 @@
  * one store to `tail` once it is complete.  It carries the epoch of its sender: after an abort,
  * what an earlier epoch left in a ring is dropped.  docs/api/wire-protocol.md has the layout.
  */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "card_internal.h"
 
 #define MESSAGE_MAX 65536u
 #define RING_BYTES_MIN (2 * (MESSAGE_MAX + 64))
+#define RING_BYTES_MAX ((uint64_t)1 << 32)
 #define HOST_RING_BYTES (1u << 18)
 #define CRC_TRIES 3
 /* A message that a core's first cache holds: the CRC brings it there, the copy finds it. */
@@ -36,85 +40,166 @@ static uint64_t padded(uint64_t bytes)
     return sizeof(struct message) + (bytes + 7) / 8 * 8;
 }
 
-static struct ring *ring_create(uint64_t capacity)
+/* A ring and how long it is, which is not in memory that the far end may be able to write to. */
+struct ring_view {
+    struct ring *ring;
+    uint64_t capacity;
+};
+
+static struct ring_view sending(const struct way *w)
 {
-    struct ring *r = mmap(NULL, sizeof *r + capacity, PROT_READ | PROT_WRITE,
-                          MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (r == MAP_FAILED)
-        return NULL;
-    r->capacity = capacity;
-    return r;
+    return (struct ring_view){w->tx, w->capacity};
 }
 
-static void ring_destroy(struct ring *r)
+static struct ring_view receiving(const struct way *w)
 {
-    if (r)
-        munmap(r, sizeof *r + r->capacity);
+    return (struct ring_view){w->rx, w->capacity};
 }
 
 /* The part of [position, position + n) that lies before the ring's end. */
-static uint64_t before_wrap(const struct ring *r, uint64_t position, uint64_t n)
+static uint64_t before_wrap(struct ring_view r, uint64_t position, uint64_t n)
 {
-    uint64_t room = r->capacity - position % r->capacity;
+    uint64_t room = r.capacity - position % r.capacity;
     return n < room ? n : room;
 }
 
-static void ring_put(struct ring *r, uint64_t position, const void *data, uint64_t n)
+static void ring_put(struct ring_view r, uint64_t position, const void *data, uint64_t n)
 {
     uint64_t first = before_wrap(r, position, n);
-    memcpy(r->data + position % r->capacity, data, first);
-    memcpy(r->data, (const uint8_t *)data + first, n - first);
+    memcpy(r.ring->data + position % r.capacity, data, first);
+    memcpy(r.ring->data, (const uint8_t *)data + first, n - first);
 }
 
-static void ring_get(const struct ring *r, uint64_t position, void *data, uint64_t n)
+static void ring_get(struct ring_view r, uint64_t position, void *data, uint64_t n)
 {
     uint64_t first = before_wrap(r, position, n);
-    memcpy(data, r->data + position % r->capacity, first);
-    memcpy((uint8_t *)data + first, r->data, n - first);
+    memcpy(data, r.ring->data + position % r.capacity, first);
+    memcpy((uint8_t *)data + first, r.ring->data, n - first);
 }
 
-static uint32_t ring_crc(const struct ring *r, uint32_t crc, uint64_t position, uint64_t n)
+static uint32_t ring_crc(struct ring_view r, uint32_t crc, uint64_t position, uint64_t n)
 {
     uint64_t first = before_wrap(r, position, n);
-    crc = spk_crc32c(crc, r->data + position % r->capacity, first);
-    return spk_crc32c(crc, r->data, n - first);
+    crc = spk_crc32c(crc, r.ring->data + position % r.capacity, first);
+    return spk_crc32c(crc, r.ring->data, n - first);
+}
+
+/* --- a link and its ends --------------------------------------------------------------------- */
+
+/* What both ends share begins with the wire; then come the rings, that of end 1 to send first. */
+#define RINGS_AT 4096u
+
+static uint64_t ring_span(uint64_t ring_bytes)
+{
+    return (sizeof(struct ring) + ring_bytes + 4095) / 4096 * 4096;
+}
+
+static uint64_t link_bytes(uint64_t ring_bytes)
+{
+    return RINGS_AT + 2 * ring_span(ring_bytes);
+}
+
+/* Nothing that is under way will ever arrive. */
+static void skip_all(struct way *w)
+{
+    if (!w->tx)
+        return;
+    atomic_store(&w->tx->forget, atomic_load(&w->tx->tail));
+    atomic_store(&w->rx->head, atomic_load(&w->rx->tail));
+}
+
+static void link_begin(struct link *l)
+{
+    atomic_fetch_and(&l->wire->down, ~l->end);
+    skip_all(&l->direct);
+}
+
+/* Leaves what goes over the host. */
+static void detach(struct link *l)
+{
+    if (l->wire)
+        munmap(l->wire, link_bytes(l->direct.capacity));
+    *l = (struct link){.host = l->host};
+}
+
+int spk_link_create(uint64_t ring_bytes)
+{
+    if (ring_bytes % 8 || ring_bytes < RING_BYTES_MIN || ring_bytes > RING_BYTES_MAX)
+        return -1;
+    int fd = memfd_create("spanker-link", MFD_CLOEXEC);
+    if (fd >= 0 && ftruncate(fd, (off_t)link_bytes(ring_bytes)) != 0) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+int spk_link_attach(struct spk_card *c, uint32_t peer, int fd, uint32_t end, uint64_t ring_bytes)
+{
+    struct stat status;
+    if (peer >= SPK_CARDS_MAX || c->links[peer].direct.tx || end < 1 || end > 2 || ring_bytes % 8 ||
+        ring_bytes < RING_BYTES_MIN || ring_bytes > RING_BYTES_MAX || fstat(fd, &status) != 0 ||
+        (uint64_t)status.st_size != link_bytes(ring_bytes))
+        return SPK_E_ARG;
+    uint8_t *at = mmap(NULL, link_bytes(ring_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED)
+        return SPK_E_SYSTEM;
+    struct ring *first = (struct ring *)(at + RINGS_AT);
+    struct ring *second = (struct ring *)(at + RINGS_AT + ring_span(ring_bytes));
+    struct link *l = &c->links[peer];
+    *l = (struct link){.direct = {.tx = end == 1 ? first : second,
+                                  .rx = end == 1 ? second : first,
+                                  .capacity = ring_bytes},
+                       .host = l->host,
+                       .wire = (struct wire *)at,
+                       .end = end,
+                       .far = true};
+    /* Whoever had this end before has left it as it was. */
+    link_begin(l);
+    return SPK_OK;
 }
 
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, uint32_t number_b,
                      uint64_t ring_bytes)
 {
     if (a == b || number_a >= SPK_CARDS_MAX || number_b >= SPK_CARDS_MAX ||
-        a->links[number_b].direct.tx || b->links[number_a].direct.tx || ring_bytes % 8 ||
-        ring_bytes < RING_BYTES_MIN)
+        a->links[number_b].direct.tx || b->links[number_a].direct.tx)
         return SPK_E_ARG;
-    struct ring *ab = ring_create(ring_bytes), *ba = ring_create(ring_bytes);
-    struct wire *wire = malloc(sizeof *wire);
-    if (!ab || !ba || !wire) {
-        ring_destroy(ab);
-        ring_destroy(ba);
-        free(wire);
-        return SPK_E_SYSTEM;
+    int fd = spk_link_create(ring_bytes), status = SPK_E_SYSTEM;
+    if (fd < 0)
+        return status;
+    status = spk_link_attach(a, number_b, fd, 1, ring_bytes);
+    if (status == SPK_OK)
+        status = spk_link_attach(b, number_a, fd, 2, ring_bytes);
+    close(fd);
+    if (status != SPK_OK) {
+        detach(&a->links[number_b]);
+        return status;
     }
-    atomic_init(&wire->refs, 2);
-    atomic_init(&wire->down, 0);
-    a->links[number_b] =
-        (struct link){.direct = {.tx = ab, .rx = ba}, .peer = b, .wire = wire, .end = 1};
-    b->links[number_a] =
-        (struct link){.direct = {.tx = ba, .rx = ab}, .peer = a, .wire = wire, .end = 2};
+    a->links[number_b].peer = b;
+    b->links[number_a].peer = a;
+    a->links[number_b].far = b->links[number_a].far = false;
     return SPK_OK;
 }
 
 void spk_link_disconnect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
                          uint32_t number_b)
 {
-    struct link *l = &a->links[number_b], *back = &b->links[number_a];
-    if (!l->wire || l->wire != back->wire)
+    if (a->links[number_b].peer != b || b->links[number_a].peer != a)
         return;
-    ring_destroy(l->direct.tx);
-    ring_destroy(l->direct.rx);
-    free(l->wire);
-    *l = (struct link){.host = l->host};
-    *back = (struct link){.host = back->host};
+    detach(&a->links[number_b]);
+    detach(&b->links[number_a]);
+}
+
+static struct ring *ring_create(uint64_t capacity)
+{
+    struct ring *r = aligned_alloc(64, (sizeof *r + capacity + 63) / 64 * 64);
+    if (r) {
+        atomic_init(&r->head, 0);
+        atomic_init(&r->tail, 0);
+        atomic_init(&r->forget, 0);
+    }
+    return r;
 }
 
 bool link_host(struct spk_card *c, uint32_t peer)
@@ -124,12 +209,13 @@ bool link_host(struct spk_card *c, uint32_t peer)
         return true;
     struct ring *tx = ring_create(HOST_RING_BYTES), *rx = ring_create(HOST_RING_BYTES);
     if (!tx || !rx) {
-        ring_destroy(tx);
-        ring_destroy(rx);
+        free(tx);
+        free(rx);
         return false;
     }
     w->tx = tx;
     w->rx = rx;
+    w->capacity = HOST_RING_BYTES;
     c->hosted++;
     return true;
 }
@@ -142,13 +228,9 @@ void link_release(struct spk_card *c)
         for (int j = 0; l->peer && j < SPK_CARDS_MAX; j++)
             if (l->peer->links[j].peer == c)
                 l->peer->links[j].peer = NULL;
-        if (l->direct.tx && atomic_fetch_sub(&l->wire->refs, 1) == 1) {
-            ring_destroy(l->direct.tx);
-            ring_destroy(l->direct.rx);
-            free(l->wire);
-        }
-        ring_destroy(l->host.tx);
-        ring_destroy(l->host.rx);
+        detach(l);
+        free(l->host.tx);
+        free(l->host.rx);
     }
 }
 
@@ -161,14 +243,6 @@ void link_new_epoch(struct spk_card *c)
     }
     c->meeting->number = 0;
     memset(c->transfers, 0, sizeof c->transfers);
-}
-
-static void skip_all(struct way *w)
-{
-    if (!w->tx)
-        return;
-    atomic_store(&w->tx->forget, atomic_load(&w->tx->tail));
-    atomic_store(&w->rx->head, atomic_load(&w->rx->tail));
 }
 
 void link_restart(struct spk_card *c)
@@ -189,7 +263,7 @@ void link_renew(struct spk_card *c)
     for (int i = 0; i < SPK_CARDS_MAX; i++) {
         struct link *l = &c->links[i];
         if (l->wire)
-            atomic_fetch_and(&l->wire->down, ~l->end);
+            link_begin(l);
         atomic_store(&l->corrupt, 0);
         l->tx_bytes = l->rx_bytes = l->errors = 0;
     }
@@ -268,19 +342,19 @@ static uint8_t *piece_at(const struct rows *rows, uint64_t from, uint64_t n, uin
 }
 
 /* Copies bytes of the stream into a ring; the CRC goes on over them. */
-static uint32_t put_rows(struct ring *r, uint64_t position, const struct rows *rows, uint64_t from,
-                         uint64_t n, uint32_t crc)
+static uint32_t put_rows(struct ring_view r, uint64_t position, const struct rows *rows,
+                         uint64_t from, uint64_t n, uint32_t crc)
 {
     uint64_t piece;
     for (; n; n -= piece, from += piece, position += piece) {
         const uint8_t *memory = piece_at(rows, from, n, &piece);
         piece = before_wrap(r, position, piece);
-        crc = spk_copy_crc32c(crc, r->data + position % r->capacity, memory, piece);
+        crc = spk_copy_crc32c(crc, r.ring->data + position % r.capacity, memory, piece);
     }
     return crc;
 }
 
-static void get_rows(const struct ring *r, uint64_t position, const struct rows *rows,
+static void get_rows(struct ring_view r, uint64_t position, const struct rows *rows,
                      uint64_t from, uint64_t n)
 {
     uint64_t piece;
@@ -293,20 +367,21 @@ static void get_rows(const struct ring *r, uint64_t position, const struct rows 
 static bool send_some(struct spk_card *c, struct link *l, struct way *w, const struct rows *rows,
                       uint64_t total, struct transfer *t)
 {
-    struct ring *r = w->tx;
+    struct ring_view view = sending(w);
+    struct ring *r = view.ring;
     uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed), sent = 0;
     while (t->done_bytes < total && sent < SLICE_BYTES) {
         uint64_t left = total - t->done_bytes, n = left < SEND_BYTES ? left : SEND_BYTES;
         uint64_t head = atomic_load_explicit(&r->head, memory_order_acquire);
-        if (r->capacity - (tail - head) < padded(n))
+        if (view.capacity - (tail - head) < padded(n))
             break;
         struct message m = {.epoch = c->epoch, .bytes = (uint32_t)n, .sequence = w->tx_sequence++};
-        m.crc = put_rows(r, tail + sizeof m, rows, t->done_bytes, n, spk_crc32c(0, &m, CRC_COVERS));
+        m.crc = put_rows(view, tail + sizeof m, rows, t->done_bytes, n, spk_crc32c(0, &m, CRC_COVERS));
         if (atomic_load_explicit(&l->corrupt, memory_order_relaxed)) {
             atomic_fetch_sub(&l->corrupt, 1);
-            r->data[(tail + sizeof m) % r->capacity] ^= 1;
+            r->data[(tail + sizeof m) % view.capacity] ^= 1;
         }
-        ring_put(r, tail, &m, sizeof m);
+        ring_put(view, tail, &m, sizeof m);
         tail += padded(n);
         atomic_store_explicit(&r->tail, tail, memory_order_release);
         t->done_bytes += n;
@@ -319,7 +394,8 @@ static bool send_some(struct spk_card *c, struct link *l, struct way *w, const s
 static int receive_some(struct spk_card *c, struct link *l, struct way *w, const struct rows *rows,
                         uint64_t total, struct transfer *t, bool *moved)
 {
-    struct ring *r = w->rx;
+    struct ring_view view = receiving(w);
+    struct ring *r = view.ring;
     uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed), received = 0;
     uint64_t forget = atomic_load_explicit(&r->forget, memory_order_acquire);
     if (head < forget) {
@@ -334,7 +410,7 @@ static int receive_some(struct spk_card *c, struct link *l, struct way *w, const
         struct message m;
         if (tail - head < sizeof m)
             return SPK_E_LINK;
-        ring_get(r, head, &m, sizeof m);
+        ring_get(view, head, &m, sizeof m);
         if (m.bytes > MESSAGE_MAX || padded(m.bytes) > tail - head)
             return SPK_E_LINK;
         /* Epochs only grow: a message from ahead waits until this card has been aborted too. */
@@ -345,10 +421,10 @@ static int receive_some(struct spk_card *c, struct link *l, struct way *w, const
             if (m.sequence != w->rx_sequence || m.bytes > total - t->done_bytes)
                 return SPK_E_LINK;
             int tries = 0;
-            while (ring_crc(r, spk_crc32c(0, &m, CRC_COVERS), payload, m.bytes) != m.crc)
+            while (ring_crc(view, spk_crc32c(0, &m, CRC_COVERS), payload, m.bytes) != m.crc)
                 if (++tries == CRC_TRIES)
                     return SPK_E_LINK;
-            get_rows(r, payload, rows, t->done_bytes, m.bytes);
+            get_rows(view, payload, rows, t->done_bytes, m.bytes);
             t->done_bytes += m.bytes;
             w->rx_sequence++;
         }
@@ -376,7 +452,7 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
     const struct spk_command *cmd = &run->submission.program->commands[run->pc];
     uint32_t count = cmd->arg[0], finished = 0;
     int32_t waits_for = -1;
-    bool moved = false;
+    bool moved = false, far = false;
     /* Peers with an unfinished transfer, by direction: a later one must not overtake it. */
     bool behind[2][SPK_CARDS_MAX] = {{false}};
 
@@ -415,11 +491,13 @@ int link_exchange(struct spk_card *c, bool *done, bool *waiting)
             finished++;
         } else {
             *unfinished = true;
+            far |= !host && l->far;
             waits_for = (int32_t)x->arg[0];
         }
     }
     *done = finished == count;
     *waiting = !*done && !moved;
+    atomic_store_explicit(&c->waits_far, *waiting && far, memory_order_relaxed);
     if (*waiting)
         atomic_store_explicit(&c->waiting_for, waits_for, memory_order_relaxed);
     return SPK_OK;
@@ -435,7 +513,8 @@ int spk_card_relays(struct spk_card *c)
 size_t spk_card_relay_take(struct spk_card *c, uint32_t *peer, void *messages)
 {
     for (uint32_t i = 0; i < SPK_CARDS_MAX && c->hosted; i++) {
-        struct ring *r = c->links[i].host.tx;
+        struct ring_view view = sending(&c->links[i].host);
+        struct ring *r = view.ring;
         if (!r)
             continue;
         uint64_t begin = atomic_load_explicit(&r->head, memory_order_relaxed);
@@ -445,13 +524,13 @@ size_t spk_card_relay_take(struct spk_card *c, uint32_t *peer, void *messages)
         uint64_t end = begin;
         while (end < tail) {
             struct message m;
-            ring_get(r, end, &m, sizeof m);
+            ring_get(view, end, &m, sizeof m);
             if (end + padded(m.bytes) - begin > SPK_RELAY_BYTES)
                 break;
             end += padded(m.bytes);
         }
         if (end > begin)
-            ring_get(r, begin, messages, end - begin);
+            ring_get(view, begin, messages, end - begin);
         atomic_store_explicit(&r->head, end, memory_order_release);
         if (end > begin) {
             pool_notify(c); /* it may have waited for room */
@@ -479,16 +558,19 @@ static bool are_messages(const uint8_t *at, size_t nbytes)
 
 int spk_card_relay_put(struct spk_card *c, uint32_t peer, const void *messages, size_t nbytes)
 {
-    struct ring *r = peer < SPK_CARDS_MAX ? c->links[peer].host.rx : NULL;
+    if (peer >= SPK_CARDS_MAX)
+        return SPK_E_ARG;
+    struct ring_view view = receiving(&c->links[peer].host);
+    struct ring *r = view.ring;
     if (!r || nbytes > SPK_RELAY_BYTES || !are_messages(messages, nbytes))
         return SPK_E_ARG;
     uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
     /* Before looking, so that room that is made meanwhile is told of. */
     atomic_store(&c->links[peer].host.full, 1);
-    if (r->capacity - (tail - atomic_load(&r->head)) < nbytes)
+    if (view.capacity - (tail - atomic_load(&r->head)) < nbytes)
         return SPK_E_BUSY;
     atomic_store(&c->links[peer].host.full, 0);
-    ring_put(r, tail, messages, nbytes);
+    ring_put(view, tail, messages, nbytes);
     atomic_store_explicit(&r->tail, tail + nbytes, memory_order_release);
     pool_notify(c);
     return SPK_OK;

@@ -7,6 +7,7 @@
  * usually a few microseconds away), then sleeps on its doorbell, which every submission, abort and
  * link movement that concerns one of its cards rings.  A doorbell for each worker, and not one for
  * all: a needless wake takes the core of the thread that is still submitting to the other cards.
+ * Cards in other processes ring none: who waits for one looks again every LOOK_AGAIN_NS.
  *
  * One more thread, the settler, makes huge pages where loading had to do without (pages.c).
  */
@@ -23,6 +24,8 @@
 #include "card_internal.h"
 
 #define SPIN_NS 100000u
+/* Who waits for another process looks so often. */
+#define LOOK_AGAIN_NS 100000u
 /* So long after the last large write: a load, and the first token after it, have the cores. */
 #define SETTLE_AFTER_NS 250000000u
 /* The last bit of a throttled card's wait: sleeping takes longer than that. */
@@ -125,8 +128,10 @@ static int try_step(struct spk_card *c)
 }
 
 /* One round over the cards.  Own cards are always tried, others only where work is known.
- * `wake_ns` is when the first of those will have something to do that are ahead of their time. */
-static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_t *wake_ns)
+ * `wake_ns` is when the first of those will have something to do that are ahead of their time, and
+ * `far` whether one of them waits for another process. */
+static void round_over_cards(struct worker *w, bool *ran, bool *waiting, bool *far,
+                             uint64_t *wake_ns)
 {
     struct spk_pool *p = w->pool;
     for (size_t i = 0; i < p->card_count; i++) {
@@ -137,6 +142,7 @@ static void round_over_cards(struct worker *w, bool *ran, bool *waiting, uint64_
         *waiting |= result == SPK_STEP_WAITING;
         if (result == SPK_STEP_PACED && spk_card_wake_ns(p->cards[i]) < *wake_ns)
             *wake_ns = spk_card_wake_ns(p->cards[i]);
+        *far |= result == SPK_STEP_WAITING && atomic_load(&p->cards[i]->waits_far);
     }
     for (size_t i = 0; i < p->card_count && !*ran; i++) {
         struct spk_card *c = p->cards[i];
@@ -225,9 +231,9 @@ static void *work(void *argument)
         if (atomic_load(&p->pause))
             stand_still(p);
         uint32_t seen = atomic_load(&w->doorbell);
-        bool ran = false, waiting = false;
+        bool ran = false, waiting = false, far = false;
         uint64_t wake_ns = UINT64_MAX;
-        round_over_cards(w, &ran, &waiting, &wake_ns);
+        round_over_cards(w, &ran, &waiting, &far, &wake_ns);
         if (ran) {
             spin_since = 0;
             continue;
@@ -243,6 +249,8 @@ static void *work(void *argument)
             }
         }
         struct timespec timeout, *until = NULL;
+        if (far && wake_ns == UINT64_MAX)
+            wake_ns = now_ns() + LOOK_AGAIN_NS;
         if (wake_ns != UINT64_MAX) {
             uint64_t now = now_ns(), left = wake_ns > now ? wake_ns - now : 0;
             if (left <= PACE_SPIN_NS) {
@@ -254,7 +262,8 @@ static void *work(void *argument)
                                         .tv_nsec = (long)(left % 1000000000u)};
             until = &timeout;
         }
-        spin_since = 0;
+        if (!far)
+            spin_since = 0; /* once is enough for what it looks for again and again */
         atomic_store(&w->sleeping, 1);
         if (!atomic_load(&p->stop) && !atomic_load(&p->pause))
             futex_wait(&w->doorbell, seen, until);

@@ -322,6 +322,11 @@ int spk_card_fail(struct spk_card *card, int status);
  * paused. */
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
                      uint32_t number_b, uint64_t ring_bytes);
+/* The same between two processes: a file of memory that both map, -1 when there is none to be had. */
+int spk_link_create(uint64_t ring_bytes);
+/* This card's end of it, 1 or 2: the other one is that of card `peer`.  What is left in the rings of
+ * somebody who had this end before is forgotten.  The descriptor can be closed afterwards. */
+int spk_link_attach(struct spk_card *card, uint32_t peer, int fd, uint32_t end, uint64_t ring_bytes);
 
 /* The same undone: both cards are as if they had never been linked.  Nobody steps them. */
 void spk_link_disconnect(struct spk_card *a, uint32_t number_a, struct spk_card *b,

@@ -23,7 +23,7 @@ class _Twins:
     """The twins of a rig's cards."""
 
     throttled = False
-    meshed = True
+    meets = False
     held = False
 
     def __init__(self, ddr_bytes: Sequence[int]) -> None:

@@ -302,10 +302,7 @@ class VirtualCard(SoftCard):
     # --- faults, the end ------------------------------------------------------------------
     # The engine has them; the native card below only knows of those that stop it.
 
-    def _plant(self, fault: int, command: int | None) -> None:
-        self._u32(command or 0, "command")
-        if self.closed:
-            return
+    def _plant_fault(self, fault: int, command: int | None) -> None:
         engine = self.rig.synced()
         happen = functools.partial(self._stop, fault)
         if command is None:
@@ -402,7 +399,7 @@ class VirtualRig(CardRig):
         return False
 
     @property
-    def meshed(self) -> bool:
+    def meets(self) -> bool:
         return self._topology is None or self._topology.fully_meshed
 
     def linked(self, card: int, peer: int) -> bool:

@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A card that is a process of its own: on RISC-V the firmware of a card.
+ *
+ * Its host has started it with one socket for requests and one for completions
+ * (docs/api/card-protocol.md), and with a file for each of its links; nothing else is opened.  One
+ * worker steps the card; this thread answers the host and passes completions on.  The card ends with
+ * its host, whatever becomes of it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <getopt.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "answer.h"
+#include "spk_kernels.h"
+#if defined(__riscv)
+#include "xpop_trap.h"
+#endif
+
+#define DDR_BYTES_MAX ((uint64_t)1 << 40)
+
+struct process {
+    int control, events; /* sockets */
+    int isa;
+    struct identity who;
+    struct spk_card *card;
+    struct spk_pool *pool;
+    uint8_t *body; /* room for SPK_WIRE_REQUEST_MAX bytes */
+    struct reply reply;
+    /* The completion that is being sent, and how far. */
+    bool sending;
+    struct completion_frame frame;
+    struct spk_completion completion;
+    uint64_t sent;
+};
+
+__attribute__((format(printf, 1, 2))) static bool complain(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("card: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    return false;
+}
+
+/* --- input and output ---------------------------------------------------------------------- */
+
+/* False at the end of the stream, which `ends` says is no error where it is between two frames. */
+static bool receive(int fd, void *to, size_t nbytes, bool *ends)
+{
+    uint8_t *at = to;
+    while (nbytes) {
+        ssize_t n = recv(fd, at, nbytes, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            *ends = n == 0 && at == to;
+            return false;
+        }
+        at += n;
+        nbytes -= (size_t)n;
+    }
+    return true;
+}
+
+static bool send_all(int fd, const void *from, size_t nbytes)
+{
+    const uint8_t *at = from;
+    while (nbytes) {
+        ssize_t n = send(fd, at, nbytes, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return false;
+        at += n;
+        nbytes -= (size_t)n;
+    }
+    return true;
+}
+
+/* One request and its reply; false when the host is gone, or what it says makes no sense. */
+static bool serve(struct process *p, bool *ends)
+{
+    struct spk_wire_header h;
+    if (!receive(p->control, &h, sizeof h, ends))
+        return *ends || complain("the host is gone");
+    if (!header_is_good(&h, SPK_WIRE_REQUEST_MAX))
+        return complain("no frame: magic %08x, kind %u, %u bytes", h.magic, h.kind, h.nbytes);
+    bool cut;
+    if (!receive(p->control, p->body, h.nbytes, &cut))
+        return complain("the host is gone in the middle of a request");
+    answer(p->card, &p->who, &h, p->body, &p->reply);
+    return send_all(p->control, p->reply.bytes, p->reply.nbytes) || complain("the host is gone");
+}
+
+/* Sends what the host's end takes without waiting; false when it is gone. */
+static bool send_completion(struct process *p)
+{
+    uint64_t total = sizeof p->frame + p->completion.result_bytes;
+    while (p->sent < total) {
+        uint64_t done = p->sent < sizeof p->frame ? 0 : p->sent - sizeof p->frame;
+        const uint8_t *at = p->completion.result + done;
+        uint64_t nbytes = p->completion.result_bytes - done;
+        if (p->sent < sizeof p->frame) {
+            at = (const uint8_t *)&p->frame + p->sent;
+            nbytes = sizeof p->frame - p->sent;
+        }
+        ssize_t n = send(p->events, at, nbytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return errno == EAGAIN || complain("the host takes no completions any more");
+        p->sent += (uint64_t)n;
+    }
+    p->sending = false;
+    return true;
+}
+
+static bool pass_completions(struct process *p)
+{
+    do {
+        if (!p->sending) {
+            if (!spk_card_completion(p->card, &p->completion))
+                return true;
+            p->frame = tell(&p->completion);
+            p->sent = 0;
+            p->sending = true;
+        }
+        if (!send_completion(p))
+            return false;
+    } while (!p->sending);
+    return true;
+}
+
+static bool run(struct process *p)
+{
+    for (;;) {
+        struct pollfd fds[] = {
+            {.fd = p->control, .events = POLLIN},
+            {.fd = p->sending ? -1 : spk_card_fd(p->card), .events = POLLIN},
+            {.fd = p->sending ? p->events : -1, .events = POLLOUT},
+        };
+        if (poll(fds, 3, -1) < 0) {
+            if (errno == EINTR)
+                continue;
+            return complain("poll: %s", strerror(errno));
+        }
+        if ((fds[1].revents || fds[2].revents) && !pass_completions(p))
+            return false;
+        bool ends = false;
+        if (fds[0].revents && !serve(p, &ends))
+            return false;
+        if (ends)
+            return true;
+    }
+}
+
+/* --- options --------------------------------------------------------------------------------- */
+
+static bool number(const char *text, uint64_t low, uint64_t high, const char *what, uint64_t *out)
+{
+    char *end;
+    errno = 0;
+    *out = strtoull(text, &end, 10);
+    if (errno || end == text || *end || text[0] == '-' || *out < low || *out > high)
+        return complain("%s takes %llu to %llu, got %s", what, (unsigned long long)low,
+                        (unsigned long long)high, text);
+    return true;
+}
+
+/* By its name, or without one the last that this machine runs: what it only runs by trapping, which is
+ * slow, must be asked for. */
+static const struct spk_kernels *kernels_of(const char *name)
+{
+#if defined(__riscv)
+    if (name && strcmp(name, "xpop") == 0 && spk_xpop_install_trap() == 0)
+        spk_xpop_found();
+#endif
+    const struct spk_kernels *found = NULL;
+    for (int isa = 0; isa < SPK_ISA_COUNT; isa++) {
+        const struct spk_kernels *kernels = spk_kernels_get(isa);
+        if (kernels && (!name || strcmp(kernels->name, name) == 0))
+            found = kernels;
+    }
+    return found;
+}
+
+/* PEER,FD,END,BYTES */
+static bool attach(struct process *p, const char *text)
+{
+    unsigned peer, end;
+    int fd;
+    unsigned long long nbytes;
+    char rest;
+    if (sscanf(text, "%u,%d,%u,%llu%c", &peer, &fd, &end, &nbytes, &rest) != 4)
+        return complain("--link takes PEER,FD,END,BYTES, got %s", text);
+    int status = spk_link_attach(p->card, peer, fd, end, nbytes);
+    close(fd);
+    return status == SPK_OK || complain("the link %s cannot be used: status %d", text, status);
+}
+
+static const struct option known[] = {
+    {"control", required_argument, NULL, 'c'}, {"events", required_argument, NULL, 'e'},
+    {"serial", required_argument, NULL, 's'},  {"ddr", required_argument, NULL, 'm'},
+    {"isa", required_argument, NULL, 'i'},     {"link", required_argument, NULL, 'l'},
+    {NULL, 0, NULL, 0},
+};
+
+static bool prepare(struct process *p, int argc, char **argv)
+{
+    const char *isa = NULL, *links[SPK_CARDS_MAX];
+    size_t link_count = 0;
+    uint64_t value = 0, control = UINT64_MAX, events = UINT64_MAX;
+    bool good = true;
+    for (int c; good && (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
+        switch (c) {
+        case 'c':
+            good = number(optarg, 0, 1 << 20, "--control", &control);
+            break;
+        case 'e':
+            good = number(optarg, 0, 1 << 20, "--events", &events);
+            break;
+        case 's':
+            good = number(optarg, 0, UINT64_MAX, "--serial", &p->who.serial);
+            break;
+        case 'm':
+            good = number(optarg, SPK_DDR_ALIGN, DDR_BYTES_MAX, "--ddr", &value);
+            p->who.ddr_bytes = value / SPK_DDR_ALIGN * SPK_DDR_ALIGN;
+            break;
+        case 'i':
+            isa = optarg;
+            break;
+        case 'l':
+            good = link_count < SPK_CARDS_MAX || complain("more links than cards");
+            if (good)
+                links[link_count++] = optarg;
+            break;
+        default:
+            good = false;
+        }
+    }
+    if (!good)
+        return false;
+    if (optind != argc || control == UINT64_MAX || events == UINT64_MAX || !p->who.ddr_bytes)
+        return complain("--control, --events and --ddr are needed, and nothing but options taken");
+    p->control = (int)control;
+    p->events = (int)events;
+    const struct spk_kernels *kernels = kernels_of(isa);
+    if (!kernels)
+        return complain("this card has no kernels for %s", isa);
+    p->who.isa = kernels->name;
+    int status = SPK_OK;
+    p->card = spk_card_create(p->who.ddr_bytes, kernels->isa, &status);
+    if (!p->card)
+        return complain("no card of %llu bytes: status %d", (unsigned long long)p->who.ddr_bytes,
+                        status);
+    for (size_t i = 0; i < link_count; i++)
+        if (!attach(p, links[i]))
+            return false;
+    p->pool = spk_pool_create(&p->card, 1, 1, &status);
+    p->body = malloc(SPK_WIRE_REQUEST_MAX);
+    return (p->pool && p->body) || complain("no worker: status %d", status);
+}
+
+static void end(struct process *p)
+{
+    spk_pool_destroy(p->pool);
+    spk_card_destroy(p->card);
+    free(p->body);
+    free(p);
+}
+
+int main(int argc, char **argv)
+{
+    struct rlimit no_core = {0, 0};
+    /* Also where it is stopped, or stuck. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || setrlimit(RLIMIT_CORE, &no_core) != 0)
+        return !complain("cannot be set up: %s", strerror(errno));
+    struct process *p = calloc(1, sizeof *p);
+    if (!p)
+        return !complain("no memory");
+    bool good = prepare(p, argc, argv) && run(p);
+    end(p);
+    return good ? 0 : 1;
+}

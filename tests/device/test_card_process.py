@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A card that is a process: good requests, bad ones, and hosts that believe nothing it says.
+
+The process is this machine's own, with address and undefined-behaviour sanitizers: a test also
+fails where one of them has something to say, or anything leaks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import attrs
+import numpy as np
+import pytest
+from conformance_rigs import adder, collect, finish, floats, sender, step, waiter
+from waiting import until
+
+from spanker.device import remote, wire
+from spanker.device.process import CardProcess, Launch
+from spanker.device.remote import RemoteCard
+from spanker.device.riscv.rig import RiscvRig
+from spanker.device.riscv.spec import RiscvCardSpec
+from spanker.device.soft import SoftCardSpec
+from spanker.errors import (
+    CardCommandError,
+    CardLostError,
+    CardMemoryError,
+    FirmwareError,
+    RemoteProtocolError,
+)
+from spanker.native import ffi, lib
+
+DDR_BYTES = 1 << 20
+HEADER = struct.Struct("<IHHII")
+COMPLETION = struct.Struct("<QQQII")
+MAGIC = 0x574B5053
+
+
+@attrs.frozen
+class Here:
+    """Starts the program as it is."""
+
+    path: Path
+
+    def launch(self, spec: RiscvCardSpec) -> Launch:
+        return Launch((str(self.path),))
+
+    def close(self) -> None: ...
+
+
+class Answer(NamedTuple):
+    kind: int
+    status: int
+    body: bytes
+
+
+class Raw:
+    """A process, and frames as a test packs them."""
+
+    def __init__(
+        self, program: Path, *, isa: str | None = None, ddr_bytes: int = DDR_BYTES
+    ) -> None:
+        self.process = CardProcess(0, Launch((str(program),)), ddr_bytes, isa, ())
+
+    def ask(self, kind: int, body: bytes = b"") -> Answer:
+        self.process.control.sendall(HEADER.pack(MAGIC, kind, 0, 0, len(body)) + body)
+        return self.answer()
+
+    def answer(self) -> Answer:
+        self.process.control.settimeout(20)
+        head = self._exactly(HEADER.size)
+        magic, kind, status, _, nbytes = HEADER.unpack(head)
+        assert magic == MAGIC and kind & 0x8000
+        return Answer(kind & 0x7FFF, status, self._exactly(nbytes))
+
+    def _exactly(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            got = self.process.control.recv(nbytes - len(data))
+            assert got, self.process.end()
+            data += got
+        return data
+
+    def end(self) -> str:
+        """How it ends once its host has gone."""
+        said = self.process.end()
+        self.process.close()
+        return said
+
+
+@pytest.fixture
+def raw(card_process: Path) -> Iterator[Raw]:
+    made = Raw(card_process)
+    yield made
+    if made.process.events.fileno() >= 0:
+        assert made.end() == "its process has ended with status 0"
+
+
+@pytest.fixture
+def rig(card_process: Path) -> Iterator[RiscvRig]:
+    with RiscvRig([RiscvCardSpec(ddr_bytes=DDR_BYTES)] * 2, launcher=Here(card_process)) as made:
+        yield made
+
+
+@pytest.fixture
+def card(rig: RiscvRig) -> RemoteCard:
+    card = rig.cards[0]
+    assert isinstance(card, RemoteCard)
+    return card
+
+
+# --- requests ---------------------------------------------------------------------------
+
+REQUESTS = {
+    "hello": (1, struct.pack("<I", 1), 64),
+    "alloc": (2, struct.pack("<Q", 64), 4),
+    "free": (3, struct.pack("<I", 0), 0),
+    "write": (4, struct.pack("<IIQQ", 1, 0, 0, 4) + b"abcd", 0),
+    "read": (5, struct.pack("<IIQQ", 1, 0, 0, 4), 4),
+    "abort": (9, struct.pack("<I", 2), 0),
+    "counters": (10, struct.pack("<I", 3), 80 + 3 * 24),
+    "trace": (11, struct.pack("<Q", 10), 0),
+    "events": (12, struct.pack("<I", 10), 8),
+    "plant": (13, struct.pack("<III", 0, 0, 0), 0),
+    "link": (14, struct.pack("<II", 1, 1), 0),
+}
+
+
+def test_the_structures_have_the_documented_sizes() -> None:
+    sizes = {"header": 16, "hello": 64, "range": 24, "submit": 8, "link": 24, "plant": 12}
+    sizes |= {"want": 8, "completion": 32}
+    for name, nbytes in sizes.items():
+        assert ffi.sizeof(f"struct spk_wire_{name}") == nbytes
+    assert ffi.sizeof("struct spk_counters") == 80 and ffi.sizeof("struct spk_read") == 24
+
+
+def test_every_request_is_answered_with_the_documented_bytes(raw: Raw) -> None:
+    raw.ask(2, struct.pack("<Q", 64)), raw.ask(2, struct.pack("<Q", 64))
+    for name, (kind, body, nbytes) in REQUESTS.items():
+        answer = raw.ask(kind, body)
+        assert (name, answer.kind, answer.status, len(answer.body)) == (name, kind, 0, nbytes)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_body_of_another_length_is_refused_and_nothing_else(raw: Raw, name: str) -> None:
+    kind, body, _ = REQUESTS[name]
+    for wrong in (b"", body[:-1], body + b"\0", body[:1]):
+        answer = raw.ask(kind, wrong)
+        assert answer.status == lib.SPK_E_ARG and answer.body.startswith(b"a malformed request: ")
+    assert raw.ask(1, struct.pack("<I", 1)).status == 0
+
+
+@pytest.mark.parametrize("kind", [0, 15, 64, 0x7FFF, 0x8001, 0xFFFF])
+def test_an_unknown_request_is_refused(raw: Raw, kind: int) -> None:
+    answer = raw.ask(kind, b"what?")
+    assert (answer.status, answer.body) == (1, b"a malformed request: no such kind")
+
+
+def test_another_version_of_the_protocol_is_refused(raw: Raw) -> None:
+    answer = raw.ask(1, struct.pack("<I", 2))
+    assert answer.status == 1
+    assert answer.body == b"the host speaks version 2 of the protocol, the card 1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        struct.pack("<IIQQ", 0, 0, 0, 1 << 40),
+        struct.pack("<IIQQ", 0, 0, (1 << 64) - 1, 8) + bytes(8),
+        struct.pack("<IIQQ", 7, 0, 0, 8) + bytes(8),
+        struct.pack("<IIQQ", 0, 1, 0, 8) + bytes(8),
+        struct.pack("<IIQQ", 0, 0, 0, 9) + bytes(8),
+        struct.pack("<IIQQ", 0, 0, 60, 8) + bytes(8),
+        struct.pack("<IIQQ", 0, 0, 0, (1 << 20) + 1) + bytes((1 << 20) + 1),
+    ],
+)
+def test_a_write_that_reaches_out_is_refused(raw: Raw, body: bytes) -> None:
+    raw.ask(2, struct.pack("<Q", 64))
+    assert raw.ask(4, body).status != 0
+    assert raw.ask(5, struct.pack("<IIQQ", 0, 0, 0, 64)).body == bytes(64)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        struct.pack("<II", 0, 9) + bytes(9 * 24),
+        struct.pack("<II", 0, 2) + bytes(24),
+        struct.pack("<II", 0, 0xFFFFFFFF),
+        struct.pack("<II", 99, 0),
+        struct.pack("<I", 0),
+    ],
+    ids=["nine reads", "a read is missing", "reads that wrap", "no such program", "short"],
+)
+def test_a_submission_that_makes_no_sense_is_refused(raw: Raw, body: bytes) -> None:
+    assert raw.ask(8, body).status != 0
+
+
+def test_a_seeded_host_without_sense_does_no_harm(card_process: Path) -> None:
+    for seed in range(5):
+        rng, raw = random.Random(seed), Raw(card_process)
+        raw.ask(2, struct.pack("<Q", 4096))
+        for _ in range(400):
+            kind, nbytes = rng.randrange(18), rng.choice((0, 1, 4, 8, 12, 24, 32, 100, 5000))
+            body = bytes(rng.choice((0, 0, 0, 1, 2, 255)) for _ in range(nbytes))
+            if kind != 13:  # faults are for those who want them
+                assert raw.ask(kind, body).kind == kind
+        assert raw.end() == "its process has ended with status 0", f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (b"GET / HTTP/1.1\r\n", "no frame: magic 20544547"),
+        (HEADER.pack(MAGIC, 4, 0, 0, 8392705), "no frame: magic 574b5053, kind 4, 8392705 bytes"),
+        (HEADER.pack(MAGIC, 4, 0, 0, 0xFFFFFFFF), "4294967295 bytes"),
+    ],
+)
+def test_what_is_no_frame_ends_the_card_with_a_word(raw: Raw, frame: bytes, words: str) -> None:
+    raw.process.control.sendall(frame)
+    raw.process.control.settimeout(20)
+    assert raw.process.control.recv(1) == b""
+    said = raw.end()
+    assert "status 1" in said and words in said
+
+
+def test_a_host_that_goes_in_the_middle_of_a_frame_ends_the_card(card_process: Path) -> None:
+    frame = HEADER.pack(MAGIC, 4, 0, 0, 28) + struct.pack("<IIQQ", 0, 0, 0, 4) + b"abcd"
+    for length in (1, HEADER.size - 1, HEADER.size, len(frame) - 1):
+        raw = Raw(card_process)
+        raw.process.control.sendall(frame[:length])
+        assert "the host is gone" in raw.end()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--isa=mmx",), "this card has no kernels for mmx"),
+        (("--ddr=none",), "--ddr takes 64 to"),
+        (("--link=1,2",), "--link takes PEER,FD,END,BYTES"),
+        (("--link=1,0,1,262144",), "cannot be used"),
+        (("more",), "nothing but options"),
+        (("--what",), "unrecognized option"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(
+    card_process: Path, options: tuple[str, ...], words: str
+) -> None:
+    process = CardProcess(0, Launch((str(card_process), *options)), DDR_BYTES, None, ())
+    process.control.settimeout(20)
+    assert process.control.recv(1) == b""
+    said = process.end()
+    process.close()
+    assert "status 1" in said and words in said
+
+
+# --- completions ------------------------------------------------------------------------
+
+
+def told(fence: int, result: bytes = b"", status: int = 0, **wrong: int) -> bytes:
+    fields = {"magic": MAGIC, "kind": 64, "nbytes": 32 + len(result), "bytes": len(result)} | wrong
+    head = HEADER.pack(fields["magic"], fields["kind"], 0, 0, fields["nbytes"])
+    return head + COMPLETION.pack(fence, 7, fields["bytes"], status, 3) + result
+
+
+def test_completions_come_out_whole_however_they_come_in() -> None:
+    stream = told(1, b"abc") + told(2) + told(3, status=9) + told(4, bytes(5000))
+    for piece in (1, 7, 47, 48, 4096, len(stream)):
+        decoder = wire.Completions()
+        for fence, nbytes in ((1, 3), (2, 0), (3, 100), (4, 5000)):
+            decoder.expect(fence, nbytes)
+        found = [
+            t for at in range(0, len(stream), piece) for t in decoder.feed(stream[at:][:piece])
+        ]
+        assert [t.fence for t in found] == [1, 2, 3, 4] and decoder.expected == ()
+        assert [t.result for t in found] == [b"abc", b"", b"", bytes(5000)]
+        assert found[2].status == 9 and found[0].busy_ns == 7
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        told(2, b"abc"),
+        told(1, b"abcd"),
+        told(1, b""),
+        told(1, b"a", status=9),
+        told(1, b"abc", nbytes=36),
+        told(1, b"abc", bytes=1 << 62),
+        told(1, b"abc", kind=65),
+        told(1, b"abc", magic=1),
+        told(1, b"abc") + told(1, b"abc"),
+    ],
+    ids=["fence", "long", "short", "failed", "frame", "size", "kind", "magic", "twice"],
+)
+def test_completions_of_what_was_not_submitted_are_refused(stream: bytes) -> None:
+    decoder = wire.Completions()
+    decoder.expect(1, 3)
+    with pytest.raises(RemoteProtocolError):
+        decoder.feed(stream)
+
+
+# --- cards that lie, stop, or die -------------------------------------------------------
+
+
+class Liar:
+    """Speaks for a card: `says` is what it answers to whatever comes first, then no more."""
+
+    def __init__(self, says: bytes) -> None:
+        self.control, self._control = socket.socketpair()
+        self.events, self._events = socket.socketpair()
+        self._control.sendall(says)
+        self.ends = 0
+
+    def end(self, at_once: bool = False) -> str:
+        self.ends += 1
+        return "it was killed"
+
+    def close(self) -> None:
+        for end in (self.control, self._control, self.events, self._events):
+            end.close()
+
+
+def hello(**wrong: int) -> bytes:
+    fields = {"version": 1, "major": 1, "minor": 0} | wrong
+    body = struct.pack("<IHHIIQQ32s", *fields.values(), 1, 64, 5, DDR_BYTES, b"scalar")
+    return HEADER.pack(MAGIC, 0x8001, 0, 0, len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", "has answered with no frame"),
+        (HEADER.pack(MAGIC, 0x8002, 0, 0, 64), "kind 0x8002 where request 1"),
+        (HEADER.pack(MAGIC, 1, 0, 0, 64), "kind 0x1 where"),
+        (HEADER.pack(MAGIC, 0x8001, 0, 0, 65), "65 bytes answer request 1, expected 64 to 64"),
+        (HEADER.pack(MAGIC, 0x8001, 1, 0, 256), "256 bytes answer request 1, expected 0 to 255"),
+        (HEADER.pack(MAGIC, 0x8001, 0, 0, 0xFFFFFFFF), "4,294,967,295 bytes"),
+        (hello()[:-1], "has not answered for"),
+        (b"", "has not answered for"),
+    ],
+)
+def test_a_card_that_answers_senselessly_or_not_is_lost(
+    rig: RiscvRig, monkeypatch: pytest.MonkeyPatch, says: bytes, words: str
+) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 0.2)
+    liar = Liar(says)
+    with pytest.raises(CardLostError, match=words):
+        RemoteCard(rig, 0, "lying", lambda: liar)  # type: ignore[arg-type,return-value]
+    assert liar.ends
+
+
+@pytest.mark.parametrize("wrong", [{"version": 2}, {"major": 2}, {"minor": 9}])
+def test_firmware_of_another_interface_is_refused(rig: RiscvRig, wrong: dict[str, int]) -> None:
+    liar = Liar(hello(**wrong))
+    with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 1"):
+        RemoteCard(rig, 0, "old", lambda: liar)  # type: ignore[arg-type,return-value]
+
+
+def test_a_stopped_process_is_lost_in_bounded_time(
+    card: RemoteCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 0.3)
+    program, _, _ = adder(card)
+    os.kill(card.process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(CardLostError, match=r"has not answered for 0.3 s: it was killed"):
+        card.submit(program, step())
+    assert time.monotonic() - begin < 5
+    with pytest.raises(CardLostError, match="has not answered"):
+        card.counters()
+    assert card.completions() == []
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
+def test_what_a_dead_process_had_queued_is_lost_with_it(rig: RiscvRig, how: str) -> None:
+    card, other = rig.cards
+    assert isinstance(card, RemoteCard)
+    receive, _ = waiter(card, 1)
+    fences = [card.submit(receive, step()) for _ in range(3)]
+    os.kill(card.process.pid, signal.Signals[how])
+    done = collect(card, 3)
+    assert [c.fence for c in done] == fences
+    for completion in done:
+        assert isinstance(completion.error, CardLostError)
+        # A sanitizer catches the second one, and says so.
+        assert how in str(completion.error) or "AddressSanitizer" in str(completion.error)
+    with pytest.raises(CardLostError, match="card 0"):
+        card.alloc(64)
+    program, x, _ = adder(other)
+    other.submit(program, step())
+    finish(other)
+    assert floats(other, x, 1)[0] == 1
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_card_whose_process_died_can_be_opened_again(card_process: Path, at_work: bool) -> None:
+    specs = [RiscvCardSpec(ddr_bytes=DDR_BYTES), SoftCardSpec(ddr_bytes=DDR_BYTES)]
+    with RiscvRig(specs, launcher=Here(card_process)) as rig:
+        card, soft = rig.cards
+        assert isinstance(card, RemoteCard)
+        for epoch in (2, 3):
+            if at_work:  # its last messages are left in the ring
+                send, _ = sender(card, 1, 100_000)
+                card.submit(send, step())
+                finish(card)
+            os.kill(card.process.pid, signal.SIGKILL)
+            with pytest.raises(CardLostError):
+                while True:
+                    card.counters()
+            card.reopen()
+            assert card.counters().ddr_used_bytes == 0 and card.completions() == []
+            for each in rig.cards:
+                each.abort(epoch)
+            for a, b in ((card, soft), (soft, card)):
+                send, out = sender(a, b.number)
+                receive, into = waiter(b, a.number)
+                a.write(out, 0, bytes([epoch]) * 64)
+                b.submit(receive, step())
+                a.submit(send, step())
+                finish(a)
+                finish(b)
+                assert b.read(into, 0, 64) == bytes([epoch]) * 64
+
+
+def test_more_memory_than_there_is_names_what_is_free(card: RemoteCard) -> None:
+    card.alloc(DDR_BYTES - 4096)
+    with pytest.raises(CardMemoryError, match=r"no room for 8,192 bytes .*: 4,096 of 1,048,576"):
+        card.alloc(8192)
+
+
+def test_large_pieces_go_over_in_several_requests(card_process: Path) -> None:
+    with RiscvRig([RiscvCardSpec(ddr_bytes=8 << 20)], launcher=Here(card_process)) as rig:
+        card = rig.cards[0]
+        data = np.random.default_rng(1).bytes(3 * wire.DATA_MAX + 5)
+        buffer = card.alloc(len(data))
+        card.write(buffer, 0, data)
+        assert card.read(buffer, 0, len(data)) == data
+        with pytest.raises(CardCommandError):
+            card.write(buffer, 1, bytes(len(data)))
+        assert card.read(buffer, 0, len(data)) == data, "nothing of it is written"
+        with pytest.raises(CardCommandError, match="are too many for a card"):
+            card.load_program(bytes(wire.REQUEST_MAX + 1))
+
+
+async def test_a_process_ends_with_its_host(card_process: Path) -> None:
+    raw = Raw(card_process)
+    pid = raw.process.pid
+    raw.process.control.close()
+    await until(lambda: _state(pid) in ("Z", ""))
+    raw.process.close()
+    assert _state(pid) == ""
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
