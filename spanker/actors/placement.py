@@ -411,18 +411,32 @@ class Placement:
     ) -> FleetPlan:
         """The plan that a name or a value stands for on these cards, `hosted` where the host may
         lead between them; PlanError where none does."""
-        coordinator, shape, limits = self._coordinator, self._model.shape, self._wanted.limits
+        shape = self._model.shape
         if isinstance(plan, FleetPlan):
             return self._checked(plan, shape, cards, hosted)
         if plan == "auto" and len(cards) == 1:
             only = on_cards(tensor_pipeline(shape, 1, 1), cards)
             return FleetPlan.of(attrs.evolve(only, reason="there is one card"))
-        # A fleet of one card starts sooner without these.
-        from spanker.sched.planner import is_path, plan_for
-        from spanker.sched.planning import Request
+        if plan.strip().lower() == "auto":
+            return self._best_plan(cards, free, kv_tokens, hosted)
+        from spanker.sched.planner import is_path, make_plan
 
+        made = make_plan(plan, shape, len(cards))
+        if not is_path(plan):
+            replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
+            made = attrs.evolve(made, replicas=replicas)
+        return self._checked(made, shape, cards, hosted)
+
+    def _best_plan(
+        self, cards: Sequence[int], free: Sequence[int], kv_tokens: int | None, hosted: bool
+    ) -> FleetPlan:
+        """The fastest by the cost model."""
+        # A plan that was named, or that of one card, starts sooner without these.
+        from spanker.sched.planning import Request, search
+
+        coordinator, limits = self._coordinator, self._wanted.limits
         request = Request(
-            shape,
+            self._model.shape,
             coordinator.speeds,
             coordinator.topology.among(cards),
             tuple(free),
@@ -431,21 +445,14 @@ class Placement:
             position=min(PLANNED_POSITION, limits.context),
             kv_tokens=kv_tokens,
         )
-        made = plan_for(plan, request)
-        if plan.strip().lower() == "auto":
-            if hosted:
-                return made
-            # One that is asked for anew stands for one replica: the first is the model, too.
-            if not self._has_ways(made):
-                made = self._plan("tp", cards, free, kv_tokens, True)
+        made = search(request).chosen.plan
+        # One that is asked for anew stands for one replica: the first is the model, too.
+        if not hosted and not self._has_ways(made):
+            made = self._plan("tp", cards, free, kv_tokens, True)
             if not self._has_ways(made):
                 together = meshed(cards, coordinator.links.down)
                 made = self._plan("auto", together, free, kv_tokens, hosted)
-            return made
-        if not is_path(plan):
-            replicas = tuple(on_cards(replica, cards) for replica in made.replicas)
-            made = attrs.evolve(made, replicas=replicas)
-        return self._checked(made, shape, cards, hosted)
+        return made
 
     def _has_ways(self, plan: FleetPlan) -> bool:
         """Whether the cards of each replica reach each other: those of a part of the fleet may be
