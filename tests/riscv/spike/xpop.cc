@@ -1,242 +1,295 @@
 // SPDX-License-Identifier: Apache-2.0
-// Xpop_matmul 0.1 as an extension of the Spike simulator, written from docs/api/xpop-matmul.md alone:
-// every weight is looked up where the document's formulas say, every float operation is SoftFloat's.
-// Build and use: tests/riscv/xpop_cases.py; `--isa=rv64gcv_xpopmatmul`.
+// Xpop_matmul 0.1 as an extension of the Spike simulator.  It was written from docs/api/xpop-matmul.md
+// alone, not from another model, so that the two check the document as well as each other.  It is
+// meant to be compared with the page: names and order are those of the page, speed comes second.
+//
+// spike --isa=rv64gcv_xpopmatmul --extlib=libxpop.so PROGRAM
+#include <bit>
+#include <cstring>
 #include <riscv/extension.h>
 #include <riscv/mmu.h>
-#include <riscv/processor.h>
 #include <riscv/trap.h>
 #include <softfloat.h>
 
-#include <array>
-#include <cstdint>
-#include <vector>
+static_assert(std::endian::native == std::endian::little, "operands are copied as they are in memory");
 
 namespace {
 
-using bytes = std::vector<uint8_t>;
+constexpr unsigned ROWS = 16, MAX_TOKENS = 4, K = 32, ACTIVATION_BLOCK = 48;
 
-// --- operands -----------------------------------------------------------------------------------
+// --- Encodings ------------------------------------------------------------------------------------
 
-bytes read(mmu_t &mmu, reg_t at, size_t n) {
-  bytes found(n);
-  for (size_t i = 0; i < n; i++) found[i] = mmu.load<uint8_t>(at + i);
-  return found;
-}
+enum funct3 : unsigned { DOT, STEP };
+enum type : unsigned { U4, S4, S8 };                    // bits 31:29 of pop.dot
+enum format : unsigned { Q4_0, Q4_1, Q8_0, Q4_K, Q6_K }; // bits 31:29 of pop.step
 
-// Faults of the results are those of stores, and come before the first write.
-std::array<uint32_t, 64> open_results(mmu_t &mmu, reg_t at, unsigned tokens) {
-  std::array<uint32_t, 64> old{};
-  for (unsigned i = 0; i < 16 * tokens; i++)
-    old[i] = mmu.amo<uint32_t>(at + 4 * i, [](uint32_t value) { return value; });
-  return old;
-}
-
-void write_results(mmu_t &mmu, reg_t at, unsigned tokens, const std::array<uint32_t, 64> &results) {
-  for (unsigned i = 0; i < 16 * tokens; i++) mmu.store<uint32_t>(at + 4 * i, results[i]);
-}
-
-[[noreturn]] void illegal(insn_t insn) { throw trap_illegal_instruction(insn.bits()); }
-
-void check_alignment(reg_t rs1, reg_t rs2, reg_t rd) {
-  if (rs1 & 15) throw trap_load_address_misaligned(false, rs1, 0, 0);
-  if (rs2 & 15) throw trap_load_address_misaligned(false, rs2, 0, 0);
-  if (rd & 255) throw trap_store_address_misaligned(false, rd, 0, 0);
-}
-
-// --- a tile -------------------------------------------------------------------------------------
-
-uint16_t half(const bytes &tile, size_t at) { return tile[at] | tile[at + 1] << 8; }
-
-uint32_t word(const bytes &tile, size_t at) {
-  return half(tile, at) | uint32_t(half(tile, at + 2)) << 16;
-}
-
-int e(const bytes &tile, size_t a, unsigned r, unsigned k) {
-  return int8_t(tile[a + 64 * (k / 4) + 4 * r + k % 4]);
-}
-
-int n(const bytes &tile, size_t a, unsigned r, unsigned k) {
-  unsigned j = k % 16, byte = tile[a + 64 * (j / 4) + 4 * r + j % 4];
-  return k < 16 ? byte & 0xf : byte >> 4;
-}
-
-int v(const bytes &tile, size_t a, unsigned r, unsigned k) {
-  unsigned h = k / 16, j = k % 16, g = j / 4;
-  return tile[a + 64 * h + 4 * r + j % 4] >> (2 * g) & 3;
-}
-
-uint32_t bits(uint32_t of, unsigned high, unsigned low) {
-  return of >> low & ((uint32_t(1) << (high - low + 1)) - 1);
-}
-
-// --- floats -------------------------------------------------------------------------------------
-
-float32_t operator*(float32_t a, float32_t b) { return f32_mul(a, b); }
-float32_t operator+(float32_t a, float32_t b) { return f32_add(a, b); }
-float32_t operator-(float32_t a, float32_t b) { return f32_sub(a, b); }
-float32_t real(int32_t i) { return i32_to_f32(i); }
-
-// Nearest even whatever frm is, and no flag changes.
-class modes {
-  uint_fast8_t rounding = softfloat_roundingMode, flags = softfloat_exceptionFlags;
-
- public:
-  modes() { softfloat_roundingMode = softfloat_round_near_even; }
-  ~modes() {
-    softfloat_roundingMode = rounding;
-    softfloat_exceptionFlags = flags;
-  }
+struct operation {
+    unsigned funct3, code, L, T;
+    bool defined, rows_are_bytes; // the weights of a row: i8, or nibbles
+    unsigned tile, B;             // bytes, blocks of 32 weights
 };
 
-// --- the instructions ---------------------------------------------------------------------------
-
-struct activations {
-  bytes memory;
-  unsigned tokens;
-
-  int xq(unsigned b, unsigned t, unsigned k) const {
-    return int8_t(memory[48 * (b * tokens + t) + k]);
-  }
-  float32_t dx(unsigned b, unsigned t) const {
-    return float32_t{word(memory, 48 * (b * tokens + t) + 32)};
-  }
-};
-
-enum type { u4, s4, s8 };
-enum format { q4_0, q4_1, q8_0, q4_k, q6_k };
-
-int dot_weight(unsigned type, const bytes &tile, unsigned r, unsigned k) {
-  return type == s8 ? e(tile, 0, r, k) : n(tile, 0, r, k) - (type == s4 ? 8 : 0);
-}
-
-int step_weight(unsigned format, const bytes &tile, unsigned L, unsigned b, unsigned r, unsigned k) {
-  size_t q = 32 * L + 416 * b;
-  switch (format) {
-    case q4_0: return n(tile, 32 * L + 256 * b, r, k) - 8;
-    case q4_1: return n(tile, 64 * L + 256 * b, r, k);
-    case q8_0: return e(tile, 32 * L + 512 * b, r, k);
-    case q4_k: return n(tile, 256 + 256 * b, r, k);
-    default: return n(tile, q + 32, r, k) + 16 * v(tile, q + 288, r, k) - 32;
-  }
-}
-
-using weights = std::array<int, 32>;
-
-// The sum over the weights from k to `end` of a row and token.
-int32_t sum(const weights &w, const activations &x, unsigned b, unsigned t, unsigned k,
-            unsigned end) {
-  int32_t total = 0;
-  for (; k < end; k++) total += w[k] * x.xq(b, t, k);
-  return total;
-}
-
-// What block b adds to the accumulator of row r, whose weights w are, and token t.
-float32_t step(unsigned format, const bytes &tile, unsigned L, const weights &w,
-               const activations &x, unsigned b, unsigned t, unsigned r, float32_t acc) {
-  auto f16 = [&](size_t at) { return f16_to_f32(float16_t{half(tile, at)}); };
-  const float32_t dx = x.dx(b, t);
-  int32_t isum = 0;
-  for (unsigned k = 0; k < 32; k++) isum += x.xq(b, t, k);
-  if (format == q6_k) {
-    const size_t q = 32 * L + 416 * b;
-    const int s0 = int8_t(tile[q + r]), s1 = int8_t(tile[q + 16 + r]);
-    const int32_t both = s0 * sum(w, x, b, t, 0, 16) + s1 * sum(w, x, b, t, 16, 32);
-    return acc + ((f16(32 * (b / 8) + 2 * r) * dx) * real(both));
-  }
-  const float32_t idot = real(sum(w, x, b, t, 0, 32));
-  if (format == q4_k) {
-    const uint32_t w0 = word(tile, 64 + 4 * r), w1 = word(tile, 128 + 4 * r);
-    const uint32_t w2 = word(tile, 192 + 4 * r);
-    const unsigned c = b < 4 ? 0 : b - 4;
-    const uint32_t s = b < 4 ? bits(w0, 8 * b + 5, 8 * b)
-                             : 16 * bits(w0, 8 * c + 7, 8 * c + 6) + bits(w2, 8 * c + 3, 8 * c);
-    const uint32_t m = b < 4 ? bits(w1, 8 * b + 5, 8 * b)
-                             : 16 * bits(w1, 8 * c + 7, 8 * c + 6) + bits(w2, 8 * c + 7, 8 * c + 4);
-    acc = acc + (((f16(2 * r) * real(s)) * dx) * idot);
-    return acc - (((f16(32 + 2 * r) * real(m)) * dx) * real(isum));
-  }
-  acc = acc + ((f16(32 * b + 2 * r) * dx) * idot);
-  if (format == q4_1) acc = acc + ((f16(32 * L + 32 * b + 2 * r) * dx) * real(isum));
-  return acc;
-}
-
-size_t tile_bytes(unsigned format, unsigned L) {
-  switch (format) {
-    case q4_0: return 288 * L;
-    case q4_1: return 320 * L;
-    case q8_0: return 544 * L;
-    case q4_k: return 2304;
-    default: return 3360 * L;
-  }
-}
-
-reg_t pop_dot(processor_t *p, insn_t insn, reg_t pc) {
-  const uint32_t i = insn.bits();
-  const unsigned type = bits(i, 31, 29), tokens = bits(i, 27, 26) + 1;
-  if (type > s8 || bits(i, 28, 28) || bits(i, 25, 25)) illegal(insn);
-  auto &x = p->get_state()->XPR;
-  const reg_t rs1 = x[bits(i, 19, 15)], rs2 = x[bits(i, 24, 20)], rd = x[bits(i, 11, 7)];
-  check_alignment(rs1, rs2, rd);
-  mmu_t &mmu = *p->get_mmu();
-  const bytes tile = read(mmu, rs1, type == s8 ? 512 : 256);
-  const activations a{read(mmu, rs2, 48 * tokens), tokens};
-  std::array<uint32_t, 64> results = open_results(mmu, rd, tokens);
-  for (unsigned t = 0; t < tokens; t++)
-    for (unsigned r = 0; r < 16; r++) {
-      int32_t total = 0;
-      for (unsigned k = 0; k < 32; k++) total += dot_weight(type, tile, r, k) * a.xq(0, t, k);
-      results[16 * t + r] = uint32_t(total);
+operation decode(insn_t insn)
+{
+    static constexpr unsigned step_bytes[] = {288, 320, 544, 2304, 3360}; // with L = 1
+    const uint32_t bits = insn.bits();
+    const bool bit_25 = bits >> 25 & 1;
+    operation op = {};
+    op.funct3 = bits >> 12 & 7;
+    op.code = bits >> 29;
+    op.L = (bits >> 28 & 1) + 1;
+    op.T = (bits >> 26 & 3) + 1;
+    if (op.funct3 == DOT) {
+        op.defined = !bit_25 && op.L == 1 && op.code <= S8;
+        op.rows_are_bytes = op.code == S8;
+        op.tile = op.rows_are_bytes ? 512 : 256;
+        op.B = 1;
+    } else if (op.funct3 == STEP && op.code <= Q6_K) {
+        op.defined = !bit_25 && (op.code != Q4_K || op.L == 1);
+        op.rows_are_bytes = op.code == Q8_0;
+        op.tile = step_bytes[op.code] * op.L;
+        op.B = op.code >= Q4_K ? 8 * op.L : op.L;
     }
-  write_results(mmu, rd, tokens, results);
-  return pc + 4;
+    return op;
 }
 
-reg_t pop_step(processor_t *p, insn_t insn, reg_t pc) {
-  const uint32_t i = insn.bits();
-  const unsigned format = bits(i, 31, 29), L = bits(i, 28, 28) + 1, tokens = bits(i, 27, 26) + 1;
-  if (format > q6_k || bits(i, 25, 25) || (format == q4_k && L == 2)) illegal(insn);
-  auto &x = p->get_state()->XPR;
-  const reg_t rs1 = x[bits(i, 19, 15)], rs2 = x[bits(i, 24, 20)], rd = x[bits(i, 11, 7)];
-  check_alignment(rs1, rs2, rd);
-  mmu_t &mmu = *p->get_mmu();
-  const unsigned blocks = format == q4_k ? 8 : format == q6_k ? 8 * L : L;
-  const bytes tile = read(mmu, rs1, tile_bytes(format, L));
-  const activations a{read(mmu, rs2, 48 * blocks * tokens), tokens};
-  std::array<uint32_t, 64> results = open_results(mmu, rd, tokens);
-  modes nearest_even;
-  for (unsigned b = 0; b < blocks; b++)
-    for (unsigned r = 0; r < 16; r++) {
-      weights w;
-      for (unsigned k = 0; k < 32; k++) w[k] = step_weight(format, tile, L, b, r, k);
-      for (unsigned t = 0; t < tokens; t++) {
-        uint32_t &acc = results[16 * t + r];
-        acc = step(format, tile, L, w, a, b, t, r, float32_t{acc}).v;
-      }
+// --- Memory ---------------------------------------------------------------------------------------
+
+// Four bytes as a little-endian number, from and to what Spike loads and stores.
+uint32_t little_endian(const mmu_t &mmu, uint32_t value)
+{
+    const auto bytes = mmu.to_target(value);
+    std::memcpy(&value, &bytes, sizeof value);
+    return value;
+}
+
+// In words: physical memory protection does not divide them.
+void read(mmu_t &mmu, reg_t address, size_t size, uint8_t *to)
+{
+    for (size_t i = 0; i < size; i += 4) {
+        if (i == 0 || (address + i) % PGSIZE == 0) {
+            // An access fault unless it is main memory, as all of the page is: devices are not touched.
+            mmu.load_reserved<uint32_t>(address + i);
+            mmu.yield_load_reservation();
+        }
+        const uint32_t word = little_endian(mmu, mmu.load<uint32_t>(address + i));
+        std::memcpy(to + i, &word, sizeof word);
     }
-  write_results(mmu, rd, tokens, results);
-  return pc + 4;
 }
 
-reg_t not_rv64(processor_t *, insn_t insn, reg_t) { illegal(insn); }
+// The results as they are.  An atomic operation that changes nothing finds all that may be wrong with
+// reading or writing a word, as an exception of a store, before any has a new value.
+void read_results(mmu_t &mmu, reg_t address, size_t words, uint32_t *to)
+{
+    mmu.check_load_reservation(address, 4); // an access fault unless it is main memory
+    for (size_t i = 0; i < words; i++)
+        to[i] = little_endian(mmu, mmu.amo<uint32_t>(address + 4 * i, [](uint32_t old) { return old; }));
+}
 
-struct xpopmatmul : extension_t {
-  const char *name() const override { return "xpopmatmul"; }
+void write_results(mmu_t &mmu, reg_t address, size_t words, const uint32_t *from)
+{
+    for (size_t i = 0; i < words; i++)
+        mmu.store<uint32_t>(address + 4 * i, little_endian(mmu, from[i]));
+}
 
-  std::vector<insn_desc_t> get_instructions(const processor_t &) override {
-    auto described = [](insn_bits_t match, insn_func_t f) {
-      return insn_desc_t{match, 0x707f, not_rv64, f, not_rv64, f, not_rv64, f, not_rv64, f};
-    };
-    return {described(0x000b, pop_dot), described(0x100b, pop_step)};
-  }
+// --- Operands in memory ---------------------------------------------------------------------------
 
-  std::vector<disasm_insn_t *> get_disasms(const processor_t *) override { return {}; }
+int e(const uint8_t *a, unsigned r, unsigned k)
+{
+    return static_cast<int8_t>(a[64 * (k / 4) + 4 * r + k % 4]);
+}
+
+int n(const uint8_t *a, unsigned r, unsigned k)
+{
+    const unsigned j = k % 16, byte = a[64 * (j / 4) + 4 * r + j % 4];
+    return k < 16 ? byte & 15 : byte >> 4;
+}
+
+int v(const uint8_t *a, unsigned r, unsigned k)
+{
+    const unsigned h = k / 16, j = k % 16, g = j / 4;
+    return a[64 * h + 4 * r + j % 4] >> 2 * g & 3;
+}
+
+uint32_t u32(const uint8_t *a)
+{
+    uint32_t value;
+    std::memcpy(&value, a, sizeof value);
+    return value;
+}
+
+float32_t f16(const uint8_t *a)
+{
+    return f16_to_f32({static_cast<uint16_t>(a[0] | a[1] << 8)});
+}
+
+// One block of weights, 32 of every row, with what scales it.
+struct block {
+    int8_t w[ROWS][K];
+    float32_t d[ROWS], m[ROWS]; // of q4_k: times s and z
+    int s0[ROWS], s1[ROWS];     // of q6_k; otherwise 1
 };
 
-}  // namespace
+void weights(block &block, const uint8_t *a, const uint8_t *two_bits, bool bytes, int offset)
+{
+    for (unsigned r = 0; r < ROWS; r++)
+        for (unsigned k = 0; k < K; k++)
+            block.w[r][k] = bytes ? e(a, r, k) : n(a, r, k) + (two_bits ? 16 * v(two_bits, r, k) : 0) - offset;
+}
 
-// Spike takes the x of an ISA string for itself.
-REGISTER_EXTENSION(popmatmul, []() -> extension_t * {
-  static xpopmatmul extension;
-  return &extension;
-})
+void load_block(block &block, const operation &op, const uint8_t *tile, unsigned b)
+{
+    if (op.funct3 == DOT) {
+        weights(block, tile, nullptr, op.rows_are_bytes, op.code == S4 ? 8 : 0);
+        return;
+    }
+    const unsigned L = op.L, q = 32 * L + 416 * b;
+    switch (op.code) {
+    case Q4_0:
+        weights(block, tile + 32 * L + 256 * b, nullptr, false, 8);
+        break;
+    case Q4_1:
+        weights(block, tile + 64 * L + 256 * b, nullptr, false, 0);
+        break;
+    case Q8_0:
+        weights(block, tile + 32 * L + 512 * b, nullptr, true, 0);
+        break;
+    case Q4_K:
+        weights(block, tile + 256 + 256 * b, nullptr, false, 0);
+        break;
+    case Q6_K:
+        weights(block, tile + q + 32, tile + q + 288, false, 32);
+        break;
+    }
+    for (unsigned r = 0; r < ROWS; r++) {
+        block.s0[r] = block.s1[r] = 1;
+        if (op.code == Q4_K) {
+            const uint32_t w0 = u32(tile + 64 + 4 * r), w1 = u32(tile + 128 + 4 * r);
+            const uint32_t w2 = u32(tile + 192 + 4 * r);
+            const unsigned c = b - 4;
+            const int s = b < 4 ? w0 >> 8 * b & 63 : 16 * (w0 >> (8 * c + 6) & 3) + (w2 >> 8 * c & 15);
+            const int z = b < 4 ? w1 >> 8 * b & 63 : 16 * (w1 >> (8 * c + 6) & 3) + (w2 >> (8 * c + 4) & 15);
+            block.d[r] = f32_mul(f16(tile + 2 * r), i32_to_f32(s));
+            block.m[r] = f32_mul(f16(tile + 32 + 2 * r), i32_to_f32(z));
+        } else if (op.code == Q6_K) {
+            block.d[r] = f16(tile + 32 * (b / 8) + 2 * r);
+            block.s0[r] = static_cast<int8_t>(tile[q + r]);
+            block.s1[r] = static_cast<int8_t>(tile[q + 16 + r]);
+        } else {
+            block.d[r] = f16(tile + 32 * b + 2 * r);
+            if (op.code == Q4_1)
+                block.m[r] = f16(tile + 32 * L + 32 * b + 2 * r);
+        }
+    }
+}
+
+// --- What they compute ----------------------------------------------------------------------------
+
+int dot(const int8_t *w, const int8_t *xq, unsigned count)
+{
+    int sum = 0;
+    for (unsigned k = 0; k < count; k++)
+        sum += w[k] * xq[k];
+    return sum;
+}
+
+// (d x dx) x float(integer)
+float32_t scaled(float32_t d, float32_t dx, int integer)
+{
+    return f32_mul(f32_mul(d, dx), i32_to_f32(integer));
+}
+
+void compute(const operation &op, const uint8_t *tile, const uint8_t *activations, uint32_t *results)
+{
+    block block;
+    for (unsigned b = 0; b < op.B; b++) {
+        load_block(block, op, tile, b);
+        for (unsigned t = 0; t < op.T; t++) {
+            const uint8_t *x = activations + ACTIVATION_BLOCK * (b * op.T + t);
+            int8_t xq[K];
+            std::memcpy(xq, x, K);
+            const float32_t dx = {u32(x + 32)};
+            int isum = 0;
+            for (unsigned k = 0; k < K; k++)
+                isum += xq[k];
+            for (unsigned r = 0; r < ROWS; r++) {
+                uint32_t &result = results[ROWS * t + r];
+                const int sum0 = dot(block.w[r], xq, 16), sum1 = dot(block.w[r] + 16, xq + 16, 16);
+                if (op.funct3 == DOT) {
+                    result = sum0 + sum1;
+                    continue;
+                }
+                const int integer = block.s0[r] * sum0 + block.s1[r] * sum1;
+                float32_t acc = f32_add({result}, scaled(block.d[r], dx, integer));
+                if (op.code == Q4_1)
+                    acc = f32_add(acc, scaled(block.m[r], dx, isum));
+                else if (op.code == Q4_K)
+                    acc = f32_sub(acc, scaled(block.m[r], dx, isum));
+                result = acc.v;
+            }
+        }
+    }
+}
+
+// Spike's floats round as its last instruction did and collect flags: neither is of these instructions.
+struct to_nearest {
+    const uint_fast8_t mode = softfloat_roundingMode, flags = softfloat_exceptionFlags;
+    to_nearest() { softfloat_roundingMode = softfloat_round_near_even; }
+    ~to_nearest()
+    {
+        softfloat_roundingMode = mode;
+        softfloat_exceptionFlags = flags;
+    }
+};
+
+// --- Exceptions, in their order -------------------------------------------------------------------
+
+reg_t execute(processor_t *p, insn_t insn, reg_t pc)
+{
+    const operation op = decode(insn);
+    if (!op.defined)
+        throw trap_illegal_instruction(insn.bits());
+    state_t &state = *p->get_state();
+    mmu_t &mmu = *p->get_mmu();
+    const reg_t rs1 = state.XPR[insn.rs1()], rs2 = state.XPR[insn.rs2()], rd = state.XPR[insn.rd()];
+    if (rs1 % 16)
+        throw trap_load_address_misaligned(state.v, rs1, 0, 0);
+    if (rs2 % 16)
+        throw trap_load_address_misaligned(state.v, rs2, 0, 0);
+    if (rd % 256)
+        throw trap_store_address_misaligned(state.v, rd, 0, 0);
+    uint8_t tile[2 * 3360], activations[ACTIVATION_BLOCK * 16 * MAX_TOKENS];
+    uint32_t results[ROWS * MAX_TOKENS];
+    read(mmu, rs1, op.tile, tile);
+    read(mmu, rs2, ACTIVATION_BLOCK * op.B * op.T, activations);
+    read_results(mmu, rd, ROWS * op.T, results);
+    {
+        to_nearest rounding;
+        compute(op, tile, activations, results);
+    }
+    write_results(mmu, rd, ROWS * op.T, results);
+    return pc + 4;
+}
+
+// RV64E has x0 to x15.
+reg_t execute_e(processor_t *p, insn_t insn, reg_t pc)
+{
+    if ((insn.rd() | insn.rs1() | insn.rs2()) >= 16)
+        throw trap_illegal_instruction(insn.bits());
+    return execute(p, insn, pc);
+}
+
+struct xpop_t : extension_t {
+    const char *name() const override { return "xpopmatmul"; }
+    std::vector<insn_desc_t> get_instructions(const processor_t &) override
+    {
+        // All of custom-0; illegal with another XLEN than 64.
+        const insn_func_t none = &::illegal_instruction;
+        return {{0x0b, 0x7f, none, execute, none, execute_e, none, execute, none, execute_e}};
+    }
+    std::vector<disasm_insn_t *> get_disasms(const processor_t *) override { return {}; }
+};
+
+REGISTER_EXTENSION(popmatmul, []() -> extension_t * { static xpop_t extension; return &extension; })
+
+} // namespace
