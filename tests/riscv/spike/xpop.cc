@@ -55,41 +55,47 @@ operation decode(insn_t insn)
 
 // --- Memory ---------------------------------------------------------------------------------------
 
-// Four bytes as a little-endian number, from and to what Spike loads and stores.
-uint32_t little_endian(const mmu_t &mmu, uint32_t value)
+// Operands are copied in units of 8 bytes, their bytes in the order of their addresses.
+using unit = uint64_t;
+
+unit in_memory(const mmu_t &mmu, unit value)
 {
     const auto bytes = mmu.to_target(value);
     std::memcpy(&value, &bytes, sizeof value);
     return value;
 }
 
-// In words: physical memory protection does not divide them.
 void read(mmu_t &mmu, reg_t address, size_t size, uint8_t *to)
 {
-    for (size_t i = 0; i < size; i += 4) {
+    for (size_t i = 0; i < size; i += sizeof(unit)) {
         if (i == 0 || (address + i) % PGSIZE == 0) {
             // An access fault unless it is main memory, as all of the page is: devices are not touched.
-            mmu.load_reserved<uint32_t>(address + i);
+            mmu.load_reserved<unit>(address + i);
             mmu.yield_load_reservation();
         }
-        const uint32_t word = little_endian(mmu, mmu.load<uint32_t>(address + i));
-        std::memcpy(to + i, &word, sizeof word);
+        const unit bytes = in_memory(mmu, mmu.load<unit>(address + i));
+        std::memcpy(to + i, &bytes, sizeof bytes);
     }
 }
 
 // The results as they are.  An atomic operation that changes nothing finds all that may be wrong with
-// reading or writing a word, as an exception of a store, before any has a new value.
-void read_results(mmu_t &mmu, reg_t address, size_t words, uint32_t *to)
+// reading or writing them, as an exception of a store, before any has a new value.
+void read_results(mmu_t &mmu, reg_t address, size_t size, uint8_t *to)
 {
-    mmu.check_load_reservation(address, 4); // an access fault unless it is main memory
-    for (size_t i = 0; i < words; i++)
-        to[i] = little_endian(mmu, mmu.amo<uint32_t>(address + 4 * i, [](uint32_t old) { return old; }));
+    mmu.check_load_reservation(address, sizeof(unit)); // an access fault unless it is main memory
+    for (size_t i = 0; i < size; i += sizeof(unit)) {
+        const unit bytes = in_memory(mmu, mmu.amo<unit>(address + i, [](unit old) { return old; }));
+        std::memcpy(to + i, &bytes, sizeof bytes);
+    }
 }
 
-void write_results(mmu_t &mmu, reg_t address, size_t words, const uint32_t *from)
+void write_results(mmu_t &mmu, reg_t address, size_t size, const uint8_t *from)
 {
-    for (size_t i = 0; i < words; i++)
-        mmu.store<uint32_t>(address + 4 * i, little_endian(mmu, from[i]));
+    for (size_t i = 0; i < size; i += sizeof(unit)) {
+        unit bytes;
+        std::memcpy(&bytes, from + i, sizeof bytes);
+        mmu.store<unit>(address + i, in_memory(mmu, bytes));
+    }
 }
 
 // --- Operands in memory ---------------------------------------------------------------------------
@@ -116,6 +122,11 @@ uint32_t u32(const uint8_t *a)
     uint32_t value;
     std::memcpy(&value, a, sizeof value);
     return value;
+}
+
+void put_u32(uint8_t *a, uint32_t value)
+{
+    std::memcpy(a, &value, sizeof value);
 }
 
 float32_t f16(const uint8_t *a)
@@ -199,7 +210,7 @@ float32_t scaled(float32_t d, float32_t dx, int integer)
     return f32_mul(f32_mul(d, dx), i32_to_f32(integer));
 }
 
-void compute(const operation &op, const uint8_t *tile, const uint8_t *activations, uint32_t *results)
+void compute(const operation &op, const uint8_t *tile, const uint8_t *activations, uint8_t *results)
 {
     block block;
     for (unsigned b = 0; b < op.B; b++) {
@@ -213,19 +224,19 @@ void compute(const operation &op, const uint8_t *tile, const uint8_t *activation
             for (unsigned k = 0; k < K; k++)
                 isum += xq[k];
             for (unsigned r = 0; r < ROWS; r++) {
-                uint32_t &result = results[ROWS * t + r];
+                uint8_t *result = results + 64 * t + 4 * r;
                 const int sum0 = dot(block.w[r], xq, 16), sum1 = dot(block.w[r] + 16, xq + 16, 16);
                 if (op.funct3 == DOT) {
-                    result = sum0 + sum1;
+                    put_u32(result, sum0 + sum1);
                     continue;
                 }
                 const int integer = block.s0[r] * sum0 + block.s1[r] * sum1;
-                float32_t acc = f32_add({result}, scaled(block.d[r], dx, integer));
+                float32_t acc = f32_add({u32(result)}, scaled(block.d[r], dx, integer));
                 if (op.code == Q4_1)
                     acc = f32_add(acc, scaled(block.m[r], dx, isum));
                 else if (op.code == Q4_K)
                     acc = f32_sub(acc, scaled(block.m[r], dx, isum));
-                result = acc.v;
+                put_u32(result, acc.v);
             }
         }
     }
@@ -259,15 +270,15 @@ reg_t execute(processor_t *p, insn_t insn, reg_t pc)
     if (rd % 256)
         throw trap_store_address_misaligned(state.v, rd, 0, 0);
     uint8_t tile[2 * 3360], activations[ACTIVATION_BLOCK * 16 * MAX_TOKENS];
-    uint32_t results[ROWS * MAX_TOKENS];
+    uint8_t results[4 * ROWS * MAX_TOKENS];
     read(mmu, rs1, op.tile, tile);
     read(mmu, rs2, ACTIVATION_BLOCK * op.B * op.T, activations);
-    read_results(mmu, rd, ROWS * op.T, results);
+    read_results(mmu, rd, 4 * ROWS * op.T, results);
     {
         to_nearest rounding;
         compute(op, tile, activations, results);
     }
-    write_results(mmu, rd, ROWS * op.T, results);
+    write_results(mmu, rd, 4 * ROWS * op.T, results);
     return pc + 4;
 }
 
