@@ -82,12 +82,15 @@ void xpop_trapped(uint64_t cause, uint64_t address)
 }
 
 static uint64_t of_operand[3]; /* rs1, rs2, rd of the case */
+static int results_faulted;    /* faults of the sources come first */
 
 int xpop_may_fault(uint64_t cause, uint64_t address)
 {
     int source = address - of_operand[0] < TILE_BYTES_MAX || address - of_operand[1] < X_BYTES_MAX;
-    int result = address - of_operand[2] < 256;
-    return (cause != 15 && source) || (cause != 13 && result);
+    if (source && cause != 15)
+        return !results_faulted;
+    results_faulted = 1;
+    return cause != 13 && address - of_operand[2] < 256;
 }
 
 /* splitmix64 (Steele, Lea, Flood 2014). */
@@ -197,6 +200,7 @@ static void random_case(uint32_t *digest)
     for (unsigned i = 0; i < 3; i++)
         of_operand[i] = run.in[number[i]];
     uint32_t insn = assemble(funct >> 7, funct & 127, number[2], number[0], number[1]);
+    results_faulted = 0;
     if (parameters.mode == FAULTS)
         xpop_hide(arena, b >> 40 & 15);
     int kept = execute(insn, b >> 32 & 0xff);

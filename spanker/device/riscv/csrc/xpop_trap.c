@@ -150,6 +150,13 @@ static void read_block(const struct insn *i, const uint8_t *tile, unsigned b, st
 
 /* --- the instructions ----------------------------------------------------------------------- */
 
+/* A source that cannot be reached, be it a byte that has no use, faults before any of the results. */
+static void touch(const uint8_t *source, unsigned bytes)
+{
+    for (unsigned i = 0; i < bytes; i += SPK_POP_SOURCES_ALIGN)
+        (void)*(const volatile uint8_t *)(source + i);
+}
+
 static int32_t dot(const int8_t *w, const int8_t *xq, int from, int to)
 {
     int32_t sum = 0;
@@ -162,6 +169,7 @@ static void pop_dot(const struct insn *i, uint8_t *results, const uint8_t *tile,
 {
     int8_t w[ROWS][K];
     int32_t sums[TOKENS_MAX][ROWS];
+    touch(x, X_BYTES * i->tokens);
     if (i->kind == SPK_POP_S8)
         whole_bytes(tile, w);
     else
@@ -196,8 +204,11 @@ static void add_block(const struct insn *i, const struct block *block, const uin
 
 static void pop_step(const struct insn *i, uint8_t *results, const uint8_t *tile, const uint8_t *x)
 {
+    static const unsigned tile_bytes[] = {288, 320, 544, 2304, 3360}; /* of a run of 1 */
     unsigned blocks = i->kind == SPK_POP_Q4_K || i->kind == SPK_POP_Q6_K ? 8 * i->run : i->run;
     float acc[TOKENS_MAX][ROWS];
+    touch(tile, tile_bytes[i->kind] * i->run);
+    touch(x, X_BYTES * blocks * i->tokens);
     memcpy(acc, results, i->tokens * sizeof *acc);
     for (unsigned b = 0; b < blocks; b++) {
         struct block block;
