@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Xpop_matmul 0.1 as an extension of the Spike simulator.  It was written from docs/api/xpop-matmul.md
-// alone, not from another model, so that the two check the document as well as each other.  It is
-// meant to be compared with the page: names and order are those of the page, speed comes second.
+// Xpop_matmul 0.1 as an extension of the Spike simulator, written from docs/api/xpop-matmul.md alone: that
+// it agrees with the other models checks the page, too.  Names and order are those of the page.
 //
 // spike --isa=rv64gcv_xpopmatmul --extlib=libxpop.so PROGRAM
 #include <bit>
@@ -145,7 +144,9 @@ void weights(block &block, const uint8_t *a, const uint8_t *two_bits, bool bytes
 {
     for (unsigned r = 0; r < ROWS; r++)
         for (unsigned k = 0; k < K; k++)
-            block.w[r][k] = bytes ? e(a, r, k) : n(a, r, k) + (two_bits ? 16 * v(two_bits, r, k) : 0) - offset;
+            block.w[r][k] = bytes      ? e(a, r, k)
+                            : two_bits ? n(a, r, k) + 16 * v(two_bits, r, k) - offset
+                                       : n(a, r, k) - offset;
 }
 
 void load_block(block &block, const operation &op, const uint8_t *tile, unsigned b)
@@ -179,7 +180,8 @@ void load_block(block &block, const operation &op, const uint8_t *tile, unsigned
             const uint32_t w2 = u32(tile + 192 + 4 * r);
             const unsigned c = b - 4;
             const int s = b < 4 ? w0 >> 8 * b & 63 : 16 * (w0 >> (8 * c + 6) & 3) + (w2 >> 8 * c & 15);
-            const int z = b < 4 ? w1 >> 8 * b & 63 : 16 * (w1 >> (8 * c + 6) & 3) + (w2 >> (8 * c + 4) & 15);
+            const int z =
+                b < 4 ? w1 >> 8 * b & 63 : 16 * (w1 >> (8 * c + 6) & 3) + (w2 >> (8 * c + 4) & 15);
             block.d[r] = f32_mul(f16(tile + 2 * r), i32_to_f32(s));
             block.m[r] = f32_mul(f16(tile + 32 + 2 * r), i32_to_f32(z));
         } else if (op.code == Q6_K) {
