@@ -93,7 +93,9 @@ def test_stages_wait_for_the_stage_before_them() -> None:
 
 
 def test_sequences_side_by_side_share_the_reading() -> None:
-    one, eight = simulate(SMALL), simulate(attrs.evolve(SMALL, batch=8))
+    # What is done for each element is not shared.
+    quick = attrs.evolve(SMALL, profile=attrs.evolve(REV_A, elements_per_s=0.4e9))
+    one, eight = simulate(quick), simulate(attrs.evolve(quick, batch=8))
     assert len(eight.token_ids) == 8 and all(len(ids) == 6 for ids in eight.token_ids)
     assert one.decode_tokens_per_second and eight.decode_tokens_per_second
     assert 1.5 < eight.decode_tokens_per_second / one.decode_tokens_per_second < 8
@@ -156,8 +158,16 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_large_model_on_many_cards_is_a_matter_of_seconds() -> None:
+    quick = attrs.evolve(REV_A, elements_per_s=0.4e9, command_s=2e-6)
     result = simulate(
-        Scenario(shape="llama-13b", cards=64, plan="tp8xpp8", prompt_tokens=4, tokens=3)
+        Scenario(
+            shape="llama-13b",
+            cards=64,
+            plan="tp8xpp8",
+            profile=quick,
+            prompt_tokens=4,
+            tokens=3,
+        )
     )
     assert isinstance(result, Simulation)
     # A token reads an eighth of a stage's weights on every stage.

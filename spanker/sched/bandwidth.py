@@ -155,12 +155,13 @@ REV_A = Profile(
     intercard_latency_s=2e-6,
     # One connector of four lanes, however many neighbours it serves.
     port_bytes_per_s=INTERCARD_BW_BYTES_PER_SEC,
-    # 100 MHz, 4 lanes; assumed 16 int8 or 4 float32 multiply-adds a lane and cycle, one element.
-    int8_madds_per_s=6.4e9,
-    float_madds_per_s=1.6e9,
-    elements_per_s=0.4e9,
-    # Assumed: 200 cycles to take up a command, 2,000 a step.
-    command_s=2e-6,
+    # Of the firmware at 100 MHz, by counted instructions (docs/performance.md, "On the first
+    # board"): Q4_0 with Xpop, four tokens at a time; attention and elements with four vector lanes.
+    int8_madds_per_s=7.8e9,
+    float_madds_per_s=70e6,
+    elements_per_s=10e6,
+    # Counted, too: some 500 cycles to take up a command.  Assumed: 2,000 a step.
+    command_s=5e-6,
     step_s=20e-6,
     # Two messages a card, sampling, detokenising: measured with soft cards.
     host_step_s=0.5e-3,

@@ -42,8 +42,8 @@ def test_a_step_completes_when_its_modelled_time_has_come_and_not_before() -> No
         (card,) = rig.cards
         program, x, _ = adder(card, n=16)
         card.submit(program, step(tokens=4))
-        # Taken up in 20 us; the command 2 us, and 64 elements at 0.4 a ns or 768 bytes at 2 a ns.
-        due = to_ps(20e-6 + 2e-6 + 768 / 2e9)
+        # Taken up in 20 us; the command 5 us, and 64 elements at 10 a us or 768 bytes at 2 a ns.
+        due = to_ps(20e-6 + 5e-6 + 64 / 10e6)
         assert rig.next_event() == to_ps(20e-6)
         rig.advance(due - 1)
         assert card.completions() == [] and not polls_readable(card, 0)
@@ -51,7 +51,7 @@ def test_a_step_completes_when_its_modelled_time_has_come_and_not_before() -> No
         rig.advance(due)
         assert polls_readable(card, 0)
         (done,) = card.completions()
-        assert done.error is None and done.busy_ns == 2384
+        assert done.error is None and done.busy_ns == 11400
         assert floats(card, x, 64).tolist() == [1.0] * 64
 
 

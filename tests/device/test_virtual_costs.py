@@ -77,7 +77,7 @@ TABLE = {
     Op.CHOOSE: (op.choose(X, Y, lists=5), 2 * 44, 10, 1e7),
     # Once in a step, whatever its tokens.
     Op.REDUCE: (op.reduce(Element.F32, Reduction.SUM, X, Y, count=70), 70 * 12, 70, 1e7),
-    Op.COPY: (op.copy(Element.F16, X, Y, count=70), 70 * 4, 70, 1e7),
+    Op.COPY: (op.copy(Element.F16, X, Y, count=70), 70 * 4, 0, 1e7),
     Op.DIVIDE: (op.divide(Element.I32, X, count=70, by=3), 70 * 8, 70, 1e7),
 }
 SIZE = StepSize(3, 2, 12, 10 + 11 + 12)

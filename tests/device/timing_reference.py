@@ -96,7 +96,8 @@ def cost(command: Command, step: Step) -> tuple[float, float, str]:
             return t * (8 * n + 4), t * n, "elements"
         case Op.REDUCE | Op.COPY | Op.DIVIDE:
             count = a[0] + (a[1] << 32)
-            return BULK[command.op] * Element(command.format).nbytes * count, count, "elements"
+            nbytes = BULK[command.op] * Element(command.format).nbytes * count
+            return nbytes, 0 if command.op is Op.COPY else count, "elements"
     raise AssertionError(command)
 
 

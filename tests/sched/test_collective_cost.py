@@ -16,6 +16,7 @@ from spanker.errors import PlanError
 from spanker.sched import REV_A, CardSpeed, LinkSpeed, LinkState, Profile, Topology
 from spanker.sched.collectives import CollectivePlan, Fold, Kind, make, seconds
 from spanker.sched.collectives.cost import fair_rates
+from spanker.sched.collectives.plan import Copy
 
 PLAIN = Profile(
     "plain",
@@ -166,7 +167,8 @@ def exact_seconds(plan: CollectivePlan, profile: Profile, element_bytes: int) ->
                 nbytes = factor * local.into.size * element_bytes
                 memory = Fraction(profile.local_ddr_bytes_per_s) * Fraction(speed.memory)
                 rate = Fraction(profile.elements_per_s) * Fraction(speed.compute)
-                total += command + max(nbytes / memory, local.into.size / rate)
+                work = Fraction(0) if isinstance(local, Copy) else local.into.size / rate
+                total += command + max(nbytes / memory, work)
         return total
 
     while True:

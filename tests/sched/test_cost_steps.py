@@ -287,7 +287,7 @@ def test_a_batch_is_one_prompt_after_the_other() -> None:
 def test_a_prompt_says_what_bounds_it() -> None:
     plan, topology = tensor_pipeline(SHAPE, 2, 1), Topology.with_mock(2)
     found = cost.prefill(SHAPE, plan, REV_A, topology, tokens=40, chunk=16)
-    assert found.bound is Bound.ARITHMETIC and found.steps == 3
+    assert found.bound is Bound.ELEMENTS and found.steps == 3
     assert len(found.stages) == 1 and 0 < found.stages[0] < found.seconds
     far = attrs.evolve(REV_A, host_link_latency_s=10.0)
     assert cost.prefill(SHAPE, plan, far, topology, tokens=40, chunk=16).bound is Bound.HOST_LINK

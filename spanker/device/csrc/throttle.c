@@ -160,6 +160,7 @@ static double command_ns(const struct pace *p, const struct timeline *t,
     if (is_bulk(cmd)) {
         work = (double)bulk_count(cmd, 0);
         bytes = work * (double)spk_element_bytes(cmd->format) * (cmd->op == SPK_OP_REDUCE ? 3 : 2);
+        work = cmd->op == SPK_OP_COPY ? 0 : work;
         rows = 1;
     }
     if (rows == 0)

@@ -105,9 +105,9 @@ def _attention(args: Sequence[int]) -> _Cost:
     )
 
 
-def _bulk(fmt: int, args: Sequence[int], *, read: int) -> _Cost:
+def _bulk(fmt: int, args: Sequence[int], *, read: int, work: int = 1) -> _Cost:
     count, size = args[0] | args[1] << 32, Element(fmt).nbytes
-    return _Cost(read=read * size * count, written=size * count, work=count)
+    return _Cost(read=read * size * count, written=size * count, work=work * count)
 
 
 # By operation, of a format and the command's arguments.
@@ -128,7 +128,7 @@ _COSTS: dict[int, Callable[[int, Sequence[int]], _Cost]] = {
     Op.CHOOSE: lambda fmt, a: _Cost(8 * a[0], 4, a[0]),
     Op.EXCHANGE: lambda fmt, a: _Cost(),
     Op.REDUCE: lambda fmt, a: _bulk(fmt, a, read=2),
-    Op.COPY: lambda fmt, a: _bulk(fmt, a, read=1),
+    Op.COPY: lambda fmt, a: _bulk(fmt, a, read=1, work=0),
     Op.DIVIDE: lambda fmt, a: _bulk(fmt, a, read=1),
 }
 # Once in a step, whatever its rows.

@@ -22,7 +22,7 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.collectives.plan import CollectivePlan, Fold, Local
+from spanker.sched.collectives.plan import CollectivePlan, Copy, Fold, Local
 from spanker.sched.topology import Topology
 
 # Flows that end within this part of the time of each other end together: what is left then is
@@ -232,5 +232,6 @@ class _Run:
         time = 0.0
         for x in local:
             nbytes = x.into.size * self.element_bytes * (3 if isinstance(x, Fold) else 2)
-            time += self.profile.command_s + max(nbytes / memory, x.into.size / rate)
+            work_s = 0.0 if isinstance(x, Copy) else x.into.size / rate
+            time += self.profile.command_s + max(nbytes / memory, work_s)
         return time

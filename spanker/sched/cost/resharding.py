@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
-from spanker.sched.cost.commands import ELEMENTS
 from spanker.sched.cost.loading import BATCH_MAX, Sent, content_pieces, round_trip_s, uploads_s
 from spanker.sched.cost.machine import Machine
 from spanker.sched.layout import card_buffers
@@ -35,8 +34,6 @@ from spanker.values import Value, lazy_frozen
 
 # Messages that are under way to a card at a time.
 WINDOW = 16
-# What a copy within a card's memory counts as one element.
-ELEMENT_BYTES = 4
 
 
 @lazy_frozen
@@ -182,10 +179,7 @@ def _run_s(machine: Machine, round_: Round, commands: Counter[int]) -> float:
     at = dict.fromkeys(commands, profile.step_s)
     for fill in round_.copies:
         pace = machine.pace(fill.card, tuple(commands))
-        at[fill.card] += pace.command_s + max(
-            2 * fill.nbytes * pace.s_per_byte,
-            fill.nbytes / ELEMENT_BYTES * pace.s_per_work[ELEMENTS],
-        )
+        at[fill.card] += pace.command_s + 2 * fill.nbytes * pace.s_per_byte
     for begin in range(0, len(round_.moves), EXCHANGE_MAX):
         _exchange(profile, round_.moves[begin : begin + EXCHANGE_MAX], at)
     asked = len(commands) * (messages.SMALL_BYTES + messages.STEP_HEADER_BYTES)

@@ -308,7 +308,7 @@ def test_llama_70b_on_sixty_four_boards() -> None:
     outcome = search(request_)
     assert outcome.gap < 1e-3
     assert fits(request_, outcome.chosen.plan)
-    assert outcome.chosen.tokens_per_second > 2
+    assert outcome.chosen.tokens_per_second > 1
     assert len(outcome.chosen.plan.cards) > 32
 
 
