@@ -58,7 +58,7 @@ def test_several_prompts_share_steps() -> None:
 @pytest.mark.usefixtures("smollm2_path")
 def test_own_plan() -> None:
     out = run("own_plan.py")
-    assert "two to one: " in out and "tokens/s predicted, bound by memory" in out
+    assert "two to one: " in out and "tokens/s predicted, bound by elements" in out
     assert "tp3: " in out and "  card 0: layers 0-29, 5 heads, 768 ffn" in out
     assert "the same answer: True" in out
 
@@ -91,7 +91,7 @@ def test_the_users_own_test() -> None:
 def test_virtual_fleet() -> None:
     out = run("virtual_fleet.py")
     assert out == run("virtual_fleet.py")
-    assert re.search(r"^loaded after \d\.\d\d ms\ntoken \d+ after \d\.\d\d ms\n", out)
+    assert re.search(r"^loaded after \d\.\d\d ms\ntoken \d+ after \d+\.\d\d ms\n", out)
     assert "at 1 h: card 1 lost: hangs" in out
     assert "at 1 h: tiny llama: re-planned tp3 -> tp2 on cards 0, 2; resumed 1 sequence" in out
     assert re.search(r"^an 8B model on 8 boards: [23]\.\d\d tokens/s$", out, re.MULTILINE)

@@ -71,8 +71,8 @@ def adding(rig: VirtualRig, card: int) -> int:
 
 
 STEP = encode_step([SequenceStep([0], 0, [])])
-# Taken up in 20 us; a command of 2 us and 12,000 bytes at 2 a ns.
-STEP_S = 28e-6
+# Taken up in 20 us; a command of 5 us and 1,000 elements at 10 a us.
+STEP_S = 125e-6
 
 
 async def test_completions_come_when_they_are_due(autojump_clock: trio.testing.MockClock) -> None:
