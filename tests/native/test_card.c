@@ -1337,10 +1337,11 @@ static void a_corrupt_message_is_a_link_fault(void)
         struct step s = new_step(4, 2, 0, 0, 1);
         CASE("a flipped bit in the %s", flips[i].what);
         struct ring *ring = alice.card->links[1].direct.tx;
+        uint64_t capacity = alice.card->links[1].direct.capacity;
         CHECK_EQUAL(submit(alice.card, a, &s, &fence), SPK_OK);
         uint64_t tail = atomic_load(&ring->tail);
         CHECK(!run_cards(&alice.card, 1));
-        ring->data[(tail + flips[i].at) % ring->capacity] ^= flips[i].flip;
+        ring->data[(tail + flips[i].at) % capacity] ^= flips[i].flip;
         CHECK_EQUAL(submit(bob.card, b, &s, &fence), SPK_OK);
         while (spk_card_step(bob.card) == SPK_STEP_RAN)
             ;
@@ -1349,7 +1350,7 @@ static void a_corrupt_message_is_a_link_fault(void)
         /* An older epoch is dropped and a newer one waits; anything else is reported. */
         CHECK(flips[i].at < 4 ? !completed : completed && done.status == SPK_E_LINK);
         /* The ring still holds the bad message: put it right, so that it can be dropped. */
-        ring->data[(tail + flips[i].at) % ring->capacity] ^= flips[i].flip;
+        ring->data[(tail + flips[i].at) % capacity] ^= flips[i].flip;
         epoch += 2;
         CHECK_EQUAL(spk_card_abort(alice.card, epoch), SPK_OK);
         CHECK_EQUAL(spk_card_abort(bob.card, epoch), SPK_OK);

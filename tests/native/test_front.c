@@ -842,9 +842,9 @@ static void test_links(void)
     fault(a, SAIL_FAULT_FLAP, 2); /* no such link */
     CASE("a message that fails its check");
     CHECK_EQUAL(run(b, running(b, 0, 1)).status, SAIL_OK);
-    struct ring *ring = a->core->links[1].rx;
-    ring->data[(ring->head + sizeof(struct { uint32_t a, b; uint64_t c; uint32_t d, e; })) %
-               ring->capacity] ^= 1;
+    struct way *way = &a->core->links[1].direct;
+    uint64_t payload = way->rx->head + sizeof(struct { uint32_t a, b; uint64_t c; uint32_t d, e; });
+    way->rx->data[payload % way->capacity] ^= 1;
     struct sail_completion done = run(a, running(a, 0, 1));
     CHECK_EQUAL(done.status, SAIL_E_LINK);
     CHECK_EQUAL(done.detail, 0);

@@ -122,9 +122,14 @@ static void detach(struct link *l)
     *l = (struct link){.host = l->host};
 }
 
+static bool is_ring(uint64_t bytes)
+{
+    return bytes % 8 == 0 && bytes >= RING_BYTES_MIN && bytes <= RING_BYTES_MAX;
+}
+
 int spk_link_create(uint64_t ring_bytes)
 {
-    if (ring_bytes % 8 || ring_bytes < RING_BYTES_MIN || ring_bytes > RING_BYTES_MAX)
+    if (!is_ring(ring_bytes))
         return -1;
     int fd = memfd_create("spanker-link", MFD_CLOEXEC);
     if (fd >= 0 && ftruncate(fd, (off_t)link_bytes(ring_bytes)) != 0) {
@@ -137,8 +142,8 @@ int spk_link_create(uint64_t ring_bytes)
 int spk_link_attach(struct spk_card *c, uint32_t peer, int fd, uint32_t end, uint64_t ring_bytes)
 {
     struct stat status;
-    if (peer >= SPK_CARDS_MAX || c->links[peer].direct.tx || end < 1 || end > 2 || ring_bytes % 8 ||
-        ring_bytes < RING_BYTES_MIN || ring_bytes > RING_BYTES_MAX || fstat(fd, &status) != 0 ||
+    if (peer >= SPK_CARDS_MAX || c->links[peer].direct.tx || end < 1 || end > 2 ||
+        !is_ring(ring_bytes) || fstat(fd, &status) != 0 ||
         (uint64_t)status.st_size != link_bytes(ring_bytes))
         return SPK_E_ARG;
     uint8_t *at = mmap(NULL, link_bytes(ring_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -163,7 +168,7 @@ int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, 
                      uint64_t ring_bytes)
 {
     if (a == b || number_a >= SPK_CARDS_MAX || number_b >= SPK_CARDS_MAX ||
-        a->links[number_b].direct.tx || b->links[number_a].direct.tx)
+        a->links[number_b].direct.tx || b->links[number_a].direct.tx || !is_ring(ring_bytes))
         return SPK_E_ARG;
     int fd = spk_link_create(ring_bytes), status = SPK_E_SYSTEM;
     if (fd < 0)
