@@ -90,21 +90,6 @@ static bool send_all(int fd, const void *from, size_t nbytes)
     return true;
 }
 
-/* One request and its reply; false when the host is gone, or what it says makes no sense. */
-static bool serve(struct process *p, bool *ends)
-{
-    struct spk_wire_header h;
-    if (!receive(p->control, &h, sizeof h, ends))
-        return *ends || complain("the host is gone");
-    if (!header_is_good(&h, SPK_WIRE_REQUEST_MAX))
-        return complain("no frame: magic %08x, kind %u, %u bytes", h.magic, h.kind, h.nbytes);
-    bool cut;
-    if (!receive(p->control, p->body, h.nbytes, &cut))
-        return complain("the host is gone in the middle of a request");
-    answer(p->card, &p->who, &h, p->body, &p->reply);
-    return send_all(p->control, p->reply.bytes, p->reply.nbytes) || complain("the host is gone");
-}
-
 /* Sends what the host's end takes without waiting; false when it is gone. */
 static bool send_completion(struct process *p)
 {
@@ -142,6 +127,25 @@ static bool pass_completions(struct process *p)
             return false;
     } while (!p->sending);
     return true;
+}
+
+/* One request and its reply; false when the host is gone, or what it says makes no sense. */
+static bool serve(struct process *p, bool *ends)
+{
+    struct spk_wire_header h;
+    if (!receive(p->control, &h, sizeof h, ends))
+        return *ends || complain("the host is gone");
+    if (!header_is_good(&h, SPK_WIRE_REQUEST_MAX))
+        return complain("no frame: magic %08x, kind %u, %u bytes", h.magic, h.kind, h.nbytes);
+    bool cut;
+    if (!receive(p->control, p->body, h.nbytes, &cut))
+        return complain("the host is gone in the middle of a request");
+    answer(p->card, &p->who, &h, p->body, &p->reply);
+    /* A step that is no longer queued by this reply is told of before it, as far as the host's end
+     * takes that without waiting. */
+    if (!pass_completions(p))
+        return false;
+    return send_all(p->control, p->reply.bytes, p->reply.nbytes) || complain("the host is gone");
 }
 
 static bool run(struct process *p)
