@@ -145,7 +145,8 @@ async def serve(held: list[tuple[int, int]], returned: list[int]) -> None:
                 held.append((sys.getallocatedblocks(), resident_bytes()))
         history = fleet.events.history
         returned.append(sum(isinstance(event, CardReturned) for event in history))
-        assert sum(isinstance(event, CardLost) for event in history) >= returned[0]
+        # Of the oldest return the loss may be forgotten.
+        assert sum(isinstance(event, CardLost) for event in history) >= returned[0] - 1
 
 
 def resident_bytes() -> int:
