@@ -41,7 +41,6 @@ VECTOR = (
 _VECTOR_FIRST = 16
 _BEATS_MAX = 128
 _XPOP_FIRST = _VECTOR_FIRST + len(VECTOR) * _BEATS_MAX
-_KINDS = _XPOP_FIRST + 1024
 
 #: Cycles of a scalar instruction.  A jump costs one more for what was fetched behind it.
 SCALAR_CYCLES = {

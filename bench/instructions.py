@@ -15,14 +15,14 @@ The rates are those of `sched.bandwidth.Profile`: work of docs/api/timing-model.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import attrs
 import report
@@ -112,23 +112,9 @@ def generate(
                 async for _ in loaded.generate(ids, max_tokens=tokens):
                     pass
 
-    with _environment(counter.environment):
+    with mock.patch.dict(os.environ, counter.environment):
         trio.run(main)
     return by_group(counter.counts())
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @attrs.frozen
@@ -193,8 +179,7 @@ def measure(counter: Counter, isa: str, model: Path, prompt: int) -> tuple[Measu
             parts[group] = Part(
                 c.scalar, c.vector, c.xpop, c.cycles, round(work[group]), ddr_cycles
             )
-        decodes = rows.tokens == 1 and more is two
-        at, of = (prompt + 1, 0) if decodes else (0, prompt)
+        at, of = (prompt + 1, 0) if more is two else (0, prompt)
         return Measured(model.stem, isa, at, of, commands, parts)
 
     return (

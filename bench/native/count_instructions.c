@@ -291,7 +291,7 @@ static void vector_arithmetic(uint32_t word, struct vector_insn *insn)
       insn->times = 2;
     else if (funct6 == 0x0e || funct6 == 0x0f || funct6 == 0x17)
       insn->what = VECTOR_PERMUTE;
-    else if (funct6 < 0x18 || (funct6 == 0x12))
+    else if (funct6 < 0x18)
       insn->what = VECTOR_INT;
     if (funct6 >= 0x30 && funct6 <= 0x37) /* widening additions */
       insn->what = VECTOR_INT;
