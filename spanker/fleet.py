@@ -970,6 +970,7 @@ async def open_fleet(
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
     with _one_error(first), _rig(specs, chosen, workers, throttle, topology) as rig:
+        rig.held = True  # the last card of a fleet may come back
         devices: Sequence[CardDevice] = rig.cards
         if _around is not None:
             devices = [_around.device(card) for card in rig.cards]
@@ -1040,13 +1041,9 @@ def _rig(
             raise ConfigError("RISC-V cards are linked all with all: leave the topology out")
         from spanker.device.riscv.rig import RiscvRig
 
-        riscv_rig = RiscvRig(here, workers)
-        riscv_rig.held = True
-        return riscv_rig
+        return RiscvRig(here, workers)
     if not virtual:
-        soft_rig = SoftRig(soft, workers, profile if throttle else None, topology)
-        soft_rig.held = True
-        return soft_rig
+        return SoftRig(soft, workers, profile if throttle else None, topology)
     if workers is not None:
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:
@@ -1054,9 +1051,7 @@ def _rig(
     from spanker.actors.virtual_time import now_ps
     from spanker.device.virtual.card import VirtualRig
 
-    virtual_rig = VirtualRig(virtual, profile, now_ps, topology)
-    virtual_rig.held = True
-    return virtual_rig
+    return VirtualRig(virtual, profile, now_ps, topology)
 
 
 @contextlib.asynccontextmanager

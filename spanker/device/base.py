@@ -146,7 +146,12 @@ class DeviceCounters(Value):
 
 
 class CardRig(abc.ABC):
-    """What owns the cards of one fleet: as a context it closes them in the end."""
+    """What owns the cards of one fleet: as a context it closes them in the end.
+
+    `held`: whether it stays when its last card is closed, until it is closed itself.
+    """
+
+    held = False
 
     @abc.abstractmethod
     def close(self) -> None:

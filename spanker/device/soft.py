@@ -625,7 +625,6 @@ class SoftRig(CardRig):
         meshed = topology is None or topology.fully_meshed
         self.meets = meshed and throttle is None
         self.cards: list[SoftCard] = []
-        self.held = False
         self.throttled = throttle is not None
         self._profile = throttle
         self._workers_max = workers or len(os.sched_getaffinity(0))

@@ -48,7 +48,6 @@ class RiscvRig(CardRig):
 
     throttled = False
     meets = False
-    held = False
 
     def __init__(
         self,

@@ -377,7 +377,6 @@ class VirtualRig(CardRig):
         check_topology(topology, len(specs))
         self._topology = topology
         self.on_change: Callable[[], None] | None = None
-        self.held = False
         self.cards: list[VirtualCard] = []
         self._clock = clock
         now = 0 if clock is None else clock()
