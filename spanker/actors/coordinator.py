@@ -41,6 +41,7 @@ from spanker.actors.message import (
     LoadProgram,
     Message,
     Ok,
+    OpenWindows,
     ReadBuffer,
     ReadCounters,
     Relayed,
@@ -383,6 +384,14 @@ class Coordinator:
             if packed is not None and first in mapping:
                 mapped = [upload for upload in uploads if upload.place is not None]
                 uploads = tuple([upload for upload in uploads if upload.place is None])
+                table = llama.mapped_table(model, plan.replicas[number], first, packed)
+                # Cards behind it in the chain would have their columns from it.
+                if table is not None and len(chain) == 1:
+                    handles[table.buffer] = await self.open_window(first, table.nbytes)
+                    await loading.map_all(ask, packed.fd, [table], handles, lambda nbytes: None)
+                    columns = [u.nbytes for u in uploads if u.buffer == llama.COLUMNS]
+                    uploads = tuple([u for u in uploads if u.buffer != llama.COLUMNS])
+                    sent(sum(columns))
                 await loading.map_all(ask, packed.fd, mapped, handles, sent)
             await loading.upload(ask, uploads, handles, at_once, sent)
             if len(chain) > 1:
@@ -438,7 +447,7 @@ class Coordinator:
         """
         from spanker.actors import resharding
 
-        if self.mapping(plan.cards, packed):
+        if self.mapping(plan.cards, packed) or any(map(held.maps_table, held.handles)):
             await self.unload(held)
             (mapped,) = await self.load(held.model, gguf, FleetPlan.of(plan), limits, None, packed)
             return mapped
@@ -469,9 +478,7 @@ class Coordinator:
         return loaded
 
     async def _load_step(self, loaded: LoadedModel, card: int) -> int:
-        """The program of a model's steps on a card, around the links that it avoids."""
-        made = llama.build_program(loaded.model, loaded.plan, card, loaded.limits, loaded.down)
-        return await self.load_program(card, made.encode(loaded.handles[card]))
+        return await self.load_program(card, loaded.program(card).encode(loaded.handles[card]))
 
     async def reroute(self, loaded: LoadedModel) -> LoadedModel:
         """Have a model's steps go around the links that are down now; its weights and KV stay where
@@ -549,6 +556,11 @@ class Coordinator:
         """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
         async with self._locks.holding((card,)):
             return (await self.owning(self.clients[card], AllocBuffers(tuple(sizes)))).handles
+
+    async def open_window(self, card: int, nbytes: int) -> int:
+        """A window on a card, between two steps; whoever asks gives it back."""
+        async with self._locks.holding((card,)):
+            return (await self.owning(self.clients[card], OpenWindows((nbytes,)))).handles[0]
 
     async def load_program(self, card: int, program: bytes) -> int:
         """A program on a card, between two steps; whoever asks unloads it."""

@@ -55,7 +55,13 @@ class Move:
         self.loaded = loaded
         self._gguf = gguf
         self._packed = packed
-        self._lenders = {c: m for m in beside for c in m.plan.cards if _holds(coordinator, m, c)}
+        # One that maps the embedding has no columns of it to lend.
+        self._lenders = {
+            card: there
+            for there in beside
+            for card in there.plan.cards
+            if _holds(coordinator, there, card) and not there.maps_table(card)
+        }
         self._holdings = Holdings.of(
             held.plan,
             [m.plan for m in beside],

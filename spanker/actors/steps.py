@@ -25,7 +25,7 @@ from spanker.device.base import Completion
 from spanker.errors import CardAbortedError, CardHungError, CardLinkDownError, SpankerError
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
-from spanker.kernels.program import SequenceStep, encode_step
+from spanker.kernels.program import Program, SequenceStep, encode_step
 from spanker.sched.detours import ALL_UP, Down, over_host
 from spanker.sched.layout import chunks
 from spanker.sched.plan import CardShare, Limits, Plan
@@ -60,6 +60,18 @@ class LoadedModel(Value):
     down: Down = ALL_UP
     # How often each card of the fleet had been taken into use anew when it was loaded.
     births: tuple[int, ...] = ()
+
+    def maps_table(self, card: int) -> bool:
+        """Whether a card has the whole embedding mapped.  Its buffer of columns is empty then: it
+        only takes the DDR that a card which maps nothing would need."""
+        return llama.TABLE in self.handles.get(card, {})
+
+    def program(self, card: int) -> Program:
+        """The program of its steps on a card, around the links that it avoids."""
+        table = self.maps_table(card)
+        return llama.build_program(
+            self.model, self.plan, card, self.limits, self.down, maps_table=table
+        )
 
     @property
     def hosted(self) -> tuple[tuple[int, int], ...]:

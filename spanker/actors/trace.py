@@ -23,7 +23,6 @@ from spanker._version import __version__
 from spanker.actors.message import CardInfo, Message, StepDone
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardAbortedError, CardFaultError, CardLostError, SpankerError
-from spanker.ggml.architectures import llama
 from spanker.kernels.formats import Format, packed_bytes
 from spanker.kernels.program import Command, Op, SequenceStep
 
@@ -356,11 +355,7 @@ class Trace:
         if step is not None:
             key = id(step.loaded), card
             if key not in self._labels:
-                loaded = step.loaded
-                made = llama.build_program(
-                    loaded.model, loaded.plan, card, loaded.limits, loaded.down
-                )
-                self._labels[key] = labels(made.commands)
+                self._labels[key] = labels(step.loaded.program(card).commands)
             if command < len(self._labels[key]):
                 return self._labels[key][command]
         return _bare_label(op, fmt)

@@ -153,14 +153,16 @@ def embed(
     *,
     columns: int,
     vocabulary: int,
-    packed: bool = False,
+    packed_k: int = 0,
+    first: int = 0,
 ) -> Command:
     """out[t] = columns of the embedding row of token t.
 
-    The table holds rows of GGML blocks or, `packed`, a matrix as the matmuls take it.  Where token
-    t is `chosen_token(i)`, its id is chosen[i] (u32).
+    The table holds rows of GGML blocks or, with `packed_k`, a matrix of so many columns as the
+    matmuls take it, of which those from `first` on are looked up.  Where token t is
+    `chosen_token(i)`, its id is chosen[i] (u32).
     """
-    args = (columns, vocabulary, int(packed))
+    args = (columns, vocabulary, packed_k, first)
     return Command(Op.EMBED, ((0, table), (1, chosen), (3, out)), args, fmt)
 
 

@@ -15,7 +15,8 @@ from spanker.device.base import MAP_ALIGN, CardDevice
 from spanker.errors import CardCommandError
 from spanker.kernels import program as op
 from spanker.kernels.elements import Element
-from spanker.kernels.program import Ref
+from spanker.kernels.formats import Format
+from spanker.kernels.program import Ref, SequenceStep, encode_step
 
 NBYTES = 100_000
 
@@ -110,6 +111,40 @@ def test_what_does_not_fit_is_refused(mapping: CardDevice, fd: int) -> None:
         mapping.map_file(fd, [(a, 0, 4096)])
     mapping.unload_program(handle)
     mapping.map_file(fd, [(a, 0, 4096)])
+
+
+def test_a_window_onto_a_file_takes_no_memory_and_is_only_read(
+    mapping: CardDevice, fd: int, content: bytes
+) -> None:
+    used = mapping.counters().ddr_used_bytes
+    window = mapping.window(8192)
+    mapping.map_file(fd, [(window, 4096, 8192)])
+    assert mapping.counters().ddr_used_bytes == used
+    x, chosen = mapping.alloc(4 * 64), mapping.alloc(4 * 4)
+    handles = {"table": window, "x": x, "chosen": chosen}
+    table, rows = Ref("table", 64), Ref("x", 64)
+    look_up = op.embed(Format.F32, table, Ref("chosen", 4), rows, columns=16, vocabulary=128)
+    program = mapping.load_program(make_program(look_up, tokens=4, outputs=4).encode(handles))
+    there = np.frombuffer(content[4096 : 4096 + 8192], np.float32).reshape(128, 16)
+    numbers = np.flatnonzero(np.isfinite(there).all(axis=1))
+    ids = numbers[[0, -1, 5, 5]].tolist()
+    mapping.submit(program, encode_step([SequenceStep(ids, 0, [])]), reads=[(x, 0, 256)])
+    [done] = collect(mapping, 1)
+    assert done.error is None
+    assert done.data == (there[ids].tobytes(),)
+    for write in (
+        op.copy(Element.F32, table, rows, count=16),
+        op.add(Ref("table", 64), rows, n=16),
+        op.embed(Format.F32, table, Ref("chosen", 4), table, columns=16, vocabulary=128),
+    ):
+        with pytest.raises(CardCommandError, match="only read"):
+            mapping.load_program(make_program(write, tokens=4).encode(handles))
+    with pytest.raises(CardCommandError):
+        mapping.write(window, 0, b"1")
+    mapping.unload_program(program)
+    for handle in handles.values():
+        mapping.free(handle)
+    assert mapping.counters().ddr_used_bytes == used
 
 
 def test_no_mapping_outlives_its_buffers(mapping: CardDevice, fd: int, tmp_path: Path) -> None:

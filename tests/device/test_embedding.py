@@ -26,31 +26,41 @@ VOCABULARY = 41  # two whole tiles and a part of a third
 
 
 def embedded(
-    card: CardDevice, fmt: Format, rows: np.ndarray, k: int, ids: list[int], packed: bool
+    card: CardDevice,
+    fmt: Format,
+    rows: np.ndarray,
+    k: int,
+    ids: list[int],
+    packed: bool,
+    first: int = 0,
+    columns: int | None = None,
 ) -> np.ndarray:
-    """(len(ids), k): what EMBED makes of GGML rows, which are packed first if `packed`."""
+    """(len(ids), columns): what EMBED makes of GGML rows of k columns, which are packed first if
+    `packed`; of those only the columns from `first` on."""
+    columns = k - first if columns is None else columns
     data = pack(fmt, rows, k) if packed else rows
-    handles = {"table": card.alloc(data.size), "x": card.alloc(len(ids) * k * 4)}
+    handles = {"table": card.alloc(data.size), "x": card.alloc(len(ids) * columns * 4)}
     handles["chosen"] = card.alloc(len(ids) * 4)
     card.write(handles["table"], 0, data.tobytes())
     command = op.embed(
         fmt,
         Ref("table") if packed else Ref("table", row_bytes(fmt, k)),
         Ref("chosen", 4),
-        Ref("x", k * 4),
-        columns=k,
+        Ref("x", columns * 4),
+        columns=columns,
         vocabulary=rows.shape[0],
-        packed=packed,
+        packed_k=k if packed else 0,
+        first=first,
     )
     made = make_program(command, tokens=len(ids), outputs=len(ids))
     program = card.load_program(made.encode(handles))
     card.submit(program, encode_step([SequenceStep(ids, 0, [])]))
     finish(card)
-    out = np.frombuffer(card.read(handles["x"], 0, len(ids) * k * 4), np.float32)
+    out = np.frombuffer(card.read(handles["x"], 0, len(ids) * columns * 4), np.float32)
     card.unload_program(program)
     for handle in handles.values():
         card.free(handle)
-    return out.reshape(len(ids), k)
+    return out.reshape(len(ids), columns)
 
 
 def cases(name: str, k: int) -> dict[str, np.ndarray]:
@@ -89,6 +99,43 @@ def test_every_row_of_every_format_is_that_of_the_reference(
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_packed_rows_are_those_of_the_reference(card: CardDevice, name: str) -> None:
+    fmt = Format[name.upper()]
+    (k,) = depths(name, 5)
+    unit = k // 5
+    rows = weights(np.random.default_rng(seed_of("columns", name)), name, VOCABULARY, k)
+    ids = [0, 15, 16, 17, VOCABULARY - 1]
+    expected = reference.dequantize_row(name, rows)[ids]
+    # Odd beginnings and ends too: tiles hold blocks in pairs, but for the last one.
+    for first in range(0, k, unit):
+        for stop in range(first + unit, k + 1, unit):
+            got = embedded(card, fmt, rows, k, ids, True, first, stop - first)
+            assert_same_bits(got, expected[:, first:stop], name, first, stop)
+
+
+@pytest.mark.parametrize(
+    ("packed_k", "first", "columns"),
+    [(64, 32, 64), (64, 96, 32), (64, 16, 32), (48, 0, 32), (0, 32, 32), (64, 1 << 31, 32)],
+)
+def test_columns_that_a_packed_row_has_not_are_refused(
+    card: CardDevice, packed_k: int, first: int, columns: int
+) -> None:
+    handles = {"table": card.alloc(48 * 64 * 4), "x": card.alloc(512), "chosen": card.alloc(4)}
+    command = op.embed(
+        Format.Q8_0,
+        Ref("table", 64),
+        Ref("chosen", 4),
+        Ref("x", 256),
+        columns=columns,
+        vocabulary=VOCABULARY,
+        packed_k=packed_k,
+        first=first,
+    )
+    with pytest.raises(CardCommandError, match=r"embed: has (?:columns beyond|packed)"):
+        card.load_program(make_program(command, tokens=1).encode(handles))
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_zeros_keep_their_signs(card: CardDevice, name: str) -> None:
     """The rows above must have both; a block of only one zero would prove nothing."""
     (k,) = depths(name, 3)
@@ -114,7 +161,7 @@ def test_a_packed_table_must_be_whole_tiles(card: CardDevice, name: str) -> None
             Ref("x", k * 4),
             columns=k,
             vocabulary=VOCABULARY,
-            packed=True,
+            packed_k=k,
         )
         if kind != 1:
             command = op.Command(op.Op.EMBED, command.refs, (k, VOCABULARY, kind), fmt)

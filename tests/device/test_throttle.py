@@ -104,7 +104,7 @@ def every_command() -> list[Command]:
     x, y, z = Ref("x", 4096), Ref("y", 4096), Ref("z", 4096)
     return [
         op.embed(Format.Q4_0, Ref("w", row_bytes(Format.Q4_0, 96)), y, z, columns=96, vocabulary=7),
-        op.embed(Format.Q8_0, Ref("w"), y, z, columns=64, vocabulary=33, packed=True),
+        op.embed(Format.Q8_0, Ref("w"), y, z, columns=64, vocabulary=33, packed_k=64),
         op.rmsnorm(x, Ref("y"), z, n=100, eps=1e-5),
         op.quantize(x, z, k=160),
         op.matmul(Format.Q4_0, Ref("w"), y, z, rows=40, k=96),

@@ -600,7 +600,8 @@ def test_a_card_embeds_from_packed_rows_only_where_it_holds_them_all(
         for command in embeds:
             (table, _, out) = (ref for _, ref in command.refs)
             alone = model.tied and len(plan.cards) == 1
-            assert command.args == (share.columns.size, shape.vocabulary, int(alone))
+            packed_k = shape.hidden if alone else 0
+            assert command.args == (share.columns.size, shape.vocabulary, packed_k, 0)
             assert command.format is model.weights["token_embd.weight"].format
             if alone:
                 assert table == Ref("output.rows")

@@ -232,6 +232,50 @@ def test_cards_that_map_it_give_the_same_bits(
     assert sum(mapped) >= 10
 
 
+def test_an_embedding_that_is_the_output_is_not_copied(q4_0: Path) -> None:
+    """Each of two cards needs columns of all rows, which nobody writes: it looks into the mapped
+    matrix.  What the plan says it takes, it takes."""
+    write(q4_0)
+
+    async def main() -> None:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
+            model = await fleet.load(q4_0, ctx=64)
+            (session,) = model._replicas.sessions
+            loaded = session.loaded
+            for card in range(2):
+                assert loaded.maps_table(card)
+                embed = loaded.program(card).commands[0]
+                assert embed.refs[0][1].buffer == llama.TABLE
+                columns = loaded.handles[card][llama.COLUMNS]
+                assert not any(fleet.devices[card].read(columns, 0, 256))
+
+    trio.run(main)
+
+
+def test_a_mapped_model_moves(q4_0: Path, mapped: list[int]) -> None:
+    """Onto fewer cards, which then have all of it, and back: nobody reads the columns that are not
+    there."""
+    expected = trio.run(answer, q4_0, "soft:2", "tp")
+    write(q4_0)
+
+    async def main() -> None:
+        async with spanker.open_fleet("soft:2", plan="tp") as fleet:
+            model = await fleet.load(q4_0, ctx=64)
+            for move in (None, fleet.drain, fleet.admit):
+                if move is not None:
+                    await move(1)
+                digest = hashlib.sha256()
+                async for token in model.generate(
+                    PROMPT, max_tokens=6, ignore_eos=True, logits=True
+                ):
+                    if token.logits is not None:
+                        digest.update(token.logits.tobytes())
+                assert digest.hexdigest() == expected
+
+    trio.run(main)
+    assert mapped
+
+
 @pytest.mark.parametrize("options", [{"channel": "unix"}, {"profile": "rev-a"}])
 def test_cards_on_streams_get_its_bytes(
     q4_0: Path, mapped: list[int], options: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -374,7 +374,7 @@ int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint6
         return lost;
     pthread_mutex_lock(&c->mutex);
     struct buffer *b = find_buffer(c, handle);
-    if (!b || b->window || b->entered)
+    if (!b || b->entered)
         status = SPK_E_HANDLE;
     else if (!memory || (uintptr_t)memory % SPK_LENT_ALIGN || nbytes != b->bytes)
         status = SPK_E_BOUNDS;
@@ -382,7 +382,7 @@ int spk_card_lend(struct spk_card *c, uint32_t handle, const void *memory, uint6
         status = SPK_E_BUSY; /* the engine may be looking at the table, and a program at the bytes */
     else {
         /* Clearing would touch its first and last page. */
-        if (!b->lent && b->used)
+        if (!b->lent && b->used && !b->window)
             empty(c, b);
         b->lent = true;
         b->memory = writable(memory);

@@ -165,8 +165,8 @@ static int rows_slice(struct spk_card *c, const struct spk_command *cmd, size_t 
             if (id >= cmd->arg[1])
                 return SPK_E_PARAMS; /* no earlier step has chosen */
             if (cmd->arg[2])
-                spk_dequantize_packed_row(cmd->format, card_at(c, &r[0]), id,
-                                          row_f32(c, &r[3], t), n);
+                spk_dequantize_packed_row(cmd->format, card_at(c, &r[0]), id, cmd->arg[2],
+                                          cmd->arg[3], n, row_f32(c, &r[3], t));
             else
                 status = k->dequantize_row(cmd->format,
                                            card_at(c, &r[0]) + (uint64_t)id * r[0].stride,

@@ -19,6 +19,13 @@ static const char *const op_names[] = {
 static const uint8_t refs_of[] = {0, 11, 11, 9, 11, 3, 11, 11, 11, 3, 9,
                                   9, 9,  0,  1, 8,  9, 9,  9,  9,  8, 8};
 
+/* Whether an operation writes to that operand of its; in doubt it does. */
+static bool writes(uint16_t op, int ref)
+{
+    return ref == 3 || !(op == SPK_OP_MATMUL || op == SPK_OP_EMBED || op == SPK_OP_RMSNORM ||
+                         op == SPK_OP_LINK_SEND);
+}
+
 /* One operand: rows of row_bytes. */
 struct operand {
     int ref;
@@ -247,13 +254,17 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         bytes = spk_row_bytes(cmd->format, n);
         if (n && !bytes)
             return refuse(why, op, "has an unknown format or a row that cuts a block");
-        if (arg[2] > 1)
-            return refuse(why, op, "takes rows (0) or packed weights (1)");
-        if (!mul((uint64_t)arg[1] + 15, bytes, &packed))
+        if (arg[2] && (!spk_row_bytes(cmd->format, arg[2]) ||
+                       arg[3] % spk_block_weights(cmd->format)))
+            return refuse(why, op, "has packed rows, or columns of them, that cut a block");
+        if (arg[3] > arg[2] || (arg[2] && n > arg[2] - arg[3]))
+            return refuse(why, op, "has columns beyond the packed row");
+        if (!mul((uint64_t)arg[1] + 15, arg[2] ? spk_row_bytes(cmd->format, arg[2]) : bytes,
+                 &packed))
             return refuse(why, op, "has weights beyond any card");
         o[count++] = (struct operand){0, arg[1], bytes, 1};
         if (arg[2])
-            o[0] = (struct operand){0, 1, spk_packed_bytes(cmd->format, arg[1], n), 32};
+            o[0] = (struct operand){0, 1, spk_packed_bytes(cmd->format, arg[1], arg[2]), 32};
         o[count++] = (struct operand){1, p->header.outputs_max, 4, 4};
         o[count++] = (struct operand){3, rows, floats(n), 4};
         break;
@@ -383,7 +394,10 @@ static int check_command(struct spk_card *c, struct program *p, uint32_t i, char
         status = check_operand(c, p, cmd, &o[j], op, why);
         if (status != SPK_OK)
             return status;
-        if (!c->buffers[program_handle(p, cmd->ref[o[j].ref].buffer)].window)
+        const struct buffer *b = &c->buffers[program_handle(p, cmd->ref[o[j].ref].buffer)];
+        if (b->window && b->lent && writes(cmd->op, o[j].ref))
+            return refuse(why, op, "writes to a window that is only read");
+        if (!b->window || b->lent)
             continue;
         if (!is_bulk(cmd) && !transfer && cmd->op != SPK_OP_ALL_REDUCE)
             return refuse(why, op, "takes no window");
@@ -578,20 +592,13 @@ void program_translate(struct program *p)
     p->table = NULL;
 }
 
-/* Whether an operation writes to nothing but its last operand; in doubt it does. */
-static bool only_writes_last(uint16_t op)
-{
-    return op == SPK_OP_MATMUL || op == SPK_OP_EMBED || op == SPK_OP_RMSNORM ||
-           op == SPK_OP_LINK_SEND;
-}
-
 struct buffer *program_next_written(struct spk_card *c, const struct program *p, uint32_t *command,
                                     int *ref)
 {
     for (; *command < p->header.commands; ++*command, *ref = 0) {
         const struct spk_command *cmd = &p->commands[*command];
         for (; *ref < 4; ++*ref)
-            if (refs_of[cmd->op] >> *ref & 1 && (*ref == 3 || !only_writes_last(cmd->op)))
+            if (refs_of[cmd->op] >> *ref & 1 && writes(cmd->op, *ref))
                 return &c->buffers[cmd->ref[(*ref)++].buffer];
     }
     return NULL;

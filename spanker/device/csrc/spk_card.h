@@ -221,13 +221,14 @@ struct spk_card *spk_card_create(uint64_t ddr_bytes, int isa, int *status);
 void spk_card_destroy(struct spk_card *card);
 int spk_card_alloc(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 /* A buffer that takes nothing of the DDR: its memory is the host's, lent anew with every step of a
- * program that names it.  Bulk operations and transfers take windows, nothing else does. */
+ * program that names it.  Bulk operations and transfers take windows, nothing else does. One that
+ * is lent memory for good (spk_card_lend) can be an operand of any operation that only reads it. */
 int spk_card_window(struct spk_card *card, uint64_t nbytes, uint32_t *handle);
 int spk_card_free(struct spk_card *card, uint32_t handle);
 /* From now on the bytes of a buffer are these, until it is freed: all of it, where nothing is queued
- * and no program refers to it.  It takes as much of the DDR as before.  The memory is aligned to
- * SPK_LENT_ALIGN and stays until then.  It is only read: where the host writes to the buffer, or a
- * program that may is loaded, its bytes move into the DDR. */
+ * and no program refers to it.  It takes as much of the DDR as before, a window nothing.  The
+ * memory is aligned to SPK_LENT_ALIGN and stays until then.  It is only read: where the host writes
+ * to the buffer, or a program that may is loaded, its bytes move into the DDR; a window takes neither. */
 int spk_card_lend(struct spk_card *card, uint32_t handle, const void *memory, uint64_t nbytes);
 int spk_card_write(struct spk_card *card, uint32_t handle, uint64_t offset, const void *data,
                    uint64_t nbytes);

@@ -54,6 +54,10 @@ from spanker.values import Value, lazy_frozen
 if TYPE_CHECKING:
     from spanker.ggml.packed import PackedFile
 
+# A card's columns of the embedding, and all of it.
+COLUMNS = "token_embd.weight.columns"
+TABLE = "token_embd.weight"
+
 DIMENSION_MAX = 1 << 20
 LAYERS_MAX = 4096
 
@@ -474,7 +478,7 @@ def upload(
         return _whole(buffer, rope.table(limits.context, model.shape.rope_dim, model.rope_base))
     if buffer.endswith("_norm.weight"):
         return _norm(model, gguf, buffer)
-    if buffer == "token_embd.weight.columns":
+    if buffer == COLUMNS:
         return _columns(gguf, model.weights["token_embd.weight"], content)
     name = model.shape.output.name if buffer == "output.rows" else buffer
     return _packed_rows(gguf, packed, model.weights[name], content, offset)
@@ -529,14 +533,34 @@ def held_rows(model: LlamaModel, plan: Plan, card: int) -> tuple[HeldRows, ...]:
 # --- programs --------------------------------------------------------------------------
 
 
+def mapped_table(model: LlamaModel, plan: Plan, card: int, packed: PackedFile) -> Upload | None:
+    """The whole embedding, for a card that maps a packed copy and needs columns of it: as TABLE,
+    instead of columns that would have to be copied.  None where the copy has it not."""
+    _, share = plan.place(card)
+    if share.columns.empty or embeds_from_output(model.shape, share):
+        return None
+    weight = model.weights["token_embd.weight"]
+    place = packed.place(weight.shape, weight.format, 0, weight.shape.rows)
+    if place is None:
+        return None
+    return Upload(TABLE, weight.shape.packed_bytes(weight.shape.rows), (), place)
+
+
 @collecting.paused()
 def build_program(
-    model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down = ALL_UP
+    model: LlamaModel,
+    plan: Plan,
+    card: int,
+    limits: Limits,
+    down: Down = ALL_UP,
+    *,
+    maps_table: bool = False,
 ) -> Program:
     """The program of one step on one card of the plan, around the links that are down: over other
-    cards of the plan where there is a way, else over the host."""
+    cards of the plan where there is a way, else over the host.  A card that `maps_table` has the
+    whole embedding as TABLE."""
     return Program(
-        commands=tuple(_Builder(model, plan, card, limits, down).commands()),
+        commands=tuple(_Builder(model, plan, card, limits, down, maps_table).commands()),
         tokens_max=limits.tokens_max,
         outputs_max=limits.outputs_max,
         positions_max=limits.context,
@@ -585,8 +609,15 @@ _Item = Command | tuple[Command, ...]
 
 class _Builder:
     def __init__(
-        self, model: LlamaModel, plan: Plan, card: int, limits: Limits, down: Down
+        self,
+        model: LlamaModel,
+        plan: Plan,
+        card: int,
+        limits: Limits,
+        down: Down,
+        maps_table: bool = False,
     ) -> None:
+        self.maps_table = maps_table
         self.model, self.plan, self.card, self.limits = model, plan, card, limits
         self.down = down
         self.shape = shape = model.shape
@@ -707,16 +738,18 @@ class _Builder:
     def _embed(self) -> Iterator[_Item]:
         columns, weight = self.share.columns, self.model.weights["token_embd.weight"]
         if not columns.empty:
+            whole = "output.rows" if embeds_from_output(self.shape, self.share) else TABLE
+            packed = self.maps_table or whole != TABLE
             nbytes = columns.size // weight.shape.columns_unit * weight.shape.unit_bytes
-            packed = embeds_from_output(self.shape, self.share)
             yield op.embed(
                 weight.format,
-                Ref("output.rows") if packed else Ref("token_embd.weight.columns", nbytes),
+                Ref(whole) if packed else Ref(COLUMNS, nbytes),
                 Ref("chosen", 4),
                 self.x.at(columns.start),
                 columns=columns.size,
                 vocabulary=self.shape.vocabulary,
-                packed=packed,
+                packed_k=self.shape.hidden if packed else 0,
+                first=columns.start if packed else 0,
             )
         yield from self._gather(self.x, lambda s: s.columns)
 

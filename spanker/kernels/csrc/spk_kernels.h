@@ -175,8 +175,10 @@ size_t spk_packed_bytes(int format, size_t rows, size_t k);
 int spk_pack(int format, const uint8_t *src, size_t row_stride, uint8_t *dst, size_t rows,
              size_t k);
 
-/* One row of packed weights as floats: the values of dequantize_row. */
-void spk_dequantize_packed_row(int format, const uint8_t *packed, size_t row, float *out, size_t k);
+/* Columns [first, first + n) of one row of packed weights, k columns wide, as floats: the values of
+ * dequantize_row.  Both are whole blocks. */
+void spk_dequantize_packed_row(int format, const uint8_t *packed, size_t row, size_t k,
+                               size_t first, size_t n, float *out);
 
 uint16_t spk_f16_from_f32(float x);
 float spk_f32_from_f16(uint16_t h);

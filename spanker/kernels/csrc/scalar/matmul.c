@@ -167,11 +167,11 @@ MATMUL(matmul_q6_k_q8__scalar, SPK_TILING_Q6_K)
 
 /* --- one row back to floats ----------------------------------------------------------------- */
 
-ALWAYS_INLINE void dequantize(struct spk_tiling f, const uint8_t *packed, size_t row, float *out,
-                              size_t blocks)
+ALWAYS_INLINE void dequantize(struct spk_tiling f, const uint8_t *packed, size_t row,
+                              size_t blocks, size_t begin, size_t end, float *out)
 {
     const uint8_t *tile = packed + row / 16 * spk_tile_bytes(f, blocks);
-    for (size_t b = 0; b < blocks; b++, out += SPK_BLOCK) {
+    for (size_t b = begin; b < end; b++, out += SPK_BLOCK) {
         struct spk_block_at at = spk_locate(f, tile, blocks, b);
         int16_t q[SPK_BLOCK];
         float d, m;
@@ -186,21 +186,22 @@ ALWAYS_INLINE void dequantize(struct spk_tiling f, const uint8_t *packed, size_t
     }
 }
 
-void spk_dequantize_packed_row(int format, const uint8_t *packed, size_t row, float *out, size_t k)
+void spk_dequantize_packed_row(int format, const uint8_t *packed, size_t row, size_t k,
+                               size_t first, size_t n, float *out)
 {
-    size_t blocks = k / SPK_BLOCK;
+    size_t blocks = k / SPK_BLOCK, begin = first / SPK_BLOCK, end = (first + n) / SPK_BLOCK;
     switch (format) {
-    case SPK_Q4_0: dequantize(SPK_TILING_Q4_0, packed, row, out, blocks); break;
-    case SPK_Q4_1: dequantize(SPK_TILING_Q4_1, packed, row, out, blocks); break;
-    case SPK_Q5_0: dequantize(SPK_TILING_Q5_0, packed, row, out, blocks); break;
-    case SPK_Q5_1: dequantize(SPK_TILING_Q5_1, packed, row, out, blocks); break;
-    case SPK_Q8_0: dequantize(SPK_TILING_Q8_0, packed, row, out, blocks); break;
-    case SPK_Q4_K: dequantize(SPK_TILING_Q4_K, packed, row, out, blocks); break;
-    case SPK_Q5_K: dequantize(SPK_TILING_Q5_K, packed, row, out, blocks); break;
-    case SPK_Q6_K: dequantize(SPK_TILING_Q6_K, packed, row, out, blocks); break;
+    case SPK_Q4_0: dequantize(SPK_TILING_Q4_0, packed, row, blocks, begin, end, out); break;
+    case SPK_Q4_1: dequantize(SPK_TILING_Q4_1, packed, row, blocks, begin, end, out); break;
+    case SPK_Q5_0: dequantize(SPK_TILING_Q5_0, packed, row, blocks, begin, end, out); break;
+    case SPK_Q5_1: dequantize(SPK_TILING_Q5_1, packed, row, blocks, begin, end, out); break;
+    case SPK_Q8_0: dequantize(SPK_TILING_Q8_0, packed, row, blocks, begin, end, out); break;
+    case SPK_Q4_K: dequantize(SPK_TILING_Q4_K, packed, row, blocks, begin, end, out); break;
+    case SPK_Q5_K: dequantize(SPK_TILING_Q5_K, packed, row, blocks, begin, end, out); break;
+    case SPK_Q6_K: dequantize(SPK_TILING_Q6_K, packed, row, blocks, begin, end, out); break;
     default: /* floats: w[k][16] */
-        for (size_t i = 0, size = format == SPK_F32 ? 4 : 2; i < k; i++) {
-            const uint8_t *w = packed + ((row / 16 * k + i) * 16 + row % 16) * size;
+        for (size_t i = 0, size = format == SPK_F32 ? 4 : 2; i < n; i++) {
+            const uint8_t *w = packed + ((row / 16 * k + first + i) * 16 + row % 16) * size;
             out[i] = format == SPK_F32 ? load_f32(w) : format == SPK_F16 ? load_f16(w) : load_bf16(w);
         }
     }
