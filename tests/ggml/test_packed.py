@@ -80,13 +80,16 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 async def answer(path: Path, cards: str, plan: str, **options: object) -> str:
     """The SHA-256 of the logits of some tokens."""
-    digest = hashlib.sha256()
     async with spanker.open_fleet(cards, plan="tp", **options) as fleet:  # type: ignore[arg-type]
-        loaded = await fleet.load(path, plan=plan, ctx=64)
-        generation = loaded.generate(PROMPT, max_tokens=6, ignore_eos=True, logits=True)
-        async for token in generation:
-            if token.logits is not None:
-                digest.update(token.logits.tobytes())
+        return await generated(await fleet.load(path, plan=plan, ctx=64))
+
+
+async def generated(model: spanker.Model) -> str:
+    """The SHA-256 of the logits of some tokens."""
+    digest = hashlib.sha256()
+    async for token in model.generate(PROMPT, max_tokens=6, ignore_eos=True, logits=True):
+        if token.logits is not None:
+            digest.update(token.logits.tobytes())
     return digest.hexdigest()
 
 
@@ -264,13 +267,7 @@ def test_a_mapped_model_moves(q4_0: Path, mapped: list[int]) -> None:
             for move in (None, fleet.drain, fleet.admit):
                 if move is not None:
                     await move(1)
-                digest = hashlib.sha256()
-                async for token in model.generate(
-                    PROMPT, max_tokens=6, ignore_eos=True, logits=True
-                ):
-                    if token.logits is not None:
-                        digest.update(token.logits.tobytes())
-                assert digest.hexdigest() == expected
+                assert await generated(model) == expected
 
     trio.run(main)
     assert mapped
@@ -314,12 +311,6 @@ def test_a_model_stays_when_its_copy_is_replaced_or_removed(q4_0: Path) -> None:
             model = await fleet.load(q4_0, ctx=64)
             for change in (write, packed.remove):
                 change(q4_0)
-                digest = hashlib.sha256()
-                async for token in model.generate(
-                    PROMPT, max_tokens=6, ignore_eos=True, logits=True
-                ):
-                    if token.logits is not None:
-                        digest.update(token.logits.tobytes())
-                assert digest.hexdigest() == expected
+                assert await generated(model) == expected
 
     trio.run(main)
