@@ -16,12 +16,16 @@ from waiting import until
 
 import spanker
 from spanker.actors import link_watch
-from spanker.actors.message import LoadProgram
+from spanker.actors.channel import Channel
+from spanker.actors.message import LoadProgram, Message, Relayed
+from spanker.device.base import CardDevice
 from spanker.errors import CardCommandError, ConfigError
 from spanker.events import CardLost, LinkDown, LinkRetried, LinkUp, Replanned, Rerouted
 from spanker.kernels.program import Program, Ref, Transfer, exchange
 from spanker.sched.topology import Link, LinkState, Topology
-from spanker.testing import kill, run_virtual, write_tiny_llama
+from spanker.testing import hang, kill, run_virtual, write_tiny_llama
+from spanker.testing.fault_plan import What
+from spanker.testing.faulty_channel import FaultyChannel
 
 NONE = {n: Topology.of_pairs(n, []) for n in (2, 3, 4)}
 # Two pairs, and nothing between them.
@@ -144,6 +148,64 @@ async def test_damage_over_the_host_is_found_and_the_step_made_again(
         damage = At({30: lambda: fleet.devices[0].corrupt(1, 2)})  # type: ignore[union-attr]
         assert await Crowd(model, damage).run() == expected
         assert set(kinds(fleet)) == {LinkRetried}
+
+
+class Loses(FaultyChannel):
+    """One message on its way from card to card, the `at`-th over this channel, gets lost."""
+
+    at = 0
+
+    def _about_to_go(self, message: Message, request_id: int) -> int:
+        if self.at and isinstance(message, Relayed):
+            self.at -= 1
+            if not self.at:
+                self.arm(What.DROP)
+        return super()._about_to_go(message, request_id)
+
+
+class Lossy:
+    """An Around whose channels lose what they are told to."""
+
+    def __init__(self) -> None:
+        self.channels: dict[int, Loses] = {}
+
+    def device(self, card: CardDevice) -> CardDevice:
+        return card
+
+    def channel(self, card: int, end: Channel) -> Channel:
+        self.channels[card] = Loses(end, f"channel of card {card}")
+        return self.channels[card]
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+@pytest.mark.parametrize("card", [0, 1])
+@pytest.mark.parametrize("plan", ["tp2", "tp1xpp2"])
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_message_that_gets_lost_on_its_way_costs_no_card(
+    seed: int, plan: str, card: int, channel: str, tiny: Path, expected: Answers
+) -> None:
+    """The one that waits for it in vain is as healthy as the one that has sent it."""
+    draw, lossy = random.Random(f"{seed} {plan} {card} {channel}"), Lossy()
+    with trio.fail_after(30):
+        async with spanker.open_fleet(
+            2,
+            topology=NONE[2],
+            channel=channel,
+            hang_timeout_s=HANG_TIMEOUT_S,
+            _around=lossy,
+        ) as fleet:
+            model = await fleet.load(tiny, plan=plan)
+
+            def lose() -> None:
+                lossy.channels[card].at = draw.randrange(1, 30)
+
+            assert await Crowd(model, At({20: lose, 60: lose, 100: lose})).run() == expected
+            assert set(kinds(fleet)) == {LinkRetried} and fleet.health().lost == ()
+            assert model.plan.cards == (0, 1)
+            # What is really at fault is still told from it, and at once.
+            hang(fleet, card)
+            assert await Crowd(model).run() == expected
+            assert lost_cards(fleet) == [card]
 
 
 async def test_a_card_that_dies_with_the_host_between_it_and_its_peer(

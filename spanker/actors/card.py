@@ -145,6 +145,8 @@ class CardActor:
         # What has come over the host, by peer, and waits for room on the card.
         self._relayed: dict[int, deque[Buffer]] = {}
         self._relayed_bytes = 0
+        # Messages that went over the host in this epoch.
+        self._relayed_out = self._relayed_in = 0
         self._writers = WorkThreads("spanker-writer", WRITES_MAX)
         self._free_writers = trio.Semaphore(WRITES_MAX)
         self._waiting_for_writes = trio.lowlevel.ParkingLot()
@@ -263,11 +265,16 @@ class CardActor:
             return Ok()
         if isinstance(request, Abort):
             device.abort(request.epoch)
+            self._relayed_out = self._relayed_in = 0
             return Ok()
         if isinstance(request, Describe):
             return self._describe()
         if isinstance(request, ReadCounters):
-            return Counters(**attrs.asdict(device.counters(), recurse=False))
+            return Counters(
+                **attrs.asdict(device.counters(), recurse=False),
+                relayed_out=self._relayed_out,
+                relayed_in=self._relayed_in,
+            )
         if isinstance(request, StartTrace):
             device.trace(request.events)
             return Ok()
@@ -369,6 +376,7 @@ class CardActor:
         """Send what programs have sent over the host, and give the card what waits for room."""
         for peer, data in self._device.relayed():
             await self._send(Relayed(peer, buffers=(data,)), 0)
+            self._relayed_out += 1
         for peer in tuple(self._relayed):
             self._give_relayed(peer)
 
@@ -378,6 +386,7 @@ class CardActor:
             raise LocalProtocolError("Relayed: expected bytes, got a buffer that is yet to be made")
         if self._relayed_bytes + len(data) > RELAYED_BYTES_MAX:
             return
+        self._relayed_in += 1
         self._relayed.setdefault(peer, deque()).append(data)
         self._relayed_bytes += len(data)
         self._give_relayed(peer)

@@ -17,7 +17,15 @@ import trio
 
 from spanker.actors.channel import Channel, DirectRuns
 from spanker.actors.frame import Buffer
-from spanker.actors.message import Message, Relayed, Request, RunLent
+from spanker.actors.message import (
+    Abort,
+    Counters,
+    Message,
+    ReadCounters,
+    Relayed,
+    Request,
+    RunLent,
+)
 from spanker.errors import (
     CardError,
     CardLostError,
@@ -47,6 +55,8 @@ class CardClient:
         self._relayed: deque[Relayed] = deque()
         self._relayed_bytes = 0
         self._to_relay = trio.Event()
+        # Of these, and of those that it has sent them, how many in this epoch.
+        self._relayed_in = self._relayed_out = 0
         self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
         self._next_id = 0
         self._failure: SpankerError | None = None
@@ -106,14 +116,17 @@ class CardClient:
             return
         try:
             if not self._relayed and self._channel.try_send(message, 0):
+                self._relayed_in += 1
                 return
         except SpankerError as error:
             self.fail(error)
             return
-        if self._relayed_bytes + len(data) <= RELAYED_BYTES_MAX:
-            self._relayed.append(message)
-            self._relayed_bytes += len(data)
-            self._to_relay.set()
+        if self._relayed_bytes + len(data) > RELAYED_BYTES_MAX:
+            self._relayed_in += 1
+            return
+        self._relayed.append(message)
+        self._relayed_bytes += len(data)
+        self._to_relay.set()
 
     async def _write_relayed(self) -> None:
         while True:
@@ -125,6 +138,7 @@ class CardClient:
                     self.fail(error)
                     return
                 self._relayed_bytes -= len(self._relayed.popleft().buffers[0])
+                self._relayed_in += 1
             await self._to_relay.wait()
 
     async def _read(self) -> None:
@@ -145,11 +159,14 @@ class CardClient:
         """Give a reply to who asked; False where nobody did."""
         if isinstance(reply, Relayed):
             if self._relay is not None:
+                self._relayed_out += 1
                 self._relay(self.number, reply)
             return self._relay is not None
         if request_id not in self._waiting:
             return False
         request, callback = self._waiting.pop(request_id)
+        if isinstance(request, Abort):
+            self._relayed_out = 0
         try:
             callback(request.check_reply(reply))
         except SpankerError as error:
@@ -183,6 +200,8 @@ class CardClient:
             return
         request_id = self._new_id()
         self._waiting[request_id] = (request, callback)
+        if isinstance(request, Abort):
+            self._relayed_in = 0
         try:
             if not self._unwritten and self._channel.try_send(request, request_id):
                 return
@@ -244,6 +263,15 @@ class CardClient:
                 # hold, an open file perhaps, until it is collected.
                 del reply
         return reply  # type: ignore[return-value]
+
+    async def count(self) -> tuple[Counters, bool]:
+        """The card's counters, and whether a message between it and its peers has got lost between
+        it and here since its last abort.  Raises what the card reports."""
+        sent = self._relayed_in
+        counters = await self.request(ReadCounters())
+        # What was sent before the request, or has left the card before its reply, has come.
+        lost = counters.relayed_in < sent or counters.relayed_out > self._relayed_out
+        return counters, lost
 
     async def aclose(self) -> None:
         """Close the channel; `run` ends."""

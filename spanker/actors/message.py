@@ -40,7 +40,7 @@ from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, LocalProtocolError, RemoteProtocolError, SpankerError
 from spanker.values import Value, lazy_frozen
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 NAME_CHARS_MAX = 256
 ERROR_CHARS_MAX = 4096
@@ -315,7 +315,8 @@ class Counters(Message):
 
     `progress` grows whenever anything gets done; `queued` submissions have not completed;
     `waiting_for` is the card whose link the current command waits on.  The link counters are by
-    card number; `links_down` are the cards whose link with this one is not up.
+    card number; `links_down` are the cards whose link with this one is not up.  `relayed_out` and
+    `relayed_in` are the `Relayed` messages that its actor has sent and got since the last `Abort`.
     """
 
     commands: U64
@@ -331,6 +332,8 @@ class Counters(Message):
     link_tx_bytes: LinkCounters
     link_rx_bytes: LinkCounters
     links_down: LinkCounters = ()
+    relayed_out: U64 = 0
+    relayed_in: U64 = 0
 
 
 @_wire(0x88, buffers=1)

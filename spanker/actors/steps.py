@@ -19,10 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from spanker.actors.message import Counters, Message, ReadCounters, RunStep, StepDone
+from spanker.actors.message import Counters, Message, RunStep, StepDone
 from spanker.actors.patience import in_time
 from spanker.device.base import Completion
-from spanker.errors import CardAbortedError, CardHungError, CardLinkDownError, SpankerError
+from spanker.errors import (
+    CardAbortedError,
+    CardHungError,
+    CardLinkDownError,
+    CardLinkError,
+    SpankerError,
+)
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
 from spanker.kernels.program import Program, SequenceStep, encode_step
@@ -223,8 +229,7 @@ class StepPipe:
     async def result(self) -> StepResult:
         """Wait for the oldest step and collect its outputs.
 
-        Raises what a card reports, CardHungError when no card has made progress for the hang
-        timeout, and CardLinkDownError where one waits for a link that is down.
+        Raises what a card reports, and as `ProgressWatch.look`.
         """
         flight = self._flights[0]
         with self._coordinator.span("wait for", flight.number):
@@ -356,13 +361,17 @@ class ProgressWatch:
         self._since = trio.current_time()
 
     async def look(self, flight: Flight) -> None:
-        """Raise CardHungError when nothing has moved on any card between so many looks, and
-        CardLinkDownError when one waits for a link that is down."""
+        """Raise CardHungError when nothing has moved on any card between so many looks,
+        CardLinkDownError when one waits for a link that is down, and CardLinkError when nothing
+        moves and a message over the host has got lost, which somebody must be waiting for."""
         counters: dict[int, Counters] = {}
+        lossy: list[int] = []
 
         async def count() -> None:
             for card in self._cards:
-                counters[card] = await self._coordinator.clients[card].request(ReadCounters())
+                counters[card], lost = await self._coordinator.clients[card].count()
+                if lost:
+                    lossy.append(card)
 
         await in_time(self._coordinator.hang_timeout_s, count)
         missing = [card for card in self._cards if card not in counters]
@@ -378,10 +387,19 @@ class ProgressWatch:
         if progress != self._progress and not missing:
             self._progress, self._since, self._left = progress, trio.current_time(), self._looks
             return
+        if lossy and not missing:
+            raise CardLinkError(
+                f"a message over the host between card {lossy[0]} and a peer got lost between that "
+                f"card and the host",
+                card=lossy[0],
+            )
         self._left -= 1
         if missing or not self._left:
             idle_s = trio.current_time() - self._since
-            stuck = missing or [card for card in counters if self._stands_still(card, counters)]
+            # Whoever holds work and waits for nobody; then whoever has not taken what it waits for,
+            # by counts of bytes, which are wrong where some got lost.
+            idle = [c for c, own in counters.items() if own.queued and own.waiting_for is None]
+            stuck = missing or idle or [c for c in counters if self._has_what_it_needs(c, counters)]
             # One that holds nothing and has not answered was not reached, or not heard.
             unheard = [c for c, own in counters.items() if flight.misses(c) and not own.queued]
             card = next(iter((*stuck, *unheard, *self._cards)))
@@ -392,11 +410,11 @@ class ProgressWatch:
                 card=card,
             )
 
-    def _stands_still(self, card: int, counters: dict[int, Counters]) -> bool:
-        """Whether a card holds work that it could do: it waits for nobody, or for bytes that its
-        peer has sent and it has not taken."""
+    def _has_what_it_needs(self, card: int, counters: dict[int, Counters]) -> bool:
+        """Whether a card that waits for a peer could go on: that one has sent bytes, and this one
+        has not taken them."""
         own = counters[card]
-        if not own.queued or own.waiting_for is None or own.waiting_for not in counters:
+        if not own.queued or own.waiting_for not in counters:
             return bool(own.queued)
         return self._coordinator.links.under_way(own.waiting_for, card, counters) > 0
 

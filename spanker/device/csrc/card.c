@@ -1238,8 +1238,11 @@ static bool has_work(struct spk_card *c, int *result)
     }
     if (!c->run.active && !start_next(c))
         return false;
-    /* A hung card holds work, does nothing, and is not polled for it. */
-    return plant != SPK_PLANT_HANG;
+    if (plant != SPK_PLANT_HANG)
+        return true;
+    /* A hung card holds work, does nothing, and is not polled for it; it waits for nobody. */
+    atomic_store(&c->waiting_for, -1);
+    return false;
 }
 
 int spk_card_skip(struct spk_card *c)
