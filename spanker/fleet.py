@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     from spanker.device.kernel.card import KernelCard
     from spanker.device.kernel.rig import KernelRig
     from spanker.device.remote import RemoteCard
-    from spanker.device.riscv.rig import RiscvRig
     from spanker.device.virtual.card import VirtualRig
     from spanker.device.virtual.engine import Usage as FleetUsage
     from spanker.sched.decision import Decision
@@ -99,6 +98,11 @@ if sys.version_info < (3, 11):
 
 DEFAULT_MAX_TOKENS = 256
 _Put = tuple[Placement, FleetPlan, tuple[LoadedModel, ...]]
+_Joining = tuple[
+    "SoftCard | RemoteCard | KernelCard",
+    Callable[[], "Sequence[Link] | None"],
+    Callable[[], None],
+]
 
 
 @lazy_frozen
@@ -442,7 +446,7 @@ class Fleet:
     def __init__(
         self,
         coordinator: Coordinator,
-        rig: SoftRig | VirtualRig | KernelRig | RiscvRig,
+        rig: SoftRig | VirtualRig | KernelRig,
         profile: Profile,
         nursery: trio.Nursery,
         default_plan: str,
@@ -773,34 +777,38 @@ class Fleet:
 
     async def add(self, card: str | CardSpec) -> int:
         """Take one more card into the running fleet; its number.  It is given like those of
-        `open_fleet`, as `soft:1` or `virtual:1:64MiB`, is of their kind, and is linked with all.
+        `open_fleet`, as `soft:1` or `virtual:1:64MiB`, is of a kind that goes with theirs, and is
+        linked with all; `riscv:1` blocks until its process has started, a tenth of a second.
+        `kernel:1` is the first card behind the kernel module that no fleet has: it is reset, and
+        has the links that are there.
 
         Models are planned anew with it, each between two of its steps, and use it where that is
         better; generations go on, with the same bits.  Collectives are of all cards from then on;
         those that wait for the cards meanwhile raise TopologyMismatchError.  Raises ConfigError
-        where no such card can join, or while the fleet is traced; then, or cancelled before it has
-        joined, nothing of it is left.
+        where no such card can join, or while the fleet is traced, FirmwareError and CardLostError
+        where it does not start, and DriverError; then, or cancelled before it has joined, nothing
+        of it is left.
         """
         specs = parse_fleet(card) if isinstance(card, str) else (card,)
         if len(specs) != 1:
             raise ConfigError(f"cards join one by one: expected one, got {len(specs)}")
         async with self._draining:
-            number = await self._join(specs[0])
+            number = await self._join(specs[0], chosen=not isinstance(card, str))
             await self._place_anew()
         return number
 
-    async def _join(self, spec: CardSpec) -> int:
+    async def _join(self, spec: CardSpec, *, chosen: bool) -> int:
         coordinator = self._coordinator
         # Nobody who measures or loads is to find another fleet half way.
         async with self._load_lock:
             if coordinator.trace is not None:
                 raise ConfigError("a fleet that is traced takes no more cards: end the trace first")
-            card, link = self._create(spec)
+            card, link, discard = self._create(spec, chosen=chosen)
             device = card if self._around is None else self._around.device(card)
             try:
                 await coordinator.join(device, link)
             except BaseException:
-                card.release()
+                discard()
                 raise
             self._devices.append(device)
             collectives: Collectives | None = self.__dict__.pop("_collectives", None)
@@ -808,26 +816,29 @@ class Fleet:
                 await collectives.trim()
             return card.number
 
-    def _create(self, spec: CardSpec) -> tuple[SoftCard, Callable[[], None]]:
-        """A new card of the rig, and what links it with the others."""
-        rig = self._rig
+    def _create(self, spec: CardSpec, *, chosen: bool) -> _Joining:
+        """A new card of the rig, what links it with the others, and what lets it go; `chosen` where
+        that very card of the kernel module is asked for."""
+        rig, coordinator = self._rig, self._coordinator
         if isinstance(rig, SoftRig):
-            if isinstance(spec, SoftCardSpec):
-                soft = rig.create(spec)
-                return soft, lambda: rig.join(soft)
-        elif isinstance(spec, VirtualCardSpec) and self._coordinator.modelled:
+            if isinstance(spec, SoftCardSpec | RiscvCardSpec):
+                here = rig.create(spec)
+                return here, lambda: rig.join(here), lambda: rig.discard(here)
+        elif isinstance(spec, VirtualCardSpec) and coordinator.modelled:
             from spanker.device.virtual.card import VirtualRig
 
-            if isinstance(rig, VirtualRig) and spec.hollow == self._coordinator.hollow:
+            if isinstance(rig, VirtualRig) and spec.hollow == coordinator.hollow:
                 virtual = rig.create(spec)
-                return virtual, lambda: rig.join(virtual)
-        if not isinstance(rig, SoftRig) and not self._coordinator.modelled:
-            raise ConfigError(
-                "kernel and RISC-V cards cannot join a fleet that is open: open it with all"
-            )
-        kind = "hollow" if self._coordinator.hollow else "soft"
-        if self._coordinator.modelled and not self._coordinator.hollow:
-            kind = "virtual"
+                return virtual, lambda: rig.join(virtual), virtual.release
+        elif isinstance(spec, KernelCardSpec) and not coordinator.modelled:
+            from spanker.device.kernel.rig import KernelRig
+
+            assert isinstance(rig, KernelRig)
+            kernel = rig.create(spec if chosen else None)
+            return kernel, lambda: rig.join(kernel), kernel.release
+        kind = "soft" if isinstance(rig, SoftRig) else "kernel"
+        if coordinator.modelled:
+            kind = "hollow" if coordinator.hollow else "virtual"
         raise ConfigError(f"a card that joins must be of the fleet's kind: open e.g. {kind}:1")
 
     async def _place_anew(self) -> None:
@@ -1013,13 +1024,13 @@ def _rig(
     workers: int | None,
     throttle: bool,
     topology: Topology | None,
-) -> SoftRig | VirtualRig | KernelRig | RiscvRig:
+) -> SoftRig | VirtualRig | KernelRig:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     virtual = [spec for spec in specs if isinstance(spec, VirtualCardSpec)]
     kernel = [spec for spec in specs if isinstance(spec, KernelCardSpec)]
     here = [spec for spec in specs if isinstance(spec, SoftCardSpec | RiscvCardSpec)]
-    soft = [spec for spec in here if isinstance(spec, SoftCardSpec)]
+    apart = any(isinstance(spec, RiscvCardSpec) for spec in here)
     named = {"soft": here, "virtual": virtual, "kernel": kernel}
     kinds = [kind for kind, found in named.items() if found]
     if len(kinds) > 1:
@@ -1034,16 +1045,12 @@ def _rig(
         from spanker.device.kernel.rig import KernelRig
 
         return KernelRig(kernel)
-    if len(soft) < len(here):
-        if throttle:
-            raise ConfigError("RISC-V cards have their own speed: leave throttle out")
-        if topology is not None:
-            raise ConfigError("RISC-V cards are linked all with all: leave the topology out")
-        from spanker.device.riscv.rig import RiscvRig
-
-        return RiscvRig(here, workers)
+    if apart and throttle:
+        raise ConfigError("RISC-V cards have their own speed: leave throttle out")
+    if apart and topology is not None:
+        raise ConfigError("RISC-V cards are linked all with all: leave the topology out")
     if not virtual:
-        return SoftRig(soft, workers, profile if throttle else None, topology)
+        return SoftRig(here, workers, profile if throttle else None, topology)
     if workers is not None:
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:
@@ -1055,7 +1062,7 @@ def _rig(
 
 
 @contextlib.asynccontextmanager
-async def _passing_time(rig: SoftRig | VirtualRig | KernelRig | RiscvRig) -> AsyncIterator[None]:
+async def _passing_time(rig: SoftRig | VirtualRig | KernelRig) -> AsyncIterator[None]:
     """The time of virtual cards passes within the block."""
     if not rig.cards[0].modelled:
         yield
@@ -1068,9 +1075,7 @@ async def _passing_time(rig: SoftRig | VirtualRig | KernelRig | RiscvRig) -> Asy
         yield
 
 
-def _topology(
-    rig: SoftRig | VirtualRig | KernelRig | RiscvRig, asked: Topology | None
-) -> Topology | None:
+def _topology(rig: SoftRig | VirtualRig | KernelRig, asked: Topology | None) -> Topology | None:
     """Which cards are linked, where not all of them need be."""
     states = getattr(rig, "links", None)
     if states is None:

@@ -70,7 +70,7 @@ from spanker.sched.bandwidth import CardSpeed, Profile
 from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.plan import FleetPlan, Limits, Plan
-from spanker.sched.topology import Topology
+from spanker.sched.topology import Link, Topology
 from spanker.values import Value
 
 if TYPE_CHECKING:
@@ -206,9 +206,10 @@ class Coordinator:
         self.links.forget(card, {**others, card: own})
         self.events.tell(CardReturned(trio.current_time(), card))
 
-    async def join(self, device: CardDevice, link: Callable[[], None]) -> None:
+    async def join(self, device: CardDevice, link: Callable[[], Sequence[Link] | None]) -> None:
         """Use one more card, of the next number; models do not know of it yet.  `link` links it
-        with all others: it is called while nothing is queued on any card.
+        with others, all of them where it does not say which: it is called while nothing is queued
+        on any card.
 
         Raises what stands in its way; then, or cancelled, the device is closed and all is as
         before.
@@ -228,7 +229,7 @@ class Coordinator:
             async with self.changing_memory():
                 if client.failure is not None:
                     raise again(client.failure)
-                link()
+                links = link()
                 # All of it at once, and nobody has the cards meanwhile who does not know of it.
                 self.clients.append(client)
                 self.cards = (*self.cards, *found)
@@ -237,7 +238,7 @@ class Coordinator:
                 self._epochs.append(None)
                 self._locks.add()
                 self._every_card = range(card + 1)
-                self.links.join(card)
+                self.links.join(card, links)
         except BaseException:
             life.end()
             with trio.CancelScope(shield=True):

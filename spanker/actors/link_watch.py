@@ -60,12 +60,17 @@ class LinkWatch:
         self._coordinator.events.tell(LinkDown(trio.current_time(), *pair))
         self._any_broken.set()
 
-    def join(self, card: int) -> None:
-        """A new card is linked with all others."""
+    def join(self, card: int, links: Sequence[Link] | None = None) -> None:
+        """A new card is linked with others like this, with all of them where nothing is said."""
         others = self.topology.cards
-        links = [Link(*ends, LinkState.UP) for c in others for ends in ((c, card), (card, c))]
-        links = sorted((*self.topology.links, *links), key=lambda k: (k.local_sail, k.remote_sail))
-        self.topology = Topology((*others, card), tuple(links))
+        if links is None:
+            links = [Link(*ends, LinkState.UP) for c in others for ends in ((c, card), (card, c))]
+        every = sorted((*self.topology.links, *links), key=lambda k: (k.local_sail, k.remote_sail))
+        self.topology = Topology((*others, card), tuple(every))
+        broken = {_pair(link): 0 for link in links if link.state is not LinkState.UP}
+        self._broken.update(broken)
+        if broken:
+            self._any_broken.set()
         self._change({})
 
     def under_way(self, source: int, target: int, counters: Mapping[int, Counters]) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of a card: how it is started, what it has to say at its end, and that it ends.
 
-It inherits one socket for requests, one for completions and the files of its links, and nothing
-else.  It ends when its sockets do, which is when this process does; the card asks the system to be
-killed with the thread that has started it, should it be stopped or stuck then.
+It inherits one socket for requests and one for completions, and nothing else.  It ends when its
+sockets do, which is when this process does; the card asks the system to be killed with the thread
+that has started it, should it be stopped or stuck then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
 
 import attrs
 
@@ -24,16 +23,6 @@ _END_S = 0.5
 _KILLED_S = 5.0
 # Of what it has said on its standard error: so many of the last lines, and no more characters.
 _LINES_MAX, _TEXT_MAX = 4, 400
-
-
-@attrs.frozen
-class LinkEnd:
-    """An end of a link: the peer's number, the file both ends share, which end it is (1 or 2)."""
-
-    peer: int
-    file: int
-    end: int
-    ring_bytes: int
 
 
 @attrs.frozen
@@ -53,7 +42,6 @@ class CardProcess:
         launch: Launch,
         ddr_bytes: int,
         isa: str | None,
-        links: Sequence[LinkEnd],
     ) -> None:
         self._number = number
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -74,16 +62,14 @@ class CardProcess:
                 f"--serial={number}",
                 f"--ddr={ddr_bytes}",
                 *([f"--isa={isa}"] if isa else []),
-                *[f"--link={e.peer},{e.file},{e.end},{e.ring_bytes}" for e in links],
             ]
-            inherited = [control.fileno(), events.fileno(), *[e.file for e in links]]
             try:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=said,
                     stderr=said,
-                    pass_fds=[*inherited, *launch.files],
+                    pass_fds=[control.fileno(), events.fileno(), *launch.files],
                     start_new_session=True,  # Ctrl-C is for the host, which ends it in order
                 )
             except OSError as error:

@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import attrs
+
 from spanker.device import wire
 from spanker.device.base import (
     READS_MAX,
@@ -44,17 +46,37 @@ _RECEIVE_BYTES = 1 << 20
 _TOGETHER_BYTES = 1 << 16
 
 
+@attrs.frozen
+class LinkEnd:
+    """An end of a link: the peer's number, the file both ends share, which end it is (1 or 2)."""
+
+    peer: int
+    file: int
+    end: int
+    ring_bytes: int
+
+
 class RemoteCard(CoreCard):
-    """One card of a rig; `start` makes its process, now and whenever it is opened again."""
+    """One card of a rig; `start` makes its process, now and whenever it is opened again, when
+    `links` are the ends that it has by then."""
 
     # Of what only other bodies have: speeds that are kept.
     pace = None
 
-    def __init__(self, rig: Rig, number: int, kind: str, start: Callable[[], CardProcess]) -> None:
+    def __init__(
+        self,
+        rig: Rig,
+        number: int,
+        kind: str,
+        start: Callable[[], CardProcess],
+        links: Callable[[], Sequence[LinkEnd]],
+    ) -> None:
         self.number = number
         self._rig = rig
         self._kind = kind
         self._start = start
+        self._links = links
+        self._released = False
         self._process: CardProcess | None = None
         # One request at a time; whoever finds the card lost keeps it so.
         self._turn = threading.Lock()
@@ -68,8 +90,10 @@ class RemoteCard(CoreCard):
         self._process = self._start()
         try:
             self._info = self._hello()
+            for end in self._links():
+                self.attach(end)
         except BaseException:
-            self.close()
+            self._end()
             raise
 
     def _hello(self) -> DeviceInfo:
@@ -120,9 +144,10 @@ class RemoteCard(CoreCard):
         expected: int = 0,
         data: Buffer = b"",
         at_least: int | None = None,
+        files: Sequence[int] = (),
     ) -> bytearray:
         """The body of the reply, of `expected` bytes, to a request whose body ends with `data`."""
-        status, command, answer = self._exchange(doing, kind, body, expected, data, at_least)
+        status, command, answer = self._exchange(doing, kind, body, expected, data, at_least, files)
         if status != lib.SPK_OK:
             if kind == lib.SPK_WIRE_LOAD:
                 doing = f"program refused at command {command}"
@@ -137,6 +162,7 @@ class RemoteCard(CoreCard):
         expected: int,
         data: Buffer = b"",
         at_least: int | None = None,
+        files: Sequence[int] = (),
     ) -> tuple[int, int, bytearray]:
         """Status, command and body of the reply."""
         nbytes = len(body) + len(data)
@@ -153,7 +179,10 @@ class RemoteCard(CoreCard):
             end = time.monotonic() + ANSWER_S
             try:
                 control.settimeout(ANSWER_S)
-                if len(data) <= _TOGETHER_BYTES:
+                if files:
+                    # Too few bytes to go in pieces.
+                    socket.send_fds(control, [wire.request(kind, nbytes) + body], files)
+                elif len(data) <= _TOGETHER_BYTES:
                     control.sendall(b"".join((wire.request(kind, nbytes), body, data)))
                 else:
                     control.sendall(wire.request(kind, nbytes) + body)
@@ -353,6 +382,22 @@ class RemoteCard(CoreCard):
             if not most or count < wanted:
                 return b"".join(parts), int.from_bytes(answer[:8], "little")
 
+    # --- links --------------------------------------------------------------------------
+
+    def attach(self, end: LinkEnd) -> None:
+        """For the rig: give it this end of a link, while nothing is queued."""
+        self._ask(
+            f"linking it with card {end.peer}",
+            lib.SPK_WIRE_ATTACH,
+            wire.packed("struct spk_wire_attach", end.peer, end.end, end.ring_bytes),
+            files=(end.file,),
+        )
+
+    def detach(self, peer: int) -> None:
+        """The same undone."""
+        body = wire.packed("uint32_t", peer)
+        self._ask(f"ending its link with card {peer}", lib.SPK_WIRE_DETACH, body)
+
     # --- fault injection, the end, and a new beginning -------------------------------------
 
     def _plant_fault(self, fault: int, command: int | None) -> None:
@@ -367,7 +412,7 @@ class RemoteCard(CoreCard):
 
     def reopen(self) -> None:
         """A new process; a card of a fleet that is closed cannot be opened again."""
-        if all(card.closed for card in self._rig.cards):
+        if self._released:
             raise CardLostError(
                 f"card {self.number} is closed with all cards of its fleet, and cannot be "
                 f"reopened; open the fleet again",
@@ -382,8 +427,14 @@ class RemoteCard(CoreCard):
             process.close()
 
     def close(self) -> None:
-        """The process ends; with the last card of a rig goes what all of them need."""
+        """The process ends; with the last card of a rig that nobody holds goes what all of them
+        need."""
         if self._process is not None:
             self._end()
-            if all(card.closed for card in self._rig.cards):
+            if not self._rig.held and all(card.closed for card in self._rig.cards):
                 self._rig.close()
+
+    def release(self) -> None:
+        """For the rig: it is not opened again.  Idempotent."""
+        self._released = True
+        self._end()

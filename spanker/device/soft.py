@@ -2,7 +2,8 @@
 """The `soft` card: the card model in C, in this process, stepped by native threads.
 
 `SoftRig` makes the cards of one fleet with links between all of them, and min(cards, cores)
-workers.  Python only submits and collects.
+workers.  Python only submits and collects.  RISC-V cards among them, or alone, are processes of
+their own (spanker/device/riscv).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import mmap
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import numpy as np
@@ -34,6 +35,7 @@ from spanker.device.base import (
     Together,
 )
 from spanker.device.core import CoreCard, Rig, counters_of, is_down
+from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.throttle import Pace, Throttle, pace_of
 from spanker.errors import (
     CardCommandError,
@@ -44,6 +46,13 @@ from spanker.native import check, default_isa, ffi, isa_number, lib
 from spanker.sched.bandwidth import Profile
 from spanker.sched.topology import Topology
 from spanker.values import Value
+
+if TYPE_CHECKING:
+    # Most fleets need neither: a first token should not wait for them.
+    from spanker.device.remote import RemoteCard
+    from spanker.device.riscv.processes import Launcher, ProcessCards
+
+_Card = TypeVar("_Card", bound=CoreCard)
 
 DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
@@ -563,16 +572,21 @@ def check_topology(topology: Topology | None, cards: int) -> None:
             )
 
 
-def link_all(
-    cards: Sequence[SoftCard], topology: Topology | None = None, fleet: int | None = None
-) -> None:
-    """Link every card with every other, or as in a topology, before anyone steps them; `fleet` is
-    how many cards there are with those elsewhere."""
-    ring_bytes = ring_bytes_of(fleet or len(cards))
+def _pairs(
+    cards: Sequence[_Card], topology: Topology | None = None
+) -> Iterator[tuple[_Card, _Card]]:
+    """Those to be linked: each with each, or as in a topology."""
     for at, a in enumerate(cards):
         for b in cards[at + 1 :]:
             if topology is None or topology.is_up(a.number, b.number):
-                _link(a, b, ring_bytes)
+                yield a, b
+
+
+def link_all(cards: Sequence[SoftCard]) -> None:
+    """Link every card with every other, before anyone steps them."""
+    ring_bytes = ring_bytes_of(len(cards))
+    for a, b in _pairs(cards):
+        _link(a, b, ring_bytes)
 
 
 def link_one(card: SoftCard, others: Sequence[SoftCard]) -> None:
@@ -606,69 +620,148 @@ def start_workers(cards: Sequence[SoftCard], workers: int | None) -> Any:
 
 
 class SoftRig(CardRig):
-    """The cards of one fleet, linked all with all or as in `topology`, and the threads that step
-    them.
+    """The cards of one fleet that this machine emulates, linked all with all or as in `topology`,
+    and the threads that step those of this process.
 
     `throttle` is a profile whose speeds the cards keep in real time, as far as the machine can.
+    `launcher` is what runs the firmware of RISC-V cards, which is looked for without one; it is
+    closed with the rig.  Raises ConfigError and FirmwareError where something is missing or wrong,
+    CardLostError where a card does not start.
     """
 
     def __init__(
         self,
-        specs: Sequence[SoftCardSpec],
+        specs: Sequence[SoftCardSpec | RiscvCardSpec],
         workers: int | None = None,
         throttle: Profile | None = None,
         topology: Topology | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
         check_topology(topology, len(specs))
-        meshed = topology is None or topology.fully_meshed
-        self.meets = meshed and throttle is None
-        self.cards: list[SoftCard] = []
+        self._meshed = topology is None or topology.fully_meshed
         self.throttled = throttle is not None
+        apart = any(isinstance(spec, RiscvCardSpec) for spec in specs)
+        self.meets = self._meshed and not self.throttled and not apart
+        self.cards: list[SoftCard | RemoteCard] = []
         self._profile = throttle
         self._workers_max = workers or len(os.sched_getaffinity(0))
         self._pool: Any = None
         self._throttle: Throttle | None = None
+        self._launcher = launcher
+        # What RISC-V cards need, while there are any.
+        self._processes: ProcessCards | None = None
         try:
-            for number, spec in enumerate(specs):
-                self.cards.append(SoftCard(self, number, spec))
-            link_all(self.cards, topology)
+            for spec in specs:
+                self.cards.append(self._new(spec))
+            ring_bytes = ring_bytes_of(len(specs))
+            for a, b in _pairs(self.cards, topology):
+                self._link(a, b, ring_bytes)
+            soft = self._soft
             if throttle is not None:
-                self._throttle = Throttle([c.handle for c in self.cards], throttle)
-            self._pool = start_workers(self.cards, self._workers_max)
+                self._throttle = Throttle([c.handle for c in soft], throttle)
+            if soft:
+                self._pool = start_workers(soft, self._workers_max)
         except BaseException:
             self.close()
             raise
 
-    def create(self, spec: SoftCardSpec) -> SoftCard:
-        """One more card, of the next number; nobody steps it before `join`.  ConfigError where
-        there can be no more."""
+    @property
+    def _soft(self) -> list[SoftCard]:
+        """Those of this process."""
+        return [card for card in self.cards if isinstance(card, SoftCard)]
+
+    def _new(self, spec: SoftCardSpec | RiscvCardSpec) -> SoftCard | RemoteCard:
+        """A card of the next number."""
+        number = len(self.cards)
+        if isinstance(spec, SoftCardSpec):
+            return SoftCard(self, number, spec)
+        if self._processes is None:
+            from spanker.device.riscv.processes import ProcessCards
+
+            self._processes = ProcessCards(self, self._launcher)
+        return self._processes.start(number, spec)
+
+    def _link(self, a: SoftCard | RemoteCard, b: SoftCard | RemoteCard, ring_bytes: int) -> None:
+        if isinstance(a, SoftCard) and isinstance(b, SoftCard):
+            _link(a, b, ring_bytes)
+        else:
+            assert self._processes is not None
+            self._processes.link(a, b, ring_bytes)
+
+    def _unlink(self, a: SoftCard | RemoteCard, b: SoftCard | RemoteCard) -> None:
+        if isinstance(a, SoftCard) and isinstance(b, SoftCard):
+            lib.spk_link_disconnect(a.native, a.number, b.native, b.number)
+        elif self._processes is not None:
+            self._processes.unlink(a, b)
+
+    def create(self, spec: SoftCardSpec | RiscvCardSpec) -> SoftCard | RemoteCard:
+        """One more card, of the next number; nobody works with it before `join`, and without that
+        it goes with `discard`.  Blocks while a process starts.  ConfigError where there can be no
+        such card, and as the rig itself."""
         if len(self.cards) == CARDS_MAX:
             raise ConfigError(f"a soft fleet has at most {CARDS_MAX} cards")
-        return SoftCard(self, len(self.cards), spec)
+        if isinstance(spec, RiscvCardSpec):
+            if self.throttled:
+                raise ConfigError("RISC-V cards have their own speed: they join no throttled fleet")
+            if not self._meshed:
+                raise ConfigError(
+                    "RISC-V cards are linked all with all: they join no fleet with a topology"
+                )
+        try:
+            return self._new(spec)
+        except BaseException:
+            self._drop_processes()
+            raise
 
-    def join(self, card: SoftCard) -> None:
+    def join(self, card: SoftCard | RemoteCard) -> None:
         """Link a new card with all others and have it stepped.  Nothing is queued on any card.
         Blocks for some milliseconds.
 
         Of throttled cards the pace is counted anew from now on.  After an error all is as before.
         """
-        lib.spk_pool_pause(self._pool)
+        pool, ring_bytes = self._pool, ring_bytes_of(len(self.cards) + 1)
+        if pool is not None:
+            lib.spk_pool_pause(pool)
         try:
-            link_one(card, self.cards)
             try:
-                self._keep_pace([*self.cards, card])
-                status = lib.spk_pool_add(self._pool, card.handle, self._workers_max)
-                check(status, f"starting card {card.number}")
+                for other in self.cards:
+                    self._link(other, card, ring_bytes)
+                if isinstance(card, SoftCard):
+                    self._keep_pace([*self._soft, card])
+                    self._have_stepped(card)
             except BaseException:
                 for other in self.cards:
-                    lib.spk_link_disconnect(other.native, other.number, card.native, card.number)
-                self._keep_pace(self.cards)
+                    self._unlink(other, card)
+                self._keep_pace(self._soft)
                 raise
             self.cards.append(card)
         finally:
-            lib.spk_pool_resume(self._pool)
+            if pool is not None:
+                lib.spk_pool_resume(pool)
+
+    def _have_stepped(self, card: SoftCard) -> None:
+        if self._pool is None:
+            self._pool = start_workers([card], self._workers_max)
+        else:
+            status = lib.spk_pool_add(self._pool, card.handle, self._workers_max)
+            check(status, f"starting card {card.number}")
+
+    def discard(self, card: SoftCard | RemoteCard) -> None:
+        """Let a card go that has not joined."""
+        card.release()
+        self._drop_processes()
+
+    def _drop_processes(self) -> None:
+        """Where no card of the rig is one, nothing is kept for them."""
+        if len(self._soft) == len(self.cards):
+            self._close_processes()
+
+    def _close_processes(self) -> None:
+        processes, self._processes = self._processes, None
+        if processes is not None:
+            processes.close()
 
     def _keep_pace(self, cards: Sequence[SoftCard]) -> None:
         """Have these cards keep the profile's speeds, if any do."""
@@ -689,3 +782,4 @@ class SoftRig(CardRig):
             throttle.close()
         for card in self.cards:
             card.release()
+        self._close_processes()

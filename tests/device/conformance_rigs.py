@@ -26,7 +26,6 @@ from spanker.device.base import CardDevice, Completion
 from spanker.device.kernel.rig import KernelRig
 from spanker.device.kernel.spec import first_cards
 from spanker.device.remote import RemoteCard
-from spanker.device.riscv.rig import RiscvRig
 from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.device.virtual.card import VirtualCard, VirtualRig
@@ -87,15 +86,15 @@ class FaultyRig:
         self._rig.close()
 
 
-def riscv_rig(count: int, ddr_bytes: int) -> RiscvRig:
+def riscv_rig(count: int, ddr_bytes: int) -> SoftRig:
     """Firmware in an emulator."""
-    return RiscvRig([riscv_spec(ddr_bytes)] * count)
+    return SoftRig([riscv_spec(ddr_bytes)] * count)
 
 
-def mixed_rig(count: int, ddr_bytes: int) -> RiscvRig:
+def mixed_rig(count: int, ddr_bytes: int) -> SoftRig:
     """The same and soft cards in turn."""
     kinds = (riscv_spec(ddr_bytes), SoftCardSpec(ddr_bytes=ddr_bytes))
-    return RiscvRig([kinds[n % 2] for n in range(count)])
+    return SoftRig([kinds[n % 2] for n in range(count)])
 
 
 def riscv_spec(ddr_bytes: int) -> RiscvCardSpec:

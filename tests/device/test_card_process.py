@@ -7,6 +7,7 @@ fails where one of them has something to say, or anything leaks.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -15,33 +16,39 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
 import pytest
-from conformance_rigs import adder, collect, finish, floats, sender, step, waiter
+from conformance_rigs import adder, collect, finish, floats, make_program, sender, step, waiter
 from waiting import until
 
 from spanker.device import remote, wire
 from spanker.device.process import CardProcess, Launch
-from spanker.device.remote import RemoteCard
-from spanker.device.riscv.rig import RiscvRig
+from spanker.device.remote import LinkEnd, RemoteCard
 from spanker.device.riscv.spec import RiscvCardSpec
-from spanker.device.soft import SoftCardSpec
+from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
     CardCommandError,
     CardLostError,
     CardMemoryError,
+    ConfigError,
     FirmwareError,
     RemoteProtocolError,
 )
+from spanker.kernels import program as op
+from spanker.kernels.program import Ref, Transfer
 from spanker.native import ffi, lib
+from spanker.sched.bandwidth import REV_A
+from spanker.sched.topology import Topology
+from spanker.testing.assertions import open_descriptors
 
 DDR_BYTES = 1 << 20
 HEADER = struct.Struct("<IHHII")
 COMPLETION = struct.Struct("<QQQII")
 MAGIC = 0x574B5053
+HELLO = HEADER.pack(MAGIC, 1, 0, 0, 4) + struct.pack("<I", wire.VERSION)
 
 
 @attrs.frozen
@@ -68,7 +75,7 @@ class Raw:
     def __init__(
         self, program: Path, *, isa: str | None = None, ddr_bytes: int = DDR_BYTES
     ) -> None:
-        self.process = CardProcess(0, Launch((str(program),)), ddr_bytes, isa, ())
+        self.process = CardProcess(0, Launch((str(program),)), ddr_bytes, isa)
 
     def ask(self, kind: int, body: bytes = b"") -> Answer:
         self.process.control.sendall(HEADER.pack(MAGIC, kind, 0, 0, len(body)) + body)
@@ -89,6 +96,12 @@ class Raw:
             data += got
         return data
 
+    def descriptors(self) -> int:
+        """How many it has open, once it answers."""
+        self.process.control.sendall(HELLO)
+        self.answer()
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def end(self) -> str:
         """How it ends once its host has gone."""
         said = self.process.end()
@@ -105,13 +118,13 @@ def raw(card_process: Path) -> Iterator[Raw]:
 
 
 @pytest.fixture
-def rig(card_process: Path) -> Iterator[RiscvRig]:
-    with RiscvRig([RiscvCardSpec(ddr_bytes=DDR_BYTES)] * 2, launcher=Here(card_process)) as made:
+def rig(card_process: Path) -> Iterator[SoftRig]:
+    with SoftRig([RiscvCardSpec(ddr_bytes=DDR_BYTES)] * 2, launcher=Here(card_process)) as made:
         yield made
 
 
 @pytest.fixture
-def card(rig: RiscvRig) -> RemoteCard:
+def card(rig: SoftRig) -> RemoteCard:
     card = rig.cards[0]
     assert isinstance(card, RemoteCard)
     return card
@@ -120,7 +133,7 @@ def card(rig: RiscvRig) -> RemoteCard:
 # --- requests ---------------------------------------------------------------------------
 
 REQUESTS = {
-    "hello": (1, struct.pack("<I", 1), 64),
+    "hello": (1, struct.pack("<I", wire.VERSION), 64),
     "alloc": (2, struct.pack("<Q", 64), 4),
     "free": (3, struct.pack("<I", 0), 0),
     "write": (4, struct.pack("<IIQQ", 1, 0, 0, 4) + b"abcd", 0),
@@ -136,7 +149,7 @@ REQUESTS = {
 
 def test_the_structures_have_the_documented_sizes() -> None:
     sizes = {"header": 16, "hello": 64, "range": 24, "submit": 8, "link": 24, "plant": 12}
-    sizes |= {"want": 8, "completion": 32}
+    sizes |= {"want": 8, "attach": 16, "completion": 32}
     for name, nbytes in sizes.items():
         assert ffi.sizeof(f"struct spk_wire_{name}") == nbytes
     assert ffi.sizeof("struct spk_counters") == 80 and ffi.sizeof("struct spk_read") == 24
@@ -155,19 +168,19 @@ def test_a_body_of_another_length_is_refused_and_nothing_else(raw: Raw, name: st
     for wrong in (b"", body[:-1], body + b"\0", body[:1]):
         answer = raw.ask(kind, wrong)
         assert answer.status == lib.SPK_E_ARG and answer.body.startswith(b"a malformed request: ")
-    assert raw.ask(1, struct.pack("<I", 1)).status == 0
+    assert raw.ask(1, struct.pack("<I", wire.VERSION)).status == 0
 
 
-@pytest.mark.parametrize("kind", [0, 15, 64, 0x7FFF, 0x8001, 0xFFFF])
+@pytest.mark.parametrize("kind", [0, 17, 64, 0x7FFF, 0x8001, 0xFFFF])
 def test_an_unknown_request_is_refused(raw: Raw, kind: int) -> None:
     answer = raw.ask(kind, b"what?")
     assert (answer.status, answer.body) == (1, b"a malformed request: no such kind")
 
 
 def test_another_version_of_the_protocol_is_refused(raw: Raw) -> None:
-    answer = raw.ask(1, struct.pack("<I", 2))
+    answer = raw.ask(1, struct.pack("<I", 1))
     assert answer.status == 1
-    assert answer.body == b"the host speaks version 2 of the protocol, the card 1"
+    assert answer.body == b"the host speaks version 1 of the protocol, the card 2"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +221,7 @@ def test_a_seeded_host_without_sense_does_no_harm(card_process: Path) -> None:
         rng, raw = random.Random(seed), Raw(card_process)
         raw.ask(2, struct.pack("<Q", 4096))
         for _ in range(400):
-            kind, nbytes = rng.randrange(18), rng.choice((0, 1, 4, 8, 12, 24, 32, 100, 5000))
+            kind, nbytes = rng.randrange(20), rng.choice((0, 1, 4, 8, 12, 24, 32, 100, 5000))
             body = bytes(rng.choice((0, 0, 0, 1, 2, 255)) for _ in range(nbytes))
             if kind != 13:  # faults are for those who want them
                 assert raw.ask(kind, body).kind == kind
@@ -244,8 +257,6 @@ def test_a_host_that_goes_in_the_middle_of_a_frame_ends_the_card(card_process: P
     [
         (("--isa=mmx",), "this card has no kernels for mmx"),
         (("--ddr=none",), "--ddr takes 64 to"),
-        (("--link=1,2",), "--link takes PEER,FD,END,BYTES"),
-        (("--link=1,0,1,262144",), "cannot be used"),
         (("more",), "nothing but options"),
         (("--what",), "unrecognized option"),
     ],
@@ -253,7 +264,7 @@ def test_a_host_that_goes_in_the_middle_of_a_frame_ends_the_card(card_process: P
 def test_options_that_make_no_sense_are_named(
     card_process: Path, options: tuple[str, ...], words: str
 ) -> None:
-    process = CardProcess(0, Launch((str(card_process), *options)), DDR_BYTES, None, ())
+    process = CardProcess(0, Launch((str(card_process), *options)), DDR_BYTES, None)
     process.control.settimeout(20)
     assert process.control.recv(1) == b""
     said = process.end()
@@ -328,7 +339,7 @@ class Liar:
 
 
 def hello(**wrong: int) -> bytes:
-    fields = {"version": 1, "major": 1, "minor": 0} | wrong
+    fields = {"version": wire.VERSION, "major": 1, "minor": 0} | wrong
     body = struct.pack("<IHHIIQQ32s", *fields.values(), 1, 64, 5, DDR_BYTES, b"scalar")
     return HEADER.pack(MAGIC, 0x8001, 0, 0, len(body)) + body
 
@@ -347,20 +358,20 @@ def hello(**wrong: int) -> bytes:
     ],
 )
 def test_a_card_that_answers_senselessly_or_not_is_lost(
-    rig: RiscvRig, monkeypatch: pytest.MonkeyPatch, says: bytes, words: str
+    rig: SoftRig, monkeypatch: pytest.MonkeyPatch, says: bytes, words: str
 ) -> None:
     monkeypatch.setattr(remote, "ANSWER_S", 0.2)
     liar = Liar(says)
     with pytest.raises(CardLostError, match=words):
-        RemoteCard(rig, 0, "lying", lambda: liar)  # type: ignore[arg-type,return-value]
+        RemoteCard(rig, 0, "lying", lambda: liar, tuple)  # type: ignore[arg-type,return-value]
     assert liar.ends
 
 
-@pytest.mark.parametrize("wrong", [{"version": 2}, {"major": 2}, {"minor": 9}])
-def test_firmware_of_another_interface_is_refused(rig: RiscvRig, wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"version": 1}, {"major": 2}, {"minor": 9}])
+def test_firmware_of_another_interface_is_refused(rig: SoftRig, wrong: dict[str, int]) -> None:
     liar = Liar(hello(**wrong))
-    with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 1"):
-        RemoteCard(rig, 0, "old", lambda: liar)  # type: ignore[arg-type,return-value]
+    with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 2"):
+        RemoteCard(rig, 0, "old", lambda: liar, tuple)  # type: ignore[arg-type,return-value]
 
 
 def test_a_stopped_process_is_lost_in_bounded_time(
@@ -379,7 +390,7 @@ def test_a_stopped_process_is_lost_in_bounded_time(
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
-def test_what_a_dead_process_had_queued_is_lost_with_it(rig: RiscvRig, how: str) -> None:
+def test_what_a_dead_process_had_queued_is_lost_with_it(rig: SoftRig, how: str) -> None:
     card, other = rig.cards
     assert isinstance(card, RemoteCard)
     receive, _ = waiter(card, 1)
@@ -402,8 +413,8 @@ def test_what_a_dead_process_had_queued_is_lost_with_it(rig: RiscvRig, how: str)
 @pytest.mark.parametrize("at_work", [False, True])
 def test_a_card_whose_process_died_can_be_opened_again(card_process: Path, at_work: bool) -> None:
     specs = [RiscvCardSpec(ddr_bytes=DDR_BYTES), SoftCardSpec(ddr_bytes=DDR_BYTES)]
-    with RiscvRig(specs, launcher=Here(card_process)) as rig:
-        card, soft = rig.cards
+    with SoftRig(specs, launcher=Here(card_process)) as rig:
+        card = rig.cards[0]
         assert isinstance(card, RemoteCard)
         for epoch in (2, 3):
             if at_work:  # its last messages are left in the ring
@@ -418,15 +429,211 @@ def test_a_card_whose_process_died_can_be_opened_again(card_process: Path, at_wo
             assert card.counters().ddr_used_bytes == 0 and card.completions() == []
             for each in rig.cards:
                 each.abort(epoch)
-            for a, b in ((card, soft), (soft, card)):
-                send, out = sender(a, b.number)
-                receive, into = waiter(b, a.number)
-                a.write(out, 0, bytes([epoch]) * 64)
-                b.submit(receive, step())
-                a.submit(send, step())
-                finish(a)
-                finish(b)
-                assert b.read(into, 0, 64) == bytes([epoch]) * 64
+            everybody_exchanges(rig, epoch)
+
+
+def everybody_exchanges(rig: SoftRig, mark: int) -> None:
+    """Each card sends bytes to each other one."""
+    for a, b in itertools.permutations(rig.cards, 2):
+        send, out = sender(a, b.number)
+        receive, into = waiter(b, a.number)
+        a.write(out, 0, bytes([mark]) * 64)
+        b.submit(receive, step())
+        a.submit(send, step())
+        finish(a)
+        finish(b)
+        assert b.read(into, 0, 64) == bytes([mark]) * 64
+
+
+# --- links, and cards that join -----------------------------------------------------------
+
+RING_BYTES = 1 << 18
+
+
+@pytest.fixture
+def link() -> Iterator[int]:
+    file = lib.spk_link_create(RING_BYTES)
+    yield file
+    os.close(file)
+
+
+def attach(raw: Raw, files: list[int], *fields: int) -> int:
+    """The status of the answer."""
+    body = struct.pack("<IIQ", *fields)
+    socket.send_fds(raw.process.control, [HEADER.pack(MAGIC, 15, 0, 0, 16) + body], files)
+    return raw.answer().status
+
+
+def links_of(pid: int) -> int:
+    """How many files of links a process maps."""
+    return Path(f"/proc/{pid}/maps").read_text().count("/memfd:spanker-link")
+
+
+def test_a_link_is_attached_once_and_detached(raw: Raw, link: int) -> None:
+    pid, descriptors = raw.process.pid, raw.descriptors()
+    for _ in range(2):
+        assert attach(raw, [link], 3, 1, RING_BYTES) == lib.SPK_OK
+        assert links_of(pid) == 1
+        assert attach(raw, [link], 3, 2, RING_BYTES) == lib.SPK_E_ARG
+        assert raw.ask(16, struct.pack("<I", 3)).status == lib.SPK_OK
+        assert links_of(pid) == 0
+        assert raw.ask(16, struct.pack("<I", 3)).status == lib.SPK_E_ARG
+    assert raw.descriptors() == descriptors
+
+
+@pytest.mark.parametrize(
+    ("files", "fields"),
+    [
+        (0, (1, 1, RING_BYTES)),
+        (1, (1 << 31, 1, RING_BYTES)),
+        (1, (1, 0, RING_BYTES)),
+        (1, (1, 3, RING_BYTES)),
+        (1, (1, 1, RING_BYTES - 4096)),
+        (1, (1, 1, 1 << 62)),
+        (3, (1, 1, 0)),
+    ],
+)
+def test_a_link_that_makes_no_sense_is_refused(
+    raw: Raw, link: int, files: int, fields: tuple[int, ...]
+) -> None:
+    descriptors = raw.descriptors()
+    assert attach(raw, [link] * files, *fields) == lib.SPK_E_ARG
+    # Nor does a file stay that comes with what takes none.
+    socket.send_fds(raw.process.control, [HELLO], [link])
+    assert raw.answer().status == lib.SPK_OK
+    assert raw.descriptors() == descriptors
+    assert links_of(raw.process.pid) == 0
+
+
+def test_a_card_at_work_takes_no_link(rig: SoftRig, link: int) -> None:
+    card = rig.cards[0]
+    assert isinstance(card, RemoteCard)
+    receive, _ = waiter(card, 1)
+    card.submit(receive, step())
+    with pytest.raises(CardCommandError, match=r"linking it with card 3: busy"):
+        card.attach(LinkEnd(3, link, 1, RING_BYTES))
+    with pytest.raises(CardCommandError, match=r"ending its link with card 1: busy"):
+        card.detach(1)
+
+
+FAR, NEAR = RiscvCardSpec(ddr_bytes=DDR_BYTES), SoftCardSpec(ddr_bytes=DDR_BYTES)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("first", [[FAR], [NEAR], [FAR, NEAR], [NEAR, FAR]])
+@pytest.mark.parametrize("then", [[FAR, NEAR], [NEAR, FAR, FAR]])
+def test_cards_of_both_kinds_join_each_other(
+    first: list[RiscvCardSpec | SoftCardSpec],
+    then: list[RiscvCardSpec | SoftCardSpec],
+    card_process: Path,
+) -> None:
+    with SoftRig(first, launcher=Here(card_process)) as rig:
+        for spec in then:
+            card = rig.create(spec)
+            rig.join(card)
+            assert rig.cards[-1] is card and card.number == len(rig.cards) - 1
+            for each in rig.cards:
+                each.abort(len(rig.cards))
+            everybody_exchanges(rig, len(rig.cards))
+        # Whoever is opened again has all of its links, those that came later, too.
+        for number, card in enumerate(rig.cards):
+            card.close()
+            card.reopen()
+            for each in rig.cards:
+                each.abort(10 + number)
+            everybody_exchanges(rig, 10 + number)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("spec", [FAR, NEAR])
+def test_a_card_that_cannot_be_linked_leaves_nothing(
+    spec: RiscvCardSpec | SoftCardSpec, card_process: Path, link: int
+) -> None:
+    with SoftRig([FAR, NEAR, FAR], launcher=Here(card_process)) as rig:
+        far = [card for card in rig.cards if isinstance(card, RemoteCard)]
+        before = open_descriptors()
+        # Where the last one's link is to be there is one.
+        far[1].attach(LinkEnd(3, link, 1, RING_BYTES))
+        card = rig.create(spec)
+        with pytest.raises(CardCommandError, match="card 2: linking it with card 3"):
+            rig.join(card)
+        rig.discard(card)
+        assert len(rig.cards) == 3 and open_descriptors() == before
+        assert [links_of(each.process.pid) for each in far] == [2, 2]
+        again = rig.create(spec)
+        rig.join(again)
+        for each in rig.cards:
+            each.abort(2)
+        everybody_exchanges(rig, 2)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_a_card_that_is_gone_is_linked_when_it_is_opened_again(card_process: Path) -> None:
+    with SoftRig([FAR, FAR], launcher=Here(card_process)) as rig:
+        gone = rig.cards[0]
+        assert isinstance(gone, RemoteCard)
+        os.kill(gone.process.pid, signal.SIGKILL)
+        rig.join(rig.create(NEAR))
+        gone.reopen()
+        for each in rig.cards:
+            each.abort(2)
+        everybody_exchanges(rig, 2)
+
+
+def test_a_soft_card_does_not_miss_what_comes_after_whoever_submitted_has_looked(
+    card_process: Path,
+) -> None:
+    """Programs of a few bytes are begun by the thread that submits them, and no worker is woken."""
+    with SoftRig([FAR, NEAR], launcher=Here(card_process)) as rig:
+        far, near = rig.cards
+        programs = []
+        for card, peer in ((near, 0), (far, 1)):
+            buffer = card.alloc(64)
+            move = Transfer(card is far, peer, Ref("x"), 64, bulk=True)
+            program = make_program(*op.exchange([move]), tokens=1).encode({"x": buffer})
+            programs.append(card.load_program(program))
+        for _ in range(10):
+            near.submit(programs[0], step())
+            far.submit(programs[1], step())
+            finish(far)
+            finish(near)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_a_fleet_of_soft_cards_keeps_nothing_of_a_process_that_did_not_join(
+    card_process: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 0.3)
+    closed = []
+
+    class Sleeping(Here):
+        def launch(self, spec: RiscvCardSpec) -> Launch:
+            return Launch(("sleep", "60", "--"))
+
+        def close(self) -> None:
+            closed.append(self)
+
+    with SoftRig([NEAR], launcher=Sleeping(card_process)) as rig:
+        before = open_descriptors()
+        with pytest.raises(CardLostError, match=r"card 1: greeting it: the card"):
+            rig.create(FAR)
+        assert open_descriptors() == before and len(closed) == 1 and len(rig.cards) == 1
+        rig.join(rig.create(NEAR))
+        for each in rig.cards:
+            each.abort(2)
+        everybody_exchanges(rig, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"throttle": REV_A}, "join no throttled fleet"),
+        ({"topology": Topology.of_pairs(3, [(0, 1)])}, "join no fleet with a topology"),
+    ],
+)
+def test_where_no_process_can_join(options: dict[str, Any], words: str) -> None:
+    with SoftRig([NEAR] * 3, **options) as rig, pytest.raises(ConfigError, match=words):
+        rig.create(FAR)
 
 
 def test_more_memory_than_there_is_names_what_is_free(card: RemoteCard) -> None:
@@ -436,7 +643,7 @@ def test_more_memory_than_there_is_names_what_is_free(card: RemoteCard) -> None:
 
 
 def test_large_pieces_go_over_in_several_requests(card_process: Path) -> None:
-    with RiscvRig([RiscvCardSpec(ddr_bytes=8 << 20)], launcher=Here(card_process)) as rig:
+    with SoftRig([RiscvCardSpec(ddr_bytes=8 << 20)], launcher=Here(card_process)) as rig:
         card = rig.cards[0]
         data = np.random.default_rng(1).bytes(3 * wire.DATA_MAX + 5)
         buffer = card.alloc(len(data))

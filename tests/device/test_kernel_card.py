@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
 from conformance_rigs import (
     adder,
     collect,
@@ -207,6 +208,81 @@ def test_no_cards_and_too_many_are_refused(driver: DriverModel) -> None:
     for count in (0, 65):
         with pytest.raises(ConfigError, match="1 to 64"):
             KernelRig([KernelCardSpec(0)] * count, driver)
+
+
+# --- cards that join ----------------------------------------------------------------------
+
+
+def test_a_new_card_is_the_first_that_nobody_has(driver: DriverModel) -> None:
+    with KernelRig([KernelCardSpec(1)], driver) as rig, KernelRig([KernelCardSpec(0)], driver):
+        with pytest.raises(CardError, match="spanker0 is used by another fleet"):
+            rig.create(KernelCardSpec(0))
+        card = rig.create(None)
+        assert (card.number, card.info.name) == (1, "spanker2")
+        files = driver.open_files
+        # What is created has nothing to do with the fleet until it has joined.
+        with pytest.raises(ConfigError, match=r"no card of /dev can join: .*another fleet"):
+            rig.create(None)
+        assert driver.open_files == files and rig.cards[0].counters().link_tx_bytes == (0,)
+        card.release()
+        assert driver.open_files == files - 1
+        rig.join(rig.create(None))
+        with pytest.raises(ConfigError, match="spanker1 is in the fleet"):
+            rig.create(KernelCardSpec(1))
+
+
+def test_cards_of_all_ages_exchange_once_they_have_joined(driver: DriverModel) -> None:
+    """The epochs that they have been in, and what they have sent before, are all the same."""
+    with KernelRig([KernelCardSpec(0)], driver) as rig:
+        rig.cards[0].abort(7)
+        for _ in range(2):
+            card = rig.create(None)
+            links = rig.join(card)
+            with_others = {(peer, card.number) for peer in range(card.number)}
+            ends = {(link.local_sail, link.remote_sail) for link in links}
+            assert ends == with_others | {(b, a) for a, b in with_others}
+            assert all(link.state is LinkState.UP for link in links)
+        for each in rig.cards:
+            each.abort(8)
+        programs, _ = gather_programs(rig.cards, [64, 64, 64], 1, seed=1)
+        for each, program in zip(rig.cards, programs, strict=True):
+            each.submit(program, step())
+        for each in rig.cards:
+            finish(each)
+            others = [64 if peer != each.number else 0 for peer in range(3)]
+            counters = each.counters()
+            assert counters.link_tx_bytes == counters.link_rx_bytes == tuple(others)
+
+
+def test_a_card_that_goes_while_it_joins_leaves_all_as_it_was(driver: DriverModel) -> None:
+    with KernelRig([KernelCardSpec(0)], driver) as rig:
+        card = rig.create(None)
+        driver.kill(1)
+        with pytest.raises(CardError):
+            rig.join(card)
+        card.release()
+        assert len(rig.cards) == 1 and rig.cards[0].counters().link_tx_bytes == (0,)
+        driver.put_in(1)
+        rig.join(rig.create(None))
+        assert rig.cards[0].counters().link_tx_bytes == (0, 0)
+
+
+async def test_a_join_that_is_cancelled_lets_the_card_go(
+    driver: DriverModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uapi, "LINUX", driver)
+    async with open_fleet("kernel:1") as fleet:
+        files = driver.open_files
+        await fleet._coordinator.take_cards()
+        with trio.move_on_after(0.1) as scope:
+            await fleet.add("kernel:1")
+        fleet._coordinator.give_cards_back()
+        assert scope.cancelled_caught and driver.open_files == files
+        assert len(fleet.cards) == 1 and fleet.events.history == ()
+        for kind in ("soft:1", "virtual:1", "riscv:1"):
+            with pytest.raises(ConfigError, match=r"open e\.g\. kernel:1"):
+                await fleet.add(kind)
+        assert await fleet.add("kernel:1") == 1
 
 
 # --- epochs and links -------------------------------------------------------------------

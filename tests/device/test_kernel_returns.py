@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel cards that leave and come back, and their links: every generation gets the tokens it would
-have got.
+"""Kernel cards that leave, come back and join, and their links: every generation gets the tokens it
+would have got.
 
 Over a model of the module, and over the module itself where SPANKER_TEST_KERNEL_CARDS says how many
 cards there are: then they are emulated ones, which are pulled out through sysfs and hang as debugfs
@@ -26,9 +26,10 @@ import spanker
 from spanker.actors import link_watch
 from spanker.device import uapi
 from spanker.device.kernel.rig import KernelRig
-from spanker.device.kernel.spec import card_path, first_cards
-from spanker.errors import CardLostError
-from spanker.events import CardLost, CardReturned, LinkDown, LinkUp, Replanned
+from spanker.device.kernel.spec import KernelCardSpec, card_path, first_cards
+from spanker.errors import CardLostError, ConfigError, DriverError
+from spanker.events import CardJoined, CardLost, CardReturned, LinkDown, LinkUp, Replanned
+from spanker.sched.topology import Topology
 from spanker.testing import write_tiny_llama
 
 # A real module's cards are in an emulated machine, all of which may stand still for a while.
@@ -188,6 +189,80 @@ async def test_a_link_that_is_cut_is_found_and_used_again_when_it_is_mended(
             assert [d.counters().links_down for d in fleet.devices] == [(), ()]
             assert await tokens(model) == right
             assert kinds(fleet) == [LinkDown, Replanned, LinkUp, Replanned]
+
+
+async def test_a_card_joins_in_the_middle_of_a_generation(module: Module, tiny: Path) -> None:
+    with trio.fail_after(WITHIN_S):
+        async with spanker.open_fleet("kernel:1", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            right = await tokens(model)
+            generation = generation_of(model)
+            async for _ in generation:
+                if len(generation.token_ids) == 4:
+                    assert await fleet.add("kernel:1") == 1
+                    assert model.plan.cards == (0, 1)
+            assert generation.token_ids == right
+            assert [card.name for card in fleet.cards] == ["spanker0", "spanker1"]
+            assert fleet.topology == Topology.with_mock(2)
+            arrays = [np.full(64, card + 1, np.float32) for card in range(2)]
+            await spanker.all_reduce(fleet, arrays)
+            assert all(np.array_equal(array, np.full(64, 3, np.float32)) for array in arrays)
+            for card in (1, 0):  # either comes back to a fleet of both
+                strike(module, "failed", card)
+                assert await tokens(model) == right
+                assert model.plan.cards == (1 - card,)
+                await fleet.admit(card)
+                assert model.plan.cards == (0, 1)
+                assert await tokens(model) == right
+            assert kinds(fleet) == [
+                *(CardJoined, Replanned),
+                *(CardLost, Replanned, CardReturned, Replanned) * 2,
+            ]
+
+
+async def test_a_card_that_is_put_in_joins(module: Module, tiny: Path) -> None:
+    module.take_out(1)
+    with trio.fail_after(WITHIN_S):
+        async with spanker.open_fleet("kernel:1", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            right = await tokens(model)
+            with pytest.raises(DriverError, match="there is no such card"):
+                await fleet.add(KernelCardSpec(1))
+            assert await tokens(model) == right
+            module.put_in(1)
+            assert await fleet.add(KernelCardSpec(1)) == 1
+            assert model.plan.cards == (0, 1)
+            assert await tokens(model) == right
+            with pytest.raises(ConfigError, match="spanker1 is in the fleet"):
+                await fleet.add(KernelCardSpec(1))
+
+
+async def test_a_card_joins_whose_link_is_down(
+    module: Module, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_watch, "LOOK_S", 0.05)
+    with trio.fail_after(WITHIN_S):
+        async with spanker.open_fleet("kernel:1", hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            right = await tokens(model)
+            (cut,) = links_between(0, 1)
+            fleet.devices[0].file.link_control(cut, up=False)
+            assert await fleet.add("kernel:1") == 1
+            assert not fleet.topology.is_up(0, 1) and not fleet.topology.is_up(1, 0)
+            assert len(model.plan.cards) == 1 and await tokens(model) == right
+            fleet.devices[0].mend(1)
+            await until(lambda: kinds(fleet) == [CardJoined, LinkUp])
+            # The next time that it is planned anew.
+            await fleet.drain(1)
+            await fleet.admit(1)
+            assert model.plan.cards == (0, 1) and await tokens(model) == right
+
+
+def links_between(card: int, peer: int) -> list[int]:
+    """The numbers of the links of one card that lead to another."""
+    with uapi.DeviceFile(card_path(card)) as one, uapi.DeviceFile(card_path(peer)) as other:
+        serial = other.info().serial
+        return [n for n in range(one.info().links) if one.link(n).peer == serial]
 
 
 def test_a_card_that_goes_while_its_memory_is_written_is_lost_and_nothing_else(

@@ -13,32 +13,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 from conformance_rigs import adder, collect, finish, floats, step, waiter
-from crowd import Answers, Crowd, Schedule, check_nothing_held, kinds, lost_cards
+from crowd import Answers, At, Crowd, Schedule, check_nothing_held, kinds, lost_cards
+from waiting import until
 
 import spanker
+from spanker.device import remote as remote_cards
 from spanker.device.firmware import NOTE_HEADER, parse_firmware, sealed
 from spanker.device.process import CardProcess
 from spanker.device.remote import RemoteCard
 from spanker.device.riscv.emulator import Emulator, find_emulator, firmware_path, survey
-from spanker.device.riscv.rig import RiscvRig
 from spanker.device.riscv.spec import ISAS, VLENS, RiscvCardSpec
+from spanker.device.soft import SoftRig
 from spanker.errors import CardLostError, ConfigError, FirmwareError
-from spanker.events import CardLost, CardReturned, Replanned
+from spanker.events import CardJoined, CardLost, CardReturned, Replanned
 from spanker.fleet import Fleet
+from spanker.sched.topology import Topology
+from spanker.testing import kill
+from spanker.testing.assertions import open_descriptors
 
 pytestmark = [pytest.mark.usefixtures("firmware", "nothing_left_behind")]
 
 SMALL = 4 << 20
 
 
-def rig_of(*specs: RiscvCardSpec) -> RiscvRig:
-    return RiscvRig(specs or [RiscvCardSpec(ddr_bytes=SMALL)])
+def rig_of(*specs: RiscvCardSpec) -> SoftRig:
+    return SoftRig(specs or [RiscvCardSpec(ddr_bytes=SMALL)])
 
 
-def remote(rig: RiscvRig, number: int = 0) -> RemoteCard:
+def remote(rig: SoftRig, number: int = 0) -> RemoteCard:
     card = rig.cards[number]
     assert isinstance(card, RemoteCard)
     return card
@@ -102,9 +108,9 @@ def test_the_emulator_is_killed_with_its_host(stopped: bool) -> None:
     """Also where it is stopped, and would not notice."""
     code = (
         "import sys, time\n"
-        "from spanker.device.riscv.rig import RiscvRig\n"
         "from spanker.device.riscv.spec import RiscvCardSpec\n"
-        "rig = RiscvRig([RiscvCardSpec(ddr_bytes=4096)] * 2)\n"
+        "from spanker.device.soft import SoftRig\n"
+        "rig = SoftRig([RiscvCardSpec(ddr_bytes=4096)] * 2)\n"
         "print(*[card.process.pid for card in rig.cards], flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -244,7 +250,7 @@ def test_what_runs_is_what_was_checked(
     monkeypatch.setenv("SPANKER_FIRMWARE", str(image))
     emulator = Emulator.find()
     image.write_bytes(b"something else")
-    with RiscvRig([RiscvCardSpec(ddr_bytes=SMALL)], launcher=emulator) as rig:
+    with SoftRig([RiscvCardSpec(ddr_bytes=SMALL)], launcher=emulator) as rig:
         assert isinstance(remote(rig).process, CardProcess)
 
 
@@ -289,6 +295,120 @@ async def test_a_generation_survives_its_emulator(
             assert CardReturned in kinds(fleet)
             assert await Crowd(model).run() == expected
     assert children() == before
+
+
+async def test_all_emulators_go_and_come_back(tiny: Path, expected: Answers) -> None:
+    with trio.fail_after(120):
+        async with spanker.open_fleet("riscv:2@scalar") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            for card in (0, 1):
+                slay(fleet, card)
+            with pytest.raises(CardLostError, match="no card is left"):
+                await model.generate([1], max_tokens=2).collect()
+            for card in (0, 1):
+                await fleet.admit(card)
+            again = await fleet.load(tiny, plan="tp")
+            assert await Crowd(again).run() == expected
+
+
+# --- cards that join ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cards", "joins"),
+    [
+        ("riscv:2@scalar", "riscv:1@scalar"),
+        ("riscv:1@scalar", "soft:1"),
+        ("soft:2", "riscv:1@scalar"),
+        ("soft:1,riscv:1@scalar", "riscv:1@xpop"),
+        ("soft:1,riscv:1@scalar", "soft:1"),
+    ],
+)
+async def test_a_card_joins_in_the_middle_of_generations(
+    cards: str, joins: str, tiny: Path, expected: Answers
+) -> None:
+    before = children()
+    with trio.fail_after(180):
+        async with spanker.open_fleet(cards) as fleet, trio.open_nursery() as nursery:
+            model, number = await fleet.load(tiny, plan="tp"), len(fleet.cards)
+            joining = At({20: lambda: nursery.start_soon(fleet.add, joins)})
+            assert await Crowd(model, joining).run() == expected
+            await until(lambda: kinds(fleet) == [CardJoined, Replanned])
+            assert model.plan.cards == fleet.health().cards == tuple(range(number + 1))
+            assert fleet.cards[number].name == f"{joins.partition(':')[0]}{number}"
+            assert fleet.topology == Topology.with_mock(number + 1)
+            assert await Crowd(model).run() == expected
+            arrays = [np.full(64, card, np.float32) for card in range(number + 1)]
+            await spanker.all_reduce(fleet, arrays)
+            total = float(sum(range(number + 1)))
+            assert all(np.array_equal(array, np.full(64, total, np.float32)) for array in arrays)
+            # One that was there before is opened again with its link to the new one.
+            kill(fleet, 0)
+            assert await Crowd(model).run() == expected
+            await fleet.admit(0)
+            assert len(model.plan.cards) == number + 1
+            assert await Crowd(model).run() == expected
+            await check_nothing_held(model)
+    assert children() == before
+
+
+async def test_a_new_card_dies_and_is_taken_into_use_again(tiny: Path, expected: Answers) -> None:
+    with trio.fail_after(120):
+        async with spanker.open_fleet("soft:2") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            assert await fleet.add("riscv:1@scalar") == 2
+            slay(fleet, 2)
+            assert await Crowd(model).run() == expected
+            assert lost_cards(fleet) == [2] and model.plan.cards == (0, 1)
+            await fleet.admit(2)
+            assert model.plan.cards == (0, 1, 2)
+            assert await Crowd(model).run() == expected
+
+
+@pytest.mark.parametrize("cards", ["soft:2", "riscv:2@scalar"])
+async def test_a_join_that_is_cancelled_leaves_nothing(cards: str, tiny: Path) -> None:
+    with trio.fail_after(60):
+        async with spanker.open_fleet(cards) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            before, descriptors = children(), open_descriptors()
+            # While somebody has the cards, it waits.
+            await fleet._coordinator.take_cards()
+            with trio.move_on_after(0.5) as scope:
+                await fleet.add("riscv:1@scalar")
+            fleet._coordinator.give_cards_back()
+            assert scope.cancelled_caught
+            assert children() == before and open_descriptors() == descriptors
+            assert len(fleet.cards) == len(fleet.devices) == 2 and fleet.events.history == ()
+            right = model.generate([1, 2], max_tokens=4, ignore_eos=True)
+            await right.collect()
+            assert await fleet.add("riscv:1@scalar") == 2
+            again = model.generate([1, 2], max_tokens=4, ignore_eos=True)
+            await again.collect()
+            assert again.token_ids == right.token_ids and len(model.plan.cards) == 3
+
+
+async def test_a_process_that_does_not_answer_does_not_join(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = tmp_path / "qemu-riscv64"
+    fake.write_text("#!/bin/sh\nexec sleep 60\n")
+    fake.chmod(0o755)
+    with trio.fail_after(60):
+        async with spanker.open_fleet("soft:2") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            before, descriptors = children(), open_descriptors()
+            with monkeypatch.context() as patch:
+                patch.setattr(remote_cards, "ANSWER_S", 0.3)
+                patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+                with pytest.raises(CardLostError, match=r"card 2: greeting it: .* not answered"):
+                    await fleet.add("riscv:1")
+                patch.setenv("PATH", "/nonexistent")
+                with pytest.raises(ConfigError, match="package qemu-user"):
+                    await fleet.add("riscv:1")
+            assert children() == before and open_descriptors() == descriptors
+            assert len(fleet.cards) == 2 and fleet.events.history == ()
+            await model.generate([1, 2], max_tokens=4, ignore_eos=True).collect()
+            assert await fleet.add("riscv:1@scalar") == 2
 
 
 @pytest.mark.parametrize("cards", ["riscv:2@scalar", "soft:1,riscv:1@scalar", "soft:1,riscv:1"])

@@ -28,9 +28,10 @@ _Static_assert(SPK_WIRE_REPLY_MAX >=
 /* One request as it is answered. */
 struct request {
     struct spk_card *card;
-    const struct identity *who;
+    const struct served *served;
     const uint8_t *body;
     uint32_t nbytes;
+    int file; /* -1 for none */
     uint8_t *out;     /* the reply's body */
     uint32_t written; /* of it */
     uint32_t command;
@@ -86,9 +87,9 @@ static int hello(struct request *r)
                                .abi_minor = SAIL_VERSION_MINOR,
                                .semantics = SPK_SEMANTICS_VERSION,
                                .programs_max = SPK_PROGRAMS_MAX,
-                               .serial = r->who->serial,
-                               .ddr_bytes = r->who->ddr_bytes};
-    snprintf(h.isa, sizeof h.isa, "%s", r->who->isa);
+                               .serial = r->served->serial,
+                               .ddr_bytes = r->served->ddr_bytes};
+    snprintf(h.isa, sizeof h.isa, "%s", r->served->isa);
     put(r, &h, sizeof h);
     return SPK_OK;
 }
@@ -229,8 +230,42 @@ static int want_link(struct request *r)
     return SPK_OK;
 }
 
-void answer(struct spk_card *card, const struct identity *who, const struct spk_wire_header *h,
-            const uint8_t *body, struct reply *out)
+static bool is_at_work(struct request *r)
+{
+    struct spk_counters c;
+    spk_card_counters(r->card, &c);
+    return c.queued != 0;
+}
+
+/* With the worker standing still, as the links of a card are its own while it works. */
+static int attach(struct request *r)
+{
+    struct spk_wire_attach a;
+    if (!take_all(r, &a, sizeof a) || r->file < 0)
+        return malformed(r, "attach");
+    if (is_at_work(r))
+        return SPK_E_BUSY;
+    spk_pool_pause(r->served->pool);
+    int status = spk_link_attach(r->card, a.peer, r->file, a.end, a.ring_bytes);
+    spk_pool_resume(r->served->pool);
+    return status;
+}
+
+static int detach(struct request *r)
+{
+    uint32_t peer;
+    if (!take_all(r, &peer, sizeof peer))
+        return malformed(r, "detach");
+    if (is_at_work(r))
+        return SPK_E_BUSY;
+    spk_pool_pause(r->served->pool);
+    int status = spk_link_detach(r->card, peer);
+    spk_pool_resume(r->served->pool);
+    return status;
+}
+
+void answer(const struct served *served, const struct spk_wire_header *h, const uint8_t *body,
+            int file, struct reply *out)
 {
     static int (*const by_kind[])(struct request *) = {
         [SPK_WIRE_HELLO] = hello,      [SPK_WIRE_ALLOC] = alloc,
@@ -240,11 +275,13 @@ void answer(struct spk_card *card, const struct identity *who, const struct spk_
         [SPK_WIRE_ABORT] = enter_epoch, [SPK_WIRE_COUNTERS] = counters,
         [SPK_WIRE_TRACE] = trace,      [SPK_WIRE_EVENTS] = events,
         [SPK_WIRE_PLANT] = plant,      [SPK_WIRE_LINK] = want_link,
+        [SPK_WIRE_ATTACH] = attach,    [SPK_WIRE_DETACH] = detach,
     };
-    struct request r = {.card = card,
-                        .who = who,
+    struct request r = {.card = served->card,
+                        .served = served,
                         .body = body,
                         .nbytes = h->nbytes,
+                        .file = file,
                         .out = out->bytes + sizeof(struct spk_wire_header)};
     int status;
     if (h->kind < sizeof by_kind / sizeof *by_kind && by_kind[h->kind])

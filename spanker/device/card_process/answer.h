@@ -8,8 +8,10 @@
 #include "spk_card.h"
 #include "spk_wire.h"
 
-/* What a card says of itself beside what its core knows. */
-struct identity {
+/* A card, who steps it, and what it says of itself beside what its core knows. */
+struct served {
+    struct spk_card *card;
+    struct spk_pool *pool;
     uint64_t serial, ddr_bytes;
     const char *isa;
 };
@@ -22,9 +24,10 @@ struct reply {
 
 /* Whether a header begins a frame of at most `most` bytes of body. */
 bool header_is_good(const struct spk_wire_header *h, uint32_t most);
-/* Answers a request whose header is good; whatever is wrong with it, the reply says so. */
-void answer(struct spk_card *card, const struct identity *who, const struct spk_wire_header *h,
-            const uint8_t *body, struct reply *out);
+/* Answers a request whose header is good; whatever is wrong with it, the reply says so.  `file` is
+ * what has come with it, -1 for none; it stays the caller's. */
+void answer(const struct served *served, const struct spk_wire_header *h, const uint8_t *body,
+            int file, struct reply *out);
 /* The header and the first part of what tells of a completion; its result follows. */
 struct completion_frame {
     struct spk_wire_header header;

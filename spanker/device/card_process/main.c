@@ -3,9 +3,9 @@
  * A card that is a process of its own: on RISC-V the firmware of a card.
  *
  * Its host has started it with one socket for requests and one for completions
- * (docs/api/card-protocol.md), and with a file for each of its links; nothing else is opened.  One
- * worker steps the card; this thread answers the host and passes completions on.  The card ends with
- * its host, whatever becomes of it.
+ * (docs/api/card-protocol.md), and gives it the files of its links over the first; nothing else is
+ * opened.  One worker steps the card; this thread answers the host and passes completions on.  The
+ * card ends with its host, whatever becomes of it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,9 +32,7 @@
 struct process {
     int control, events; /* sockets */
     int isa;
-    struct identity who;
-    struct spk_card *card;
-    struct spk_pool *pool;
+    struct served own;
     uint8_t *body; /* room for SPK_WIRE_REQUEST_MAX bytes */
     struct reply reply;
     /* The completion that is being sent, and how far. */
@@ -57,12 +55,38 @@ __attribute__((format(printf, 1, 2))) static bool complain(const char *format, .
 
 /* --- input and output ---------------------------------------------------------------------- */
 
+/* As recv; of the files that come with these bytes the last one is kept, in the place of `*file`. */
+static ssize_t receive_some(int fd, void *to, size_t nbytes, int *file)
+{
+    union {
+        struct cmsghdr first;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec part = {.iov_base = to, .iov_len = nbytes};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = &control,
+                             .msg_controllen = sizeof control};
+    ssize_t n = recvmsg(fd, &message, 0);
+    for (struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&message) : NULL; c;
+         c = CMSG_NXTHDR(&message, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        for (size_t at = CMSG_LEN(0); at + sizeof *file <= c->cmsg_len; at += sizeof *file) {
+            if (*file >= 0)
+                close(*file);
+            memcpy(file, (const char *)c + at, sizeof *file);
+        }
+    }
+    return n;
+}
+
 /* False at the end of the stream, which `ends` says is no error where it is between two frames. */
-static bool receive(int fd, void *to, size_t nbytes, bool *ends)
+static bool receive(int fd, void *to, size_t nbytes, bool *ends, int *file)
 {
     uint8_t *at = to;
     while (nbytes) {
-        ssize_t n = recv(fd, at, nbytes, 0);
+        ssize_t n = receive_some(fd, at, nbytes, file);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -117,7 +141,7 @@ static bool pass_completions(struct process *p)
 {
     do {
         if (!p->sending) {
-            if (!spk_card_completion(p->card, &p->completion))
+            if (!spk_card_completion(p->own.card, &p->completion))
                 return true;
             p->frame = tell(&p->completion);
             p->sent = 0;
@@ -130,17 +154,17 @@ static bool pass_completions(struct process *p)
 }
 
 /* One request and its reply; false when the host is gone, or what it says makes no sense. */
-static bool serve(struct process *p, bool *ends)
+static bool serve(struct process *p, bool *ends, int *file)
 {
     struct spk_wire_header h;
-    if (!receive(p->control, &h, sizeof h, ends))
+    if (!receive(p->control, &h, sizeof h, ends, file))
         return *ends || complain("the host is gone");
     if (!header_is_good(&h, SPK_WIRE_REQUEST_MAX))
         return complain("no frame: magic %08x, kind %u, %u bytes", h.magic, h.kind, h.nbytes);
     bool cut;
-    if (!receive(p->control, p->body, h.nbytes, &cut))
+    if (!receive(p->control, p->body, h.nbytes, &cut, file))
         return complain("the host is gone in the middle of a request");
-    answer(p->card, &p->who, &h, p->body, &p->reply);
+    answer(&p->own, &h, p->body, *file, &p->reply);
     /* A step that is no longer queued by this reply is told of before it, as far as the host's end
      * takes that without waiting. */
     if (!pass_completions(p))
@@ -153,7 +177,7 @@ static bool run(struct process *p)
     for (;;) {
         struct pollfd fds[] = {
             {.fd = p->control, .events = POLLIN},
-            {.fd = p->sending ? -1 : spk_card_fd(p->card), .events = POLLIN},
+            {.fd = p->sending ? -1 : spk_card_fd(p->own.card), .events = POLLIN},
             {.fd = p->sending ? p->events : -1, .events = POLLOUT},
         };
         if (poll(fds, 3, -1) < 0) {
@@ -164,10 +188,12 @@ static bool run(struct process *p)
         if ((fds[1].revents || fds[2].revents) && !pass_completions(p))
             return false;
         bool ends = false;
-        if (fds[0].revents && !serve(p, &ends))
-            return false;
-        if (ends)
-            return true;
+        int file = -1;
+        bool good = !fds[0].revents || serve(p, &ends, &file);
+        if (file >= 0)
+            close(file);
+        if (!good || ends)
+            return good;
     }
 }
 
@@ -201,31 +227,15 @@ static const struct spk_kernels *kernels_of(const char *name)
     return found;
 }
 
-/* PEER,FD,END,BYTES */
-static bool attach(struct process *p, const char *text)
-{
-    unsigned peer, end;
-    int fd;
-    unsigned long long nbytes;
-    char rest;
-    if (sscanf(text, "%u,%d,%u,%llu%c", &peer, &fd, &end, &nbytes, &rest) != 4)
-        return complain("--link takes PEER,FD,END,BYTES, got %s", text);
-    int status = spk_link_attach(p->card, peer, fd, end, nbytes);
-    close(fd);
-    return status == SPK_OK || complain("the link %s cannot be used: status %d", text, status);
-}
-
 static const struct option known[] = {
     {"control", required_argument, NULL, 'c'}, {"events", required_argument, NULL, 'e'},
     {"serial", required_argument, NULL, 's'},  {"ddr", required_argument, NULL, 'm'},
-    {"isa", required_argument, NULL, 'i'},     {"link", required_argument, NULL, 'l'},
-    {NULL, 0, NULL, 0},
+    {"isa", required_argument, NULL, 'i'},     {NULL, 0, NULL, 0},
 };
 
 static bool prepare(struct process *p, int argc, char **argv)
 {
-    const char *isa = NULL, *links[SPK_CARDS_MAX];
-    size_t link_count = 0;
+    const char *isa = NULL;
     uint64_t value = 0, control = UINT64_MAX, events = UINT64_MAX;
     bool good = true;
     for (int c; good && (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
@@ -237,19 +247,14 @@ static bool prepare(struct process *p, int argc, char **argv)
             good = number(optarg, 0, 1 << 20, "--events", &events);
             break;
         case 's':
-            good = number(optarg, 0, UINT64_MAX, "--serial", &p->who.serial);
+            good = number(optarg, 0, UINT64_MAX, "--serial", &p->own.serial);
             break;
         case 'm':
             good = number(optarg, SPK_DDR_ALIGN, DDR_BYTES_MAX, "--ddr", &value);
-            p->who.ddr_bytes = value / SPK_DDR_ALIGN * SPK_DDR_ALIGN;
+            p->own.ddr_bytes = value / SPK_DDR_ALIGN * SPK_DDR_ALIGN;
             break;
         case 'i':
             isa = optarg;
-            break;
-        case 'l':
-            good = link_count < SPK_CARDS_MAX || complain("more links than cards");
-            if (good)
-                links[link_count++] = optarg;
             break;
         default:
             good = false;
@@ -257,31 +262,28 @@ static bool prepare(struct process *p, int argc, char **argv)
     }
     if (!good)
         return false;
-    if (optind != argc || control == UINT64_MAX || events == UINT64_MAX || !p->who.ddr_bytes)
+    if (optind != argc || control == UINT64_MAX || events == UINT64_MAX || !p->own.ddr_bytes)
         return complain("--control, --events and --ddr are needed, and nothing but options taken");
     p->control = (int)control;
     p->events = (int)events;
     const struct spk_kernels *kernels = kernels_of(isa);
     if (!kernels)
         return complain("this card has no kernels for %s", isa);
-    p->who.isa = kernels->name;
+    p->own.isa = kernels->name;
     int status = SPK_OK;
-    p->card = spk_card_create(p->who.ddr_bytes, kernels->isa, &status);
-    if (!p->card)
-        return complain("no card of %llu bytes: status %d", (unsigned long long)p->who.ddr_bytes,
+    p->own.card = spk_card_create(p->own.ddr_bytes, kernels->isa, &status);
+    if (!p->own.card)
+        return complain("no card of %llu bytes: status %d", (unsigned long long)p->own.ddr_bytes,
                         status);
-    for (size_t i = 0; i < link_count; i++)
-        if (!attach(p, links[i]))
-            return false;
-    p->pool = spk_pool_create(&p->card, 1, 1, &status);
+    p->own.pool = spk_pool_create(&p->own.card, 1, 1, &status);
     p->body = malloc(SPK_WIRE_REQUEST_MAX);
-    return (p->pool && p->body) || complain("no worker: status %d", status);
+    return (p->own.pool && p->body) || complain("no worker: status %d", status);
 }
 
 static void end(struct process *p)
 {
-    spk_pool_destroy(p->pool);
-    spk_card_destroy(p->card);
+    spk_pool_destroy(p->own.pool);
+    spk_card_destroy(p->own.card);
     free(p->body);
     free(p);
 }

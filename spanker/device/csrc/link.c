@@ -164,6 +164,14 @@ int spk_link_attach(struct spk_card *c, uint32_t peer, int fd, uint32_t end, uin
     return SPK_OK;
 }
 
+int spk_link_detach(struct spk_card *c, uint32_t peer)
+{
+    if (peer >= SPK_CARDS_MAX || !c->links[peer].far)
+        return SPK_E_ARG;
+    detach(&c->links[peer]);
+    return SPK_OK;
+}
+
 int spk_link_connect(struct spk_card *a, uint32_t number_a, struct spk_card *b, uint32_t number_b,
                      uint64_t ring_bytes)
 {
@@ -279,7 +287,7 @@ void link_renew(struct spk_card *c)
 
 static bool is_down(const struct link *l)
 {
-    return atomic_load_explicit(&l->wire->down, memory_order_relaxed) != 0;
+    return !l->wire || atomic_load_explicit(&l->wire->down, memory_order_relaxed) != 0;
 }
 
 void spk_card_link_want(struct spk_card *c, uint32_t peer, int up)

@@ -176,11 +176,12 @@ static bool any_busy(struct spk_pool *p)
     return busy;
 }
 
-/* A card that rests needs a worker who waits for that. */
+/* A card that rests, or waits for another process, needs a worker who looks again. */
 static bool help(struct spk_card *c)
 {
     int result = try_step(c);
-    if (result == SPK_STEP_PACED)
+    if (result == SPK_STEP_PACED ||
+        (result == SPK_STEP_WAITING && atomic_load(&c->waits_far)))
         atomic_store(&c->ready, 1);
     return result == SPK_STEP_RAN;
 }

@@ -329,7 +329,10 @@ int spk_link_create(uint64_t ring_bytes);
  * somebody who had this end before is forgotten.  The descriptor can be closed afterwards. */
 int spk_link_attach(struct spk_card *card, uint32_t peer, int fd, uint32_t end, uint64_t ring_bytes);
 
-/* The same undone: both cards are as if they had never been linked.  Nobody steps them. */
+/* The same undone: cards are as if they had never been linked.  Nobody steps them, and nothing is
+ * queued.  This card's end of a link with another process: */
+int spk_link_detach(struct spk_card *card, uint32_t peer);
+/* Both ends of one within this process: */
 void spk_link_disconnect(struct spk_card *a, uint32_t number_a, struct spk_card *b,
                          uint32_t number_b);
 

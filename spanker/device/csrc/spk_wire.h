@@ -12,7 +12,7 @@
 
 /* cffi: begin */
 #define SPK_WIRE_MAGIC 0x574b5053u /* "SPKW" */
-#define SPK_WIRE_VERSION 1
+#define SPK_WIRE_VERSION 2
 #define SPK_WIRE_REPLY 0x8000u /* added to the kind that it answers */
 
 /* Limits of a frame's body. */
@@ -37,6 +37,8 @@
 #define SPK_WIRE_EVENTS 12   /* u32 most: u64 lost, struct spk_trace_event of each */
 #define SPK_WIRE_PLANT 13    /* struct spk_wire_plant: nothing */
 #define SPK_WIRE_LINK 14     /* struct spk_wire_want: nothing */
+#define SPK_WIRE_ATTACH 15   /* struct spk_wire_attach, and with its header a file: nothing */
+#define SPK_WIRE_DETACH 16   /* u32 peer: nothing */
 #define SPK_WIRE_COMPLETION 64 /* on the second stream: struct spk_wire_completion, and its result */
 
 struct spk_wire_header {
@@ -85,6 +87,12 @@ struct spk_wire_plant {
 struct spk_wire_want {
     uint32_t peer;
     uint32_t up;
+};
+
+struct spk_wire_attach {
+    uint32_t peer;
+    uint32_t end; /* 1 or 2 */
+    uint64_t ring_bytes;
 };
 
 struct spk_wire_completion {

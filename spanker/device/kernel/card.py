@@ -155,7 +155,7 @@ class KernelCard(CardDevice):
             ddr_granule=mmap.PAGESIZE,
         )
 
-    def join(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
         """For the rig, once it has all cards: they begin in this epoch."""
         self._links = self._rig.links_of(self)
         self._not_busy(
@@ -164,6 +164,37 @@ class KernelCard(CardDevice):
         )
         self._epoch_0 = epoch - self._epoch
         self._begin = self._counters()
+
+    def begin_beside(self, other: KernelCard) -> None:
+        """For the rig, of a card that has been reset: it counts epochs as another one does."""
+        self._epoch_0 = other._epoch_0
+        self._meet()
+
+    def _meet(self) -> None:
+        """Once it has been reset, and knows nobody."""
+        self._links = self._rig.links_of(self)
+        self._begin = self._counters()
+
+    def with_one_more(self) -> tuple[tuple[int | None, ...], DeviceCounters]:
+        """For the rig, which has got a card: what `meet` takes."""
+        links, begin = self._rig.links_of(self), self._begin
+        assert begin is not None
+        found = None if links[-1] is None else self._file.link(links[-1])
+        tx, rx = (found.tx_bytes, found.rx_bytes) if found else (0, 0)
+        return links, attrs.evolve(
+            begin,
+            link_tx_bytes=(*begin.link_tx_bytes, tx),
+            link_rx_bytes=(*begin.link_rx_bytes, rx),
+        )
+
+    def meet(self, links: tuple[int | None, ...], begin: DeviceCounters) -> None:
+        """For the rig: from now on there is one card more."""
+        self._links, self._begin = links, begin
+
+    @property
+    def twin(self) -> SoftCard:
+        """For the rig."""
+        return self._twin
 
     @property
     def file(self) -> uapi.DeviceFile:
@@ -638,8 +669,12 @@ class KernelCard(CardDevice):
         self._use(*self._rig.open_again(self))
         # The reset has ended whatever epoch it was in.
         self._epoch = 1
-        self._links = self._rig.links_of(self)
-        self._begin = self._counters()
+        self._meet()
+
+    def release(self) -> None:
+        """For the rig: it is not opened again.  Idempotent."""
+        self._let_go()
+        self._twin.release()
 
     @property
     def closed(self) -> bool:

@@ -6,14 +6,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+import attrs
+
 from spanker.device import uapi
 from spanker.device.base import CardRig
 from spanker.device.kernel import spec as names
 from spanker.device.kernel.card import KernelCard
 from spanker.device.kernel.spec import KernelCardSpec
-from spanker.device.soft import CARDS_MAX, DDR_BYTES_MAX, SoftCard, SoftCardSpec, link_all
-from spanker.errors import CardError, CardLostError, ConfigError, DriverError, IoctlError
+from spanker.device.soft import (
+    CARDS_MAX,
+    DDR_BYTES_MAX,
+    SoftCard,
+    SoftCardSpec,
+    link_all,
+    link_one,
+)
+from spanker.errors import (
+    CardError,
+    CardLostError,
+    ConfigError,
+    DriverError,
+    IoctlError,
+    SpankerError,
+)
 from spanker.native import default_isa
+from spanker.sched.topology import Link, LinkState
 
 # What links may take to come up after a reset.
 TRAIN_S = 0.5
@@ -29,14 +46,22 @@ class _Twins:
     def __init__(self, ddr_bytes: Sequence[int]) -> None:
         self.cards: list[SoftCard] = []
         try:
-            for number, nbytes in enumerate(ddr_bytes):
-                # More than the card has, which alone decides what fits.
-                spec = SoftCardSpec(default_isa(), min(2 * nbytes, DDR_BYTES_MAX))
-                self.cards.append(SoftCard(self, number, spec))
+            for nbytes in ddr_bytes:
+                self.cards.append(self.create(nbytes))
             link_all(self.cards)
         except BaseException:
             self.close()
             raise
+
+    def create(self, ddr_bytes: int) -> SoftCard:
+        """That of a card which has so much memory; it is in no rig yet."""
+        # More than the card has, which alone decides what fits.
+        spec = SoftCardSpec(default_isa(), min(2 * ddr_bytes, DDR_BYTES_MAX))
+        return SoftCard(self, len(self.cards), spec)
+
+    def join(self, card: SoftCard) -> None:
+        link_one(card, self.cards)
+        self.cards.append(card)
 
     def close(self) -> None:
         for card in self.cards:
@@ -55,7 +80,7 @@ class KernelRig(CardRig):
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a fleet of kernel cards has 1 to {CARDS_MAX}, got {len(specs)}")
         self.cards: list[KernelCard] = []
-        self._specs = tuple(specs)
+        self._specs = list(specs)
         self._system = system
         self._twins: _Twins | None = None
         files: list[uapi.DeviceFile] = []
@@ -72,7 +97,7 @@ class KernelRig(CardRig):
             # One that none of them has been in: what others left in the links is dropped.
             epoch = max(info.epoch for info in infos) + 1
             for card in self.cards:
-                card.join(epoch)
+                card.begin(epoch)
             self._states = {
                 (card.number, peer): link.state
                 for card in self.cards
@@ -114,13 +139,91 @@ class KernelRig(CardRig):
         training, 2 up, 3 error), by the numbers of its ends."""
         return dict(self._states)
 
+    def create(self, spec: KernelCardSpec | None) -> KernelCard:
+        """One more card, of the next number, as after a reset: that of `spec`, or the first that no
+        fleet has.  It is in use with `join`, and without that it goes with its `release`.
+
+        ConfigError where there is none or it is in the fleet, DriverError and CardError where it
+        cannot be had.  Blocks until its links have come up, half a second at most.
+        """
+        number = len(self.cards)
+        if number == CARDS_MAX:
+            raise ConfigError(f"a fleet of kernel cards has at most {CARDS_MAX}")
+        file = self._open_other(spec.path) if spec is not None else self._first_free()
+        file, info = self._as_new(file)
+        try:
+            assert self._twins is not None
+            twin = self._twins.create(info.ddr_bytes)
+        except BaseException:
+            file.close()
+            raise
+        return KernelCard(number, file, info, twin, self)
+
+    def _open_other(self, path: str) -> uapi.DeviceFile:
+        """The file of a card that is in no fleet, taken for this one."""
+        file = uapi.DeviceFile(path, card=len(self.cards), system=self._system)
+        try:
+            file.check_version()
+            # A card that was lost is in the fleet, too, wherever it is now.
+            if file.info().serial in {card.info.serial for card in self.cards}:
+                raise ConfigError(f"{path} is in the fleet: if it was lost, admit it")
+            file.lock()
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _first_free(self) -> uapi.DeviceFile:
+        device_dir, system = self._specs[0].device_dir, self._system or uapi.LINUX
+        paths = [names.card_path(number, device_dir) for number in range(names.CARDS_MAX)]
+        problems: list[str] = []
+        for path in filter(system.exists, paths):
+            try:
+                return self._open_other(path)
+            except SpankerError as error:
+                problems.append(str(error))
+        raise ConfigError(
+            f"no card of {device_dir} can join: {'; '.join(problems) or 'there is none'}"
+        )
+
+    def join(self, card: KernelCard) -> list[Link]:
+        """Use a new card; the links between it and the others, as they are.  Nothing is queued on
+        any card.  After an error all is as before."""
+        assert self._twins is not None
+        others = [other for other in self.cards if not other.closed]
+        # Whose links are looked for.
+        self.cards.append(card)
+        try:
+            card.begin_beside(self.cards[0])
+            links = list(self._links_between(card, others))
+            met = [other.with_one_more() for other in others]
+            self._twins.join(card.twin)
+        except BaseException:
+            self.cards.pop()
+            raise
+        for other, what in zip(others, met, strict=True):
+            other.meet(*what)
+        self._specs.append(attrs.evolve(self._specs[0], number=card.file.info().number))
+        return links
+
+    def _links_between(self, card: KernelCard, others: Sequence[KernelCard]) -> Iterator[Link]:
+        for peer, link in self._links(card):
+            yield Link(card.number, peer, LinkState(link.state))
+        for other in others:
+            for peer, link in self._links(other):
+                if peer == card.number:
+                    yield Link(other.number, peer, LinkState(link.state))
+
     def open_again(self, card: KernelCard) -> tuple[uapi.DeviceFile, uapi.Info]:
         """The file of a card that is closed, as after a reset, wherever the card is by now.
 
         CardLostError where it is not there, or does not come back; CardError where another fleet
         has it.  Blocks until its links have come up, half a second at most.
         """
-        file = self._find(card)
+        return self._as_new(self._find(card))
+
+    def _as_new(self, file: uapi.DeviceFile) -> tuple[uapi.DeviceFile, uapi.Info]:
+        """The file that takes the place of this one, which is closed, once its card is reset."""
         try:
             file.check_version()
             file.lock()
@@ -134,8 +237,8 @@ class KernelRig(CardRig):
         except IoctlError as error:
             file.close()
             raise CardLostError(
-                f"card {card.number}: {file.path} does not come back from its reset: {error}",
-                card=card.number,
+                f"card {file.card}: {file.path} does not come back from its reset: {error}",
+                card=file.card,
             ) from error
         except BaseException:
             file.close()
@@ -167,7 +270,7 @@ class KernelRig(CardRig):
 
     def closed(self) -> None:
         """With the last card goes what all of them need."""
-        if self._twins is not None and all(card.closed for card in self.cards):
+        if self._twins is not None and not self.held and all(card.closed for card in self.cards):
             self._twins.close()
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 
     spec       which ones
     emulator   the firmware and what runs it here: found, checked, made into a command
-    rig        the cards of one fleet, soft ones among them or not
+    processes  those cards of a rig that are processes, and their links with any others
 
-A card itself is spanker.device.remote.RemoteCard, its process spanker.device.process.
+A card itself is spanker.device.remote.RemoteCard, its process spanker.device.process, and the rig
+that of soft cards.
 """
