@@ -199,11 +199,17 @@ class DriverModel:
         """Nothing of a file is left on its card."""
         if card.soft.closed or card.gone:
             return
-        if any(step.result is None for step in file.steps):
+
+        def at_work() -> bool:
+            # What a card that has failed tells to be over its soft card may still be at.
+            over = not (card.failed and card.soft.counters().queued)
+            return not over or any(step.result is None for step in file.steps)
+
+        if at_work():
             card.epoch += 1
             card.soft.abort(card.epoch)
             end = time.monotonic() + 5
-            while any(step.result is None for step in file.steps):
+            while at_work():
                 assert time.monotonic() < end, "the aborted steps of a closed file do not end"
                 self._take(card)
         for program in file.programs.values():

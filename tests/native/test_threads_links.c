@@ -3,6 +3,7 @@
  * at any moment.  Runs under ThreadSanitizer too. */
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include "card_test.h"
 
@@ -324,6 +325,17 @@ static void abort_all(struct fleet *f, struct rng *r)
     }
 }
 
+/* A moment of a card's work and not of the clock: when it has executed so many commands, or has nothing
+ * queued any more. */
+static void wait_for_commands(struct spk_card *c, uint64_t commands)
+{
+    struct spk_counters now;
+    do {
+        spk_card_counters(c, &now);
+        sched_yield();
+    } while (now.queued && now.commands < commands);
+}
+
 /* How long a step takes here and now: sanitizers and busy machines stretch it. */
 static uint32_t step_duration_ns(struct fleet *f)
 {
@@ -342,17 +354,22 @@ static void an_abort_at_any_moment_leaves_nothing_behind(void)
     enum { ROUNDS = 120, SEED = 17 };
     struct rng r = {.state = SEED};
     struct fleet f = fleet_create(CHUNK, ROWS);
-    uint32_t duration_ns = step_duration_ns(&f);
+    struct spk_counters counters;
     int aborted = 0, finished = 0;
+    whole_step(&f, 0, ROWS);
+    spk_card_counters(f.cards[0], &counters);
+    uint32_t step_commands = (uint32_t)counters.commands;
     for (uint32_t round = 0; round < ROUNDS; round++) {
         CASE("abort, round %u, seed %d", round, SEED);
         write_step(&f, round);
         submit_step(&f, ROWS);
         if (rng_below(&r, 2))
             submit_step(&f, 3);
-        sleep_ns(rng_below(&r, 4) ? rng_below(&r, 2 * duration_ns) : 0);
+        struct spk_card *drawn = f.cards[rng_below(&r, CARDS)];
+        spk_card_counters(drawn, &counters);
+        if (rng_below(&r, 4))
+            wait_for_commands(drawn, counters.commands + rng_below(&r, 2 * step_commands));
         abort_all(&f, &r);
-        struct spk_counters counters;
         for (int i = 0; i < CARDS; i++) {
             for (;;) {
                 struct spk_completion done;
