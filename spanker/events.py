@@ -124,14 +124,16 @@ class Replanned(Event):
     sequences: int
     seconds: float
     moved: int = 0
+    kept: int = 0
 
     def __str__(self) -> str:
         cards = ", ".join(map(str, self.cards))
+        kept = f" ({self.kept} with {'its' if self.kept == 1 else 'their'} KV)" if self.kept else ""
         elsewhere = f"{self.moved} went on elsewhere, " if self.moved else ""
         return (
             f"{self.model}: re-planned {self.before} -> {self.after} on card"
             f"{'' if len(self.cards) == 1 else 's'} {cards}; {elsewhere}resumed {self.sequences} "
-            f"sequence{'' if self.sequences == 1 else 's'} after {self.seconds:.2f} s"
+            f"sequence{'' if self.sequences == 1 else 's'}{kept} after {self.seconds:.2f} s"
         )
 
 

@@ -69,6 +69,7 @@ from spanker.native import lib
 from spanker.sched.bandwidth import CardSpeed, Profile
 from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
+from spanker.sched.pages import PageMove, Seats, Table, seated
 from spanker.sched.plan import FleetPlan, Limits, Plan
 from spanker.sched.topology import Link, Topology
 from spanker.values import Value
@@ -380,21 +381,10 @@ class Coordinator:
                     new = await self.allocate(card, tuple(spec.nbytes for spec in specs))
                     handles.update(zip((spec.name for spec in specs), new, strict=True))
             number, first = chain[0]
-            handles = replicas[number].handles[first]
-            uploads, ask = todo[first], functools.partial(self.ask, first)
-            if packed is not None and first in mapping:
-                mapped = [upload for upload in uploads if upload.place is not None]
-                uploads = tuple([upload for upload in uploads if upload.place is None])
-                table = llama.mapped_table(model, plan.replicas[number], first, packed)
-                # Cards behind it in the chain would have their columns from it.
-                if table is not None and len(chain) == 1:
-                    handles[table.buffer] = await self.open_window(first, table.nbytes)
-                    await loading.map_all(ask, packed.fd, [table], handles, lambda nbytes: None)
-                    columns = [u.nbytes for u in uploads if u.buffer == llama.COLUMNS]
-                    uploads = tuple([u for u in uploads if u.buffer != llama.COLUMNS])
-                    sent(sum(columns))
-                await loading.map_all(ask, packed.fd, mapped, handles, sent)
-            await loading.upload(ask, uploads, handles, at_once, sent)
+            mapped = packed if first in mapping else None
+            # Cards behind it in the chain would have their columns from it.
+            alone = len(chain) == 1
+            await self.bring(replicas[number], first, todo[first], at_once, mapped, sent, alone)
             if len(chain) > 1:
                 names = {upload.buffer for upload in todo[first]}
                 buffers = card_buffers(model.shape, plan.replicas[number], first, limits)
@@ -419,6 +409,32 @@ class Coordinator:
             raise
         return replicas
 
+    async def bring(
+        self,
+        loaded: LoadedModel,
+        card: int,
+        uploads: Sequence[llama.Upload],
+        at_once: int,
+        packed: PackedFile | None,
+        sent: Callable[[int], None],
+        alone: bool = True,
+    ) -> None:
+        """Write buffers of a model on a card, or, where it maps a `packed` copy, map what that has;
+        the whole embedding too, `alone`, instead of copying columns of it."""
+        ask, handles = functools.partial(self.ask, card), loaded.handles[card]
+        if packed is not None:
+            mapped = [upload for upload in uploads if upload.place is not None]
+            uploads = [upload for upload in uploads if upload.place is None]
+            table = llama.mapped_table(loaded.model, loaded.plan, card, packed)
+            if table is not None and alone:
+                handles[table.buffer] = await self.open_window(card, table.nbytes)
+                await loading.map_all(ask, packed.fd, [table], handles, lambda nbytes: None)
+                columns = [u.nbytes for u in uploads if u.buffer == llama.COLUMNS]
+                uploads = [u for u in uploads if u.buffer != llama.COLUMNS]
+                sent(sum(columns))
+            await loading.map_all(ask, packed.fd, mapped, handles, sent)
+        await loading.upload(ask, uploads, handles, at_once, sent)
+
     def mapping(self, cards: Sequence[int], packed: PackedFile | None) -> list[int]:
         """Those of these cards that map a packed copy instead of holding its bytes."""
         # From small pages every step would read slower, and loading is only once.
@@ -439,27 +455,29 @@ class Coordinator:
         limits: Limits,
         free: Sequence[int],
         packed: PackedFile | None = None,
-    ) -> LoadedModel:
+        tables: Sequence[Table] = (),
+    ) -> tuple[LoadedModel, Seats]:
         """Put what is `held` of a model onto the cards of another plan: weights come from where
-        they are, on its cards and on those of its replicas `beside`, and else as in `load`.
+        they are, on its cards and on those of its replicas `beside`, and else as in `load`.  The
+        pages of these `tables` go along where they are all there, to the seats that come back.
 
         `free`: bytes on each card when nothing of it is there any more.  On any failure,
         cancellation included, all of it is freed.  Raises what cards report.
         """
         from spanker.actors import resharding
 
-        if self.mapping(plan.cards, packed) or any(map(held.maps_table, held.handles)):
-            await self.unload(held)
-            (mapped,) = await self.load(held.model, gguf, FleetPlan.of(plan), limits, None, packed)
-            return mapped
+        seats = seated(tables, limits.kv_pages)
+        pages = PageMove.of(tables, seats, held.limits, limits, relayed=self.relays)
         down, births = self.links.down_among(plan.cards), tuple(self.births)
         loaded = LoadedModel(
             held.model, plan, limits, {c: {} for c in plan.cards}, {}, down, births
         )
         async with self._load_lock:
             try:
-                move = resharding.Move(self, held, beside, loaded, gguf, packed)
+                move = resharding.Move(self, held, beside, loaded, gguf, packed, pages)
                 steps = move.planned(free)
+                if steps.pages is None:
+                    seats = ((),) * len(tables)
                 before = await self._memory_used(FleetPlan.of(plan))
                 for card in plan.cards:
                     if self.holds(held, card):
@@ -476,7 +494,7 @@ class Coordinator:
                     await self.unload(loaded)
                     await self.unload(held)
                 raise
-        return loaded
+        return loaded, seats
 
     async def _load_step(self, loaded: LoadedModel, card: int) -> int:
         return await self.load_program(card, loaded.program(card).encode(loaded.handles[card]))

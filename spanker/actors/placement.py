@@ -36,6 +36,7 @@ from spanker.ggml.packed import PackedFile
 from spanker.sched.detours import check_ways, meshed, over_host, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
+from spanker.sched.pages import Seats, Table
 from spanker.sched.plan import (
     FleetPlan,
     Limits,
@@ -168,11 +169,12 @@ class Placement:
         self._first = plan.replicas
         return plan, loaded
 
-    async def replace(self, number: int) -> LoadedModel:
+    async def replace(self, number: int, tables: Sequence[Table] = ()) -> tuple[LoadedModel, Seats]:
         """Put a replica anew on the cards that are left to it: those of its own that are in use,
         and those that no replica of the model has.  The context stays what it was, and so does what
         it has where the plan is the same.  Weights come from where they are, be it on cards of
-        other replicas, as far as nothing fails meanwhile; else from the file.
+        other replicas, as far as nothing fails meanwhile; else from the file.  The KV pages of
+        these `tables` go along where they are all left: what comes back says where each is then.
 
         The limits may allow fewer KV pages than before.  Raises CardMemoryError, with the bytes
         needed, where it does not fit any more, CardLostError where no card is left, ModelError
@@ -192,14 +194,16 @@ class Placement:
                     limits = attrs.evolve(before.limits, kv_pages=pages)
                     if held is None:
                         (loaded,) = await self._load(FleetPlan.of(plan), limits, None)
+                        seats: Seats = ((),) * len(tables)
                         break
                     if coordinator.whole(held) and self._stays(held.plan, plan, cards):
-                        return await self._rerouted(number, held)
+                        stay = tuple(table.pages for table in tables)
+                        return await self._rerouted(number, held), stay
                     with self._opened() as (gguf, packed):
                         held, self.replicas[number], moving = None, None, True
                         beside = [replica for replica in self.replicas if replica is not None]
-                        loaded = await coordinator.move(
-                            before, beside, gguf, plan, limits, free, packed
+                        loaded, seats = await coordinator.move(
+                            before, beside, gguf, plan, limits, free, packed, tables
                         )
                     break
                 except CardError as error:
@@ -210,7 +214,7 @@ class Placement:
                     if not (self._lost(error, births) or moving):
                         raise
         self.replicas[number] = loaded
-        return loaded
+        return loaded, seats
 
     def _lost(self, error: CardError, births: tuple[int, ...]) -> bool:
         """Whether what failed is to be tried again: it has lost a card, or one has come back

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model goes from one plan to another with what its cards hold of it: the rounds of a
-`sched.resharding.Reshard`, one after the other.
+"""A model goes from one plan to another with what its cards hold of it, weights and KV pages: the
+rounds of a `sched.resharding.Reshard`, one after the other.
 
 In a round a card copies within its memory, then sends and receives, by a program of its own, while
 the host writes what no card has.  Other models and replicas have their steps between two rounds.
@@ -21,6 +21,7 @@ from spanker.kernels import program as op
 from spanker.kernels.elements import Element
 from spanker.kernels.program import Command, Program, Ref, Transfer
 from spanker.sched.layout import BufferSpec, card_buffers
+from spanker.sched.pages import PageMove, pools
 from spanker.sched.resharding import (
     EXCHANGE_MAX,
     Content,
@@ -49,12 +50,16 @@ class Move:
         loaded: LoadedModel,
         gguf: GGUFFile | None,
         packed: PackedFile | None,
+        pages: PageMove | None = None,
     ) -> None:
+        """`pages` are to go along."""
         self._coordinator = coordinator
         self.held = held
         self.loaded = loaded
         self._gguf = gguf
         self._packed = packed
+        self._pages = pages
+        self._mapping = coordinator.mapping(loaded.plan.cards, packed)
         # One that maps the embedding has no columns of it to lend.
         self._lenders = {
             card: there
@@ -70,6 +75,10 @@ class Move:
         model, limits = loaded.model, loaded.limits
         self._contents = {
             card: {c.buffer: c for c in contents(model.shape, loaded.plan, card, limits.context)}
+            for card in loaded.plan.cards
+        }
+        self._specs = {
+            card: {s.name: s for s in card_buffers(model.shape, loaded.plan, card, limits)}
             for card in loaded.plan.cards
         }
 
@@ -93,6 +102,8 @@ class Move:
             context=context,
             room=room,
             granule=granule,
+            pages=self._pages,
+            mapped=bool(self._mapping) or any(map(self.held.maps_table, self.held.handles)),
         )
         check_reshard(shape, self._holdings, self.loaded.plan, made, context=context)
         return made
@@ -100,20 +111,23 @@ class Move:
     async def carry_out(self, made: Reshard, at_once: int) -> None:
         """All of it, but for the programs.  Raises what cards report, ModelError of the file."""
         coordinator, held, loaded = self._coordinator, self.held, self.loaded
-        # Keys, values and activations, of which nothing is kept.
+        # Activations, of which nothing is kept, and often keys and values.
         unkept = {}
         for card, handles in held.handles.items():
-            weights = {c.buffer for c in contents(held.model.shape, held.plan, card, 1)}
-            unkept[card] = [name for name in handles if name not in weights]
+            shape, plan, limits = held.model.shape, held.plan, held.limits
+            wanted = {c.buffer for c in contents(shape, plan, card, limits.context)}
+            if made.pages is not None:
+                wanted.update(pool.buffer for pool in pools(shape, plan, card, limits))
+            unkept[card] = [name for name in handles if name not in wanted]
         await coordinator.free(held, unkept)
         for card, buffer in made.kept:
             loaded.handles[card][buffer] = held.handles[card].pop(buffer)
         for round_ in made.rounds:
             await self._round(round_, at_once)
-        missing = {}
-        for card, handles in loaded.handles.items():
-            specs = card_buffers(loaded.model.shape, loaded.plan, card, loaded.limits)
-            missing[card] = [spec for spec in specs if spec.name not in handles]
+        missing = {
+            card: [spec for name, spec in specs.items() if name not in loaded.handles[card]]
+            for card, specs in self._specs.items()
+        }
         await self._allocate(missing)
         rest = [Fill(card, b, 0, self._contents[card][b].nbytes) for card, b in made.rest]
         await loading.run_all(self._uploads(rest, at_once))
@@ -121,8 +135,7 @@ class Move:
     async def _round(self, round_: Round, at_once: int) -> None:
         specs: dict[int, list[BufferSpec]] = {}
         for card, buffer in round_.made:
-            spec = BufferSpec(buffer, self._contents[card][buffer].nbytes)
-            specs.setdefault(card, []).append(spec)
+            specs.setdefault(card, []).append(self._specs[card][buffer])
         await self._allocate(specs)
         data = {
             card: program.encode(self._handles(card)) for card, program in programs(round_).items()
@@ -150,7 +163,7 @@ class Move:
     def _uploads(self, fills: Sequence[Fill], at_once: int) -> list[loading.Job]:
         """What brings these from the host, card by card."""
         by_card: dict[int, list[llama.Upload]] = {}
-        loaded, model, limits = self.loaded, self.loaded.model, self.loaded.limits
+        model, limits = self.loaded.model, self.loaded.limits
         for fill in fills:
             content: Content = self._contents[fill.card][fill.buffer]
             if fill.nbytes < content.nbytes:
@@ -159,16 +172,15 @@ class Move:
                 llama.upload(model, self._gguf, limits, content, self._packed, fill.offset)
             )
         return [
-            functools.partial(
-                loading.upload,
-                functools.partial(self._coordinator.ask, card),
-                uploads,
-                loaded.handles[card],
-                at_once,
-                lambda nbytes: None,
-            )
+            functools.partial(self._upload, card, uploads, at_once)
             for card, uploads in by_card.items()
         ]
+
+    async def _upload(self, card: int, uploads: Sequence[llama.Upload], at_once: int) -> None:
+        packed = self._packed if card in self._mapping else None
+        await self._coordinator.bring(
+            self.loaded, card, uploads, at_once, packed, lambda nbytes: None
+        )
 
     def _handles(self, card: int) -> dict[str, int]:
         """The buffers that a card's program names."""
@@ -213,7 +225,7 @@ def programs(round_: Round) -> dict[int, Program]:
 def _copy(fill: Fill) -> Command:
     element = Element.I32
     into = Ref(fill.buffer, offset=fill.offset)
-    operand = Ref(_held(fill.buffer), offset=fill.source_offset)
+    operand = Ref(_held(fill.source_buffer), offset=fill.source_offset)
     return op.copy(element, into, operand, count=fill.nbytes // element.nbytes)
 
 
@@ -221,7 +233,8 @@ def _transfers(moves: Sequence[Fill]) -> Iterator[tuple[int, Transfer]]:
     """Both sides of each move, with the card whose it is."""
     for fill in moves:
         assert fill.source is not None
-        there = Ref(_held(fill.buffer), offset=fill.source_offset)
+        there = Ref(_held(fill.source_buffer), offset=fill.source_offset)
         here = Ref(fill.buffer, offset=fill.offset)
-        yield fill.source, Transfer(True, fill.card, there, fill.nbytes, bulk=True)
-        yield fill.card, Transfer(False, fill.source, here, fill.nbytes, bulk=True)
+        hosted = fill.hosted
+        yield fill.source, Transfer(True, fill.card, there, fill.nbytes, True, hosted)
+        yield fill.card, Transfer(False, fill.source, here, fill.nbytes, True, hosted)

@@ -6,8 +6,9 @@ decoding and fills up with prompt tokens; KV pages are reserved for a sequence's
 it starts, so that none runs out half way.  Because of "one answer", what shares a step never
 changes what a sequence gets.
 
-When cards are lost, the model is put on those that are left (placement.py) and every sequence goes
-on with its next token: its tokens so far are computed again, as a prompt.
+When the model goes to other cards, or those of its cards that are left (placement.py), every
+sequence goes on with its next token: its KV pages go along, or, where some of them are lost, its
+tokens so far are computed again, as a prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import heapq
 import math
 from collections import deque
+from collections.abc import Container, Iterable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +30,7 @@ from spanker.actors.decisions import Action, Failure, Situation, decide
 from spanker.actors.placement import Placement
 from spanker.actors.steps import F32, LoadedModel, StepResult
 from spanker.errors import (
+    CardAuditError,
     CardError,
     CardHungError,
     CardLinkDownError,
@@ -44,6 +47,7 @@ from spanker.events import AuditsEnded, LinkRetried, Replanned, ReplicaLost, Rer
 from spanker.ggml import sampling
 from spanker.ggml.sampling import SamplingParams, whole
 from spanker.kernels.program import SequenceStep, chosen_token
+from spanker.sched.pages import Table
 from spanker.sched.plan import Plan
 from spanker.values import Value, lazy_frozen
 
@@ -186,9 +190,9 @@ class _Move:
 class PagePool:
     """KV pages by number; the lowest free pages are given first, so runs are repeatable."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, taken: Seq[int] = ()) -> None:
         self.total = pages
-        self._free = list(range(pages))
+        self._free = sorted(set(range(pages)).difference(taken))
 
     @property
     def free(self) -> int:
@@ -486,20 +490,24 @@ class Session:
         if placement is None or not self._recovers:
             self._fail(failure or CardLostError("a card that holds the model was lost"))
             return
-        self._suspend()
-        # Whoever can goes on at once; what is brought here is for those that come later.
-        moved = self._hand_over()
+        moved = 0
+        if self.heir is not None:
+            # Whoever can goes on at once; what is brought here is for those that come later.
+            self._suspend()
+            moved = self._hand_over()
+        tables = self._tables()
         try:
-            loaded = await placement.replace(self.number)
+            loaded, seats = await placement.replace(self.number, [*tables.values()])
         except SpankerError as error:
             if error is not failure:
                 error.__cause__ = failure
             await placement.give_up(self.number)
+            self._suspend()
             self._give_up(error, moved)
             return
-        resumed = self._resume_on(loaded)
+        resumed, kept = self._resume_on(loaded, zip(tables, seats, strict=True))
         lost = tuple(card for card in before.cards if card in self.coordinator.lost)
-        self._tell_replanned(lost, before, resumed, begin, moved)
+        self._tell_replanned(lost, before, resumed, kept, begin, moved)
 
     async def _audit(self, auditor: Auditor) -> None:
         """Have a card's arithmetic computed again; one that lies is a card that is lost.  Where
@@ -540,8 +548,31 @@ class Session:
             hosted = self.loaded.hosted
             coordinator.events.tell(Rerouted(now, self.name, down, now - begin, hosted))
 
+    def _tables(self) -> dict[Sequence, Table]:
+        """The KV pages of the sequences that have some; none where they may be wrong."""
+        coordinator, loaded = self.coordinator, self.loaded
+        for card in loaded.plan.cards:
+            reason = coordinator.lost.get(card)
+            # Of a card that has come back nobody knows any more why it was lost.
+            returned = reason is None and not coordinator.holds(loaded, card)
+            if returned or isinstance(reason, CardAuditError):
+                return {}
+        limits = loaded.limits
+        return {
+            sequence: Table(
+                tuple(sequence.pages), math.ceil(sequence.computed / limits.page_positions)
+            )
+            for sequence in self._running
+        }
+
     def _tell_replanned(
-        self, lost: tuple[int, ...], before: Plan, resumed: int, begin: float, moved: int = 0
+        self,
+        lost: tuple[int, ...],
+        before: Plan,
+        resumed: int,
+        kept: int,
+        begin: float,
+        moved: int = 0,
     ) -> None:
         now, after = trio.current_time(), self.loaded.plan
         self.coordinator.events.tell(
@@ -555,6 +586,7 @@ class Session:
                 resumed,
                 now - begin,
                 moved,
+                kept,
             )
         )
 
@@ -588,9 +620,9 @@ class Session:
     async def _move(self) -> None:
         placement, begin, before = self._placement, trio.current_time(), self.loaded.plan
         assert placement is not None
-        asked, error = len(self._moves), None
+        asked, error, tables = len(self._moves), None, self._tables()
         try:
-            loaded = await placement.replace(self.number)
+            loaded, seats = await placement.replace(self.number, [*tables.values()])
         except SpankerError as caught:
             heir = self.heir
             if isinstance(caught, CardLostError) and heir is not None and heir.others_alive(self):
@@ -605,22 +637,31 @@ class Session:
             if loaded.handles is self.loaded.handles:
                 self.loaded = loaded  # at most its ways are others
             else:
-                self._suspend()
-                resumed = self._resume_on(loaded)
-                self._tell_replanned((), before, resumed, begin)
+                resumed, kept = self._resume_on(loaded, zip(tables, seats, strict=True))
+                self._tell_replanned((), before, resumed, kept, begin)
         for move in self._moves[:asked]:
             move.end(error)
         del self._moves[:asked]
 
-    def _resume_on(self, loaded: LoadedModel) -> int:
-        """Go on with what is on other cards; how many sequences that had begun do."""
+    def _resume_on(
+        self, loaded: LoadedModel, seats: Iterable[tuple[Sequence, Seq[int]]]
+    ) -> tuple[int, int]:
+        """Go on with what is on other cards: with sequences that have new pages there as if nothing
+        had happened, with the others from their beginning.  How many go on that had begun, and how
+        many of them with their KV."""
+        # Who has left meanwhile runs no more.
+        kept = {s: [*pages] for s, pages in seats if pages and s in self._running}
+        self._suspend(kept)
         self.loaded = loaded
         if self._paces is not None:
             self._paces = self._paces.anew(loaded.plan.cards)
-        self.pool = PagePool(loaded.limits.kv_pages)
+        for sequence, pages in kept.items():
+            sequence.pages = pages
+        self.pool = PagePool(loaded.limits.kv_pages, [p for pages in kept.values() for p in pages])
         self._crowded = True
         self._end_too_long()
-        return sum(bool(sequence.delivered) for sequence in self._waiting)
+        moved = sum(bool(sequence.delivered) for sequence in kept)
+        return moved + sum(bool(sequence.delivered) for sequence in self._waiting), moved
 
     def _hand_over(self) -> int:
         """Let others have the sequences that wait here; how many they have taken."""
@@ -653,12 +694,14 @@ class Session:
         self.wake()
         return True
 
-    def _suspend(self) -> None:
-        """Have all sequences wait again, those that ran before the others, in their order."""
+    def _suspend(self, kept: Container[Sequence] = ()) -> None:
+        """Have sequences wait again but for these, those that ran before the others, in their
+        order."""
         for sequence in reversed(self._running):
-            self._take_back(sequence)
-            self._waiting.appendleft(sequence)
-        self._running.clear()
+            if sequence not in kept:
+                self._take_back(sequence)
+                self._waiting.appendleft(sequence)
+        self._running = [sequence for sequence in self._running if sequence in kept]
 
     def _take_back(self, sequence: Sequence) -> None:
         self.pool.give(sequence.pages)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model's weights get to where another plan wants them: from what cards hold already.
+"""How a model's weights get to where another plan wants them, and the KV pages of its sequences:
+from what cards hold already.
 
 A row that the same card holds is copied within its memory, one that a peer holds comes over a link,
-and only what no card holds comes from the host.  A `Reshard` says all of it: buffer by buffer, so
+and only what no card holds comes from the host.  Pages likewise, but the host has none of them: all
+that are wanted are there, or none is moved.  A `Reshard` says all of it: buffer by buffer, so
 that a card needs room for a few buffers more than it ends up with.  Made and checked here, from
-plans alone; actors/resharding.py carries it out.
+plans and page tables alone; actors/resharding.py carries it out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import attrs
 
 from spanker.errors import PlanError
 from spanker.sched.layout import embeds_from_output, layer_rows
+from spanker.sched.pages import PageMove, Pool, pools
 from spanker.sched.plan import DDR_ALIGN, TILE_ROWS, ModelShape, Plan
 from spanker.sched.topology import Topology
 from spanker.values import Value
@@ -24,6 +27,8 @@ from spanker.values import Value
 ROUND_BYTES = 64 << 20
 # Transfers that cards make together, in one exchange, at most.
 EXCHANGE_MAX = 256
+# Ranges of pages that a round moves at most: its programs have a command for each, or two.
+RANGES_MAX = 8192
 
 
 # --- what a card holds -------------------------------------------------------------------
@@ -116,8 +121,8 @@ def _contents(shape: ModelShape, plan: Plan, card: int, context: int) -> Iterato
 @attrs.frozen(eq=False, repr=False)
 class Fill(Value):
     """Bytes [offset, offset + nbytes) of a card's new buffer come from `source_offset` of what card
-    `source`, which may be the same, holds in the buffer of that name; from the host where it is
-    None."""
+    `source`, which may be the same, holds in the buffer of that name, or of another one; from the
+    host where it is None.  `hosted`: they go over the host, for want of a link."""
 
     card: int
     buffer: str
@@ -125,6 +130,12 @@ class Fill(Value):
     nbytes: int
     source: int | None = None
     source_offset: int = 0
+    other: str | None = None
+    hosted: bool = False
+
+    @property
+    def source_buffer(self) -> str:
+        return self.buffer if self.other is None else self.other
 
 
 Buffers = tuple[tuple[int, str], ...]
@@ -141,7 +152,7 @@ class Round(Value):
 
     @property
     def moves(self) -> tuple[Fill, ...]:
-        """What goes over links."""
+        """What goes from card to card."""
         return tuple(f for f in self.fills if f.source is not None and f.source != f.card)
 
     @property
@@ -158,11 +169,12 @@ class Round(Value):
 class Reshard(Value):
     """Buffers that are `kept` as they are, the rounds that make the others, and those that come
     from the host at the end, when all is freed that is not wanted: for them a card has not room
-    beside what it held."""
+    beside what it held.  `pages` go along, or none."""
 
     kept: Buffers
     rounds: tuple[Round, ...]
     rest: Buffers
+    pages: PageMove | None = None
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -190,24 +202,54 @@ def reshard(
     context: int,
     room: Mapping[int, int],
     granule: int = DDR_ALIGN,
+    pages: PageMove | None = None,
+    mapped: bool = False,
 ) -> Reshard:
-    """How the cards of `after` get what it gives them.  `room`: bytes free on each card; `granule`:
-    memory is taken in multiples of that.
+    """How the cards of `after` get what it gives them.  `room`: bytes free on each card beside the
+    weights that it holds; `granule`: memory is taken in multiples of that.  `mapped`: weights all
+    come from the host, which lets cards map its file.
 
-    A row that several peers hold comes from the one that has sent the least.
+    A row that several peers hold comes from the one that has sent the least.  `pages` go along
+    where a card that is left holds every one of them, and there is room.
     """
-    old = _by_buffer(shape, held.plans, context)
-    new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
-    return _Resharding(old, new, held.own, after.cards, topology, room, granule).made()
+
+    def make(pages: PageMove | None) -> Reshard | None:
+        old = _by_buffer(shape, held, context, pages)
+        new = _wanted(shape, after, context, pages)
+        return _Resharding(
+            old, new, held.own, after.cards, topology, room, granule, pages, mapped
+        ).made()
+
+    made = make(pages) or make(None)
+    assert made is not None
+    return made
 
 
-_ByBuffer = dict[str, dict[int, Content]]
+_ByBuffer = dict[str, dict[int, Content | Pool]]
 
 
-def _by_buffer(shape: ModelShape, plans: Mapping[int, Plan], context: int) -> _ByBuffer:
+def _by_buffer(
+    shape: ModelShape, held: Holdings, context: int, pages: PageMove | None
+) -> _ByBuffer:
+    """What cards hold; the KV pools of the replica itself where some of their pages are wanted."""
     found: _ByBuffer = {}
-    for card, plan in plans.items():
+    for card, plan in held.plans.items():
+        if pages is not None and card in held.own:
+            for pool in pools(shape, plan, card, pages.before):
+                found.setdefault(pool.buffer, {})[card] = pool
         for content in contents(shape, plan, card, context):
+            found.setdefault(content.buffer, {})[card] = content
+    return found
+
+
+def _wanted(shape: ModelShape, after: Plan, context: int, pages: PageMove | None) -> _ByBuffer:
+    """Pools first: of them there are seldom more than before, where there are more weights."""
+    found: _ByBuffer = {}
+    for card in after.cards:
+        if pages is not None:
+            for pool in pools(shape, after, card, pages.after):
+                found.setdefault(pool.buffer, {})[card] = pool
+        for content in contents(shape, after, card, context):
             found.setdefault(content.buffer, {})[card] = content
     return found
 
@@ -222,31 +264,70 @@ class _Resharding:
         topology: Topology,
         room: Mapping[int, int],
         granule: int,
+        pages: PageMove | None,
+        mapped: bool,
     ) -> None:
         self._old, self._new, self._own, self._cards = old, new, own, cards
         self._topology, self._granule = topology, granule
+        self._pages, self._mapped = pages, mapped
         self._room = dict(room)
+        # Who holds pages of a layer.
+        self._pools: dict[int, list[tuple[int, Pool]]] = {}
+        for by_card in old.values():
+            for card, pool in by_card.items():
+                if isinstance(pool, Pool):
+                    self._pools.setdefault(pool.layer, []).append((card, pool))
+                    if card in self._room:
+                        self._room[card] -= self._bytes(pool)
         self._sent = {card: 0 for by_card in old.values() for card in by_card}
         self._kept = set[tuple[int, str]]()
 
-    def made(self) -> Reshard:
+    def made(self) -> Reshard | None:
+        """None where not all pages can go along."""
+        if not self._all_held():
+            return None
         for buffer, new in self._new.items():
             old = self._old.get(buffer, {})
-            self._kept.update((c, buffer) for c in new if c in self._own and old.get(c) == new[c])
+            self._kept.update(
+                (c, buffer) for c in new if c in self._own and self._stays(old, c, new)
+            )
         rounds, rest = list[Round](), list[tuple[int, str]]()
-        unwanted = [b for b in self._old if b not in self._new]
+        unwanted = [b for b in self._old if b not in self._new or self._is_mapped(b)]
         if any(self._frees(buffer) for buffer in unwanted):
             rounds.append(self._done(Round((), (), self._frees(*unwanted))))
-        todo = [buffer for buffer in self._order() if self._wants(buffer) or self._frees(buffer)]
+        todo = []
+        for buffer in self._order():
+            if self._is_mapped(buffer):
+                rest += [(card, buffer) for card in self._new[buffer]]
+            elif self._wants(buffer) or self._frees(buffer):
+                todo.append(buffer)
         while todo:
             taken, late = self._taken(todo)
             del todo[: len(taken)]
             pairs = [(card, buffer) for buffer in taken for card in self._wants(buffer)]
+            if any(isinstance(self._new[buffer][card], Pool) for card, buffer in late):
+                return None
             made = tuple(pair for pair in pairs if pair not in late)
             fills = tuple(fill for pair in made for fill in self._fills(*pair))
             rounds.append(self._done(Round(made, fills, self._frees(*taken))))
             rest += late
-        return Reshard(tuple(sorted(self._kept)), tuple(rounds), tuple(rest))
+        return Reshard(tuple(sorted(self._kept)), tuple(rounds), tuple(rest), self._pages)
+
+    def _is_mapped(self, buffer: str) -> bool:
+        """Whether cards map what a buffer is to hold."""
+        some = next(iter(self._new.get(buffer, self._old.get(buffer, {})).values()))
+        return self._mapped and isinstance(some, Content)
+
+    def _stays(
+        self,
+        old: Mapping[int, Content | Pool],
+        card: int,
+        new: Mapping[int, Content | Pool],
+    ) -> bool:
+        """Whether a card has the very buffer already that it wants."""
+        if isinstance(new[card], Pool):
+            return self._pages is not None and self._pages.stays and old.get(card) == new[card]
+        return not self._mapped and old.get(card) == new[card]
 
     def _wants(self, buffer: str) -> list[int]:
         """The cards that a new buffer is to be made on."""
@@ -266,18 +347,19 @@ class _Resharding:
         rows = itertools.zip_longest(*lists)
         return list(dict.fromkeys(b for row in rows for b in row if b is not None))
 
-    def _bytes(self, content: Content) -> int:
+    def _bytes(self, content: Content | Pool) -> int:
         return -(-content.nbytes // self._granule) * self._granule
 
     def _taken(self, todo: Sequence[str]) -> tuple[list[str], Buffers]:
         """The buffers that the next round makes, and those of them for which a card has no room."""
         taken: list[str] = []
         late: Buffers = ()
-        used = dict.fromkeys(self._cards, 0)
+        used, ranges = dict.fromkeys(self._cards, 0), 0
         for buffer in todo:
             sizes = {c: self._bytes(self._new[buffer][c]) for c in self._wants(buffer)}
             full = [c for c, n in sizes.items() if used[c] + n > min(ROUND_BYTES, self._room[c])]
-            if full and taken:
+            ranges += self._ranges(buffer)
+            if taken and (full or ranges > RANGES_MAX):
                 break
             taken.append(buffer)
             if full:
@@ -298,7 +380,14 @@ class _Resharding:
         return made
 
     def _fills(self, card: int, buffer: str) -> Iterator[Fill]:
-        content, old = self._new[buffer][card], self._old.get(buffer, {})
+        wanted = self._new[buffer][card]
+        if isinstance(wanted, Pool):
+            return self._page_fills(card, wanted)
+        return self._row_fills(card, wanted)
+
+    def _row_fills(self, card: int, content: Content) -> Iterator[Fill]:
+        buffer = content.buffer
+        old = {c: its for c, its in self._old.get(buffer, {}).items() if isinstance(its, Content)}
         holders: dict[int, tuple[int, int]] = {}
         for holder, its in old.items():
             if holder == card or self._topology.is_up(holder, card):
@@ -325,6 +414,62 @@ class _Resharding:
     def _cost(self, card: int) -> tuple[int, int]:
         return self._sent[card], card
 
+    # --- pages ---
+
+    def _all_held(self) -> bool:
+        """Whether every page that is wanted is there, in so many ranges as rounds can move."""
+        wanted = [
+            (card, pool)
+            for buffer in self._new
+            for card, pool in self._new[buffer].items()
+            if isinstance(pool, Pool)
+        ]
+        return all(
+            self._holder(card, pool.layer, head) is not None
+            for card, pool in wanted
+            for head, _ in pool.planes()
+        ) and all(self._ranges(buffer) <= RANGES_MAX for buffer in self._new)
+
+    def _ranges(self, buffer: str) -> int:
+        """The ranges of pages that a new buffer is filled with, on all cards."""
+        found = 0
+        for card in self._wants(buffer):
+            pool = self._new[buffer][card]
+            if isinstance(pool, Pool) and self._pages is not None:
+                found += 2 * pool.heads.size * len(self._pages.runs)
+        return found
+
+    def _holder(self, card: int, layer: int, head: int) -> tuple[int, Pool, bool] | None:
+        """From whom a card gets a head's pages of a layer, where they lie there, and whether they
+        go over the host: itself, else who has sent the least over a link, else over the host."""
+        assert self._pages is not None
+        holders = {
+            c: pool
+            for c, pool in reversed(self._pools.get(layer, ()))
+            if pool.heads.start <= head < pool.heads.stop
+        }
+        if card in holders:
+            return card, holders[card], False
+        linked = [c for c in holders if self._topology.is_up(c, card)]
+        if not linked and not self._pages.relayed:
+            return None
+        source = min(linked or holders, key=self._cost, default=None)
+        return None if source is None else (source, holders[source], not linked)
+
+    def _page_fills(self, card: int, pool: Pool) -> Iterator[Fill]:
+        assert self._pages is not None
+        for head, plane in pool.planes():
+            found = self._holder(card, pool.layer, head)
+            assert found is not None
+            source, its, hosted = found
+            other = its.buffer if its.buffer != pool.buffer else None
+            for run in self._pages.runs:
+                at, from_ = pool.offset(head, plane, run.after), its.offset(head, plane, run.before)
+                nbytes = run.count * pool.page_bytes
+                if source != card:
+                    self._sent[source] += nbytes
+                yield Fill(card, pool.buffer, at, nbytes, source, from_, other, hosted)
+
 
 # --- checking ----------------------------------------------------------------------------
 
@@ -332,10 +477,12 @@ class _Resharding:
 def check_reshard(
     shape: ModelShape, held: Holdings, after: Plan, made: Reshard, *, context: int
 ) -> None:
-    """Raise PlanError, saying where, unless every byte of every buffer that `after` wants is filled
-    exactly once, with that very byte and from who holds it by then, and nothing else is left."""
-    old = _by_buffer(shape, held.plans, context)
-    new = _by_buffer(shape, dict.fromkeys(after.cards, after), context)
+    """Raise PlanError, saying where, unless every byte of every buffer that `after` wants, and
+    every page that goes along, is filled exactly once, with that very byte and from who holds it by
+    then, and nothing else is left."""
+    pages = made.pages
+    old = _by_buffer(shape, held, context, pages)
+    new = _wanted(shape, after, context, pages)
     there = {(card, buffer) for buffer, by_card in old.items() for card in by_card}
     own = {pair for pair in there if pair[0] in held.own}
     done: set[tuple[int, str]] = set()
@@ -355,13 +502,22 @@ def check_reshard(
         finish((card, buffer), "kept")
         if (card, buffer) not in own or old[buffer][card] != new[buffer][card]:
             raise PlanError(f"card {card}, {buffer}: kept, but it holds something else")
+        if isinstance(new[buffer][card], Pool) and not (pages and pages.stays):
+            raise PlanError(f"card {card}, {buffer}: kept, but its pages get other numbers")
     for number, round_ in enumerate(made.rounds):
         filled: dict[tuple[int, str], int] = {}
+        paged: dict[tuple[int, str], set[tuple[int, int, int]]] = {}
         for pair in round_.made:
             finish(pair, f"made in round {number}")
-            filled[pair] = 0
+            if isinstance(new[pair[1]][pair[0]], Pool):
+                paged[pair] = set()
+            else:
+                filled[pair] = 0
         for fill in sorted(round_.fills, key=lambda f: (f.card, f.buffer, f.offset)):
             pair = fill.card, fill.buffer
+            if pair in paged and pages is not None:
+                _check_pages(fill, new, old, there, pages, paged[pair])
+                continue
             if filled.get(pair) != fill.offset:
                 raise PlanError(
                     f"card {fill.card}, {fill.buffer}: round {number} fills it from {fill.offset} "
@@ -369,6 +525,7 @@ def check_reshard(
                 )
             filled[pair] += fill.nbytes
             content = new[fill.buffer][fill.card]
+            assert isinstance(content, Content)
             _check_fill(fill, content, old.get(fill.buffer, {}), there)
         for (card, buffer), nbytes in filled.items():
             if nbytes != new[buffer][card].nbytes:
@@ -376,10 +533,20 @@ def check_reshard(
                     f"card {card}, {buffer}: round {number} fills {nbytes} of "
                     f"{new[buffer][card].nbytes} bytes"
                 )
+        for (card, buffer), found in paged.items():
+            pool = new[buffer][card]
+            assert isinstance(pool, Pool) and pages is not None
+            count = 2 * pool.heads.size * sum(run.count for run in pages.runs)
+            if len(found) != count:
+                raise PlanError(
+                    f"card {card}, {buffer}: round {number} fills {len(found)} of {count} pages"
+                )
         for pair in round_.freed:
             free(pair)
     for pair in made.rest:
         finish(pair, "taken from the host at the end")
+        if isinstance(new[pair[1]][pair[0]], Pool):
+            raise PlanError(f"card {pair[0]}, {pair[1]}: the host has no keys and values")
     missing = {(card, buffer) for buffer, by_card in new.items() for card in by_card} - done
     left = (own & there) - set(made.kept)
     for pairs, what in ((missing, "wanted, but not made"), (left, "not wanted, but not freed")):
@@ -388,10 +555,42 @@ def check_reshard(
             raise PlanError(f"card {card}, {buffer}: {what}")
 
 
+def _check_pages(
+    fill: Fill,
+    new: _ByBuffer,
+    old: _ByBuffer,
+    there: set[tuple[int, str]],
+    pages: PageMove,
+    found: set[tuple[int, int, int]],
+) -> None:
+    """Raise PlanError unless the source holds these very pages, and none of them is in `found`,
+    which gets them."""
+    where = f"card {fill.card}, {fill.buffer}, {fill.nbytes} bytes at {fill.offset}"
+    if fill.source is None or (fill.source, fill.source_buffer) not in there:
+        raise PlanError(f"{where}: card {fill.source} does not hold it (any more)")
+    pool, its = new[fill.buffer][fill.card], old[fill.source_buffer][fill.source]
+    if not (isinstance(pool, Pool) and isinstance(its, Pool) and its.layer == pool.layer):
+        raise PlanError(f"{where}: card {fill.source} has no such pages in {fill.source_buffer}")
+    size = pool.page_bytes
+    if fill.nbytes <= 0 or fill.offset % size or fill.nbytes % size or fill.source_offset % size:
+        raise PlanError(f"{where}: not whole pages of {size} bytes")
+    numbers = {run.after + i: run.before + i for run in pages.runs for i in range(run.count)}
+    for at in range(0, fill.nbytes, size):
+        head, plane, page = pool.at(fill.offset + at)
+        before = numbers.get(page)
+        if not head < pool.heads.stop or (head, plane, before) != its.at(fill.source_offset + at):
+            raise PlanError(
+                f"{where}: card {fill.source} holds other pages at {fill.source_offset}"
+            )
+        if (head, plane, page) in found:
+            raise PlanError(f"{where}: filled twice")
+        found.add((head, plane, page))
+
+
 def _check_fill(
     fill: Fill,
     content: Content,
-    holders: Mapping[int, Content],
+    holders: Mapping[int, Content | Pool],
     there: set[tuple[int, str]],
 ) -> None:
     """Raise PlanError unless the source holds these very tiles."""
@@ -403,6 +602,7 @@ def _check_fill(
     if (fill.source, fill.buffer) not in there:
         raise PlanError(f"{where}: card {fill.source} does not hold it (any more)")
     its = holders[fill.source]
+    assert isinstance(its, Content)
     if fill.source_offset % its.tile_bytes or fill.source_offset + fill.nbytes > its.nbytes:
         raise PlanError(f"{where}: card {fill.source} has no such tiles at {fill.source_offset}")
     if content.part(fill.offset, fill.nbytes) != its.part(fill.source_offset, fill.nbytes):

@@ -84,7 +84,7 @@ async def move(
             own = card_bytes(held.model.shape, held.plan, card, LIMITS)
         free.append(counters.ddr_total_bytes - counters.ddr_used_bytes + own)
     with GGUFFile(path) as gguf:
-        return await coordinator.move(held, beside, gguf, plan, LIMITS, free)
+        return (await coordinator.move(held, beside, gguf, plan, LIMITS, free))[0]
 
 
 def weights_of(rig: SoftRig, loaded: LoadedModel) -> dict[tuple[int, str], bytes]:
@@ -169,7 +169,7 @@ async def test_a_replica_that_lost_a_card_is_filled_from_another_one(path: Path)
         kept = weights_of(rig, other)
         sent = sum(rig.cards[2].counters().link_tx_bytes)
         with GGUFFile(path) as gguf:
-            moved = await coordinator.move(one, [other], gguf, alone, LIMITS, [0, DDR, 0, 0])
+            moved, _ = await coordinator.move(one, [other], gguf, alone, LIMITS, [0, DDR, 0, 0])
         # All rows of card 2's half, from there; the embedding, where it is wanted, from the host.
         assert (
             sum(rig.cards[2].counters().link_tx_bytes) - sent
@@ -193,7 +193,7 @@ async def test_where_there_is_little_room_buffers_come_from_the_host(path: Path)
         with GGUFFile(path) as gguf:
             moving = Move(coordinator, loaded, [], attrs.evolve(loaded, plan=after), gguf, None)
             assert len(moving.planned([DDR] * 3).rest) == 0 < len(moving.planned(free).rest)
-            loaded = await coordinator.move(loaded, [], gguf, after, LIMITS, free)
+            loaded, _ = await coordinator.move(loaded, [], gguf, after, LIMITS, free)
         assert weights_of(rig, loaded) == await fresh(path, after)
 
 
