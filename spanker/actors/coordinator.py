@@ -476,13 +476,13 @@ class Coordinator:
             try:
                 move = resharding.Move(self, held, beside, loaded, gguf, packed, pages)
                 steps = move.planned(free)
-                if steps.pages is None:
-                    seats = ((),) * len(tables)
                 before = await self._memory_used(FleetPlan.of(plan))
                 for card in plan.cards:
                     if self.holds(held, card):
                         before[card] -= self._expected_bytes(held, card)
                 await move.carry_out(steps, self._messages_at_once(len(plan.cards)))
+                if not move.keeps_pages:
+                    seats = ((),) * len(tables)
 
                 async def load_step(card: int) -> None:
                     loaded.programs[card] = await self._load_step(loaded, card)

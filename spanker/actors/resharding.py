@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from spanker.actors import copying, loading
 from spanker.actors.steps import LoadedModel
+from spanker.errors import CardMemoryError
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 class Move:
     """One model on its way: `held` is what is left where it was, `loaded` what is already where it
-    will be."""
+    will be.  `keeps_pages`: whether its pages go along, as far as is known."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Move:
         self._gguf = gguf
         self._packed = packed
         self._pages = pages
+        self.keeps_pages = False
         self._mapping = coordinator.mapping(loaded.plan.cards, packed)
         # One that maps the embedding has no columns of it to lend.
         self._lenders = {
@@ -76,6 +78,12 @@ class Move:
         self._contents = {
             card: {c.buffer: c for c in contents(model.shape, loaded.plan, card, limits.context)}
             for card in loaded.plan.cards
+        }
+        self._pools = {
+            pool.buffer
+            for there in (held, loaded)
+            for card in there.plan.cards
+            for pool in pools(model.shape, there.plan, card, there.limits)
         }
         self._specs = {
             card: {s.name: s for s in card_buffers(model.shape, loaded.plan, card, limits)}
@@ -111,32 +119,33 @@ class Move:
     async def carry_out(self, made: Reshard, at_once: int) -> None:
         """All of it, but for the programs.  Raises what cards report, ModelError of the file."""
         coordinator, held, loaded = self._coordinator, self.held, self.loaded
+        self.keeps_pages = made.pages is not None
         # Activations, of which nothing is kept, and often keys and values.
         unkept = {}
         for card, handles in held.handles.items():
             shape, plan, limits = held.model.shape, held.plan, held.limits
             wanted = {c.buffer for c in contents(shape, plan, card, limits.context)}
-            if made.pages is not None:
-                wanted.update(pool.buffer for pool in pools(shape, plan, card, limits))
+            if self.keeps_pages:
+                wanted |= self._pools
             unkept[card] = [name for name in handles if name not in wanted]
         await coordinator.free(held, unkept)
         for card, buffer in made.kept:
             loaded.handles[card][buffer] = held.handles[card].pop(buffer)
         for round_ in made.rounds:
             await self._round(round_, at_once)
-        missing = {
-            card: [spec for name, spec in specs.items() if name not in loaded.handles[card]]
-            for card, specs in self._specs.items()
-        }
-        await self._allocate(missing)
+        await self._allocate(self._missing())
+        # Pools, where they have made room for the others.
+        await self._allocate(self._missing())
         rest = [Fill(card, b, 0, self._contents[card][b].nbytes) for card, b in made.rest]
         await loading.run_all(self._uploads(rest, at_once))
 
     async def _round(self, round_: Round, at_once: int) -> None:
+        round_ = self._without_pages(round_)
         specs: dict[int, list[BufferSpec]] = {}
         for card, buffer in round_.made:
             specs.setdefault(card, []).append(self._specs[card][buffer])
         await self._allocate(specs)
+        round_ = self._without_pages(round_)
         data = {
             card: program.encode(self._handles(card)) for card, program in programs(round_).items()
         }
@@ -150,7 +159,44 @@ class Move:
             freed.setdefault(card, []).append(buffer)
         await self._coordinator.free(self.held, freed)
 
+    def _missing(self) -> dict[int, list[BufferSpec]]:
+        return {
+            card: [spec for name, spec in specs.items() if name not in self.loaded.handles[card]]
+            for card, specs in self._specs.items()
+        }
+
+    def _without_pages(self, round_: Round) -> Round:
+        """What there is to do of a round, where pages may not go along any more."""
+        if self.keeps_pages:
+            return round_
+        return Round(
+            tuple((card, buffer) for card, buffer in round_.made if not self._is_pool(buffer)),
+            tuple(fill for fill in round_.fills if not self._is_pool(fill.buffer)),
+            tuple((card, b) for card, b in round_.freed if b in self.held.handles[card]),
+        )
+
     async def _allocate(self, specs: Mapping[int, Sequence[BufferSpec]]) -> None:
+        """Buffers on each card.  Where there is memory, but not in one piece, it is that of the
+        pages: then they are computed again."""
+        try:
+            await self._take(specs)
+        except CardMemoryError:
+            if not self.keeps_pages:
+                raise
+            self.keeps_pages = False
+            for loaded in (self.loaded, self.held):
+                pages = {c: [*filter(self._is_pool, had)] for c, had in loaded.handles.items()}
+                await self._coordinator.free(loaded, pages)
+            left = {}
+            for card, own in specs.items():
+                made = self.loaded.handles[card]
+                left[card] = [s for s in own if not (s.name in made or self._is_pool(s.name))]
+            await self._take(left)
+
+    def _is_pool(self, buffer: str) -> bool:
+        return buffer in self._pools
+
+    async def _take(self, specs: Mapping[int, Sequence[BufferSpec]]) -> None:
         async def allocate(card: int) -> None:
             handles = self.loaded.handles[card]
             for batch in loading.batched(specs[card], loading.BATCH_MAX):

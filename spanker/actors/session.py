@@ -427,6 +427,9 @@ class Session:
                 flown = [s for batch in self._flights for s, _ in batch]
                 self._flights.clear()
                 for sequence in flown:
+                    if not sequence.score:
+                        # What a token is chosen from may have been lost when it was computed.
+                        sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
                     sequence.scheduled, sequence.pending = sequence.computed, None
                     if sequence.ended:
                         self._retire(sequence)

@@ -123,8 +123,22 @@ MUTATIONS = (
     Mutation(
         "row-tile-dropped",
         "spanker.actors.coordinator:Coordinator._load",
-        "await loading.upload(ask, uploads, handles, at_once, sent)",
-        "await loading.upload(ask, uploads[: -1 if self.lost else None], handles, at_once, sent)",
+        "await loading.bring(ask, todo[first], handles, at_once, sent, mapped)",
+        "todo[first] = todo[first][: -1 if self.lost else None]\n"
+        "            await loading.bring(ask, todo[first], handles, at_once, sent, mapped)",
+    ),
+    # Pages that go along, and are given to others, too; or one less of them.
+    Mutation(
+        "moved-pages-free",
+        "spanker.actors.session:Session._resume_on",
+        "[p for pages in kept.values() for p in pages]",
+        "[]",
+    ),
+    Mutation(
+        "last-page-left-behind",
+        "spanker.actors.session:Session._tables",
+        "math.ceil(sequence.computed / limits.page_positions)",
+        "sequence.computed // limits.page_positions",
     ),
     Mutation(
         "timeout-never-fires",

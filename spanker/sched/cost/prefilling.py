@@ -97,22 +97,29 @@ def prefill_unlike(
     *,
     lengths: Sequence[int],
     chunk: int,
+    computed: Sequence[int] = (),
     decoding: Sequence[int] = (),
     candidates: int = CANDIDATES,
     beside: Sequence[int] = (),
 ) -> PrefillCost:
-    """As `prefill`, of prompts of unlike `lengths`, beside sequences that are `decoding` at these
-    positions and have their token in every step."""
+    """As `prefill`, of prompts of unlike `lengths`, of which so many positions are `computed` (or
+    none), beside sequences that are `decoding` at these positions and have their token in every
+    step."""
     if min((*lengths, *decoding, chunk), default=0) < 1 or not lengths:
         raise PlanError(
             f"a prefill needs prompts and a chunk of at least 1 token, got {tuple(lengths)} beside "
             f"{tuple(decoding)} and {chunk}"
         )
+    if computed and not all(0 <= done < n for done, n in zip(computed, lengths, strict=True)):
+        raise PlanError(
+            f"of prompts of {tuple(lengths)} tokens {tuple(computed)} cannot be computed: the last "
+            f"one of each is what its next token comes from"
+        )
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
     steps: list[_Step] = []
-    for size in _steps(lengths, decoding, chunk):
+    for size in _steps(lengths, computed or (0,) * len(lengths), decoding, chunk):
         # What follows a chunk with outputs waits for its tokens.
         follows = bool(steps) and not steps[-1].chooses
         steps.append(_price(shape, plan, machine, size, follows, candidates, beside))
@@ -123,7 +130,7 @@ def prefill_unlike(
     bound = max(spent, key=spent.__getitem__)
     if len(stages) == 1 and stages[0] < seconds / 2:
         bound = Bound.HOST_LINK
-    return PrefillCost(seconds, sum(lengths), len(steps), stages, bound)
+    return PrefillCost(seconds, sum(lengths) - sum(computed), len(steps), stages, bound)
 
 
 def prompt_steps(batch: int, tokens: int, chunk: int) -> Iterator[tuple[StepRows, int, int]]:
@@ -133,15 +140,16 @@ def prompt_steps(batch: int, tokens: int, chunk: int) -> Iterator[tuple[StepRows
     In each step those that decode have a token, and prompts fill it up in order; when not all
     sequences found room, the first one is last in the next.
     """
-    yield from _steps((tokens,) * batch, (), chunk)
+    yield from _steps((tokens,) * batch, (0,) * batch, (), chunk)
 
 
 def _steps(
-    lengths: Sequence[int], decoding: Sequence[int], chunk: int
+    lengths: Sequence[int], computed: Sequence[int], decoding: Sequence[int], chunk: int
 ) -> Iterator[tuple[StepRows, int, int]]:
-    """The same of prompts of such lengths, beside and behind sequences that decode already."""
+    """The same of prompts of such lengths, of which so much is computed, beside and behind
+    sequences that decode already."""
     known = (*decoding, *lengths)
-    at = dict(enumerate((*decoding, *(0 for _ in lengths))))
+    at = dict(enumerate((*decoding, *computed)))
     batch = len(known)
     order = deque(range(batch))
     while any(at[number] < known[number] for number in at):

@@ -2,8 +2,9 @@
 """What a model stands still for when a card is lost: from the failure to the next token.
 
 It is noticed, what is not kept is freed, weights and programs are brought to the cards that are
-left, and the tokens of every sequence are computed again, as a prompt.  Where another replica takes
-the sequences, it has weights and programs already.
+left, and with them the KV pages of the sequences; where not all of these are left, the tokens of
+every sequence are computed again, as a prompt.  Where another replica takes the sequences, it has
+weights and programs already.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from spanker.sched.cost.prefilling import prefill_unlike
 from spanker.sched.cost.resharding import frees_s, resharding
 from spanker.sched.layout import card_buffers
 from spanker.sched.limits import CANDIDATES
+from spanker.sched.pages import PageMove, Table, pools, seated
 from spanker.sched.plan import Limits, ModelShape, Plan
 from spanker.sched.resharding import Holdings, contents
 from spanker.sched.topology import Topology
@@ -46,8 +48,8 @@ class RecoveryCost(Value):
 
     `detection_s`: from the failure to when the card is known to be lost.  `release_s`: asking the
     cards that are left, and freeing what is not to be kept.  `weights_s` with the counting and
-    allocating of memory, `programs_s`, and `kv_s`: the tokens computed again, until the last
-    sequence has its next one.
+    allocating of memory, and KV pages, `programs_s`, and `kv_s`: the tokens computed again, if they
+    must be, until the last sequence has its next one.
     """
 
     detection_s: float
@@ -101,25 +103,32 @@ def recovery(
     if gone:
         raise PlanError(f"plan {after.name} uses card {gone[0]}, which is lost")
     detection_s = _detection_s(profile, len(before.cards), hang_timeout_s)
+    release_s = weights_s = programs_s = 0.0
+    kept = False
+    if weights is not Weights.HELD:
+        held = Holdings.of(before, others, alive)
+        loading = load(shape, after, profile, left, limits)
+        weights_s, programs_s = loading.seconds - loading.programs_s, loading.programs_s
+        counts = [len(card_buffers(shape, before, card, limits)) for card in held.own]
+        if weights is Weights.PEERS:
+            pages = _page_move(positions, limits)
+            moved = resharding(shape, held, after, profile, left, limits, pages=pages)
+            weights_s, kept = moved.seconds, moved.keeps
+            for i, card in enumerate(held.own):
+                counts[i] -= len(contents(shape, before, card, limits.context))
+                counts[i] -= len(pools(shape, before, card, limits)) if kept else 0
+        release_s = _release_s(profile, len(topology.cards), counts)
     kv = prefill_unlike(
         shape,
         after,
         profile,
         left,
         lengths=positions,
+        computed=[position - 1 for position in positions] if kept else (),
         chunk=limits.prompt_chunk,
         decoding=serving,
         candidates=candidates,
     )
-    release_s = weights_s = programs_s = 0.0
-    if weights is not Weights.HELD:
-        held = Holdings.of(before, others, alive)
-        keeps = weights is Weights.PEERS
-        release_s = _release_s(shape, before, held.own, profile, limits, topology, keeps)
-        loading = load(shape, after, profile, left, limits)
-        weights_s, programs_s = loading.seconds - loading.programs_s, loading.programs_s
-        if keeps:
-            weights_s = resharding(shape, held, after, profile, left, limits).seconds
     return RecoveryCost(detection_s, release_s, weights_s, programs_s, kv.seconds)
 
 
@@ -135,24 +144,21 @@ def _detection_s(profile: Profile, cards: int, hang_timeout_s: float | None) -> 
     return every_s * (1 + math.ceil(hang_timeout_s / every_s)) + abort_s
 
 
-def _release_s(
-    shape: ModelShape,
-    before: Plan,
-    own: Sequence[int],
-    profile: Profile,
-    limits: Limits,
-    topology: Topology,
-    keeps: bool,
-) -> float:
-    """Counters of the cards that are left, all at the same time; then a message for the program and
-    one for every buffer that is not a weight, or for all of them."""
-    if not own or not profile.host_link_bytes_per_s:
+def _page_move(positions: Sequence[int], limits: Limits) -> PageMove | None:
+    """The pages of sequences of which all but the newest token has been computed."""
+    used = [-(-(position - 1) // limits.page_positions) for position in positions]
+    # Each has pages for what is to come, too.
+    each = max(limits.kv_pages // max(len(used), 1), *used, 0)
+    tables = [Table(tuple(range(i * each, i * each + n)), n) for i, n in enumerate(used)]
+    return PageMove.of(tables, seated(tables, limits.kv_pages), limits, limits)
+
+
+def _release_s(profile: Profile, cards: int, counts: Sequence[int]) -> float:
+    """Counters of the cards that are left, of so many, all at the same time; then a message for the
+    program and one for every buffer that is freed at once, `counts` on each card."""
+    if not counts or not profile.host_link_bytes_per_s:
         return 0.0
-    counters = messages.SMALL_BYTES + messages.counters_bytes(len(topology.cards))
-    asked_s = round_trip_s(profile, len(own) * counters)
-    program_s = round_trip_s(profile, 2 * len(own) * messages.SMALL_BYTES)
-    counts = [len(card_buffers(shape, before, card, limits)) for card in own]
-    if keeps:
-        weights = (len(contents(shape, before, card, limits.context)) for card in own)
-        counts = [count - kept for count, kept in zip(counts, weights, strict=True)]
+    counters = messages.SMALL_BYTES + messages.counters_bytes(cards)
+    asked_s = round_trip_s(profile, len(counts) * counters)
+    program_s = round_trip_s(profile, 2 * len(counts) * messages.SMALL_BYTES)
     return asked_s + program_s + frees_s(profile, counts)

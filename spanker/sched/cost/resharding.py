@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to bring weights from where they are to where another plan wants them: round by
-round, as `sched.resharding` says it and actors/resharding.py does it.
+"""What it takes to bring weights, and KV pages, from where they are to where another plan wants
+them: round by round, as `sched.resharding` says it and actors/resharding.py does it.
 
 In a round cards copy within their memory, then exchange, while the host writes what no card has:
 the longer of the two, between the messages that allocate before and free after it.
@@ -12,11 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import attrs
+
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost import messages
 from spanker.sched.cost.loading import BATCH_MAX, Sent, content_pieces, round_trip_s, uploads_s
 from spanker.sched.cost.machine import Machine
 from spanker.sched.layout import card_buffers
+from spanker.sched.pages import PageMove
 from spanker.sched.plan import Limits, ModelShape, Plan
 from spanker.sched.resharding import (
     EXCHANGE_MAX,
@@ -40,12 +43,13 @@ WINDOW = 16
 class ReshardCost(Value):
     """`seconds` from when what is not kept is freed to when all weights are there, and memory for
     keys, values and activations; bytes that come `from_host`, that go over `links` from card to
-    card and that are `copied` within their memory."""
+    card and that are `copied` within their memory.  `keeps`: whether pages go along."""
 
     seconds: float
     from_host: int
     links: int
     copied: int
+    keeps: bool
 
 
 def resharding(
@@ -57,13 +61,15 @@ def resharding(
     limits: Limits,
     *,
     room: Mapping[int, int] | None = None,
+    pages: PageMove | None = None,
 ) -> ReshardCost:
     """What the cards of `after` take for what `sched.resharding.reshard` says; `room`: bytes free
-    on each card, without end where it is None.  Without a modelled host link what the cards do
-    themselves."""
+    on each card, without end where it is None.  `pages` go along where links lead.  Without a
+    modelled host link what the cards do themselves."""
     machine, context = Machine(profile, topology), limits.context
     room = dict.fromkeys(after.cards, 1 << 62) if room is None else room
-    made = reshard(shape, held, after, topology, context=context, room=room)
+    pages = None if pages is None else attrs.evolve(pages, relayed=False)
+    made = reshard(shape, held, after, topology, context=context, room=room, pages=pages)
     new = {
         card: {c.buffer: c for c in contents(shape, after, card, context)} for card in after.cards
     }
@@ -74,7 +80,13 @@ def resharding(
         return sum(fill.nbytes for round_ in made.rounds for fill in getattr(round_, kind))
 
     rest = sum(new[card][buffer].nbytes for card, buffer in made.rest)
-    return ReshardCost(seconds, total("from_host") + rest, total("moves"), total("copies"))
+    return ReshardCost(
+        seconds,
+        from_host=total("from_host") + rest,
+        links=total("moves"),
+        copied=total("copies"),
+        keeps=made.pages is not None,
+    )
 
 
 _New = Mapping[int, Mapping[str, Content]]

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that goes to other cards takes the KV of its sequences along: the same bits, and nothing
+is computed again.
+
+A failing case is replayed by its name: moments are drawn from the seed in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import trio
+from crowd import (
+    FAULTS,
+    HANG_TIMEOUT_S,
+    ITEMS,
+    Answers,
+    At,
+    Crowd,
+    Schedule,
+    check_nothing_held,
+    lost_cards,
+)
+from waiting import until
+
+import spanker
+from spanker.actors import copying
+from spanker.actors.audit import Auditor
+from spanker.actors.coordinator import Coordinator
+from spanker.actors.session import Session
+from spanker.actors.steps import LoadedModel, StepResult
+from spanker.errors import CardAuditError
+from spanker.events import Replanned
+from spanker.sched import resharding
+from spanker.sched.topology import Topology
+from spanker.testing import kill, nothing_leaked
+
+# How long any of them may take.
+TIMEOUT_S = 30
+
+# Positions that a crowd computes to which nothing happens, of 3, 80 and 1 tokens and 40 more each,
+# but for the last one, and of 150 that are scored.
+POSITIONS = 3 + 80 + 1 + 3 * 39 + 150
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions steps have computed that came to their end, step by step."""
+    counts: list[int] = []
+    original = Session._collect
+
+    async def collect(self: Session, result: StepResult) -> None:
+        counts.append(sum(len(step.tokens) for _, step in self._flights[0]))
+        await original(self, result)
+
+    monkeypatch.setattr(Session, "_collect", collect)
+    return counts
+
+
+def moves(fleet: spanker.Fleet) -> list[Replanned]:
+    return [event for event in fleet.events.history if isinstance(event, Replanned)]
+
+
+# --- moves that somebody wants ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cards", "plan"), [(4, "tp"), (3, "pp"), (4, "tp2xpp2")])
+@pytest.mark.parametrize("seed", range(3))
+async def test_drained_and_admitted_cards_cost_no_position(
+    seed: int, cards: int, plan: str, tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    draw = random.Random(f"{seed} {plan}")
+    card, first = draw.randrange(cards), draw.randrange(1, ITEMS // 2)
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(cards) as fleet, trio.open_nursery() as nursery:
+            model = await fleet.load(tiny, plan=plan, prompt_chunk=draw.choice([16, 64]))
+            wish = At(
+                {
+                    first: lambda: nursery.start_soon(fleet.drain, card),
+                    first + 30: lambda: nursery.start_soon(_admitted, fleet, card),
+                }
+            )
+            assert await Crowd(model, wish).run() == expected
+            await until(lambda: len(moves(fleet)) == 2)
+            await check_nothing_held(model)
+            assert all(event.kept == event.sequences for event in moves(fleet))
+            assert moves(fleet)[0].kept > 0
+            await model.unload()
+            assert not any(c.counters().ddr_used_bytes for c in fleet.devices)
+    assert sum(computed) == POSITIONS
+
+
+async def _admitted(fleet: spanker.Fleet, card: int) -> None:
+    await until(lambda: card in fleet.health().drained)
+    await fleet.admit(card)
+
+
+@pytest.mark.parametrize("plan", ["tp", "pp"])
+async def test_a_card_that_joins_costs_no_position(
+    plan: str, tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(2) as fleet, trio.open_nursery() as nursery:
+            model = await fleet.load(tiny, plan=plan)
+            joining = At({50: lambda: nursery.start_soon(fleet.add, "soft:1")})
+            assert await Crowd(model, joining).run() == expected
+            await until(lambda: bool(moves(fleet)))
+            assert len(model.plan.cards) == 3
+    assert sum(computed) == POSITIONS
+
+
+async def test_cards_without_a_link_get_pages_over_the_host(
+    tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    topology = Topology.of_pairs(3, [(0, 1)])
+    with trio.fail_after(TIMEOUT_S):
+        async with (
+            spanker.open_fleet(3, topology=topology) as fleet,
+            trio.open_nursery() as nursery,
+        ):
+            model = await fleet.load(tiny, plan="pp3")
+            wish = At({40: lambda: nursery.start_soon(fleet.drain, 0)})
+            assert await Crowd(model, wish).run() == expected
+            # Card 0 had a link there, card 2 had none.
+            assert model.plan.cards == (1,)
+            (moved,) = moves(fleet)
+            assert moved.kept == moved.sequences > 0
+    assert sum(computed) == POSITIONS
+
+
+async def test_who_leaves_while_its_pages_move_leaves_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = copying.run
+
+    async def leaving(coordinator: Coordinator, programs: dict[int, int]) -> None:
+        generations[1].close()
+        await original(coordinator, programs)
+
+    async with spanker.open_fleet(3) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        generations = [model.generate([n, 5, 6], max_tokens=60, ignore_eos=True) for n in range(3)]
+        for generation in generations:
+            await anext(generation)
+        monkeypatch.setattr(copying, "run", leaving)
+        await fleet.drain(2)
+        (moved,) = moves(fleet)
+        assert moved.kept == 2
+        for generation in (generations[0], generations[2]):
+            await generation.collect()
+            again = model.generate(
+                [generations.index(generation), 5, 6], max_tokens=60, ignore_eos=True
+            )
+            await again.collect()
+            assert again.token_ids == generation.token_ids
+        await check_nothing_held(model)
+
+
+@pytest.mark.parametrize(("memory", "kept"), [("2800KiB", 3), ("3400KiB", 0)])
+async def test_who_finds_no_pages_any_more_is_computed_again(
+    memory: str, kept: int, tiny: Path, computed: list[int]
+) -> None:
+    """Where one card has room for the KV of three of five sequences; or for more, but then not in
+    one piece beside all that moves."""
+    async with spanker.open_fleet(f"soft:1:{memory},soft:1:64MiB") as fleet:
+        model = await fleet.load(tiny, plan="tp", ctx=256)
+        made = [model.generate([n], max_tokens=250, ignore_eos=True) for n in range(5)]
+        for _ in range(30):
+            for generation in made:
+                await anext(generation)
+        pages, before = model.stats.kv_pages_total, sum(computed)
+        await fleet.drain(1)
+        (moved,) = moves(fleet)
+        assert model.stats.kv_pages_total < pages
+        assert (moved.kept, moved.sequences) == (kept, 5)
+        for generation in made:
+            await generation.collect()
+        assert sum(computed) - 5 * 250 >= (5 - kept) * 30
+        if kept:
+            assert sum(computed) - 5 * 250 < before
+        await check_nothing_held(model)
+    async with spanker.open_fleet(1) as other:
+        alone = await other.load(tiny, ctx=256)
+        for number, generation in enumerate(made):
+            again = alone.generate([number], max_tokens=250, ignore_eos=True)
+            await again.collect()
+            assert again.token_ids == generation.token_ids
+
+
+# --- cards that are lost ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_lost_card_whose_heads_another_one_has_costs_no_position(
+    seed: int, fault: str, tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    """Eight query heads on seven or eight cards, two to a KV head."""
+    draw = random.Random(f"{seed} {fault}")
+    card, moment = draw.randrange(8), draw.randrange(1, ITEMS)
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(8, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
+            assert await Crowd(model, schedule).run() == expected
+            assert lost_cards(fleet) == [card]
+            (moved,) = moves(fleet)
+            assert moved.kept == moved.sequences > 0
+            await check_nothing_held(model)
+    # What is chosen from whole logits is computed again where these were lost.
+    assert POSITIONS <= sum(computed) <= POSITIONS + 1
+
+
+async def test_a_card_that_has_lied_leaves_no_keys_to_anybody(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    original = Auditor.look
+
+    async def look(self: Auditor, loaded: LoadedModel, step: int) -> None:
+        await original(self, loaded, step)
+        if step >= 30 and 3 in loaded.plan.cards:
+            raise CardAuditError("card 3 computes something else", card=3)
+
+    monkeypatch.setattr(Auditor, "look", look)
+    async with spanker.open_fleet(8, audit_every=5) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        assert await Crowd(model).run() == expected
+        (moved,) = moves(fleet)
+        assert moved.kept == 0 < moved.sequences
+    assert sum(computed) > POSITIONS
+
+
+@pytest.mark.parametrize("fault", ["cut", *FAULTS])
+@pytest.mark.parametrize("run", [1, 2])
+async def test_what_fails_while_pages_move_is_computed_again(
+    run: int,
+    fault: str,
+    tiny: Path,
+    expected: Answers,
+    computed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs, original = itertools.count(1), copying.run
+    monkeypatch.setattr(resharding, "ROUND_BYTES", 50_000)
+
+    async def failing(coordinator: Coordinator, programs: dict[int, int]) -> None:
+        if next(runs) == run:
+            if fault == "cut":
+                fleet.devices[0].cut(1)  # type: ignore[union-attr]
+            else:
+                FAULTS[fault](fleet, 3)
+        await original(coordinator, programs)
+
+    with trio.fail_after(TIMEOUT_S):
+        async with (
+            spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet,
+            trio.open_nursery() as nursery,
+        ):
+            model = await fleet.load(tiny, plan="tp")
+            monkeypatch.setattr(copying, "run", failing)
+            wish = At({50: lambda: nursery.start_soon(fleet.drain, 2)})
+            assert await Crowd(model, wish).run() == expected
+            assert next(runs) > run
+            await check_nothing_held(model)
+            # A card that hangs may have done its part of the move before.
+            assert moves(fleet)[-1].kept == 0
+    assert sum(computed) > POSITIONS
+
+
+async def test_moved_pages_leave_nothing_behind(tiny: Path) -> None:
+    async with nothing_leaked(), spanker.open_fleet(3) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        generation = model.generate([1, 2, 3], max_tokens=40, ignore_eos=True)
+        await anext(generation)
+        await fleet.drain(1)
+        await anext(generation)
+        async with nothing_leaked(fleet):
+            await fleet.admit(1)
+            await anext(generation)
+        kill(fleet, 2)
+        await generation.collect()
+        await check_nothing_held(model)
