@@ -540,6 +540,7 @@ class Fleet:
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        kv_copies: int = 0,
         batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
@@ -561,6 +562,7 @@ class Fleet:
                 ctx=ctx,
                 prompt_chunk=prompt_chunk,
                 kv_tokens=kv_tokens,
+                kv_copies=kv_copies,
                 batch=batch,
                 progress=report,
             )

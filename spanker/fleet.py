@@ -520,6 +520,7 @@ class Fleet:
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        kv_copies: int = 0,
         batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
@@ -531,8 +532,10 @@ class Fleet:
         plan, or a plan as a value; by default that of the fleet.  `ctx` is the positions
         per sequence (default: the model's, at most 4096); `prompt_chunk` the most prompt tokens per
         step; `kv_tokens` the positions of all sequences of a replica together (default: 8 contexts,
-        or what fits); `progress(done, total)` counts bytes.  Raises ModelError, PlanError,
-        CardMemoryError.
+        or what fits).  With `kv_copies` 1 another card keeps each card's keys and values as well,
+        so that sequences go on without being computed again when any one card is lost; the plan
+        must have two cards or more in each stage.  `progress(done, total)` counts bytes.  Raises
+        ModelError, PlanError, CardMemoryError.
         """
         path = str(catalog.resolve(os.fspath(model)))
         file = ModelFile(path)
@@ -545,7 +548,9 @@ class Fleet:
                     f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model "
                     f"{parsed.shape.vocabulary:,}: use a file whose tokenizer fits its weights"
                 )
-            put = await self._put(parsed, file, plan, ctx, prompt_chunk, kv_tokens, batch, progress)
+            put = await self._put(
+                parsed, file, plan, ctx, prompt_chunk, kv_tokens, kv_copies, batch, progress
+            )
         finally:
             file.close()
         return self._start(path, gguf.metadata, tokenizer, put)
@@ -558,6 +563,7 @@ class Fleet:
         ctx: int | None = None,
         prompt_chunk: int = DEFAULT_PROMPT_CHUNK,
         kv_tokens: int | None = None,
+        kv_copies: int = 0,
         batch: int = 1,
         progress: Progress | None = None,
     ) -> Model:
@@ -567,7 +573,9 @@ class Fleet:
         """
         name = shape if isinstance(shape, str) else "shape"
         parsed = llama.outline(named_shape(shape) if isinstance(shape, str) else shape)
-        put = await self._put(parsed, None, plan, ctx, prompt_chunk, kv_tokens, batch, progress)
+        put = await self._put(
+            parsed, None, plan, ctx, prompt_chunk, kv_tokens, kv_copies, batch, progress
+        )
         return self._start("", {"general.name": name}, None, put)
 
     async def _put(
@@ -578,11 +586,15 @@ class Fleet:
         ctx: int | None,
         prompt_chunk: int,
         kv_tokens: int | None,
+        kv_copies: int,
         batch: int,
         progress: Progress | None,
     ) -> _Put:
         """Put a model on the cards of each replica."""
+        if kv_copies not in (0, 1):
+            raise ConfigError(f"kv_copies must be 0 or 1, got {kv_copies}")
         limits = step_limits(parsed.shape, ctx, prompt_chunk)
+        limits = attrs.evolve(limits, kv_copies=kv_copies)
         if kv_tokens is not None and kv_tokens < limits.context:
             raise ConfigError(
                 f"kv_tokens must hold at least one context of {limits.context}, got {kv_tokens}"

@@ -67,6 +67,7 @@ from spanker.ggml.packed import PackedFile
 from spanker.kernels.program import SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import CardSpeed, Profile
+from spanker.sched.copies import check_copy_ways
 from spanker.sched.detours import check_ways
 from spanker.sched.layout import card_buffers, card_bytes
 from spanker.sched.pages import PageMove, Seats, Table, seated
@@ -509,6 +510,8 @@ class Coordinator:
         rerouted = attrs.evolve(loaded, down=self.links.down_among(loaded.plan.cards), programs={})
         if not self.relays:
             check_ways(loaded.plan, rerouted.down)
+            if loaded.limits.kv_copies:
+                check_copy_ways(loaded.plan, rerouted.down)
         try:
             for card in loaded.plan.cards:
                 rerouted.programs[card] = await self._load_step(rerouted, card)

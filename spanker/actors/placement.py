@@ -33,6 +33,7 @@ from spanker.errors import (
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
+from spanker.sched.copies import check_copies, keeps_all
 from spanker.sched.detours import check_ways, meshed, over_host, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
@@ -319,6 +320,8 @@ class Placement:
 
         def make(cards: Sequence[int], hosted: bool) -> tuple[FleetPlan, Limits]:
             plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens, hosted)
+            if wanted.limits.kv_copies:
+                check_copies(plan)
             return plan, with_kv_pages(shape, plan, wanted.limits, free, wanted.kv_tokens)
 
         if not self._flexible:
@@ -450,6 +453,8 @@ class Placement:
             kv_tokens=kv_tokens,
         )
         made = search(request).chosen.plan
+        if limits.kv_copies and not keeps_all(made):
+            made = self._plan("tp", cards, free, kv_tokens, True)
         # One that is asked for anew stands for one replica: the first is the model, too.
         if not hosted and not self._has_ways(made):
             made = self._plan("tp", cards, free, kv_tokens, True)

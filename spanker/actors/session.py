@@ -494,7 +494,7 @@ class Session:
             self._fail(failure or CardLostError("a card that holds the model was lost"))
             return
         moved = 0
-        if self.heir is not None:
+        if self.heir is not None and not self.loaded.limits.kv_copies:
             # Whoever can goes on at once; what is brought here is for those that come later.
             self._suspend()
             moved = self._hand_over()

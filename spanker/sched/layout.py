@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import attrs
 
 from spanker.errors import CardMemoryError
+from spanker.sched.copies import ward_heads
 from spanker.sched.plan import (
     DDR_ALIGN,
     LOGIT_CHUNK,
@@ -128,18 +129,27 @@ def end_buffers(
 
 def kv_page_bytes(shape: ModelShape, share: CardShare, limits: Limits) -> int:
     """Bytes of one page in one layer: keys and values in f16."""
-    kv_heads = share.kv_heads(shape.group).size
+    return kv_heads_bytes(shape, share.kv_heads(shape.group).size, limits)
+
+
+def kv_heads_bytes(shape: ModelShape, kv_heads: int, limits: Limits) -> int:
+    """The same of so many KV heads."""
     return kv_heads * limits.page_positions * shape.head_dim * 2 * 2
 
 
 def kv_buffers(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> tuple[BufferSpec, ...]:
-    """The KV pool of each of the card's layers."""
+    """The KV pool of each of the card's layers, then the copies of another card's."""
     number, share = plan.place(card)
     layers = plan.stages[number].layers
-    nbytes = limits.kv_pages * kv_page_bytes(shape, share, limits)
-    if not nbytes:
-        return ()
-    return tuple(BufferSpec(f"kv.{i}", nbytes) for i in range(layers.start, layers.stop))
+    heads = {"kv": share.kv_heads(shape.group)}
+    if limits.kv_copies:
+        heads["kv_copy"] = ward_heads(shape, plan, card)
+    return tuple(
+        BufferSpec(f"{name}.{i}", limits.kv_pages * kv_heads_bytes(shape, own.size, limits))
+        for name, own in heads.items()
+        for i in range(layers.start, layers.stop)
+        if not own.empty and limits.kv_pages
+    )
 
 
 def work_buffers(
@@ -149,13 +159,21 @@ def work_buffers(
     number, share = plan.place(card)
     last = number == len(plan.stages) - 1
     lists = len(plan.voters) if plan.chooses(card) else 0
-    return stage_work_buffers(shape, share, limits, last=last, lists=lists)
+    copied = ward_heads(shape, plan, card).size if limits.kv_copies else 0
+    return stage_work_buffers(shape, share, limits, last=last, lists=lists, copied=copied)
 
 
 def stage_work_buffers(
-    shape: ModelShape, share: CardShare, limits: Limits, *, last: bool, lists: int
+    shape: ModelShape,
+    share: CardShare,
+    limits: Limits,
+    *,
+    last: bool,
+    lists: int,
+    copied: int = 0,
 ) -> tuple[BufferSpec, ...]:
-    """The same for a share, of the last stage or not, that chooses among `lists` best tokens."""
+    """The same for a share, of the last stage or not, that chooses among `lists` best tokens and
+    keeps copies of so many KV heads."""
     t, o, hidden, dim = limits.tokens_max, limits.outputs_max, shape.hidden, shape.head_dim
     kv = share.kv_heads(shape.group).size
     sizes = {
@@ -166,6 +184,8 @@ def stage_work_buffers(
         "q": t * share.heads.size * dim * 4,
         "k": t * kv * dim * 4,
         "v": t * kv * dim * 4,
+        "k_copy": t * copied * dim * 4,
+        "v_copy": t * copied * dim * 4,
         "att": t * shape.heads * dim * 4,
         "attq": t * q8_bytes(shape.heads * dim),
         "y": t * hidden * 4,
@@ -253,6 +273,8 @@ def fit_kv_pages(
         number, share = plan.place(card)
         layers = plan.stages[number].layers.size
         page_bytes = kv_page_bytes(shape, share, limits)
+        if limits.kv_copies:
+            page_bytes += kv_heads_bytes(shape, ward_heads(shape, plan, card).size, limits)
         need = empty + sum(
             b.ddr_bytes for b in kv_buffers(shape, plan, card, attrs.evolve(limits, kv_pages=least))
         )

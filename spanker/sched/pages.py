@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from spanker.sched.copies import ward_heads
 from spanker.sched.layout import kv_buffers
 from spanker.sched.plan import Limits, ModelShape, Plan
 from spanker.sched.shares import Share
@@ -139,11 +140,12 @@ class Pool(Value):
 
 
 def pools(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> tuple[Pool, ...]:
-    """The pools that a card has under a plan, layer by layer."""
-    number, share = plan.place(card)
-    heads, first = share.kv_heads(shape.group), plan.stages[number].layers.start
+    """The pools that a card has under a plan, its own, then copies of another card's."""
+    _, share = plan.place(card)
+    heads = {"kv": share.kv_heads(shape.group), "kv_copy": ward_heads(shape, plan, card)}
     page_bytes = limits.page_positions * shape.head_dim * 2
-    return tuple(
-        Pool(spec.name, first + place, heads, limits.kv_pages, page_bytes)
-        for place, spec in enumerate(kv_buffers(shape, plan, card, limits))
-    )
+    found = []
+    for spec in kv_buffers(shape, plan, card, limits):
+        name, _, layer = spec.name.partition(".")
+        found.append(Pool(spec.name, int(layer), heads[name], limits.kv_pages, page_bytes))
+    return tuple(found)

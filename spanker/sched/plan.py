@@ -125,7 +125,8 @@ class Limits(Value):
 
     Of the `tokens_max` tokens of a step at most `prompt_chunk` belong to prompts; `outputs_max`
     rows of logits can come out of it, and every card keeps the best `candidates` of each.
-    `kv_pages` pages of `page_positions` positions are shared by all sequences.
+    `kv_pages` pages of `page_positions` positions are shared by all sequences.  Of each card's
+    pages another one has `kv_copies` (0 or 1).
     """
 
     context: int
@@ -135,6 +136,7 @@ class Limits(Value):
     candidates: int
     kv_pages: int
     page_positions: int
+    kv_copies: int = 0
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -12,6 +12,7 @@ plans and page tables alone; actors/resharding.py carries it out.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -292,20 +293,25 @@ class _Resharding:
                 (c, buffer) for c in new if c in self._own and self._stays(old, c, new)
             )
         rounds, rest = list[Round](), list[tuple[int, str]]()
-        unwanted = [b for b in self._old if b not in self._new or self._is_mapped(b)]
+        unwanted = [
+            b
+            for b in self._old
+            if (b not in self._new or self._is_mapped(b)) and self._layer(b) is None
+        ]
         if any(self._frees(buffer) for buffer in unwanted):
             rounds.append(self._done(Round((), (), self._frees(*unwanted))))
-        todo = []
-        for buffer in self._order():
-            if self._is_mapped(buffer):
-                rest += [(card, buffer) for card in self._new[buffer]]
-            elif self._wants(buffer) or self._frees(buffer):
-                todo.append(buffer)
+        todo = list[tuple[str, ...]]()
+        for buffers in self._families():
+            if self._is_mapped(buffers[0]):
+                rest += [(card, buffers[0]) for card in self._new[buffers[0]]]
+            elif any(map(self._wants, buffers)) or self._frees(*buffers):
+                todo.append(buffers)
         while todo:
-            taken, late = self._taken(todo)
-            del todo[: len(taken)]
+            families, late = self._taken(todo)
+            del todo[: len(families)]
+            taken = [buffer for family in families for buffer in family]
             pairs = [(card, buffer) for buffer in taken for card in self._wants(buffer)]
-            if any(isinstance(self._new[buffer][card], Pool) for card, buffer in late):
+            if any(self._layer(buffer) is not None for _, buffer in late):
                 return None
             made = tuple(pair for pair in pairs if pair not in late)
             fills = tuple(fill for pair in made for fill in self._fills(*pair))
@@ -315,8 +321,7 @@ class _Resharding:
 
     def _is_mapped(self, buffer: str) -> bool:
         """Whether cards map what a buffer is to hold."""
-        some = next(iter(self._new.get(buffer, self._old.get(buffer, {})).values()))
-        return self._mapped and isinstance(some, Content)
+        return self._mapped and self._layer(buffer) is None
 
     def _stays(
         self,
@@ -331,7 +336,7 @@ class _Resharding:
 
     def _wants(self, buffer: str) -> list[int]:
         """The cards that a new buffer is to be made on."""
-        return [card for card in self._new[buffer] if (card, buffer) not in self._kept]
+        return [card for card in self._new.get(buffer, ()) if (card, buffer) not in self._kept]
 
     def _frees(self, *buffers: str) -> Buffers:
         """What is there of them and not kept."""
@@ -347,24 +352,46 @@ class _Resharding:
         rows = itertools.zip_longest(*lists)
         return list(dict.fromkeys(b for row in rows for b in row if b is not None))
 
+    def _families(self) -> list[tuple[str, ...]]:
+        """The same, with the buffers together of which each is filled from what any of them was:
+        all pools of a layer."""
+        pools = dict[int, list[str]]()
+        for buffer in dict.fromkeys((*self._new, *self._old)):
+            layer = self._layer(buffer)
+            if layer is not None:
+                pools.setdefault(layer, []).append(buffer)
+        found = dict[tuple[str, ...], None]()
+        for buffer in self._order():
+            layer = self._layer(buffer)
+            found[(buffer,) if layer is None else tuple(pools[layer])] = None
+        return list(found)
+
+    def _layer(self, buffer: str) -> int | None:
+        """The layer that a buffer has pages of."""
+        some = next(iter(self._new.get(buffer, self._old.get(buffer, {})).values()))
+        return some.layer if isinstance(some, Pool) else None
+
     def _bytes(self, content: Content | Pool) -> int:
         return -(-content.nbytes // self._granule) * self._granule
 
-    def _taken(self, todo: Sequence[str]) -> tuple[list[str], Buffers]:
+    def _taken(self, todo: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], Buffers]:
         """The buffers that the next round makes, and those of them for which a card has no room."""
-        taken: list[str] = []
+        taken: list[tuple[str, ...]] = []
         late: Buffers = ()
         used, ranges = dict.fromkeys(self._cards, 0), 0
-        for buffer in todo:
-            sizes = {c: self._bytes(self._new[buffer][c]) for c in self._wants(buffer)}
+        for buffers in todo:
+            sizes = Counter[int]()
+            for buffer in buffers:
+                for card in self._wants(buffer):
+                    sizes[card] += self._bytes(self._new[buffer][card])
             full = [c for c, n in sizes.items() if used[c] + n > min(ROUND_BYTES, self._room[c])]
-            ranges += self._ranges(buffer)
+            ranges += self._ranges(*buffers)
             if taken and (full or ranges > RANGES_MAX):
                 break
-            taken.append(buffer)
+            taken.append(buffers)
             if full:
                 # Alone in a round it may be larger than a round, not than the room.
-                late = tuple((c, buffer) for c in full if sizes[c] > self._room[c])
+                late = tuple((c, b) for b in buffers for c in full if sizes[c] > self._room[c])
                 break
             for card, nbytes in sizes.items():
                 used[card] += nbytes
@@ -428,15 +455,16 @@ class _Resharding:
             self._holder(card, pool.layer, head) is not None
             for card, pool in wanted
             for head, _ in pool.planes()
-        ) and all(self._ranges(buffer) <= RANGES_MAX for buffer in self._new)
+        ) and all(self._ranges(*buffers) <= RANGES_MAX for buffers in self._families())
 
-    def _ranges(self, buffer: str) -> int:
-        """The ranges of pages that a new buffer is filled with, on all cards."""
+    def _ranges(self, *buffers: str) -> int:
+        """The ranges of pages that new buffers are filled with, on all cards."""
         found = 0
-        for card in self._wants(buffer):
-            pool = self._new[buffer][card]
-            if isinstance(pool, Pool) and self._pages is not None:
-                found += 2 * pool.heads.size * len(self._pages.runs)
+        for buffer in buffers:
+            for card in self._wants(buffer):
+                pool = self._new[buffer][card]
+                if isinstance(pool, Pool) and self._pages is not None:
+                    found += 2 * pool.heads.size * len(self._pages.runs)
         return found
 
     def _holder(self, card: int, layer: int, head: int) -> tuple[int, Pool, bool] | None:

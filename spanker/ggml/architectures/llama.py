@@ -9,6 +9,7 @@ One layer on one card of a stage; h is the hidden row, and every card of the sta
     q, k, v = W xn                              this card's heads
     rope(q), rope(k); KV append; attention      this card's heads
     gather                                      Q8 blocks (or floats) of the heads
+    [k, v to who keeps a copy; KV append there] where copies of KV are wanted
     y = Wo att          gather y; x += y        this card's rows of h
     xn = rmsnorm(x); gate, up = W xn; swiglu    this card's rows of the FFN
     gather                                      Q8 blocks (or floats) of the FFN
@@ -34,6 +35,7 @@ from spanker.kernels import program as op
 from spanker.kernels.formats import Format, pack, row_bytes
 from spanker.kernels.program import Command, Program, Ref, Transfer
 from spanker.kernels.reference import dequantize_row
+from spanker.sched.copies import keeper, ward, ward_heads
 from spanker.sched.detours import ALL_UP, Down, choice_phases, gather_phases, handover_phases
 from spanker.sched.layout import chunks, embeds_from_output, layer_rows, q8_bytes
 from spanker.sched.moves import Move
@@ -680,7 +682,8 @@ class _Builder:
 
     def _names(self, index: int) -> list[str]:
         """The buffers that are a layer's own."""
-        own = [f"blk.{index}.attn_norm.weight", f"blk.{index}.ffn_norm.weight", f"kv.{index}"]
+        own = [f"blk.{index}.attn_norm.weight", f"blk.{index}.ffn_norm.weight"]
+        own += [f"kv.{index}", f"kv_copy.{index}"]
         return own + [matrix.name for matrix in self.shape.layers[index].matrices]
 
     def _put(self, out: list[Command], items: Iterator[_Item], part: str = "") -> None:
@@ -840,7 +843,43 @@ class _Builder:
             self.attq,
             lambda s: Share(s.heads.start * dim, s.heads.stop * dim),
         )
+        if limits.kv_copies:
+            yield from self._copy(index)
         yield from self._project_and_add(layer.attn_output, self.att, self.attq)
+
+    def _copy(self, index: int) -> Iterator[_Item]:
+        """This card's new keys and values go to who keeps a copy of them, and those of another card
+        come here; over the host where the link is down."""
+        shape, limits, dim = self.shape, self.limits, self.shape.head_dim
+        to, of = keeper(self.plan, self.card), ward(self.plan, self.card)
+        transfers = []
+        if to is not None:
+            size = self.share.kv_heads(shape.group).size * dim
+            hosted = (self.card, to) in self.down
+            for row in (_Row("k", size), _Row("v", size)):
+                transfers.append(
+                    Transfer(True, to, row.at(), row.nbytes(row.elements), hosted=hosted)
+                )
+        heads = ward_heads(shape, self.plan, self.card).size
+        k, v = _Row("k_copy", heads * dim), _Row("v_copy", heads * dim)
+        if of is not None:
+            hosted = (of.card, self.card) in self.down
+            for row in (k, v):
+                transfers.append(
+                    Transfer(False, of.card, row.at(), row.nbytes(row.elements), hosted=hosted)
+                )
+        if transfers:
+            yield op.exchange(transfers)
+        if of is not None:
+            yield op.kv_append(
+                k.at(),
+                v.at(),
+                Ref(f"kv_copy.{index}"),
+                kv_heads=heads,
+                head_dim=dim,
+                page_positions=limits.page_positions,
+                pages=limits.kv_pages,
+            )
 
     def _ffn(self, index: int, layer: LayerShape) -> Iterator[_Item]:
         own = self.share.ffn

@@ -89,18 +89,20 @@ def decode(
     candidates: int = CANDIDATES,
     sampling: bool = False,
     beside: Sequence[int] = (),
+    kv_copies: int = 0,
 ) -> StepCost:
     """The steady state of decoding `batch` sequences at `context` positions each.
 
     With `sampling` the host chooses the tokens, and steps are made one by one.  `beside`: cards
-    that compute all the while for others; they matter where cards share cores or memory.  Raises
-    PlanError for a plan that does not fit the model or the topology.
+    that compute all the while for others; they matter where cards share cores or memory.  With
+    `kv_copies` another card keeps each one's keys and values, too.  Raises PlanError for a plan
+    that does not fit the model or the topology.
     """
     machine = Machine(profile, topology)
     check_fits(shape, plan, machine)
     candidates = min(candidates, shape.vocabulary)
     rows = StepRows.decode(batch, context)
-    by_stage = stage_pieces(shape, plan, machine, rows, beside)
+    by_stage = stage_pieces(shape, plan, machine, rows, beside, kv_copies)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     handovers = handover_times(by_stage, plan)
     choose_s = by_stage[-1].choose(plan.voters, plan.embedders)

@@ -240,7 +240,7 @@ def _copy_s(
 
 
 def _uploads(shape: ModelShape, plan: Plan, machine: Machine, limits: Limits) -> list[_Upload]:
-    pieces = Pieces(shape, machine, StepRows.decode(1, 1))
+    pieces = Pieces(shape, machine, StepRows.decode(1, 1), kv_copies=limits.kv_copies)
     found = []
     for number, stage in enumerate(plan.stages):
         commands = _command_counts(pieces, plan, number)
@@ -280,7 +280,11 @@ def _command_counts(pieces: Pieces, plan: Plan, number: int) -> list[int]:
         senders = sum(1 for nbytes in phase.sends or () if nbytes)
         for i, run in enumerate(phase.runs):
             counts[i] += phase.count * len(run)
-            if phase.sends is not None and len(cards) > 1:
+            if phase.moves:
+                # Keys and values of each.
+                own = sum(2 for source, target, _ in phase.moves if cards[i] in (source, target))
+                counts[i] += phase.count * (bool(own) + own)
+            elif phase.sends is not None and len(cards) > 1:
                 sends = phase.sends[i] > 0
                 transfers = (len(cards) - 1 if sends else 0) + senders - sends
                 counts[i] += phase.count * (1 + transfers)

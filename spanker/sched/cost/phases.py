@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
+from spanker.sched.copies import keeper, ward_heads
 from spanker.sched.cost import commands
 from spanker.sched.cost.machine import Machine, Pace
 from spanker.sched.cost.pieces import Commands, Pieces, gathers_q8
@@ -44,11 +45,13 @@ _WORK = {
 @attrs.frozen(eq=False, repr=False)
 class Phase(Value):
     """`runs` and `sends` are by card of the stage: commands, and bytes to each other card; `sends`
-    is None where no exchange follows.  A stage has `count` such phases."""
+    is None where no exchange follows.  With `moves` the exchange is of these instead, as (source,
+    target, bytes).  A stage has `count` such phases."""
 
     runs: tuple[Commands, ...]
     sends: tuple[float, ...] | None
     count: int = 1
+    moves: tuple[tuple[int, int, float], ...] = ()
 
 
 def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator[Phase]:
@@ -64,7 +67,7 @@ def phases(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Iterator
     kinds, layers = pieces.shape.kinds
     own = kinds[stage.layers.start : stage.layers.stop]
     for kind, count in Counter(own).items():
-        yield from _layers(pieces, stage, layers[kind], count, first=kind == own[0])
+        yield from _layers(pieces, plan, stage, layers[kind], count, first=kind == own[0])
     add = pieces.add_commands()
     if number == len(plan.stages) - 1:
         runs = _by_size(
@@ -92,7 +95,7 @@ def _by_size(
 
 
 def _layers(
-    pieces: Pieces, stage: Stage, layer: LayerShape, count: int, first: bool
+    pieces: Pieces, plan: Plan, stage: Stage, layer: LayerShape, count: int, first: bool
 ) -> Iterator[Phase]:
     """`count` layers alike, the `first` of the stage perhaps among them: nothing is added there."""
     shares, add = stage.shares, pieces.add_commands()
@@ -109,7 +112,11 @@ def _layers(
         yield Phase(attention(()), sends)
     if count > first:
         yield Phase(attention(add), sends, count - first)
-    yield _projected(pieces, stage, layer.attn_output, q8, count)
+    projected = _projected(pieces, stage, layer.attn_output, q8, count)
+    if pieces.kv_copies and len(stage.cards) > 1:
+        yield from _copied(pieces, plan, stage, projected)
+    else:
+        yield projected
 
     q8 = ffn_q8(stage, layer)
     yield Phase(
@@ -118,6 +125,22 @@ def _layers(
         count,
     )
     yield _projected(pieces, stage, layer.ffn_down, q8, count)
+
+
+def _copied(pieces: Pieces, plan: Plan, stage: Stage, then: Phase) -> Iterator[Phase]:
+    """Each card's new keys and values to who keeps a copy of them, and their keeping there before
+    what comes then."""
+    moves, runs = [], []
+    for share, run in zip(stage.shares, then.runs, strict=True):
+        to = keeper(plan, share.card)
+        if to is not None:
+            heads = share.kv_heads(pieces.shape.group).size
+            moves.append((share.card, to, pieces.copy_bytes(heads)))
+        kept = ward_heads(pieces.shape, plan, share.card).size
+        # One and the same where it is, so that it is priced once.
+        runs.append(pieces.copy_commands(kept) + run if kept else run)
+    yield Phase(((),) * len(runs), (0.0,) * len(runs), then.count, tuple(moves))
+    yield attrs.evolve(then, runs=tuple(runs))
 
 
 def attention_q8(shape: ModelShape, stage: Stage, layer: LayerShape) -> bool:
@@ -176,7 +199,10 @@ def price_stage(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Sta
             spent[bound] += phase.count * seconds * less
         computing += phase.count * run_s
         if phase.sends is not None and len(cards) > 1:
-            gather_s = pieces.machine.gather_s(cards, phase.sends)
+            if phase.moves:
+                gather_s = pieces.machine.moves_s(phase.moves)
+            else:
+                gather_s = pieces.machine.gather_s(cards, phase.sends)
             total += phase.count * (exchange_s + gather_s)
             spent[Bound.COMMANDS] += phase.count * exchange_s
             spent[Bound.LINKS] += phase.count * gather_s
@@ -239,9 +265,12 @@ def stage_pieces(
     machine: Machine,
     rows: StepRows,
     beside: Sequence[int] = (),
+    kv_copies: int = 0,
 ) -> tuple[Pieces, ...]:
     """The pieces of each stage while its own cards compute, and those `beside`; one and the same
     where cards are never in each other's way."""
     if not machine.contended:
-        return (Pieces(shape, machine, rows),) * len(plan.stages)
-    return tuple(Pieces(shape, machine, rows, (*stage.cards, *beside)) for stage in plan.stages)
+        return (Pieces(shape, machine, rows, kv_copies=kv_copies),) * len(plan.stages)
+    return tuple(
+        Pieces(shape, machine, rows, (*stage.cards, *beside), kv_copies) for stage in plan.stages
+    )

@@ -5,6 +5,7 @@ One layer on the cards of a stage, `|` being an exchange, and what stands before
 
     [add] attention | project | add, ffn | project |
 
+Where copies of KV are kept, one more exchange and their KV append come before the first project.
 The `add` is that of the layer before, so the first layer of a stage has none, and one comes before
 the output or the handover.  On a stage of one card there are no exchanges.  A piece of an empty
 share takes nothing.
@@ -44,9 +45,15 @@ class Pieces:
     """
 
     def __init__(
-        self, shape: ModelShape, machine: Machine, rows: StepRows, together: Sequence[int] = ()
+        self,
+        shape: ModelShape,
+        machine: Machine,
+        rows: StepRows,
+        together: Sequence[int] = (),
+        kv_copies: int = 0,
     ) -> None:
         self.shape = shape
+        self.kv_copies = kv_copies
         self.machine = machine
         self.rows = rows
         self.together = tuple(together)
@@ -177,6 +184,16 @@ class Pieces:
         if q8:
             out.append(commands.quantize(t, own))
         return tuple(out)
+
+    def copy_commands(self, kv_heads: int) -> Commands:
+        """Keeping the new keys and values of another card's KV heads."""
+        if not kv_heads:
+            return ()
+        return (commands.kv_append(self.rows.tokens, kv_heads, self.shape.head_dim),)
+
+    def copy_bytes(self, kv_heads: int) -> float:
+        """What a card sends of so many KV heads to who keeps a copy."""
+        return 2 * self.rows.tokens * kv_heads * self.shape.head_dim * 4
 
     def project_commands(self, matrix: WeightShape, rows: int, requantise: bool) -> Commands:
         t = self.rows.tokens

@@ -65,9 +65,10 @@ def prefill(
     batch: int = 1,
     candidates: int = CANDIDATES,
     beside: Sequence[int] = (),
+    kv_copies: int = 0,
 ) -> PrefillCost:
-    """`batch` prompts of `tokens` each, in steps of up to `chunk` prompt tokens; `beside` as for
-    `decode`.
+    """`batch` prompts of `tokens` each, in steps of up to `chunk` prompt tokens; `beside` and
+    `kv_copies` as for `decode`.
 
     Raises PlanError for a plan that does not fit the model or the topology, and unless all three
     are at least 1.
@@ -86,6 +87,7 @@ def prefill(
         chunk=chunk,
         candidates=candidates,
         beside=beside,
+        kv_copies=kv_copies,
     )
 
 
@@ -101,6 +103,7 @@ def prefill_unlike(
     decoding: Sequence[int] = (),
     candidates: int = CANDIDATES,
     beside: Sequence[int] = (),
+    kv_copies: int = 0,
 ) -> PrefillCost:
     """As `prefill`, of prompts of unlike `lengths`, of which so many positions are `computed` (or
     none), beside sequences that are `decoding` at these positions and have their token in every
@@ -122,7 +125,7 @@ def prefill_unlike(
     for size in _steps(lengths, computed or (0,) * len(lengths), decoding, chunk):
         # What follows a chunk with outputs waits for its tokens.
         follows = bool(steps) and not steps[-1].chooses
-        steps.append(_price(shape, plan, machine, size, follows, candidates, beside))
+        steps.append(_price(shape, plan, machine, size, follows, candidates, beside, kv_copies))
     seconds = _run(profile, steps)
     stages = tuple(sum(step.stages[n].seconds for step in steps) for n in range(len(plan.stages)))
     busiest = stages.index(max(stages))
@@ -183,13 +186,14 @@ def _price(
     follows: bool,
     candidates: int,
     beside: Sequence[int],
+    kv_copies: int,
 ) -> _Step:
     """One step; `follows` the one before, which is still under way."""
     rows, sequences, context = size
-    by_stage = stage_pieces(shape, plan, machine, rows, beside)
+    by_stage = stage_pieces(shape, plan, machine, rows, beside, kv_copies)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
     if machine.contended and len(stages) > 1:
-        stages = _beside_another(shape, plan, machine, rows, stages, follows, candidates)
+        stages = _beside_another(shape, plan, machine, rows, stages, follows, candidates, kv_copies)
     return _Step(
         stages=stages,
         handovers=handover_times(by_stage, plan),
@@ -207,6 +211,7 @@ def _beside_another(
     alone: list[StagePrice],
     follows: bool,
     candidates: int,
+    kv_copies: int,
 ) -> list[StagePrice]:
     """Prices of stages while another one has the other chunk: in the way of each for as much of the
     time as it computes.  A chunk that follows none is alone on its way in, and one that none can
@@ -226,7 +231,8 @@ def _beside_another(
         for m, part in enumerate(parts):
             if part:
                 both = plan.stages[n].cards + plan.stages[m].cards
-                beside = price_stage(Pieces(shape, machine, rows, both), plan, n, candidates)
+                pieces = Pieces(shape, machine, rows, both, kv_copies)
+                beside = price_stage(pieces, plan, n, candidates)
                 mixed = mixed.plus(beside, part / most).plus(price, -part / most)
         prices.append(mixed)
     return prices

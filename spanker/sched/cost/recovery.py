@@ -128,6 +128,7 @@ def recovery(
         chunk=limits.prompt_chunk,
         decoding=serving,
         candidates=candidates,
+        kv_copies=limits.kv_copies,
     )
     return RecoveryCost(detection_s, release_s, weights_s, programs_s, kv.seconds)
 

@@ -196,6 +196,8 @@ class Options:
 
     def _find_layer_bytes(self, share: CardShare) -> list[int]:
         kv = self.limits.kv_pages * kv_page_bytes(self.shape, share, self.limits)
+        # Whose copy it keeps is not known yet: about as much again.
+        kv *= 1 + self.limits.kv_copies
         kinds = self.kinds.tolist()
         weights = [
             sum(b.ddr_bytes for b in layer_buffers(self.shape, kinds.index(kind), share))
@@ -217,7 +219,10 @@ class Options:
 
     def _find_end_bytes(self, share: CardShare, last: bool, voters: int) -> int:
         lists = 0 if share.columns.empty and share.vocabulary.empty else voters
-        work = stage_work_buffers(self.shape, share, self.limits, last=last, lists=lists)
+        copied = share.kv_heads(self.shape.group).size * self.limits.kv_copies
+        work = stage_work_buffers(
+            self.shape, share, self.limits, last=last, lists=lists, copied=copied
+        )
         embedding, output = end_buffers(self.shape, share)
         return sum(b.ddr_bytes for b in (*work, *embedding, *output))
 
