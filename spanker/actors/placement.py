@@ -320,7 +320,8 @@ class Placement:
 
         def make(cards: Sequence[int], hosted: bool) -> tuple[FleetPlan, Limits]:
             plan = self._plan(wanted.plan, cards, free, wanted.kv_tokens, hosted)
-            if wanted.limits.kv_copies:
+            if wanted.limits.kv_copies and len(cards) == len(self._coordinator.clients):
+                # With fewer than there are it is better to go on without than not at all.
                 check_copies(plan)
             return plan, with_kv_pages(shape, plan, wanted.limits, free, wanted.kv_tokens)
 

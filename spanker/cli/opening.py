@@ -108,6 +108,7 @@ async def open_model(
                 ctx=context,
                 prompt_chunk=where.prompt_chunk,
                 kv_tokens=context,
+                kv_copies=where.kv_copies,
                 progress=progress,
             )
         yield Opened(fleet, model, trio.current_time() - begin, open_s, injection)

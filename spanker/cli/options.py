@@ -34,6 +34,7 @@ class FleetOptions:
     prompt_chunk: int = DEFAULT_PROMPT_CHUNK
     audit: int | None = None
     rebalance: bool = False
+    kv_copies: int = 0
 
 
 @attrs.frozen
@@ -128,7 +129,14 @@ rebalance = click.option(
     is_flag=True,
     help="Give a card that becomes slower than it was a smaller share.",
 )
-_fleet = (model, cards, plan, profile, throttle, prompt_chunk, audit, rebalance)
+kv_copies = click.option(
+    "--kv-copies",
+    type=click.IntRange(0, 1),
+    default=0,
+    help="1: another card keeps each card's keys and values as well, so that nothing is computed"
+    " again when a card is lost.",
+)
+_fleet = (model, cards, plan, profile, throttle, prompt_chunk, audit, rebalance, kv_copies)
 trace = click.option(
     "--trace",
     type=click.Path(dir_okay=False),

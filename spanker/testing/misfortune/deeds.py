@@ -137,6 +137,7 @@ async def load(world: World, number: int, name: str, plan: str) -> None:
             plan=plan,
             ctx=scenario.ctx,
             kv_tokens=None if number else scenario.kv_tokens,
+            kv_copies=0 if number else scenario.kv_copies,
             prompt_chunk=scenario.prompt_chunk,
         )
     except SpankerError as error:

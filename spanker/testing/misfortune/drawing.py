@@ -94,6 +94,10 @@ def _more(rng: random.Random, made: Scenario, cards: int, step_s: float) -> Scen
         made = attrs.evolve(made, audit_every=rng.choice((1, 2, 5)))
     if rng.random() < 0.15:
         made = attrs.evolve(made, rebalance=True)
+    # Its own, for the same reason.
+    copies = random.Random(f"copied misfortune {made.seed}")
+    if roomy and cards > 1 and _keeps_copies(made.plan, cards) and copies.random() < 0.4:
+        made = attrs.evolve(made, kv_copies=1)
     clients = [
         attrs.evolve(client, stop_at=rng.randrange(client.tokens_max))
         if client.tokens_max and rng.random() < 0.15
@@ -114,6 +118,11 @@ def _more(rng: random.Random, made: Scenario, cards: int, step_s: float) -> Scen
         at = _moment(rng, items, step_s, events=bool(deeds))
         deeds.append(Deed(at, What.INJECT, text=_of_several(rng, cards)))
     return attrs.evolve(made, clients=tuple(clients), deeds=tuple(deeds))
+
+
+def _keeps_copies(plan: str, cards: int) -> bool:
+    """Whether a plan of so many cards, one of `_plan`, has two or more in each stage."""
+    return plan in ("tp", "auto") or (plan.startswith(("tp", "dp2xtp")) and cards > 3)
 
 
 def _of_several(rng: random.Random, cards: int) -> str:

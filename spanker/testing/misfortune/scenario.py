@@ -126,8 +126,8 @@ class Scenario:
     """Everything that is decided before a run; `seed` decides the rest, the scheduler's choices.
 
     `cards`, `plan`, `audit_every` and `rebalance` as for `open_fleet`, `profile`, `model` and
-    `links` by their names in profiles.py and models.py, `ctx`, `kv_tokens` and `prompt_chunk` as
-    for `Fleet.load`.
+    `links` by their names in profiles.py and models.py, `ctx`, `kv_tokens`, `kv_copies` and
+    `prompt_chunk` as for `Fleet.load`.
     """
 
     seed: int
@@ -143,6 +143,7 @@ class Scenario:
     links: str = "mesh"
     audit_every: int | None = None
     rebalance: bool = False
+    kv_copies: int = 0
     knobs: Knobs = Knobs()
     clients: tuple[Client, ...] = ()
     deeds: tuple[Deed, ...] = ()

@@ -18,7 +18,7 @@ def story(scenario: Scenario, outcome: Outcome) -> str:
         f"{scenario.hang_timeout_s:g} s{'' if scenario.recover else ', does not recover'}",
         f"model   {scenario.model}: {_model(scenario.model)}; plan {scenario.plan}, context "
         f"{scenario.ctx}, chunks of {scenario.prompt_chunk}, KV "
-        f"{scenario.kv_tokens or 'as it fits'}",
+        f"{scenario.kv_tokens or 'as it fits'}{', and copies of it' * scenario.kv_copies}",
     ]
     if scenario.knobs != Knobs():
         lines.append(f"knobs   {_fields(scenario.knobs)}")
