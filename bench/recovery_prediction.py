@@ -75,6 +75,7 @@ class Case:
     after: int = 20
     tokens: int = 28
     context: int = 2048
+    kv_copies: int = 0
 
     @property
     def kv_tokens(self) -> int:
@@ -86,7 +87,8 @@ class Case:
 
     def limits(self) -> Limits:
         limits = step_limits(named_shape(self.shape), self.context)
-        return attrs.evolve(limits, kv_pages=-(-self.kv_tokens // limits.page_positions))
+        pages = -(-self.kv_tokens // limits.page_positions)
+        return attrs.evolve(limits, kv_pages=pages, kv_copies=self.kv_copies)
 
 
 SMALL_CARDS = 512 << 20  # half of TinyLlama fits with its KV, the whole does not
@@ -96,6 +98,9 @@ CASES = (
     Case("tp4, hung, noticed after 0.5 s", "tp", 2, fault="hang", hang_timeout_s=0.5),
     Case("tp4, killed after 400 tokens", "tp", 2, after=400, tokens=408),
     Case("tp4, two sequences", "tp", 0, batch=2),
+    Case("tp4 with copies, killed", "tp", 2, kv_copies=1),
+    Case("tp4 with copies, killed after 400", "tp", 2, after=400, tokens=408, kv_copies=1),
+    Case("tp4 with copies, two sequences", "tp", 0, batch=2, kv_copies=1),
     Case("pp4", "pp", 2),
     Case("tp2xpp2", "tp2xpp2", 1),
     Case("dp2xtp2, to the other", "dp2xtp2", 0, weights=Weights.HELD),
@@ -226,7 +231,11 @@ async def _simulate(case: Case) -> Simulated:
     specs = [VirtualCardSpec(ddr_bytes=case.ddr_bytes, hollow=True)] * case.cards
     async with open_fleet(specs, profile=case.profile, hang_timeout_s=case.hang_timeout_s) as fleet:
         model = await fleet.load_shape(
-            case.shape, plan=case.plan, ctx=case.context, kv_tokens=case.kv_tokens
+            case.shape,
+            plan=case.plan,
+            ctx=case.context,
+            kv_tokens=case.kv_tokens,
+            kv_copies=case.kv_copies,
         )
         replanned = trio.Event()
 

@@ -11,6 +11,7 @@ import itertools
 import random
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from crowd import (
@@ -32,11 +33,18 @@ from spanker.actors.audit import Auditor
 from spanker.actors.coordinator import Coordinator
 from spanker.actors.session import Session
 from spanker.actors.steps import LoadedModel, StepResult
-from spanker.errors import CardAuditError
+from spanker.device.virtual.spec import VirtualCardSpec
+from spanker.errors import CardAuditError, ConfigError, PlanError
 from spanker.events import Replanned
-from spanker.sched import resharding
+from spanker.ggml.architectures import llama
+from spanker.ggml.gguf import GGUFFile
+from spanker.sched import cost, resharding
+from spanker.sched.bandwidth import REV_A
+from spanker.sched.limits import step_limits
+from spanker.sched.plan import Plan, tensor_pipeline
+from spanker.sched.shapes import Dimensions, shape_of
 from spanker.sched.topology import Topology
-from spanker.testing import kill, nothing_leaked
+from spanker.testing import kill, nothing_leaked, run_virtual
 
 # How long any of them may take.
 TIMEOUT_S = 30
@@ -212,6 +220,153 @@ async def test_a_lost_card_whose_heads_another_one_has_costs_no_position(
             await check_nothing_held(model)
     # What is chosen from whole logits is computed again where these were lost.
     assert POSITIONS <= sum(computed) <= POSITIONS + 1
+
+
+# --- copies -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("cards", "plan"), [(2, "tp"), (4, "tp"), (4, "tp2xpp2"), (4, "auto")])
+@pytest.mark.parametrize("seed", range(2))
+async def test_with_copies_a_lost_card_costs_no_position(
+    seed: int,
+    cards: int,
+    plan: str,
+    fault: str,
+    tiny: Path,
+    expected: Answers,
+    computed: list[int],
+) -> None:
+    draw = random.Random(f"{seed} {cards} {plan} {fault}")
+    card, moment = draw.randrange(cards), draw.randrange(1, ITEMS)
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(cards, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(
+                tiny, plan=plan, prompt_chunk=draw.choice([16, 64]), kv_copies=1
+            )
+            schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
+            assert await Crowd(model, schedule).run() == expected
+            assert lost_cards(fleet) == [card]
+            (moved,) = moves(fleet)
+            assert moved.kept == moved.sequences > 0
+            await check_nothing_held(model)
+            await model.unload()
+            left = [c for c in fleet.devices if c.number != card]
+            assert not any(c.counters().ddr_used_bytes for c in left)
+    assert POSITIONS <= sum(computed) <= POSITIONS + 1
+
+
+async def test_with_copies_cards_go_one_after_the_other_down_to_the_last(
+    tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    """The copies are made anew each time."""
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(4) as fleet:
+            model = await fleet.load(tiny, plan="tp", kv_copies=1)
+            faults = [(10, kill, 2), (50, kill, 0), (90, kill, 3)]
+            assert await Crowd(model, Schedule(fleet, faults)).run() == expected
+            assert model.plan.cards == (1,)
+            assert [event.kept for event in moves(fleet)] == [
+                event.sequences for event in moves(fleet)
+            ]
+    assert POSITIONS <= sum(computed) <= POSITIONS + 3
+
+
+@pytest.mark.parametrize(("second", "again"), [(2, True), (3, False)])
+async def test_a_card_and_who_keeps_its_copy_are_computed_again(
+    second: int, again: bool, tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(4) as fleet:
+            model = await fleet.load(tiny, plan="tp", kv_copies=1)
+            faults = [(50, kill, 1), (50, kill, second)]
+            assert await Crowd(model, Schedule(fleet, faults)).run() == expected
+            assert lost_cards(fleet) == [1, second]
+            assert (moves(fleet)[-1].kept == 0) == again
+    assert (sum(computed) > POSITIONS + 50) == again
+
+
+async def test_replicas_with_copies_keep_their_sequences(
+    tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(4) as fleet:
+            model = await fleet.load(tiny, plan="dp2xtp2", kv_copies=1)
+            assert await Crowd(model, Schedule(fleet, [(50, kill, 1)])).run() == expected
+            (moved,) = moves(fleet)
+            assert moved.kept == moved.sequences > 0 == moved.moved
+    assert POSITIONS <= sum(computed) <= POSITIONS + 1
+
+
+async def test_copies_go_over_the_host_where_a_link_is_down(
+    tiny: Path, expected: Answers, computed: list[int]
+) -> None:
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(3, hang_timeout_s=1) as fleet:
+            model = await fleet.load(tiny, plan="tp", kv_copies=1)
+
+            def cut() -> None:
+                fleet.devices[0].cut(1)  # type: ignore[union-attr]
+
+            wish = At({20: cut, 60: lambda: kill(fleet, 2)})
+            assert await Crowd(model, wish).run() == expected
+            assert lost_cards(fleet) == [2]
+            assert moves(fleet)[0].kept > 0
+
+
+async def test_copies_that_cannot_be_are_refused(tiny: Path) -> None:
+    async with spanker.open_fleet(1) as fleet:
+        with pytest.raises(PlanError, match="card 0 alone has the keys and values"):
+            await fleet.load(tiny, kv_copies=1)
+    async with spanker.open_fleet(2) as fleet:
+        with pytest.raises(PlanError, match=r"plan pp2: .* use a plan with two cards or more"):
+            await fleet.load(tiny, plan="pp", kv_copies=1)
+        with pytest.raises(ConfigError, match="kv_copies must be 0 or 1, got 2"):
+            await fleet.load(tiny, kv_copies=2)
+        assert not any(card.counters().ddr_used_bytes for card in fleet.devices)
+
+
+def test_without_copies_programs_know_nothing_of_them(tiny: Path) -> None:
+    with GGUFFile(tiny) as gguf:
+        model = llama.read_model(gguf)
+    plan = tensor_pipeline(model.shape, 4, 1)
+    limits = attrs.evolve(step_limits(model.shape), kv_pages=8)
+    copying_ = attrs.evolve(limits, kv_copies=1)
+    for card in plan.cards:
+        plain = llama.build_program(model, plan, card, limits).commands
+        assert not any("copy" in ref.buffer for c in plain for _, ref in c.refs)
+        more = llama.build_program(model, plan, card, copying_).commands
+        # An exchange of keys and values both ways, and their append, a layer.
+        assert len(more) == len(plain) + 3 * (1 + 4 + 1)
+        # But for these nothing is another command.
+        kept = iter(more)
+        assert all(command in kept for command in plain)
+
+
+@pytest.mark.parametrize(("cards", "plan"), [(4, "tp"), (3, "tp"), (4, "tp2xpp2")])
+def test_copies_take_on_virtual_cards_what_they_cost(cards: int, plan: str) -> None:
+    shape = shape_of(Dimensions(4, 512, 8, 4, 1536, 4096, 512))
+
+    async def main() -> tuple[float, float, Plan]:
+        specs = [VirtualCardSpec(ddr_bytes=4 << 30, hollow=True)] * cards
+        async with spanker.open_fleet(specs, profile=REV_A) as fleet:
+            model = await fleet.load_shape(shape, plan=plan, ctx=128, prompt_chunk=16, kv_copies=1)
+            begin = trio.current_time()
+            generation = model.generate([1] * 40, max_tokens=20, ignore_eos=True)
+            times = [trio.current_time() async for token in generation if token.id is not None]
+            # These see 42 to 58 positions, 50 in the middle.
+            return times[0] - begin, (times[-2] - times[1]) / 17, model.plan.replicas[0]
+
+    first_s, step_s, made = run_virtual(main)
+    where = (shape, made, REV_A, Topology.with_mock(cards))
+    for copies, right in ((1, True), (0, False)):
+        decoded = cost.decode(*where, context=50, kv_copies=copies)
+        prompt = cost.prefill(*where, tokens=40, chunk=16, kv_copies=copies)
+        assert (step_s == pytest.approx(decoded.seconds, rel=5e-4)) == right
+        assert (first_s == pytest.approx(prompt.seconds, rel=5e-4)) == right
+
+
+# --- what must not go along ---------------------------------------------------------------
 
 
 async def test_a_card_that_has_lied_leaves_no_keys_to_anybody(

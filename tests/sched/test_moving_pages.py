@@ -15,9 +15,16 @@ import pytest
 
 from spanker.errors import PlanError
 from spanker.sched import resharding
-from spanker.sched.layout import kv_buffers, kv_page_bytes
+from spanker.sched.copies import check_copies, keeper, keeps_all, ward, ward_heads
+from spanker.sched.layout import (
+    card_buffers,
+    card_bytes,
+    fit_kv_pages,
+    kv_buffers,
+    kv_page_bytes,
+)
 from spanker.sched.pages import PageMove, Run, Seats, Table, pools, runs, seated
-from spanker.sched.plan import Limits, ModelShape, Plan, Stage, on_cards, tensor_pipeline
+from spanker.sched.plan import FleetPlan, Limits, ModelShape, Plan, Stage, on_cards, tensor_pipeline
 from spanker.sched.resharding import Fill, Holdings, Reshard, check_reshard, contents, reshard
 from spanker.sched.shapes import Dimensions, shape_of
 from spanker.sched.shares import Share
@@ -94,15 +101,20 @@ Label = tuple[int, int, int, int]
 def pages_of(shape: ModelShape, plan: Plan, card: int, limits: Limits) -> dict[str, list[Label]]:
     """What lies in a card's pools, page after page, said without `Pool`."""
     number, share = plan.place(card)
-    layers, heads = plan.stages[number].layers, share.kv_heads(shape.group)
+    stage = plan.stages[number]
+    own = {"kv": share.kv_heads(shape.group)}
+    if limits.kv_copies and len(stage.cards) > 1:
+        # Whoever stands before it in its stage, the last before the first.
+        own["kv_copy"] = stage.shares[stage.cards.index(card) - 1].kv_heads(shape.group)
     return {
-        f"kv.{layer}": [
+        f"{name}.{layer}": [
             (layer, head, plane, page)
             for head in range(heads.start, heads.stop)
-            for plane in ("k", "v")  # type: ignore[misc]
+            for plane in range(2)
             for page in range(limits.kv_pages)
         ]
-        for layer in range(layers.start, layers.stop)
+        for name, heads in own.items()
+        for layer in range(stage.layers.start, stage.layers.stop)
         if not heads.empty
     }
 
@@ -207,12 +219,13 @@ def test_every_page_is_there_in_the_end_where_each_is_left(
     lost = draw.sample(cards, draw.choice([0, 0, 1, 2]) if len(cards) > 3 else 0)
     alive = [card for card in cards if card not in lost]
     after = before if not lost and draw.random() < 0.2 else plan_of(draw, shape, alive)
-    fewer = attrs.evolve(LIMITS, kv_pages=draw.choice([12, 12, 7, 3]))
+    before_limits = attrs.evolve(LIMITS, kv_copies=draw.randrange(2))
+    fewer = attrs.evolve(before_limits, kv_pages=draw.choice([12, 12, 7, 3]))
     tables = tables_of(draw, LIMITS.kv_pages)
     seats = seated(tables, fewer.kv_pages)
     relayed = draw.random() < 0.5
     topology = draw.choice([Topology.with_mock, Topology.ring, Topology.line])(10)
-    pages = PageMove.of(tables, seats, LIMITS, fewer, relayed=relayed)
+    pages = PageMove.of(tables, seats, before_limits, fewer, relayed=relayed)
     held = Holdings.of(before, (), alive)
     room = PLENTY if draw.random() < 0.8 else dict.fromkeys(cards, 200_000)
     mapped = draw.random() < 0.3
@@ -231,7 +244,7 @@ def test_every_page_is_there_in_the_end_where_each_is_left(
             for c in held.own
             if any(
                 (layer, head) == label[:2]
-                for labels in pages_of(shape, before, c, LIMITS).values()
+                for labels in pages_of(shape, before, c, before_limits).values()
                 for label in labels
             )
         ]
@@ -279,6 +292,71 @@ def test_a_kv_head_that_two_cards_hold_survives_either() -> None:
     made = reshard(shape, held, after, Topology.with_mock(4), context=64, room=PLENTY, pages=pages)
     assert made.pages is None
     assert not any(b.startswith("kv.") for r in made.rounds for _, b in (*r.made, *r.freed))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_copies_any_card_may_be_lost_and_two_that_are_not_neighbours(name: str) -> None:
+    shape = SHAPES[name]
+    limits = attrs.evolve(LIMITS, kv_copies=1)
+    tables = [Table((0, 1), 2)]
+    pages = PageMove.of(tables, seated(tables, 12), limits, limits)
+    before = tensor_pipeline(shape, 4, 1)
+    for lost in [(0,), (1,), (2,), (3,), (0, 2), (1, 3)]:
+        left = [card for card in range(4) if card not in lost]
+        after = on_cards(tensor_pipeline(shape, len(left), 1), left)
+        held = Holdings.of(before, (), left)
+        made = reshard(
+            shape, held, after, Topology.with_mock(4), context=64, room=PLENTY, pages=pages
+        )
+        check_reshard(shape, held, after, made, context=64)
+        assert made.pages == pages
+        # The copies are made anew.
+        new = {b for r in made.rounds for _, b in r.made if b.startswith("kv_copy.")}
+        kept = {b for _, b in made.kept if b.startswith("kv_copy.")}
+        assert new | kept == {f"kv_copy.{i}" for i in range(len(shape.layers))}
+
+
+def test_who_keeps_a_copy_is_the_next_card_of_the_stage() -> None:
+    shape = SHAPES["heads alone"]
+    plan = on_cards(tensor_pipeline(shape, 3, 2), (5, 0, 3, 1, 2, 4))
+    assert [keeper(plan, card) for card in plan.cards] == [0, 3, 5, 2, 4, 1]
+    for card in plan.cards:
+        kept = ward(plan, card)
+        assert kept is not None and keeper(plan, kept.card) == card != kept.card
+        assert ward_heads(shape, plan, card) == kept.kv_heads(shape.group)
+    # A card without heads keeps others', and has none to be kept.
+    first, *others = plan.stages[0].shares
+    uneven = (
+        attrs.evolve(first, heads=Share(0, 8)),
+        *(attrs.evolve(other, heads=Share(8, 8)) for other in others),
+    )
+    plan = attrs.evolve(plan, stages=(Stage(plan.stages[0].layers, uneven), plan.stages[1]))
+    assert [keeper(plan, card) for card in (5, 0, 3)] == [0, None, None]
+    assert ward(plan, 3) is ward(plan, 5) is None
+    alone = tensor_pipeline(shape, 1, 2)
+    assert keeper(alone, 0) is keeper(alone, 1) is ward(alone, 0) is None
+    assert keeps_all(plan) and not keeps_all(alone)
+    with pytest.raises(PlanError, match="card 1 alone has the keys and values of stage 1"):
+        check_copies(FleetPlan.of(attrs.evolve(alone, stages=(plan.stages[0], alone.stages[1]))))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_copies_are_counted_as_memory(name: str) -> None:
+    shape = SHAPES[name]
+    limits = attrs.evolve(LIMITS, kv_copies=1)
+    for plan in (tensor_pipeline(shape, 3, 1), tensor_pipeline(shape, 2, 2)):
+        for card in plan.cards:
+            names = {b.name for b in card_buffers(shape, plan, card, limits)}
+            assert len([n for n in names if n.startswith("kv_copy.")]) == len(
+                [n for n in names if n.startswith("kv.")]
+            )
+            more = card_bytes(shape, plan, card, limits) - card_bytes(shape, plan, card, LIMITS)
+            extra = [b for b in card_buffers(shape, plan, card, limits) if "copy" in b.name]
+            assert more == sum(b.ddr_bytes for b in extra) > 0
+        # As many pages as fit, no more.
+        ddr = tuple(card_bytes(shape, plan, card, limits) for card in plan.cards)
+        assert fit_kv_pages(shape, plan, limits, ddr, 99) == LIMITS.kv_pages
+        assert fit_kv_pages(shape, plan, LIMITS, ddr, 99) > LIMITS.kv_pages
 
 
 def test_a_pool_of_the_same_heads_and_pages_stays_where_it_is() -> None:
