@@ -113,8 +113,8 @@ class Rerouted(Event):
 class Replanned(Event):
     """A model goes on with another plan, because its cards `lost` were lost, or, where there are
     none, some were drained or admitted: the plan it had, the one it has now, and how many sequences
-    resume, so long after the failure was noticed or the move begun; `moved` others had gone on at
-    once, on other replicas."""
+    resume, so long after the failure was noticed or the move begun, `kept` of them with their KV;
+    `moved` others had gone on at once, on other replicas."""
 
     model: str
     lost: tuple[int, ...]

@@ -4,13 +4,15 @@ failures have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import trio
 from waiting import until
 
 import spanker
+from spanker.actors import copying
+from spanker.actors.coordinator import Coordinator
 from spanker.events import CardLost, Event
 from spanker.testing import hang, kill
 
@@ -97,6 +99,24 @@ class Schedule:
         for fault in [f for f in self._faults if f[0] <= items]:
             self._faults.remove(fault)
             fault[1](self._fleet, fault[2])
+
+
+class FailingMove:
+    """Stands for `copying.run`: the link of cards 0 and 1 is cut, or a fault strikes card 3, when
+    programs that move a model run for the time `run`; `runs` counts them."""
+
+    def __init__(self, fleet: spanker.Fleet, run: int, fault: str) -> None:
+        self.runs = 0
+        self._fleet, self._run, self._fault = fleet, run, fault
+        self._original = copying.run
+
+    async def __call__(self, coordinator: Coordinator, programs: Mapping[int, int]) -> None:
+        self.runs += 1
+        if self.runs == self._run and self._fault == "cut":
+            self._fleet.devices[0].cut(1)  # type: ignore[union-attr]
+        elif self.runs == self._run:
+            FAULTS[self._fault](self._fleet, 3)
+        await self._original(coordinator, programs)
 
 
 def lost_cards(fleet: spanker.Fleet) -> list[int]:

@@ -7,7 +7,6 @@ A failing case is replayed by its name: moments are drawn from the seed in it.
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from crowd import (
     Answers,
     At,
     Crowd,
+    FailingMove,
     Schedule,
     check_nothing_held,
     lost_cards,
@@ -256,46 +256,33 @@ async def test_with_copies_a_lost_card_costs_no_position(
     assert POSITIONS <= sum(computed) <= POSITIONS + 1
 
 
-async def test_with_copies_cards_go_one_after_the_other_down_to_the_last(
-    tiny: Path, expected: Answers, computed: list[int]
-) -> None:
-    """The copies are made anew each time."""
-    with trio.fail_after(TIMEOUT_S):
-        async with spanker.open_fleet(4) as fleet:
-            model = await fleet.load(tiny, plan="tp", kv_copies=1)
-            faults = [(10, kill, 2), (50, kill, 0), (90, kill, 3)]
-            assert await Crowd(model, Schedule(fleet, faults)).run() == expected
-            assert model.plan.cards == (1,)
-            assert [event.kept for event in moves(fleet)] == [
-                event.sequences for event in moves(fleet)
-            ]
-    assert POSITIONS <= sum(computed) <= POSITIONS + 3
-
-
-@pytest.mark.parametrize(("second", "again"), [(2, True), (3, False)])
-async def test_a_card_and_who_keeps_its_copy_are_computed_again(
-    second: int, again: bool, tiny: Path, expected: Answers, computed: list[int]
+@pytest.mark.parametrize(
+    ("plan", "lost", "again"),
+    [
+        # The copies are made anew each time.
+        pytest.param("tp", [(10, 2), (50, 0), (90, 3)], False, id="down to the last"),
+        pytest.param("tp", [(50, 1), (50, 3)], False, id="two at once"),
+        pytest.param("tp", [(50, 1), (50, 2)], True, id="a card and its keeper"),
+        pytest.param("dp2xtp2", [(50, 1)], False, id="of two replicas"),
+    ],
+)
+async def test_only_who_loses_its_keeper_at_the_same_time_is_computed_again(
+    plan: str,
+    lost: list[tuple[int, int]],
+    again: bool,
+    tiny: Path,
+    expected: Answers,
+    computed: list[int],
 ) -> None:
     with trio.fail_after(TIMEOUT_S):
         async with spanker.open_fleet(4) as fleet:
-            model = await fleet.load(tiny, plan="tp", kv_copies=1)
-            faults = [(50, kill, 1), (50, kill, second)]
-            assert await Crowd(model, Schedule(fleet, faults)).run() == expected
-            assert lost_cards(fleet) == [1, second]
-            assert (moves(fleet)[-1].kept == 0) == again
-    assert (sum(computed) > POSITIONS + 50) == again
-
-
-async def test_replicas_with_copies_keep_their_sequences(
-    tiny: Path, expected: Answers, computed: list[int]
-) -> None:
-    with trio.fail_after(TIMEOUT_S):
-        async with spanker.open_fleet(4) as fleet:
-            model = await fleet.load(tiny, plan="dp2xtp2", kv_copies=1)
-            assert await Crowd(model, Schedule(fleet, [(50, kill, 1)])).run() == expected
-            (moved,) = moves(fleet)
-            assert moved.kept == moved.sequences > 0 == moved.moved
-    assert POSITIONS <= sum(computed) <= POSITIONS + 1
+            model = await fleet.load(tiny, plan=plan, kv_copies=1)
+            faults = Schedule(fleet, [(moment, kill, card) for moment, card in lost])
+            assert await Crowd(model, faults).run() == expected
+            assert lost_cards(fleet) == sorted(card for _, card in lost)
+            last = moves(fleet)[-1]
+            assert last.kept == (0 if again else last.sequences) < 5 and last.moved == 0
+    assert (sum(computed) > POSITIONS + len(lost)) == again
 
 
 async def test_copies_go_over_the_host_where_a_link_is_down(
@@ -398,27 +385,18 @@ async def test_what_fails_while_pages_move_is_computed_again(
     computed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs, original = itertools.count(1), copying.run
     monkeypatch.setattr(resharding, "ROUND_BYTES", 50_000)
-
-    async def failing(coordinator: Coordinator, programs: dict[int, int]) -> None:
-        if next(runs) == run:
-            if fault == "cut":
-                fleet.devices[0].cut(1)  # type: ignore[union-attr]
-            else:
-                FAULTS[fault](fleet, 3)
-        await original(coordinator, programs)
-
     with trio.fail_after(TIMEOUT_S):
         async with (
             spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet,
             trio.open_nursery() as nursery,
         ):
             model = await fleet.load(tiny, plan="tp")
+            failing = FailingMove(fleet, run, fault)
             monkeypatch.setattr(copying, "run", failing)
             wish = At({50: lambda: nursery.start_soon(fleet.drain, 2)})
             assert await Crowd(model, wish).run() == expected
-            assert next(runs) > run
+            assert failing.runs >= run
             await check_nothing_held(model)
             # A card that hangs may have done its part of the move before.
             assert moves(fleet)[-1].kept == 0

@@ -6,7 +6,6 @@ A failing case is replayed by its name: faults and their moments are drawn from 
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from crowd import (
     ITEMS,
     Answers,
     Crowd,
+    FailingMove,
     Fault,
     Schedule,
     check_nothing_held,
@@ -33,7 +33,6 @@ import spanker
 from spanker.actors import coordinator as coordinators
 from spanker.actors import copying
 from spanker.actors import session as sessions
-from spanker.actors.coordinator import Coordinator
 from spanker.actors.message import Ok, Request, WriteBuffers
 from spanker.errors import (
     CardLinkError,
@@ -121,22 +120,13 @@ async def test_another_one_during_a_recovery(fault: str, tiny: Path, expected: A
 async def test_what_fails_while_cards_bring_weights_changes_no_bit(
     run: int, fault: str, tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, original = itertools.count(1), copying.run
     monkeypatch.setattr(resharding, "ROUND_BYTES", 100_000)
-
-    async def failing(coordinator: Coordinator, programs: dict[int, int]) -> None:
-        if next(runs) == run:
-            if fault == "cut":
-                fleet.devices[0].cut(1)  # type: ignore[union-attr]
-            else:
-                FAULTS[fault](fleet, 3)
-        await original(coordinator, programs)
-
     async with spanker.open_fleet(4, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
         model = await fleet.load(tiny, plan="tp")
+        failing = FailingMove(fleet, run, fault)
         monkeypatch.setattr(copying, "run", failing)
         assert await Crowd(model, Schedule(fleet, [(20, kill, 2)])).run() == expected
-        assert next(runs) > run
+        assert failing.runs >= run
         assert lost_cards(fleet) == ([2] if fault == "cut" else [2, 3])
         assert (LinkDown in kinds(fleet)) == (fault == "cut")
         await check_nothing_held(model)

@@ -17,7 +17,13 @@ from spanker.sched.topology import Topology
 from spanker.testing import run_virtual
 
 # Of everything one; each takes seconds.
-QUICK = {"tp4, killed", "tp4, hung, noticed after 0.5 s", "dp2xtp2, to the other", "pp4"}
+QUICK = {
+    "tp4, killed",
+    "tp4, hung, noticed after 0.5 s",
+    "tp4 with copies, killed",
+    "dp2xtp2, to the other",
+    "pp4",
+}
 
 
 @pytest.mark.parametrize(

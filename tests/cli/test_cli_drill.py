@@ -67,6 +67,20 @@ def test_the_answer_is_the_same_whatever_fails(tiny: str) -> None:
     assert [card["card"] for card in killed["cards"]] == [0, 1, 3]
 
 
+def test_with_copies_of_kv_nothing_is_computed_again(tmp_path: Path) -> None:
+    # A KV head for each card, so that without copies that of the lost one is gone.
+    path = str(write_tiny_llama(tmp_path / "tiny.gguf", context=512, heads=4, kv_heads=4))
+    args = drilled(path, "--kill", "2@token:20", "--json")
+    for done, kept in zip(batch(args, (*args, "--kv-copies", "1")), (False, True), strict=True):
+        found = done.json()
+        assert found["same"]
+        told = [event["text"] for event in found["timeline"]["events"]]
+        assert any("(1 with its KV)" in text for text in told) == kept
+    alone = drilled(path, "--kill", "0@token:20", "--cards", "1", "--kv-copies", "1")
+    (refused,) = batch(alone)
+    assert "a copy on the same card would be lost with it" in refused.err
+
+
 def test_the_timeline_is_in_order(tiny: str) -> None:
     (done,) = batch(drilled(tiny, "--hang", "2@token:20", "--json"))
     found = done.json()["timeline"]

@@ -123,9 +123,9 @@ MUTATIONS = (
     Mutation(
         "row-tile-dropped",
         "spanker.actors.coordinator:Coordinator._load",
-        "await loading.bring(ask, todo[first], handles, at_once, sent, mapped)",
-        "todo[first] = todo[first][: -1 if self.lost else None]\n"
-        "            await loading.bring(ask, todo[first], handles, at_once, sent, mapped)",
+        "alone = len(chain) == 1",
+        "alone = len(chain) == 1\n"
+        "            todo[first] = todo[first][: -1 if self.lost else None]",
     ),
     # Pages that go along, and are given to others, too; or one less of them.
     Mutation(
