@@ -301,6 +301,26 @@ async def test_copies_go_over_the_host_where_a_link_is_down(
             assert moves(fleet)[0].kept > 0
 
 
+async def test_copies_need_a_link_where_the_host_does_not_relay(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind the kernel module: rows may go over another card, copies do not."""
+    monkeypatch.setattr(Coordinator, "relays", False)
+    with trio.fail_after(TIMEOUT_S):
+        async with spanker.open_fleet(3, hang_timeout_s=1) as fleet:
+            model = await fleet.load(tiny, plan="tp", kv_copies=1)
+
+            def cut() -> None:
+                fleet.devices[0].cut(1)  # type: ignore[union-attr]
+
+            assert await Crowd(model, At({20: cut})).run() == expected
+            assert not {0, 1} <= set(model.plan.cards)
+            assert moves(fleet)[0].lost == ()
+            # Without copies nothing had to move.
+            other = await fleet.load(tiny, plan="tp")
+            assert other.plan.cards == (0, 1, 2)
+
+
 async def test_copies_that_cannot_be_are_refused(tiny: Path) -> None:
     async with spanker.open_fleet(1) as fleet:
         with pytest.raises(PlanError, match="card 0 alone has the keys and values"):

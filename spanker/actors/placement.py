@@ -33,7 +33,7 @@ from spanker.errors import (
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
-from spanker.sched.copies import check_copies, keeps_all
+from spanker.sched.copies import check_copies, check_copy_ways, keeps_all
 from spanker.sched.detours import check_ways, meshed, over_host, reaching
 from spanker.sched.layout import card_bytes, fit_kv_pages, rounding_bytes
 from spanker.sched.limits import with_kv_pages
@@ -342,7 +342,7 @@ class Placement:
         if not self._flexible and set(self._first[number].cards) <= set(cards):
             with contextlib.suppress(PlanError):
                 if not self._coordinator.relays:
-                    check_ways(self._first[number], self._coordinator.links.down)
+                    self._check_ways(self._first[number])
                 return fitted(self._first[number])
         return self._on_best_group(
             cards, lambda group, hosted: fitted(self._best(group, free, hosted))
@@ -377,7 +377,7 @@ class Placement:
             with contextlib.suppress(PlanError):
                 plan = self._plan(self._asked, cards, free, None, hosted).replicas[0]
                 if not hosted:
-                    check_ways(plan, self._coordinator.links.down)
+                    self._check_ways(plan)
                 with contextlib.suppress(CardMemoryError):
                     fit_kv_pages(self._model.shape, plan, self._wanted.limits, tuple(free), 0)
                     return plan
@@ -464,12 +464,19 @@ class Placement:
                 made = self._plan("auto", together, free, kv_tokens, hosted)
         return made
 
+    def _check_ways(self, plan: Plan) -> None:
+        """PlanError where links that are down cut a plan's cards off from each other."""
+        down = self._coordinator.links.down
+        check_ways(plan, down)
+        if self._wanted.limits.kv_copies and not self._coordinator.relays:
+            check_copy_ways(plan, down)
+
     def _has_ways(self, plan: FleetPlan) -> bool:
         """Whether the cards of each replica reach each other: those of a part of the fleet may be
         linked by others alone."""
         try:
             for replica in plan.replicas:
-                check_ways(replica, self._coordinator.links.down)
+                self._check_ways(replica)
         except PlanError:
             return False
         return True
@@ -482,7 +489,7 @@ class Placement:
         if missing:
             raise PlanError(f"plan {plan.name} uses card {missing[0]}, which is lost")
         for replica in () if hosted else plan.replicas:
-            check_ways(replica, self._coordinator.links.down)
+            self._check_ways(replica)
         return plan
 
     async def _load(
