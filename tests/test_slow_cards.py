@@ -56,6 +56,8 @@ def test_a_straggler_gets_a_smaller_share_and_its_own_back(wide: Path) -> None:
                 assert isinstance(slow, CardSlow) and slow.card == 1
                 assert slow.factor == pytest.approx(8, rel=0.1)
                 assert isinstance(replanned, Replanned) and replanned.lost == ()
+                # Nothing is computed again for it.
+                assert replanned.kept == replanned.sequences == 1
                 assert rows_of(model, 1) < equal
             return ids, events, took_s
 

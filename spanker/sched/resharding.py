@@ -454,7 +454,7 @@ class _Resharding:
         return all(
             self._holder(card, pool.layer, head) is not None
             for card, pool in wanted
-            for head, _ in pool.planes()
+            for head in range(pool.heads.start, pool.heads.stop)
         ) and all(self._ranges(*buffers) <= RANGES_MAX for buffers in self._families())
 
     def _ranges(self, *buffers: str) -> int:

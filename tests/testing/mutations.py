@@ -124,8 +124,7 @@ MUTATIONS = (
         "row-tile-dropped",
         "spanker.actors.coordinator:Coordinator._load",
         "alone = len(chain) == 1",
-        "alone = len(chain) == 1\n"
-        "            todo[first] = todo[first][: -1 if self.lost else None]",
+        "alone = len(chain) == 1; todo[first] = todo[first][: -1 if self.lost else None]",
     ),
     # Pages that go along, and are given to others, too; or one less of them.
     Mutation(
