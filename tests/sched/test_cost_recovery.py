@@ -28,8 +28,9 @@ WEIGHTS = (
 
 
 def recovery(before: Plan = TP4, after: Plan = TP3, **options: object) -> RecoveryCost:
-    settings: dict[str, object] = {"lost": (2,), "profile": REV_A, "positions": (148,), **options}
-    return cost.recovery(SHAPE, before, after=after, topology=FOUR, limits=LIMITS, **settings)  # type: ignore[arg-type]
+    settings: dict[str, object] = {"lost": (2,), "profile": REV_A, "positions": (148,)}
+    settings |= {"limits": LIMITS, **options}
+    return cost.recovery(SHAPE, before, after=after, topology=FOUR, **settings)  # type: ignore[arg-type]
 
 
 def test_parts_add_up_and_weights_take_what_the_host_link_does() -> None:
@@ -70,6 +71,52 @@ def test_equal_prompts_cost_what_a_prefill_does() -> None:
             SHAPE, TP4, REV_A, FOUR, lengths=(tokens,) * batch, chunk=chunk
         )
         assert plain == unlike
+
+
+def test_with_copies_one_step_is_computed_and_pages_move_beside_the_weights() -> None:
+    copied = attrs.evolve(LIMITS, kv_copies=1)
+    plain, kept = recovery(), recovery(limits=copied)
+    step = cost.prefill_unlike(
+        SHAPE,
+        TP3,
+        REV_A,
+        FOUR.among((0, 1, 3)),
+        lengths=(148,),
+        computed=(147,),
+        chunk=512,
+        kv_copies=1,
+    )
+    assert (step.tokens, step.steps) == (1, 1)
+    assert kept.kv_s == step.seconds < plain.kv_s / 50
+    # Some megabytes, while the host brings a hundred.
+    assert plain.weights_s < kept.weights_s < plain.weights_s + 0.02
+    # Where all come from the host, or a card and its keeper are gone, nothing is left of it.
+    for gone in (
+        recovery(limits=copied, weights=Weights.HOST),
+        recovery(limits=copied, lost=(2, 3), after=on_cards(tensor_pipeline(SHAPE, 2, 1), (0, 1))),
+    ):
+        assert gone.kv_s > plain.kv_s
+
+
+def test_kv_heads_that_two_cards_have_are_as_good_as_copies() -> None:
+    before = tensor_pipeline(SHAPE, 8, 1)
+    after = on_cards(tensor_pipeline(SHAPE, 7, 1), (0, 1, 2, 3, 4, 6, 7))
+    found = cost.recovery(
+        SHAPE, before, (5,), after, REV_A, Topology.with_mock(8), LIMITS, positions=(148, 20)
+    )
+    two = [
+        cost.prefill_unlike(
+            SHAPE, after, REV_A, Topology.with_mock(8), lengths=(148, 20), computed=done, chunk=512
+        ).seconds
+        for done in ((147, 19), (0, 0))
+    ]
+    assert found.kv_s == two[0] < two[1] / 10
+
+
+def test_what_is_computed_is_less_than_the_prompt() -> None:
+    for done in ((148,), (-1,)):
+        with pytest.raises(PlanError, match="cannot be computed"):
+            cost.prefill_unlike(SHAPE, TP4, REV_A, FOUR, lengths=(148,), computed=done, chunk=512)
 
 
 def test_another_replica_has_everything_but_the_keys_and_values() -> None:
