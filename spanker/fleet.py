@@ -746,8 +746,8 @@ class Fleet:
         and `admit` brings it back.
 
         Collectives go on using every card.  Raises ConfigError where there is no such card, and
-        what stands in the way, CardMemoryError where the others are too small: then models that
-        have not moved stay, and so does the card.
+        what stands in the way, CardMemoryError where the others are too small, or CardLostError
+        where they are lost: then models that have not moved stay, and so does the card.
         """
         if not 0 <= card < len(self.cards):
             raise ConfigError(f"no card {card}: the fleet has cards 0 to {len(self.cards) - 1}")
@@ -759,6 +759,7 @@ class Fleet:
         if card in coordinator.drained:
             return
         coordinator.drained.add(card)
+        coordinator.draining.add(card)
         try:
             # What is being loaded may have been planned with this card.
             async with self._load_lock:
@@ -766,9 +767,18 @@ class Fleet:
             for session in self._sessions():
                 if card in session.loaded.plan.cards:
                     await session.move()
+            for session in self._sessions():
+                if card in session.loaded.plan.cards and card not in coordinator.lost:
+                    raise CardMemoryError(
+                        f"card {card} stays in use: another card was lost meanwhile, and without "
+                        f"this one {session.name} could not go on; add a card, or unload the model",
+                        card=card,
+                    )
         except BaseException:
             coordinator.drained.discard(card)
             raise
+        finally:
+            coordinator.draining.discard(card)
 
     async def admit(self, card: int) -> None:
         """Use a drained card again, or, as a new one, a card that was lost: models are planned anew
@@ -777,7 +787,8 @@ class Fleet:
 
         Raises ConfigError where the card is neither, and of one that is lost what still stands in
         its way: CardLostError where it is gone, CardCommandError where its kind cannot be opened
-        again.  Models that had no card left have ended, and can be loaded again.
+        again.  Models that had no card left have ended, and can be loaded again; so have replicas,
+        which come back when their model is loaded again.
         """
         coordinator = self._coordinator
         if card not in coordinator.lost and card not in coordinator.drained:
@@ -854,9 +865,10 @@ class Fleet:
         raise ConfigError(f"a card that joins must be of the fleet's kind: open e.g. {kind}:1")
 
     async def _place_anew(self) -> None:
-        """Have models placed on the cards there are by now; what has no better place stays."""
+        """Have models placed on the cards there are by now; what has no better place, or cannot be
+        moved, stays, and a session that ends tells its sequences."""
         for session in self._sessions():
-            with contextlib.suppress(PlanError, CardMemoryError):
+            with contextlib.suppress(SpankerError):
                 await session.move()
 
     def _sessions(self) -> list[Session]:

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -104,6 +104,7 @@ class Coordinator:
         topology: Topology | None = None,
         lives: Sequence[CardLife] = (),
         new_life: Callable[[CardDevice], CardLife] | None = None,
+        nursery: trio.Nursery,
     ) -> None:
         # By card number; one that returns has a new one.
         self.clients = list(clients)
@@ -117,8 +118,9 @@ class Coordinator:
         self.lost: dict[int, CardError] = {}
         # Stragglers: how many times as long as it should each of them takes.
         self.slow: dict[int, float] = {}
-        # Cards that are to hold no model for now.
+        # Cards that are to hold no model for now, and those of them that may still hold one.
         self.drained: set[int] = set()
+        self.draining: set[int] = set()
         self.events = EventLog()
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
@@ -139,6 +141,10 @@ class Coordinator:
         self._epoch = 1
         # One model at a time, so that the memory it takes can be told from another's.
         self._load_lock = trio.Lock()
+        # What is given back is so whatever becomes of who wanted that.
+        self._nursery = nursery
+        self._giving_back = 0
+        self._given_back = trio.Event()
 
     async def discover(self) -> None:
         """Ask every card what it is; refuses a card that speaks or computes differently."""
@@ -405,8 +411,7 @@ class Coordinator:
             self._check_memory(replicas, before, await self._memory_used(plan))
         except BaseException:
             with trio.move_on_after(STOP_S, shield=True):
-                for loaded in replicas:
-                    await self.unload(loaded)
+                await self.unload(*replicas)
             raise
         return replicas
 
@@ -422,19 +427,20 @@ class Coordinator:
     ) -> None:
         """Write buffers of a model on a card, or, where it maps a `packed` copy, map what that has;
         the whole embedding too, `alone`, instead of copying columns of it."""
-        ask, handles = functools.partial(self.ask, card), loaded.handles[card]
+        handles = loaded.handles[card]
         if packed is not None:
             mapped = [upload for upload in uploads if upload.place is not None]
             uploads = [upload for upload in uploads if upload.place is None]
+            idle = functools.partial(self.ask_between_steps, card)
             table = llama.mapped_table(loaded.model, loaded.plan, card, packed)
             if table is not None and alone:
                 handles[table.buffer] = await self.open_window(card, table.nbytes)
-                await loading.map_all(ask, packed.fd, [table], handles, lambda nbytes: None)
+                await loading.map_all(idle, packed.fd, [table], handles, lambda nbytes: None)
                 columns = [u.nbytes for u in uploads if u.buffer == llama.COLUMNS]
                 uploads = [u for u in uploads if u.buffer != llama.COLUMNS]
                 sent(sum(columns))
-            await loading.map_all(ask, packed.fd, mapped, handles, sent)
-        await loading.upload(ask, uploads, handles, at_once, sent)
+            await loading.map_all(idle, packed.fd, mapped, handles, sent)
+        await loading.upload(functools.partial(self.ask, card), uploads, handles, at_once, sent)
 
     def mapping(self, cards: Sequence[int], packed: PackedFile | None) -> list[int]:
         """Those of these cards that map a packed copy instead of holding its bytes."""
@@ -492,8 +498,7 @@ class Coordinator:
                 self._check_memory((loaded,), before, await self._memory_used(FleetPlan.of(plan)))
             except BaseException:
                 with trio.move_on_after(STOP_S, shield=True):
-                    await self.unload(loaded)
-                    await self.unload(held)
+                    await self.unload(loaded, held)
                 raise
         return loaded, seats
 
@@ -533,7 +538,7 @@ class Coordinator:
         it has come over a host link that all cards may be using."""
         try:
             with trio.CancelScope(shield=True):
-                reply = await self._ask(client, request, STOP_S)
+                reply = await self._ask(client, request)
         except CardLostError:
             # Where everything is being cancelled, the card with it, that is what happened.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -554,10 +559,15 @@ class Coordinator:
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """A request that a card answers at once, or after the work of a message; CardHungError
         where it does not within the hang timeout."""
-        limit_s = max(self._hang_timeout_s, STOP_S)
-        return await self._ask(self.clients[card], request, limit_s)
+        return await self._ask(self.clients[card], request)
 
-    async def _ask(self, client: CardClient, request: Request[ReplyT], limit_s: float) -> ReplyT:
+    async def ask_between_steps(self, card: int, request: Request[ReplyT]) -> ReplyT:
+        """The same of what a card does only while nothing is queued on it."""
+        async with self._locks.holding((card,)):
+            return await self.ask(card, request)
+
+    async def _ask(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
+        limit_s = max(self._hang_timeout_s, STOP_S)
         if self.profile.host_link_bytes_per_s is not None:
             nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
             limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
@@ -591,17 +601,15 @@ class Coordinator:
             return (await self.owning(self.clients[card], request)).program
 
     async def give_program_back(self, card: int, program: int) -> None:
-        """The end of what `load_program` began, whatever is being cancelled; bounded in time."""
-
-        async def unload() -> None:
-            with contextlib.suppress(CardError):
-                await self.clients[card].request(UnloadProgram(program))
-
-        with trio.CancelScope(shield=True):
-            await in_time(STOP_S, unload)
+        """The end of what `load_program` began, which is waited for a while whatever is being
+        cancelled."""
+        request, births = UnloadProgram(program), tuple(self.births)
+        with trio.move_on_after(STOP_S, shield=True):
+            await self._surely([functools.partial(self._give_back, card, (request,), (), births)])
 
     async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""
+        await self.settled()
         return {card: (await self.ask(card, ReadCounters())).ddr_used_bytes for card in plan.cards}
 
     def _check_memory(
@@ -625,40 +633,86 @@ class Coordinator:
         shape, plan, limits = loaded.model.shape, loaded.plan, loaded.limits
         return card_bytes(shape, plan, card, limits, granule=granule)
 
-    async def unload(self, loaded: LoadedModel) -> None:
-        """Free what a model holds on its cards."""
-        await self.free(loaded, {card: tuple(names) for card, names in loaded.handles.items()})
+    async def unload(self, *models: LoadedModel) -> None:
+        """Free what models hold on their cards; as `free`."""
+        everything = [(loaded, loaded.handles) for loaded in models]
+        await self._surely([job for held in everything for job in self._freeing(*held)])
 
     async def free(self, loaded: LoadedModel, buffers: Mapping[int, Sequence[str]]) -> None:
         """Free these buffers of a model, by card, and first its programs there; a card that is lost
-        has nothing to free, and one that answers nothing for the hang timeout is lost."""
+        has nothing to free, and one that answers nothing for the hang timeout is lost.  Cancelled,
+        it is only the waiting that ends.
 
-        async def free(card: int) -> None:
-            client, handles = self.clients[card], loaded.handles[card]
-            patience = Patience(self._hang_timeout_s)
+        Not one by one: hundreds of answers over a slow host link take seconds, and a card that does
+        not answer must not keep the others' memory.
+        """
+        await self._surely(self._freeing(loaded, buffers))
 
-            async def ask(request: Request[Ok]) -> None:
-                with contextlib.suppress(CardError):
-                    await client.request(request)
-                patience.came()
+    def _freeing(
+        self, loaded: LoadedModel, buffers: Mapping[int, Iterable[str]]
+    ) -> list[loading.Job]:
+        jobs: list[loading.Job] = []
+        for card, names in buffers.items():
+            if self.holds(loaded, card):
+                handles = loaded.handles[card]
+                first = (
+                    [UnloadProgram(loaded.programs.pop(card))] if card in loaded.programs else []
+                )
+                rest = [FreeBuffer(handles.pop(name)) for name in tuple(names)]
+                jobs.append(functools.partial(self._give_back, card, first, rest, loaded.births))
+        return jobs
 
-            async def free_all() -> None:
-                if card in loaded.programs:
-                    await ask(UnloadProgram(loaded.programs.pop(card)))
+    async def _give_back(
+        self,
+        card: int,
+        first: Sequence[Request[Ok]],
+        rest: Sequence[Request[Ok]],
+        births: Sequence[int],
+    ) -> None:
+        """Requests after which a card has less, the `first` ones before the others."""
+        client, patience = self.clients[card], Patience(self._hang_timeout_s)
+
+        async def ask(request: Request[Ok]) -> None:
+            with contextlib.suppress(CardError):
+                await client.request(request)
+            patience.came()
+
+        async def give_back() -> None:
+            for requests in (first, rest):
                 async with trio.open_nursery() as asking:
-                    for name in buffers[card]:
-                        asking.start_soon(ask, FreeBuffer(handles.pop(name)))
+                    for request in requests:
+                        asking.start_soon(ask, request)
 
-            if not await patience.with_(free_all):
-                # What it still holds nobody will ever know.
-                self.lose(self.silent(card), loaded.births)
+        if not await patience.with_(give_back):
+            # What it still holds nobody will ever know.
+            self.lose(self.silent(card), births)
 
-        # Not one by one: hundreds of answers over a slow host link take seconds, and a card that
-        # does not answer must not keep the others' memory.
-        async with trio.open_nursery() as nursery:
-            for card in buffers:
-                if self.holds(loaded, card):
-                    nursery.start_soon(free, card)
+    async def _surely(self, jobs: Sequence[loading.Job]) -> None:
+        """Run what gives something back, all together, to its end, also where the caller is
+        cancelled meanwhile."""
+        done = trio.Event()
+
+        async def run() -> None:
+            try:
+                await loading.run_all(jobs)
+            finally:
+                done.set()
+                self._giving_back -= 1
+                if not self._giving_back:
+                    self._given_back.set()
+
+        if not jobs:
+            return
+        if not self._giving_back:
+            self._given_back = trio.Event()
+        self._giving_back += 1
+        self._nursery.start_soon(run)
+        await done.wait()
+
+    async def settled(self) -> None:
+        """Nothing is being given back any more for somebody who has not waited for it."""
+        while self._giving_back:
+            await self._given_back.wait()
 
     # --- steps ------------------------------------------------------------------------
 
@@ -911,6 +965,7 @@ async def open_coordinator(
             topology=topology,
             lives=lives,
             new_life=new_life,
+            nursery=nursery,
         )
         coordinator.host_link = channels.link
         watching = trio.CancelScope()

@@ -29,6 +29,7 @@ from spanker.errors import (
     CardMemoryError,
     ModelError,
     PlanError,
+    SpankerError,
 )
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
@@ -145,6 +146,7 @@ class Placement:
         # A plan for certain cards is not for others.
         self._flexible = self._asked in ("auto", *_ANY_CARDS)
         self._first: tuple[Plan, ...] = ()
+        self._first_pages: tuple[int, ...] = ()
         # What each replica has on its cards, None while it has nothing.
         self.replicas: list[LoadedModel | None] = []
 
@@ -164,10 +166,13 @@ class Placement:
                     loaded = await self._load(plan, limits, progress)
                     break
                 except CardError as error:
+                    if self._link_lost(error):
+                        continue
                     if not (self._recover and self._flexible and self._lost(error, births)):
                         raise
         self.replicas = list(loaded)
         self._first = plan.replicas
+        self._first_pages = tuple(replica.limits.kv_pages for replica in loaded)
         return plan, loaded
 
     async def replace(self, number: int, tables: Sequence[Table] = ()) -> tuple[LoadedModel, Seats]:
@@ -177,20 +182,23 @@ class Placement:
         other replicas, as far as nothing fails meanwhile; else from the file.  The KV pages of
         these `tables` go along where they are all left: what comes back says where each is then.
 
-        The limits may allow fewer KV pages than before.  Raises CardMemoryError, with the bytes
-        needed, where it does not fit any more, CardLostError where no card is left, ModelError
-        where its file is gone: then it still has what it had.  Of a failure later it has nothing.
-        A card that is lost meanwhile is left out, too.
+        The limits may allow fewer KV pages than before, or more, up to those of the beginning.
+        Raises CardMemoryError, with the bytes needed, where it does not fit any more, CardLostError
+        where no card is left, ModelError where its file is gone: then it still has what it had.
+        After a failure later it is loaded again where it was, if that can be; else it has nothing.
+        A card that is lost meanwhile is left out, too; one that is being drained is used where
+        without it the model would be lost.
         """
         before = self.replicas[number]
         assert before is not None
         coordinator = self._coordinator
         held: LoadedModel | None = before
+        reserve: tuple[int, ...] = ()
         async with self._lock:
             while True:
                 births, moving = tuple(coordinator.births), False
                 try:
-                    cards, free = await self._cards(self._left_to(number), held)
+                    cards, free = await self._cards((*self._left_to(number), *reserve), held)
                     plan, pages = self._replan(number, cards, free, before.limits)
                     limits = attrs.evolve(before.limits, kv_pages=pages)
                     if held is None:
@@ -208,14 +216,41 @@ class Placement:
                         )
                     break
                 except CardError as error:
-                    if isinstance(error, CardLinkDownError):
-                        assert error.card is not None and error.peer is not None
-                        coordinator.links.lose(error.card, error.peer)
+                    self._link_lost(error)
                     # Whatever has become of what it held, the host has everything.
-                    if not (self._lost(error, births) or moving):
-                        raise
+                    if self._lost(error, births) or moving:
+                        continue
+                    if not reserve and not self._is_there(before):
+                        reserve = self._reserve(before)
+                        if reserve:
+                            continue
+                    if held is None:
+                        await self._put_back(number, before)
+                    raise
         self.replicas[number] = loaded
         return loaded, seats
+
+    async def _put_back(self, number: int, before: LoadedModel) -> None:
+        """Load a replica where it was, if its cards are all there."""
+        if not self._is_there(before):
+            return
+        with contextlib.suppress(SpankerError):
+            plan = FleetPlan.of(before.plan)
+            (self.replicas[number],) = await self._load(plan, before.limits, None)
+
+    def _is_there(self, replica: LoadedModel) -> bool:
+        """Whether no card of a replica is lost."""
+        return self._coordinator.lost.keys().isdisjoint(replica.plan.cards)
+
+    def _link_lost(self, error: CardError) -> bool:
+        """Whether it is a link that failed, of which nobody has known yet that it is down."""
+        if not isinstance(error, CardLinkDownError):
+            return False
+        assert error.card is not None and error.peer is not None
+        links = self._coordinator.links
+        known = (error.card, error.peer) in links.down
+        links.lose(error.card, error.peer)
+        return not known
 
     def _lost(self, error: CardError, births: tuple[int, ...]) -> bool:
         """Whether what failed is to be tried again: it has lost a card, or one has come back
@@ -265,6 +300,7 @@ class Placement:
             replica, self.replicas[number] = self.replicas[number], None
             if replica is not None:
                 await self._coordinator.unload(replica)
+        await self._coordinator.settled()
 
     def _left_to(self, number: int) -> tuple[int, ...]:
         others = {
@@ -274,6 +310,11 @@ class Placement:
             for card in replica.plan.cards
         }
         return tuple(card for card in self._coordinator.alive if card not in others)
+
+    def _reserve(self, replica: LoadedModel) -> tuple[int, ...]:
+        """The cards that a replica is about to leave, but could stay on."""
+        left = self._coordinator.draining.difference(self._coordinator.lost)
+        return tuple(card for card in replica.plan.cards if card in left)
 
     async def _cards(
         self, candidates: Sequence[int], held: LoadedModel | None
@@ -298,7 +339,11 @@ class Placement:
 
         await run_all([functools.partial(ask, card) for card in candidates])
         if not found:
-            raise CardLostError("no card is left to load the model onto")
+            drained = len(coordinator.drained.difference(coordinator.lost))
+            raise CardLostError(
+                f"no card is left to load the model onto: {len(coordinator.lost)} lost, {drained} "
+                f"drained; `Fleet.admit` takes them back"
+            )
         shape, limits = self._model.shape, self._wanted.limits
         free = [0] * len(coordinator.clients)
         for card, counters in found.items():
@@ -337,7 +382,7 @@ class Placement:
         shape = self._model.shape
 
         def fitted(plan: Plan) -> tuple[Plan, int]:
-            return plan, fit_kv_pages(shape, plan, limits, tuple(free), limits.kv_pages)
+            return plan, fit_kv_pages(shape, plan, limits, tuple(free), self._first_pages[number])
 
         if not self._flexible and set(self._first[number].cards) <= set(cards):
             with contextlib.suppress(PlanError):

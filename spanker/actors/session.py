@@ -435,11 +435,14 @@ class Session:
                         self._retire(sequence)
             if failure is not None:
                 await self._recover(failure)
+        # Who has asked meanwhile for a replica to move that is given up: it is on no card any more.
+        self._end_moves(None)
         if self._unloading:
             self._fail(RequestError(f"{self.name} has been unloaded: load it again"))
-        # Who has asked meanwhile for a replica to move that is given up: it is on no card any more.
+
+    def _end_moves(self, error: SpankerError | None) -> None:
         for move in self._moves:
-            move.end(None)
+            move.end(error)
         self._moves.clear()
 
     def _failed(self, error: SpankerError) -> SpankerError | None:
@@ -597,19 +600,21 @@ class Session:
         """Have the replica placed anew, on the cards that may be used by now, between two steps;
         waits until it is.
 
-        Raises ConfigError without a placement, and what stands in the way, CardMemoryError say:
-        where nothing has been freed for it yet, all is as before.
+        Of one that is being unloaded, until nothing of it is left.  Raises ConfigError without a
+        placement, and what stands in the way, CardMemoryError say: then it is where it was, if it
+        can be, and its sequences go on.
         """
         if self._placement is None:
             raise ConfigError("this session cannot move: it was made without a placement")
-        if self._failure is not None or self._unloading:
-            return
-        move = _Move()
-        self._moves.append(move)
-        self.wake()
-        await move.done.wait()
-        if move.error is not None:
-            raise again(move.error)
+        if self._failure is None and not self._unloading:
+            move = _Move()
+            self._moves.append(move)
+            self.wake()
+            await move.done.wait()
+            if move.error is not None:
+                raise again(move.error)
+        if self._unloading:
+            await self.unload()
 
     async def unload(self) -> None:
         """End once the steps under way are over, and give back what the replica has on its cards.
@@ -633,9 +638,14 @@ class Session:
                 await placement.give_up(self.number)
             else:
                 error = caught
-            if placement.replicas[self.number] is None:
+            back = placement.replicas[self.number]
+            if back is None:
                 self._suspend()
                 self._give_up(caught)
+            elif back.handles is not self.loaded.handles:
+                # Where it was, but all of it had been freed.
+                self._suspend()
+                self._resume_on(back, ())
         else:
             if loaded.handles is self.loaded.handles:
                 self.loaded = loaded  # at most its ways are others
@@ -955,9 +965,7 @@ class Session:
     def _fail(self, error: SpankerError) -> None:
         """The session is over; the first reason stays."""
         self._failure = self._failure or error
-        for move in self._moves:
-            move.end(self._failure)
-        self._moves.clear()
+        self._end_moves(self._failure)
         self._end((*self._running, *self._waiting), self._failure)
 
     def _end(self, sequences: Seq[Sequence], error: SpankerError) -> None:

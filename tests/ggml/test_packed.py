@@ -22,7 +22,7 @@ from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
 from spanker.kernels.formats import Format, pack, row_bytes
-from spanker.testing import write_tiny_llama
+from spanker.testing import kill, write_tiny_llama
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -314,3 +314,24 @@ def test_a_model_stays_when_its_copy_is_replaced_or_removed(q4_0: Path) -> None:
                 assert await generated(model) == expected
 
     trio.run(main)
+
+
+async def test_cards_map_it_while_other_models_have_steps_queued_there(q4_0: Path) -> None:
+    """A card lets nothing be mapped while something is queued: loads, recoveries and moves wait."""
+    write(q4_0)
+
+    async def busy(model: spanker.Model) -> None:
+        while True:
+            await model.generate(PROMPT, max_tokens=200, ignore_eos=True).collect()
+
+    async with spanker.open_fleet("soft:3", plan="tp") as fleet, trio.open_nursery() as nursery:
+        nursery.start_soon(busy, await fleet.load(q4_0, ctx=256))
+        model = await fleet.load(q4_0, ctx=64)
+        expected = await generated(model)
+        for _ in range(3):
+            await (await fleet.load(q4_0, ctx=64)).unload()
+        await fleet.drain(1)
+        await fleet.admit(1)
+        kill(fleet, 2)
+        assert await generated(model) == expected
+        nursery.cancel_scope.cancel()
