@@ -46,7 +46,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import (
-    CardMemoryError,
+    CardLostError,
     ConfigError,
     PlanError,
     RequestError,
@@ -746,8 +746,8 @@ class Fleet:
         and `admit` brings it back.
 
         Collectives go on using every card.  Raises ConfigError where there is no such card, and
-        what stands in the way, CardMemoryError where the others are too small, or CardLostError
-        where they are lost: then models that have not moved stay, and so does the card.
+        what stands in the way, CardMemoryError where the others are too small, CardLostError where
+        they are lost: then models that have not moved stay, and so does the card.
         """
         if not 0 <= card < len(self.cards):
             raise ConfigError(f"no card {card}: the fleet has cards 0 to {len(self.cards) - 1}")
@@ -769,10 +769,9 @@ class Fleet:
                     await session.move()
             for session in self._sessions():
                 if card in session.loaded.plan.cards and card not in coordinator.lost:
-                    raise CardMemoryError(
+                    raise CardLostError(
                         f"card {card} stays in use: another card was lost meanwhile, and without "
-                        f"this one {session.name} could not go on; add a card, or unload the model",
-                        card=card,
+                        f"this one {session.name} could not go on; add a card, or unload the model"
                     )
         except BaseException:
             coordinator.drained.discard(card)
