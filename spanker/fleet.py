@@ -823,8 +823,6 @@ class Fleet:
         coordinator = self._coordinator
         # Nobody who measures or loads is to find another fleet half way.
         async with self._load_lock:
-            if coordinator.trace is not None:
-                raise ConfigError("a fleet that is traced takes no more cards: end the trace first")
             card, link, discard = self._create(spec, chosen=chosen)
             device = card if self._around is None else self._around.device(card)
             try:

@@ -6,6 +6,8 @@ A failing case is replayed by its name: moments are drawn from the seed in it.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import threading
 from collections.abc import Callable
@@ -152,6 +154,40 @@ async def test_who_cannot_join(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="end the trace first"):
                 await fleet.add("soft:1")
         assert len(fleet.cards) == 2
+
+
+@pytest.mark.parametrize("first", ["card", "trace"])
+async def test_a_trace_that_begins_while_a_card_joins(
+    first: str, tiny: Path, tmp_path: Path
+) -> None:
+    """Both wait for the cards: a trace is of all cards there are, and none joins while it lasts."""
+    path, ended = tmp_path / "trace.json", trio.Event()
+    async with spanker.open_fleet(2, channel="unix") as fleet:
+        model, coordinator = await fleet.load(tiny, plan="tp"), fleet._coordinator
+
+        async def card() -> None:
+            refused = pytest.raises(ConfigError, match="end the trace first")
+            with refused if first == "trace" else contextlib.nullcontext():
+                await fleet.add("soft:1")
+
+        async def trace() -> None:
+            async with fleet.trace(path):
+                await model.generate([1, 2], max_tokens=4, ignore_eos=True).collect()
+                await ended.wait()
+
+        await coordinator.take_cards()
+        async with trio.open_nursery() as nursery:
+            for waiting in (card, trace) if first == "card" else (trace, card):
+                nursery.start_soon(waiting)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+            coordinator.give_cards_back()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            ended.set()
+        cards = len(fleet.cards)
+        assert cards == (3 if first == "card" else 2)
+        summary = json.loads(path.read_text(encoding="ascii"))["otherData"]
+        assert len(summary["cards"]) == cards
+        assert await fleet.add("soft:1") == cards
 
 
 @pytest.mark.parametrize("channel", ["memory", "unix"])

@@ -237,6 +237,11 @@ class Coordinator:
             async with self.changing_memory():
                 if client.failure is not None:
                     raise again(client.failure)
+                # A trace may have begun while the cards were waited for.
+                if self.trace is not None:
+                    raise ConfigError(
+                        "a fleet that is traced takes no more cards: end the trace first"
+                    )
                 links = link()
                 # All of it at once, and nobody has the cards meanwhile who does not know of it.
                 self.clients.append(client)

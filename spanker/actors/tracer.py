@@ -26,19 +26,13 @@ FETCH_EVENTS_MAX = 1 << 15
 
 
 class Tracer:
-    """A trace under way: `start`, then `run` in a task of its own, then `stop`, which writes it.
+    """A trace under way: `start`, which makes `trace`, then `run` in a task of its own, then
+    `stop`, which writes it.
 
     ConfigError, at once, where `path` cannot be written.
     """
 
     def __init__(self, coordinator: Coordinator, path: str | os.PathLike[str]) -> None:
-        modelled = coordinator.modelled
-        clock = "virtual" if modelled else "CLOCK_MONOTONIC"
-        self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
-        self._events_max, self._fetch_s = CARD_EVENTS_MAX, FETCH_S
-        if modelled:
-            # Cards with room for all that is kept are asked once, in the end.
-            self._events_max, self._fetch_s = EVENTS_MAX // len(coordinator.cards), math.inf
         self._coordinator = coordinator
         self._path = os.fspath(path)
         self._over = trio.Event()
@@ -52,6 +46,7 @@ class Tracer:
         """Begin, between two steps.  CardCommandError where a card cannot trace."""
         try:
             async with self._coordinator.between_steps():
+                self._begin()
                 await self._switch_on()
         except BaseException:
             self._close()
@@ -74,23 +69,33 @@ class Tracer:
         if self._file is None:
             return
         self._over.set()
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(STOP_S):
-                async with self._coordinator.between_steps():
+        try:
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(STOP_S):
+                    async with self._coordinator.between_steps():
+                        await self._fetch()
+                        await self._switch_off()
+                if self._coordinator.trace is self.trace:
                     await self._fetch()
                     await self._switch_off()
-            if self._coordinator.trace is self.trace:
-                await self._fetch()
-                await self._switch_off()
-            try:
                 await self._write()
-            finally:
-                self._close()
+        finally:
+            self._close()
+
+    def _begin(self) -> None:
+        """The trace of the cards there are: none joins until it has ended."""
+        coordinator = self._coordinator
+        if coordinator.trace is not None:
+            raise ConfigError("a trace of this fleet is being recorded already: end that first")
+        clock = "virtual" if coordinator.modelled else "CLOCK_MONOTONIC"
+        self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
+        self._events_max, self._fetch_s = CARD_EVENTS_MAX, FETCH_S
+        if coordinator.modelled:
+            # Cards with room for all that is kept are asked once, in the end.
+            self._events_max, self._fetch_s = EVENTS_MAX // len(coordinator.cards), math.inf
+        coordinator.trace = self.trace
 
     async def _switch_on(self) -> None:
-        if self._coordinator.trace is not None:
-            raise ConfigError("a trace of this fleet is being recorded already: end that first")
-        self._coordinator.trace = self.trace
         try:
             for card in self._coordinator.alive:
                 await self._coordinator.clients[card].request(StartTrace(self._events_max))

@@ -317,6 +317,19 @@ async def test_a_full_disk_is_told_at_the_end(tiny: Path) -> None:
                 raise KeyError
 
 
+async def test_a_trace_that_cannot_be_ended_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spanker.open_fleet(1) as fleet:
+        tracer = Tracer(fleet._coordinator, tmp_path / "trace.json")
+        await tracer.start()
+        file = tracer._file
+        monkeypatch.setattr(tracer.trace, "add", lambda *args: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            await tracer.stop()
+        assert file is not None and file.closed
+
+
 async def test_one_trace_at_a_time(tiny: Path, tmp_path: Path) -> None:
     async with spanker.open_fleet(1) as fleet:
         model = await fleet.load(tiny)
