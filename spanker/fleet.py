@@ -699,8 +699,8 @@ class Fleet:
 
         At its end, however it ends, `path` holds a trace for ui.perfetto.dev or chrome://tracing,
         and the value tells how many `steps` and `commands` are in it and how many were `lost`.
-        One at a time.  Raises ConfigError, at once, where the file cannot be written, and
-        CardCommandError where a card cannot trace.
+        One at a time; a card that is silent when it begins is lost.  Raises ConfigError, at once,
+        where the file cannot be written, and CardCommandError where a card cannot trace.
         """
         tracer = await self._start_trace(path)
         try:

@@ -20,7 +20,9 @@ from waiting import until
 import spanker
 from spanker import aio
 from spanker.actors import collectives
+from spanker.actors import coordinator as coordinators
 from spanker.actors.channel import MemoryChannel
+from spanker.actors.collectives import Collectives
 from spanker.device.base import Completion, Part
 from spanker.device.soft import SoftCard
 from spanker.errors import (
@@ -32,7 +34,7 @@ from spanker.errors import (
     SpankerError,
     TopologyMismatchError,
 )
-from spanker.testing import hang, kill
+from spanker.testing import faulty_fleet, hang, kill
 
 Array = np.ndarray
 CARDS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16)
@@ -558,6 +560,34 @@ async def test_a_hung_card_is_named() -> None:
         hang(fleet, 1)
         with trio.fail_after(10), pytest.raises(CardHungError, match="card 1"):
             await spanker.all_reduce(fleet, [np.zeros(100, np.float32) for _ in range(2)])
+
+
+@pytest.mark.parametrize("what", ["read", "write", "all_reduce"])
+async def test_a_card_that_falls_silent_keeps_the_others_from_nothing(
+    what: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "READ_BACK_BYTES_MAX", 0)
+    monkeypatch.setattr(coordinators, "STOP_S", 0.1)
+    read = Collectives._read
+    async with faulty_fleet("soft:3", "", hang_timeout_s=0.3, channel="unix") as (fleet, injection):
+        model, arrays = await fleet.load(tiny_model, plan="tp"), await fleet.arrays(1000)
+
+        def fall_silent() -> None:
+            injection.strike("stall channel:2@time:0 for 1000s")
+
+        async def read_back(*args: Any) -> None:
+            fall_silent()
+            await read(*args)
+
+        with trio.fail_after(20):
+            with pytest.raises(CardHungError, match="card 2 has not answered"):
+                if what == "all_reduce":
+                    monkeypatch.setattr(Collectives, "_read", read_back)
+                    await spanker.all_reduce(fleet, [np.ones(1000, np.float32) for _ in range(3)])
+                fall_silent()
+                await (arrays.read(2) if what == "read" else arrays.write(2, 1))
+            assert len(await model.generate("x", max_tokens=3).collect()) > 0
+        assert model.plan.cards == (0, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"channel": "unix"}], ids=str)

@@ -347,11 +347,14 @@ class Collectives:
                 if flight.replies[number].buffers:
                     data[:] = flight.replies[number].buffers[0]
                     continue
-                client, handle = self._clients[number], card.handles[name]
-                for at in range(0, data.nbytes, PIECE_BYTES):
-                    nbytes = min(PIECE_BYTES, data.nbytes - at)
-                    reply = await client.request(ReadBuffer(handle, at, nbytes))
-                    data[at : at + nbytes] = reply.buffers[0]
+                await self._read(self._clients[number], card.handles[name], data)
+
+    async def _read(self, client: CardClient, handle: int, data: memoryview) -> None:
+        """Bring a buffer of a card, in pieces."""
+        for at in range(0, data.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, data.nbytes - at)
+            reply = await self._coordinator.ask_client(client, ReadBuffer(handle, at, nbytes))
+            data[at : at + nbytes] = reply.buffers[0]
 
     # --- what is on the cards ---------------------------------------------------------
 
@@ -505,16 +508,13 @@ class Collectives:
         for at in range(0, data.nbytes, PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             writes = ((resident.handles[card], at, piece.nbytes),)
-            await client.request(WriteBuffers(writes, buffers=(piece,)))
+            request = WriteBuffers(writes, buffers=(piece,))
+            await self._coordinator.ask_client(client, request)
 
     async def read(self, resident: Resident, card: int, data: memoryview) -> None:
         """Bring the buffer of a card."""
         self._check(resident, card)
-        client = self._clients[card]  # no newer one
-        for at in range(0, data.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, data.nbytes - at)
-            request = ReadBuffer(resident.handles[card], at, nbytes)
-            data[at : at + nbytes] = (await client.request(request)).buffers[0]
+        await self._read(self._clients[card], resident.handles[card], data)
 
     async def _make_room(self, count: int, nbytes: int) -> None:
         """Release what was not used for longest until so many works and bytes are left."""

@@ -543,7 +543,7 @@ class Coordinator:
         it has come over a host link that all cards may be using."""
         try:
             with trio.CancelScope(shield=True):
-                reply = await self._ask(client, request)
+                reply = await self.ask_client(client, request)
         except CardLostError:
             # Where everything is being cancelled, the card with it, that is what happened.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -564,17 +564,20 @@ class Coordinator:
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """A request that a card answers at once, or after the work of a message; CardHungError
         where it does not within the hang timeout."""
-        return await self._ask(self.clients[card], request)
+        return await self.ask_client(self.clients[card], request)
 
     async def ask_between_steps(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """The same of what a card does only while nothing is queued on it."""
         async with self._locks.holding((card,)):
             return await self.ask(card, request)
 
-    async def _ask(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
+    async def ask_client(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
+        """As `ask`, of a card that may have become a new one since, which is not asked."""
         limit_s = max(self._hang_timeout_s, STOP_S)
         if self.profile.host_link_bytes_per_s is not None:
             nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
+            if isinstance(request, ReadBuffer):
+                nbytes += request.nbytes
             limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
         reply: list[ReplyT] = []
 

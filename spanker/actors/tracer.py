@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import IO
 
 import trio
 
 from spanker.actors.client import CardClient
 from spanker.actors.coordinator import STOP_S, Coordinator
+from spanker.actors.loading import run_all
 from spanker.actors.message import ReadTrace, StartTrace
 from spanker.actors.trace import EVENTS_MAX, Trace
 from spanker.device.base import TRACE_EVENT
-from spanker.errors import CardError, ConfigError, SpankerError
+from spanker.errors import CardError, CardHungError, CardLostError, ConfigError
 
 # What a card holds until it is fetched, and how often that is: room for a million commands per
 # second and card, where a fleet makes tens of thousands.
@@ -96,32 +98,44 @@ class Tracer:
         coordinator.trace = self.trace
 
     async def _switch_on(self) -> None:
+        alive = self._coordinator.alive
         try:
-            for card in self._coordinator.alive:
-                await self._coordinator.clients[card].request(StartTrace(self._events_max))
+            await run_all([functools.partial(self._switch_on_at, card) for card in alive])
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._switch_off()
             raise
+
+    async def _switch_on_at(self, card: int) -> None:
+        births = tuple(self._coordinator.births)
+        try:
+            await self._coordinator.ask(card, StartTrace(self._events_max))
+        except (CardLostError, CardHungError) as error:
+            # Found out here, as nobody else could ask it meanwhile; the others go on, traced.
+            self._coordinator.lose(error, births)
 
     async def _switch_off(self) -> None:
         if self._coordinator.trace is not self.trace:
             return
         self._coordinator.trace = None
         with trio.move_on_after(STOP_S):
-            for client in self._coordinator.clients:
-                # A card that is lost, or that hangs with a step, records nothing any more.
-                with contextlib.suppress(SpankerError):
-                    await client.request(StartTrace(0))
+            await self._at_every_card(lambda client: client.request(StartTrace(0)))
 
     async def _fetch(self) -> None:
         # Shielded: of a request that is cancelled the reply, with its events, would be dropped.
         with trio.move_on_after(STOP_S, shield=True):
             async with self._fetching:
-                for client in self._coordinator.clients:
-                    # What a lost card has told so far stays.
-                    with contextlib.suppress(CardError):
-                        await self._fetch_from(client)
+                await self._at_every_card(self._fetch_from)
+
+    async def _at_every_card(self, job: Callable[[CardClient], Awaitable[object]]) -> None:
+        """At the same time: one that does not answer keeps nobody from the others."""
+
+        async def do(client: CardClient) -> None:
+            # A card that is lost records nothing any more; what it has told so far stays.
+            with contextlib.suppress(CardError):
+                await job(client)
+
+        await run_all([functools.partial(do, client) for client in self._coordinator.clients])
 
     async def _fetch_from(self, client: CardClient) -> None:
         # A card makes events while they are fetched: not for ever.

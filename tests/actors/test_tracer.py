@@ -16,6 +16,7 @@ from fake_device import FakeDevice
 from waiting import until
 
 import spanker
+from spanker.actors import coordinator as coordinators
 from spanker.actors import tracer as tracers
 from spanker.actors.coordinator import Coordinator, open_coordinator
 from spanker.actors.tracer import Tracer
@@ -30,6 +31,7 @@ from spanker.fleet import Fleet, Generation
 from spanker.ggml.architectures.llama import build_program
 from spanker.kernels.program import Op
 from spanker.sched.bandwidth import NATIVE
+from spanker.testing import faulty_fleet
 from spanker.testing.models import tensor, tiny_llama
 
 TINY = tiny_llama()
@@ -259,6 +261,40 @@ async def test_a_hung_card_does_not_keep_a_trace_from_its_end(
                 await until(lambda: fleet.devices[1].counters().queued)
         assert len(events_of(path)[CARD + 1]) > 60
         generation.close()
+
+
+async def test_a_card_that_is_silent_when_a_trace_begins_is_lost(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else can find out, as nobody else has the cards meanwhile."""
+    monkeypatch.setattr(coordinators, "STOP_S", 0.1)
+    path = tmp_path / "trace.json"
+    async with faulty_fleet("soft:3", "", hang_timeout_s=0.3) as (fleet, injection):
+        model = await fleet.load(tiny, plan="tp")
+        injection.strike("stall channel:1@time:0 for 1000s")
+        with trio.fail_after(10):
+            async with fleet.trace(path):
+                await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))
+        assert [card for card, _ in fleet.health().lost] == [1]
+        assert model.plan.cards == (0, 2)
+    assert sorted(events_of(path)) == [HOST, CARD, CARD + 2]
+
+
+async def test_a_card_that_falls_silent_keeps_nothing_of_the_others(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracers, "STOP_S", 0.1)
+    path = tmp_path / "trace.json"
+    async with faulty_fleet("soft:2", "", hang_timeout_s=100.0) as (fleet, injection):
+        model = await fleet.load(tiny, plan="tp")
+        tracer = Tracer(fleet._coordinator, path)
+        await tracer.start()
+        await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))
+        injection.strike("stall channel:0@time:0 for 1000s")
+        with trio.fail_after(5):
+            await tracer.stop()
+        assert fleet.devices[1].trace_events(100) == (b"", 0)
+    assert len(events_of(path)[CARD + 1]) > 60
 
 
 async def test_a_cancelled_block_leaves_a_whole_file(tiny: Path, tmp_path: Path) -> None:

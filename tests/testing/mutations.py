@@ -108,10 +108,10 @@ MUTATIONS = (
     Mutation(
         "runs-twice",
         "spanker.actors.coordinator:Coordinator.owning",
-        "reply = await self._ask(client, request)",
-        "reply = await self._ask(client, request)\n"
+        "reply = await self.ask_client(client, request)",
+        "reply = await self.ask_client(client, request)\n"
         "            if self.lost:\n"
-        "                reply = await self._ask(client, request)",
+        "                reply = await self.ask_client(client, request)",
     ),
     Mutation(
         "page-reused-too-early",
