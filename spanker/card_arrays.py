@@ -64,11 +64,13 @@ class CardArrays:
     def __init__(
         self,
         collectives: Collectives,
+        cards: int,
         shape: tuple[int, ...],
         element: Element,
         views: tuple[Array, ...] | None,
         resident: Resident | None,
     ) -> None:
+        self._cards = cards
         self.shape = shape
         self.element = element
         self.collectives = collectives
@@ -90,12 +92,15 @@ class CardArrays:
         if any(n < 0 for n in dims):
             raise CollectiveError(f"arrays of shape {dims}: expected sizes of 0 or more")
         await trio.lowlevel.checkpoint()
+        cards = collectives.cards
         if collectives.lends:
-            views = tuple(np.zeros(dims, element.dtype) for _ in range(collectives.cards))
-            return cls(collectives, dims, element, views, None)
+            views = tuple(np.zeros(dims, element.dtype) for _ in range(cards))
+            return cls(collectives, cards, dims, element, views, None)
         nbytes = math.prod(dims) * element.nbytes
-        resident = await collectives.allocate(nbytes) if nbytes else None
-        return cls(collectives, dims, element, None, resident)
+        if not nbytes:
+            return cls(collectives, cards, dims, element, None, None)
+        resident = await collectives.allocate(nbytes)
+        return cls(collectives, len(resident.handles), dims, element, None, resident)
 
     @property
     def size(self) -> int:
@@ -125,7 +130,7 @@ class CardArrays:
         return self._resident
 
     def __len__(self) -> int:
-        return self.collectives.cards
+        return self._cards
 
     def __getitem__(self, card: int) -> Array:
         self._check_open()

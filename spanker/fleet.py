@@ -831,9 +831,6 @@ class Fleet:
                 discard()
                 raise
             self._devices.append(device)
-            collectives: Collectives | None = self.__dict__.pop("_collectives", None)
-            if collectives is not None:
-                await collectives.trim()
             return card.number
 
     def _create(self, spec: CardSpec, *, chosen: bool) -> _Joining:

@@ -21,6 +21,7 @@ from crowd import FAULTS, HANG_TIMEOUT_S, ITEMS, Answers, At, Crowd, check_nothi
 from waiting import until
 
 import spanker
+from spanker.actors import collectives
 from spanker.actors import coordinator as coordinators
 from spanker.errors import (
     CardHungError,
@@ -211,6 +212,27 @@ async def test_a_collective_that_waits_while_a_card_joins_is_told(channel: str) 
         whole = [np.full(64, card, np.int32) for card in range(3)]
         await spanker.all_reduce(fleet, whole)
         assert all(np.array_equal(array, np.full(64, 3, np.int32)) for array in whole)
+        await fleet._collectives.trim()
+        assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0, 0]
+
+
+async def test_what_collectives_hold_is_given_back_after_a_card_has_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with spanker.open_fleet(2, channel="unix") as fleet:
+        await spanker.all_reduce(fleet, [np.ones(1000, np.float32) for _ in range(2)])
+        arrays = await fleet.arrays(1000)
+        await fleet.add("soft:1")
+        with pytest.raises(TopologyMismatchError, match="each of 3 cards, got 2"):
+            await spanker.all_reduce(fleet, arrays)
+        await arrays.write(1, 7)
+        assert np.array_equal(await arrays.read(1), np.full(1000, 7, np.float32))
+        monkeypatch.setattr(collectives, "RELEASE_S", 0.05)
+        async with trio.open_nursery() as nursery, fleet._coordinator.changing_memory():
+            nursery.start_soon(arrays.aclose)
+            await trio.sleep(0.1)
+        assert [device.counters().ddr_used_bytes > 0 for device in fleet.devices[:2]] == [True] * 2
+        # As all do that want memory.
         await fleet._collectives.trim()
         assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0, 0]
 

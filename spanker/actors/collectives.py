@@ -126,28 +126,34 @@ class Collectives:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self.cards = len(coordinator.clients)
         self._prepared: dict[_Key, _Prepared] = {}
         self._calls = 0
         self._doomed: list[Resident] = []
-        self.lends = all(client.shares_memory for client in self._clients) and all(
-            info.max_windows > 1 for info in coordinator.cards
+
+    @property
+    def cards(self) -> int:
+        """How many there are; one that joins takes part in what is called from then on."""
+        return len(self._clients)
+
+    @property
+    def lends(self) -> bool:
+        """Whether cards work on the host's memory."""
+        return all(client.shares_memory for client in self._clients) and all(
+            info.max_windows > 1 for info in self._coordinator.cards
         )
-        self._meet = all(info.meets for info in coordinator.cards)
 
     @property
     def _clients(self) -> Sequence[CardClient]:
-        return self._coordinator.clients[: self.cards]
+        return self._coordinator.clients
 
-    def _check_cards(self) -> None:
-        """A card that has joined takes part from the next call on, of whoever knows of it."""
-        now = len(self._coordinator.clients)
-        if now != self.cards:
+    def _check_cards(self, cards: int) -> None:
+        """That those of a call are still all."""
+        if cards != self.cards:
             raise TopologyMismatchError(
-                f"a card has joined: the fleet has {now} cards, and these are arrays of "
-                f"{self.cards}; call again with an array for each",
-                expected=now,
-                actual=self.cards,
+                f"a card has joined: the fleet has {self.cards} cards, and these are arrays of "
+                f"{cards}; call again with an array for each",
+                expected=self.cards,
+                actual=cards,
             )
 
     # --- running ----------------------------------------------------------------------
@@ -164,42 +170,40 @@ class Collectives:
         Raises what the cards report, CardHungError, CardMemoryError.  Cancelled or failed, what the
         outputs hold is undefined; nobody writes to them any more, unless a card hangs.
         """
-        while not await self._run_once(work, memory, resident):
+        cards = self.cards
+        while not await self._run_once(cards, work, memory, resident):
             pass
 
     async def _run_once(
         self,
+        cards: int,
         work: Work,
         memory: Sequence[Sequence[Memory]],
         resident: Sequence[Resident | None],
     ) -> bool:
         """False where nothing has been done: while the cards were waited for, one has come back as
         a new one, or a link has changed."""
-        coordinator, cards = self._coordinator, range(self.cards)
+        coordinator = self._coordinator
         key = _Key(work, tuple(resident), coordinator.links.changes)
-        self._check_cards()
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = await self._get(key)
+            prepared = await self._get(cards, key)
         self._calls += 1
         prepared.last_used = self._calls
         prepared.users += 1
         try:
-            await coordinator.take_cards(cards)
+            await coordinator.take_cards(range(cards))
             try:
-                self._check_cards()
+                self._check_cards(cards)
                 # On a new card its numbers may be those of somebody else's buffers.
                 if key.changes != coordinator.links.changes:
                     return False
                 await self._run(work, prepared, memory)
                 return True
             finally:
-                coordinator.give_cards_back(cards)
+                coordinator.give_cards_back(range(cards))
         finally:
             prepared.users -= 1
-            if len(coordinator.clients) != self.cards:
-                with trio.move_on_after(RELEASE_S, shield=True):
-                    await self.trim()
 
     # Interrupted halfway, it would leave runs that nobody has entered.
     @trio.lowlevel.enable_ki_protection
@@ -358,10 +362,10 @@ class Collectives:
 
     # --- what is on the cards ---------------------------------------------------------
 
-    async def _get(self, key: _Key) -> _Prepared:
+    async def _get(self, cards: int, key: _Key) -> _Prepared:
         async with self._coordinator.changing_memory():
+            self._check_cards(cards)
             # Someone may have prepared it while this task waited.
-            self._check_cards()
             prepared = self._prepared.get(key)
             return await self._prepare(key) if prepared is None else prepared
 
@@ -371,7 +375,8 @@ class Collectives:
                 for card in range(self.cards):
                     self._check(array, card)
         lent = self.lends and not any(key.resident) and self._lendable(key.work)
-        works = build(key.work, self._coordinator.topology, meet=self._meet)
+        meet = all(info.meets for info in self._coordinator.cards)
+        works = build(key.work, self._coordinator.topology, meet=meet)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=False)
