@@ -28,9 +28,12 @@ class Patience:
 
     async def with_(self, job: Callable[[], Awaitable[object]]) -> bool:
         """Run `job` until it ends or the time is over, when it is cancelled; whether it has ended.
-        What it raises comes out of here alone, not in a group."""
+        What it raises comes out of here alone, not in a group.  Cancelled in the moment in which
+        the job ends, it has ended: what it was given, or has sent, is not forgotten."""
         error: list[Exception] = []
         ended = False
+        # Only the job is cancelled from outside; whether it is or has ended, it knows.
+        waiting = trio.CancelScope(shield=True)
 
         async def run() -> None:
             nonlocal ended
@@ -39,15 +42,17 @@ class Patience:
                 ended = True
             except Exception as caught:
                 error.append(caught)
-            nursery.cancel_scope.cancel()
+            finally:
+                waiting.cancel()
 
         self._left = PIECES
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
-            while self._left:
-                self._left -= 1
-                await trio.sleep(self._piece_s)
-            nursery.cancel_scope.cancel()
+            with waiting:
+                while self._left:
+                    self._left -= 1
+                    await trio.sleep(self._piece_s)
+                nursery.cancel_scope.cancel()
         try:
             if error:
                 raise error[0]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import trio
+import trio.testing
 
 from spanker.actors.patience import Patience, in_time
 from spanker.errors import CardLostError
@@ -75,3 +76,19 @@ async def test_a_machine_that_stands_still_uses_up_no_time() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(machine)
         assert await in_time(0.2, answered.wait)
+
+
+async def test_cancelled_as_it_ends_it_has_ended() -> None:
+    """A message that has been sent, or a buffer that has been allocated, must not be forgotten."""
+    sent, ended = trio.Event(), []
+
+    async def post() -> None:
+        ended.append(await in_time(10.0, sent.wait))
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(post)
+        await trio.testing.wait_all_tasks_blocked()
+        sent.set()
+        nursery.cancel_scope.cancel()
+    assert ended == [True]
