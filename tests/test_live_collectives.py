@@ -528,6 +528,34 @@ async def test_arrays_closed_while_others_have_the_cards_go_later(
         assert all(card.ddr_used_bytes == 0 for card in (await fleet.stats()).cards)
 
 
+@pytest.mark.parametrize("behind", [False, True])
+async def test_what_a_card_is_slow_to_give_back_is_given_back_later(
+    behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the card has been sent word of it already, or not."""
+    monkeypatch.setattr(collectives, "RELEASE_S", 0.05)
+    async with faulty_fleet("soft:2", "", channel="unix") as (fleet, injection):
+        for size in (1000, 2000):
+            await spanker.all_reduce(fleet, [np.ones(size, np.float32) for _ in range(2)])
+        client, post = fleet._coordinator.clients[1], fleet._coordinator.clients[1].post
+
+        async def full(*args: Any) -> None:
+            await trio.sleep(0.03)
+            await post(*args)
+
+        with monkeypatch.context() as patch:
+            if behind:
+                patch.setattr(client, "post", full)
+            injection.strike("stall channel:1@time:0 for 0.3s")
+            await fleet._collectives.trim()
+            assert fleet.devices[0].counters().ddr_used_bytes == 0
+            assert fleet.devices[1].counters().ddr_used_bytes > 0
+        await trio.sleep(0.3)
+        await fleet._collectives.trim()
+        assert [device.counters().ddr_used_bytes for device in fleet.devices] == [0, 0]
+        await spanker.all_reduce(fleet, [np.ones(1000, np.float32) for _ in range(2)])
+
+
 @pytest.mark.parametrize("options", [{}, {"channel": "unix"}], ids=str)
 async def test_a_dead_card_is_named_to_every_caller(options: dict[str, str]) -> None:
     async with spanker.open_fleet(3, **options) as fleet:

@@ -14,7 +14,7 @@ something else.  Who may call what with which arrays is said in spanker/collecti
 
 from __future__ import annotations
 
-import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +43,6 @@ from spanker.actors.message import (
 from spanker.actors.steps import Flight, settled
 from spanker.device.base import Completion, Part, Together
 from spanker.errors import (
-    CardError,
     CardLinkDownError,
     CardLostError,
     CardMemoryError,
@@ -129,6 +128,8 @@ class Collectives:
         self._prepared: dict[_Key, _Prepared] = {}
         self._calls = 0
         self._doomed: list[Resident] = []
+        # By card, what it has yet to be told to give back, in order.
+        self._owed: dict[CardClient, deque[Request[Ok]]] = {}
 
     @property
     def cards(self) -> int:
@@ -413,7 +414,8 @@ class Collectives:
                 if work.program.commands:
                     await self._load_card(client, prepared.cards[-1], key, lent, resident, work)
         except BaseException:
-            await self._release(prepared)
+            self._release(prepared)
+            await self._give_back()
             raise
         prepared.working = tuple([n for n, card in enumerate(prepared.cards) if card.run])
         prepared.takes = tuple(
@@ -458,7 +460,7 @@ class Collectives:
 
     async def trim(self) -> None:
         """Give back all memory that is not in use, so that others may have it."""
-        if self._prepared or self._doomed:
+        if self._prepared or self._doomed or self._owed:
             async with self._coordinator.changing_memory():
                 await self._make_room(0, 0)
 
@@ -468,14 +470,15 @@ class Collectives:
         self._doomed.append(resident)
         with trio.move_on_after(RELEASE_S, shield=True):
             async with self._coordinator.changing_memory():
-                await self._free_doomed()
+                self._free_doomed()
+                await self._give_back()
 
-    async def _free_doomed(self) -> None:
+    def _free_doomed(self) -> None:
         while self._doomed:
             resident = self._doomed.pop()
             for key in [key for key in self._prepared if resident in key.resident]:
-                await self._release(self._prepared.pop(key))
-            await self._free(resident.handles, resident.births)
+                self._release(self._prepared.pop(key))
+            self._free(resident.handles, resident.births)
 
     async def allocate(self, nbytes: int) -> Resident:
         """A buffer of so many bytes on every card."""
@@ -487,16 +490,15 @@ class Collectives:
                     reply = await self._coordinator.owning(client, AllocBuffers((nbytes,)))
                     handles += reply.handles
             except BaseException:
-                await self._free(handles, births)
+                self._free(handles, births)
+                await self._give_back()
                 raise
         return Resident(tuple(handles), nbytes, births)
 
-    async def _free(self, handles: Sequence[int], births: Sequence[int]) -> None:
-        """One buffer a card, from the first card on, where it is still there."""
-        with trio.move_on_after(RELEASE_S, shield=True):
-            for card, handle in enumerate(handles):
-                if births[card] == self._coordinator.births[card]:
-                    await _ask(self._clients[card], FreeBuffer(handle))
+    def _free(self, handles: Sequence[int], births: Sequence[int]) -> None:
+        """One buffer a card, from the first card on."""
+        for card, handle in enumerate(handles):
+            self._owe(card, births, FreeBuffer(handle))
 
     def _check(self, resident: Resident, card: int) -> None:
         if resident.births[card] != self._coordinator.births[card]:
@@ -523,31 +525,54 @@ class Collectives:
 
     async def _make_room(self, count: int, nbytes: int) -> None:
         """Release what was not used for longest until so many works and bytes are left."""
-        await self._free_doomed()
+        self._free_doomed()
         held = sum(prepared.card_bytes for prepared in self._prepared.values())
         oldest_first = sorted(self._prepared.items(), key=lambda item: item[1].last_used)
         for key, prepared in oldest_first:
             if len(self._prepared) <= count and held <= nbytes:
-                return
+                break
             if not prepared.users:
                 held -= prepared.card_bytes
-                await self._release(self._prepared.pop(key))
+                self._release(self._prepared.pop(key))
+        await self._give_back()
 
-    async def _release(self, prepared: _Prepared) -> None:
-        """Whatever is being cancelled: nobody else knows of it.  A card that is lost has nothing to
-        free."""
-
-        async def release(client: CardClient, card: _Card) -> None:
+    def _release(self, prepared: _Prepared) -> None:
+        for number, card in enumerate(prepared.cards):
             if card.program is not None:
-                await _ask(client, UnloadProgram(card.program))
+                self._owe(number, prepared.births, UnloadProgram(card.program))
             for handle in card.own:
-                await _ask(client, FreeBuffer(handle))
+                self._owe(number, prepared.births, FreeBuffer(handle))
 
+    def _owe(self, card: int, births: Sequence[int], request: Request[Ok]) -> None:
+        """Something is to be given back, where it is still there."""
+        if births[card] == self._coordinator.births[card]:
+            self._owed.setdefault(self._clients[card], deque()).append(request)
+
+    async def _give_back(self) -> None:
+        """Have the cards give back what is owed, whatever is being cancelled, as nobody else knows
+        of it; what cannot be sent in time goes with the next that is."""
         with trio.move_on_after(RELEASE_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for number, card in enumerate(prepared.cards):
-                    if prepared.births[number] == self._coordinator.births[number]:
-                        nursery.start_soon(release, self._clients[number], card)
+                for client, requests in self._owed.items():
+                    nursery.start_soon(_send, client, requests)
+        self._owed = {client: requests for client, requests in self._owed.items() if requests}
+
+
+async def _send(client: CardClient, requests: deque[Request[Ok]]) -> None:
+    """Send these, taking off what has been sent, and wait until the card has done all.  A card that
+    is lost has nothing to give back."""
+    missing, done = len(requests), trio.Event()
+
+    def answered(reply: Message | SpankerError) -> None:
+        nonlocal missing
+        missing -= 1
+        if not missing:
+            done.set()
+
+    while requests:
+        await client.post(requests[0], answered)
+        requests.popleft()
+    await done.wait()
 
 
 def _lending(
@@ -576,8 +601,3 @@ def _reading_back(
     if sum(nbytes for _, _, nbytes in reads) > READ_BACK_BYTES_MAX:
         reads = []
     return RunStep(program, tuple(reads), buffers=(STEP,))
-
-
-async def _ask(client: CardClient, request: Request[Ok]) -> None:
-    with contextlib.suppress(CardError):
-        await client.request(request)
