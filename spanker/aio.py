@@ -27,12 +27,14 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from spanker import card_arrays
 from spanker import fleet as trio_api
 from spanker.actors.coordinator import Progress
 from spanker.actors.message import CardInfo
 from spanker.actors.session import SessionStats
 from spanker.actors.steps import F32
 from spanker.actors.trace import Trace
+from spanker.actors.tracer import Tracer
 from spanker.aio_collectives import (
     CardArrays,
     all_gather,
@@ -44,7 +46,7 @@ from spanker.aio_collectives import (
 )
 from spanker.device.soft import SoftCard
 from spanker.device.spec import CardSpec
-from spanker.errors import ConfigError, RequestError
+from spanker.errors import ConfigError, RequestError, SpankerError
 from spanker.events import EventLog
 from spanker.fleet import DEFAULT_MAX_TOKENS, FleetStats, Health, Token
 from spanker.ggml.tokenizer import Tokenizer
@@ -177,6 +179,29 @@ class _Portal:
             return await outcome.wait(lambda: self.post(scope.cancel))
         finally:
             self._calls.discard(outcome)
+
+    async def obtain(
+        self,
+        give_back: Callable[[T], Awaitable[object]],
+        function: Callable[..., Awaitable[T]],
+        *args: object,
+    ) -> T:
+        """As `call`, for what somebody must give back: cancelled when it has just been made, which
+        is when nobody will ever have it, it is given back first."""
+        made: list[T] = []
+
+        async def make() -> None:
+            made.append(await function(*args))
+
+        try:
+            await self.call(make)
+        except asyncio.CancelledError:
+            for value in made:
+                # What cannot be given back is with a card that is lost, or a fleet that is closed.
+                with contextlib.suppress(SpankerError):
+                    await self.call(give_back, value)
+            raise
+        return made.pop()
 
     def post(self, function: Callable[..., object], *args: object) -> bool:
         """Have the trio thread call a function that never raises, in order of posting; from any
@@ -554,7 +579,8 @@ class Fleet:
             if progress is not None:
                 loop.call_soon_threadsafe(progress, done, total)
 
-        loaded = await self._portal.call(
+        loaded = await self._portal.obtain(
+            trio_api.Model.unload,
             functools.partial(
                 self._fleet.load,
                 model,
@@ -565,7 +591,7 @@ class Fleet:
                 kv_copies=kv_copies,
                 batch=batch,
                 progress=report,
-            )
+            ),
         )
         return Model(self._portal, loaded)
 
@@ -573,13 +599,15 @@ class Fleet:
         self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32
     ) -> CardArrays:
         """An array of zeros on each card, as `spanker.Fleet.arrays`."""
-        return CardArrays(self, await self._portal.call(self._fleet.arrays, shape, dtype))
+        close = card_arrays.CardArrays.aclose
+        made = await self._portal.obtain(close, self._fleet.arrays, shape, dtype)
+        return CardArrays(self, made)
 
     @contextlib.asynccontextmanager
     async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
         """Record every command of every card within the block into a file, as `spanker.Fleet.trace`
         does."""
-        tracer = await self._portal.call(self._fleet._start_trace, path)
+        tracer = await self._portal.obtain(Tracer.stop, self._fleet._start_trace, path)
         try:
             yield tracer.trace
         except GeneratorExit:

@@ -264,6 +264,45 @@ def test_a_cancelled_load_has_freed_its_memory_when_it_returns(tiny_model: Path)
     run(main)
 
 
+@pytest.mark.parametrize("what", ["load", "arrays", "trace"])
+def test_what_is_cancelled_when_it_has_just_been_made_is_given_back(
+    what: str, tiny_model: Path, tmp_path: Path
+):
+    """The fleet's thread has done it, and the event loop has yet to hear of it."""
+
+    async def main() -> None:
+        async with aio.open_fleet("soft:2", plan="tp", channel="unix") as fleet:
+
+            async def traced() -> None:
+                async with fleet.trace(tmp_path / "trace.json"):
+                    raise AssertionError("not reached")
+
+            calls = {
+                "load": lambda: fleet.load(tiny_model),
+                "arrays": lambda: fleet.arrays(1000),
+                "trace": traced,
+            }
+            made = {
+                "load": lambda: fleet._fleet._models,
+                "arrays": lambda: all(d.counters().ddr_used_bytes for d in fleet.devices),
+                "trace": lambda: fleet._fleet._coordinator.trace,
+            }[what]
+            task = asyncio.ensure_future(calls[what]())
+            await asyncio.sleep(0)
+            limit = time.monotonic() + 20
+            while not made():
+                assert time.monotonic() < limit
+                time.sleep(0.001)  # noqa: ASYNC251 - the event loop is busy with something else
+            time.sleep(0.1)  # noqa: ASYNC251
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not made()
+            assert [d.counters().ddr_used_bytes for d in fleet.devices] == [0, 0]
+
+    run(main)
+
+
 def test_impatient_cancelling_still_waits_for_the_end(tiny_model: Path):
     async def main() -> None:
         async with aio.open_fleet("soft:2", plan="tp") as fleet:
