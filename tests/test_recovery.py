@@ -244,12 +244,17 @@ async def test_a_plan_for_certain_cards_fails_with_one_of_them(tiny: Path) -> No
             await fleet.load(tiny, plan="tp3")
 
 
-async def test_without_recovery_the_first_loss_is_the_end(tiny: Path) -> None:
+async def test_without_recovery_the_first_loss_is_the_end(tiny: Path, expected: Answers) -> None:
     async with spanker.open_fleet(3, recover=False) as fleet:
         model = await fleet.load(tiny, plan="tp")
         kill(fleet, 1)
         with pytest.raises(CardLostError, match="card 1"):
             await model.generate([1]).collect()
+        assert fleet.health().cards == (0, 2) and lost_cards(fleet) == [1]
+        assert not fleet.health().serving
+        await fleet.admit(1)
+        again = await fleet.load(tiny, plan="tp3")
+        assert await Crowd(again).run() == expected
 
 
 # --- too little is left --------------------------------------------------------------------

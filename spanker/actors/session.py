@@ -477,12 +477,10 @@ class Session:
 
     async def _recover(self, failure: SpankerError) -> None:
         """Go on after a failure on the cards that are left; where there is no way, the session is
-        over."""
+        over.  A card that is lost is so for everybody, also where nothing recovers."""
         begin = trio.current_time()
-        lost = (
-            self._recovers
-            and isinstance(failure, CardLostError | CardHungError)
-            and self.coordinator.lose(failure, self.loaded.births)
+        lost = isinstance(failure, CardLostError | CardHungError) and self.coordinator.lose(
+            failure, self.loaded.births
         )
         # A card that has come back knows nothing of the model: nothing else has failed.
         if lost or not self.coordinator.whole(self.loaded):
