@@ -124,8 +124,8 @@ class Token(Value):
 
 @lazy_frozen
 class CardStats(Value):
-    """What one card has done and holds.  `share` and `replica`, None where it has none, are those
-    of the model loaded last; `busy_s` is time spent computing since it was opened."""
+    """What one card has done and holds.  `share` and `replica`, `-` and None where it has none, are
+    those of the model loaded last; `busy_s` is time spent computing since it was opened."""
 
     number: int
     name: str
@@ -153,7 +153,8 @@ class FleetStats(Value):
 
 @lazy_frozen
 class ModelHealth(Value):
-    """How many replicas of a model can serve, of how many, by its plan of now."""
+    """How many replicas of a model can serve, of how many, and the name of its plan of now: empty
+    where no replica is left."""
 
     name: str
     plan: str
@@ -313,7 +314,8 @@ class Model:
 
     @property
     def plan(self) -> FleetPlan:
-        """The plan it has now: another one than it was loaded with once cards have been lost."""
+        """The plan it has now: another one than it was loaded with once cards have been lost.  With
+        no replica left it has none: this is the one it was loaded with."""
         return self._replicas.plan(self._first_plan)
 
     @functools.cached_property
@@ -878,7 +880,12 @@ class Fleet:
         """Which cards are in use, and which models can serve, right now; asks no card."""
         coordinator = self._coordinator
         models = tuple(
-            ModelHealth(m.name, m.plan.name, len(m._replicas.alive), len(m._replicas.sessions))
+            ModelHealth(
+                m.name,
+                m.plan.name if m._replicas.alive else "",
+                len(m._replicas.alive),
+                len(m._replicas.sessions),
+            )
             for m in self._models
         )
         lost = tuple(sorted((card, str(error)) for card, error in coordinator.lost.items()))
@@ -904,7 +911,8 @@ class Fleet:
     async def stats(self) -> FleetStats:
         """Read the counters of every card that is not lost."""
         counters = await self._coordinator.counters_of(range(len(self.cards)))
-        plan = self.plan if self._models else None
+        # A model without a replica has nothing on any card.
+        plan = self.plan if self._models and self._models[-1]._replicas.alive else None
         cards = tuple(
             CardStats(
                 number=number,

@@ -276,7 +276,12 @@ async def test_no_card_left_is_an_error_for_everybody(tiny: Path) -> None:
         health = fleet.health()
         assert not health.serving and health.cards == ()
         assert [card for card, _ in health.lost] == [0, 1]
+        (ended,) = health.models
+        assert (ended.plan, ended.replicas_alive, ended.replicas) == ("", 0, 1)
         assert kinds(fleet)[-1] is ReplicaLost
+        await fleet.admit(0)
+        (stats,) = (await fleet.stats()).cards
+        assert (stats.share, stats.replica, stats.ddr_used_bytes) == ("-", None, 0)
 
 
 async def test_too_little_memory_names_what_is_needed(tmp_path: Path) -> None:

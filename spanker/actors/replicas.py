@@ -67,7 +67,8 @@ class Replicas:
         return tuple(session for session in self.sessions if session.failure is None)
 
     def plan(self, first: FleetPlan) -> FleetPlan:
-        """The plan of those that are alive: the first one, unless one has failed or moved."""
+        """The plan of those that are alive: the first one, unless one has failed or moved, and if
+        none is left."""
         replicas = tuple(session.loaded.plan for session in self.alive)
         if not replicas or replicas == first.replicas:
             return first
