@@ -148,7 +148,7 @@ class Auditor:
             try:
                 done = await coordinator.ask(tile.card, RunStep(program, reads, buffers=(_STEP,)))
             finally:
-                await coordinator.give_program_back(tile.card, program)
+                await coordinator.give_programs_back({tile.card: program}, coordinator.births)
         finally:
             coordinator.give_cards_back((tile.card,))
         row, out = done.buffers

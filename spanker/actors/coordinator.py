@@ -532,10 +532,9 @@ class Coordinator:
         return rerouted
 
     async def _unload_programs(self, loaded: LoadedModel) -> None:
-        for card in list(loaded.programs):
-            program = loaded.programs.pop(card)
-            if self.holds(loaded, card):
-                await self.give_program_back(card, program)
+        programs = dict(loaded.programs)
+        loaded.programs.clear()
+        await self.give_programs_back(programs, loaded.births or self.births)
 
     async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """A request whose reply names what must be given back later: shielded, since cancelled in
@@ -608,12 +607,16 @@ class Coordinator:
             request = LoadProgram(buffers=(program,))
             return (await self.owning(self.clients[card], request)).program
 
-    async def give_program_back(self, card: int, program: int) -> None:
-        """The end of what `load_program` began, which is waited for a while whatever is being
-        cancelled."""
-        request, births = UnloadProgram(program), tuple(self.births)
+    async def give_programs_back(self, programs: Mapping[int, int], births: Sequence[int]) -> None:
+        """The end of what `load_program` began, by card, which is waited for a while whatever is
+        being cancelled; `births` were those of the cards then."""
+        jobs = [
+            functools.partial(self._give_back, card, (UnloadProgram(program),), (), births)
+            for card, program in programs.items()
+            if births[card] == self.births[card]
+        ]
         with trio.move_on_after(STOP_S, shield=True):
-            await self._surely([functools.partial(self._give_back, card, (request,), (), births)])
+            await self._surely(jobs)
 
     async def _memory_used(self, plan: FleetPlan) -> dict[int, int]:
         """Bytes of DDR in use, by card of the plan."""

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from spanker.actors.message import RunStep, UnloadProgram
+from spanker.actors.message import RunStep
 from spanker.actors.steps import Flight, settled
-from spanker.errors import CardError
 from spanker.kernels import program as op
 from spanker.kernels.program import Command, Program, Ref, Transfer, encode_step
 from spanker.sched.bandwidth import Profile
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 # After so many bytes others get their turn with the cards.
 RUN_BYTES = 64 << 20
-# How long giving programs back may take where nobody can be told that it failed.
-RELEASE_S = 2.0
 
 Chain = tuple[tuple[int, int], ...]
 """Cards that get the same bytes, each from the one before, the first from the host: as (number of
@@ -114,15 +111,13 @@ async def loaded(
     coordinator: Coordinator, data: Mapping[int, bytes]
 ) -> AsyncIterator[dict[int, int]]:
     """Encoded programs on their cards within the block: their numbers, by card."""
-    programs: dict[int, int] = {}
+    programs, births = dict[int, int](), tuple(coordinator.births)
     try:
         for card, program in data.items():
             programs[card] = await coordinator.load_program(card, program)
         yield programs
     finally:
-        with trio.move_on_after(RELEASE_S, shield=True):
-            for card, number in programs.items():
-                await _unload(coordinator, card, number)
+        await coordinator.give_programs_back(programs, births)
 
 
 async def run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
@@ -147,9 +142,3 @@ async def run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
             raise flight.cause()
     finally:
         coordinator.give_cards_back(cards)
-
-
-async def _unload(coordinator: Coordinator, card: int, program: int) -> None:
-    # A card that is lost has nothing to give back.
-    with contextlib.suppress(CardError):
-        await coordinator.clients[card].request(UnloadProgram(program))
