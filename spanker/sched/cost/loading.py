@@ -229,8 +229,8 @@ def _copy_s(
         waves = sum(run) + (len(chain) - 2) * max(run)
         exchanges = len(run) + len(chain) - 2
         total += waves * s_per_byte + exchanges * (latency_s + profile.command_s)
-        # The programs are loaded card after card, run, and unloaded.
-        total += profile.step_s + (2 * len(chain) + 1) * asked_s
+        # The programs are loaded card after card, run, and unloaded all at once.
+        total += profile.step_s + (len(chain) + 2) * asked_s
         total += 3 * len(run) * len(chain) * messages.COMMAND_BYTES * machine.host_s_per_byte
         run = []
     return total

@@ -104,7 +104,7 @@ def _round_s(machine: Machine, shape: ModelShape, new: _New, round_: Round) -> f
         _allocate_s(profile, _counts(round_.made))
         + loaded_s
         + max(_run_s(machine, round_, commands), _host_s(profile, shape, new, round_.from_host))
-        + len(commands) * asked_s
+        + (asked_s if commands else 0.0)
         + frees_s(profile, _counts(round_.freed))
     )
 
