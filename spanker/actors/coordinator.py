@@ -610,10 +610,11 @@ class Coordinator:
     async def give_programs_back(self, programs: Mapping[int, int], births: Sequence[int]) -> None:
         """The end of what `load_program` began, by card, which is waited for a while whatever is
         being cancelled; `births` were those of the cards then."""
+        then = tuple(births)
         jobs = [
-            functools.partial(self._give_back, card, (UnloadProgram(program),), (), births)
+            functools.partial(self._give_back, card, then, [UnloadProgram(program)])
             for card, program in programs.items()
-            if births[card] == self.births[card]
+            if then[card] == self.births[card]
         ]
         with trio.move_on_after(STOP_S, shield=True):
             await self._surely(jobs)
@@ -670,17 +671,17 @@ class Coordinator:
                     [UnloadProgram(loaded.programs.pop(card))] if card in loaded.programs else []
                 )
                 rest = [FreeBuffer(handles.pop(name)) for name in tuple(names)]
-                jobs.append(functools.partial(self._give_back, card, first, rest, loaded.births))
+                jobs.append(functools.partial(self._give_back, card, loaded.births, first, rest))
         return jobs
 
     async def _give_back(
         self,
         card: int,
-        first: Sequence[Request[Ok]],
-        rest: Sequence[Request[Ok]],
         births: Sequence[int],
+        *batches: Sequence[Request[Ok]],
     ) -> None:
-        """Requests after which a card has less, the `first` ones before the others."""
+        """Requests after which a card has less, one batch after the other; `births` were those of
+        the cards when what is given back was taken."""
         client, patience = self.clients[card], Patience(self._hang_timeout_s)
 
         async def ask(request: Request[Ok]) -> None:
@@ -689,7 +690,7 @@ class Coordinator:
             patience.came()
 
         async def give_back() -> None:
-            for requests in (first, rest):
+            for requests in batches:
                 async with trio.open_nursery() as asking:
                     for request in requests:
                         asking.start_soon(ask, request)
