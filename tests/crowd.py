@@ -5,6 +5,7 @@ failures have in common."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import trio
@@ -125,6 +126,16 @@ def lost_cards(fleet: spanker.Fleet) -> list[int]:
 
 def kinds(fleet: spanker.Fleet) -> list[type[Event]]:
     return [type(event) for event in fleet.events.history]
+
+
+async def check_as_alone(path: Path, made: Sequence[spanker.Generation]) -> None:
+    """Generation n of these, of the prompt [n] and 250 tokens, has those of a fleet of one card."""
+    async with spanker.open_fleet(1) as fleet:
+        model = await fleet.load(path, ctx=256)
+        for number, generation in enumerate(made):
+            again = model.generate([number], max_tokens=250, ignore_eos=True)
+            await again.collect()
+            assert again.token_ids == generation.token_ids
 
 
 async def check_nothing_held(model: spanker.Model) -> None:

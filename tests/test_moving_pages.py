@@ -21,7 +21,9 @@ from crowd import (
     At,
     Crowd,
     FailingMove,
+    Fault,
     Schedule,
+    check_as_alone,
     check_nothing_held,
     lost_cards,
 )
@@ -190,15 +192,24 @@ async def test_who_finds_no_pages_any_more_is_computed_again(
         if kept:
             assert sum(computed) - 5 * 250 < before
         await check_nothing_held(model)
-    async with spanker.open_fleet(1) as other:
-        alone = await other.load(tiny, ctx=256)
-        for number, generation in enumerate(made):
-            again = alone.generate([number], max_tokens=250, ignore_eos=True)
-            await again.collect()
-            assert again.token_ids == generation.token_ids
+    await check_as_alone(tiny, made)
 
 
 # --- cards that are lost ------------------------------------------------------------------
+
+
+async def check_kept(
+    fleet: spanker.Fleet,
+    model: spanker.Model,
+    loss: tuple[int, Fault, int],
+    expected: Answers,
+) -> None:
+    """A crowd gets its answers though a card is lost; all that had begun go on with their KV."""
+    assert await Crowd(model, Schedule(fleet, [loss])).run() == expected
+    assert lost_cards(fleet) == [loss[2]]
+    (moved,) = moves(fleet)
+    assert moved.kept == moved.sequences > 0
+    await check_nothing_held(model)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -212,12 +223,7 @@ async def test_a_lost_card_whose_heads_another_one_has_costs_no_position(
     with trio.fail_after(TIMEOUT_S):
         async with spanker.open_fleet(8, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
             model = await fleet.load(tiny, plan="tp")
-            schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
-            assert await Crowd(model, schedule).run() == expected
-            assert lost_cards(fleet) == [card]
-            (moved,) = moves(fleet)
-            assert moved.kept == moved.sequences > 0
-            await check_nothing_held(model)
+            await check_kept(fleet, model, (moment, FAULTS[fault], card), expected)
     # What is chosen from whole logits is computed again where these were lost.
     assert POSITIONS <= sum(computed) <= POSITIONS + 1
 
@@ -244,12 +250,7 @@ async def test_with_copies_a_lost_card_costs_no_position(
             model = await fleet.load(
                 tiny, plan=plan, prompt_chunk=draw.choice([16, 64]), kv_copies=1
             )
-            schedule = Schedule(fleet, [(moment, FAULTS[fault], card)])
-            assert await Crowd(model, schedule).run() == expected
-            assert lost_cards(fleet) == [card]
-            (moved,) = moves(fleet)
-            assert moved.kept == moved.sequences > 0
-            await check_nothing_held(model)
+            await check_kept(fleet, model, (moment, FAULTS[fault], card), expected)
             await model.unload()
             left = [c for c in fleet.devices if c.number != card]
             assert not any(c.counters().ddr_used_bytes for c in left)

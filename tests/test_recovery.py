@@ -23,6 +23,7 @@ from crowd import (
     FailingMove,
     Fault,
     Schedule,
+    check_as_alone,
     check_nothing_held,
     kinds,
     lost_cards,
@@ -313,12 +314,7 @@ async def test_fewer_pages_make_sequences_wait_and_end_what_they_cannot_hold(
             await generation.collect()
         assert model.stats.kv_pages_total < pages
         assert len({tuple(g.token_ids) for g in made}) == 3
-        async with spanker.open_fleet(1) as other:
-            alone = await other.load(tiny, ctx=256)
-            for number, generation in enumerate(made):
-                again = alone.generate([number], max_tokens=250, ignore_eos=True)
-                await again.collect()
-                assert again.token_ids == generation.token_ids
+        await check_as_alone(tiny, made)
 
 
 @pytest.mark.parametrize(
