@@ -385,6 +385,10 @@ class AxiRecorder(CardDevice):
     def completion_fd(self) -> int | None:
         return self._device.completion_fd
 
+    @property
+    def outstanding(self) -> int:
+        return self._device.outstanding
+
     def relayed(self) -> Sequence[tuple[int, bytes]]:
         return self._device.relayed()
 

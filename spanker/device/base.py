@@ -194,6 +194,11 @@ class CardDevice(abc.ABC):
     def completion_fd(self) -> int | None:
         """A descriptor that polls readable while completions wait, or None."""
 
+    @property
+    @abc.abstractmethod
+    def outstanding(self) -> int:
+        """Submissions whose completion has not been taken yet, be they finished or not."""
+
     @abc.abstractmethod
     def alloc(self, nbytes: int) -> int:
         """A new zeroed buffer's handle; CardMemoryError says how much is needed and free."""

@@ -232,8 +232,7 @@ def _multiply(
 def _check_idle(card: CardDevice) -> None:
     """Nobody else's completion may be collected by this call, and the card's table of buffers may
     only change while nothing runs."""
-    fd = card.completion_fd
-    if card.counters().queued or (fd is not None and _readable(fd, 0.0)):
+    if card.outstanding:
         raise CardCommandError(
             f"card {card.number}: work of others is queued or not collected; wait for it and "
             f"collect its completions first",

@@ -307,6 +307,10 @@ class RemoteCard(CoreCard):
         self._told.expect(fence, sum(sizes))
         return fence
 
+    @property
+    def outstanding(self) -> int:
+        return len(self._sizes)
+
     def completions(self) -> Sequence[Completion]:
         events = self.process.events
         out: list[Completion] = []

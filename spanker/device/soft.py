@@ -146,6 +146,10 @@ class SoftCard(CoreCard):
     def completion_fd(self) -> int | None:
         return int(lib.spk_card_fd(self.handle))
 
+    @property
+    def outstanding(self) -> int:
+        return len(self._queued)
+
     def alloc(self, nbytes: int) -> int:
         self._u64(nbytes, "size")
         out = ffi.new("uint32_t *")

@@ -276,6 +276,10 @@ class FaultyCard(CardDevice):
                 self._body_fd = fd
         return self._both.fileno()
 
+    @property
+    def outstanding(self) -> int:
+        return len(self._steps)
+
     def alloc(self, nbytes: int) -> int:
         device = self._live()
         if self._starved:

@@ -56,6 +56,10 @@ class FakeDevice(CardDevice):
     def completion_fd(self) -> int | None:
         return self._pipe[0] if self._pipe else None
 
+    @property
+    def outstanding(self) -> int:
+        return len(self.queued) + len(self.done)
+
     def alloc(self, nbytes: int) -> int:
         self.calls.append("alloc")
         if sum(map(len, self.buffers.values())) + nbytes > self._info.ddr_bytes:

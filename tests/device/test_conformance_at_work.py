@@ -108,6 +108,33 @@ def test_the_completion_fd_is_readable_while_completions_wait(card: CardDevice) 
         assert not readable(card, 0)
 
 
+def test_what_has_not_been_taken_is_outstanding(card: CardDevice) -> None:
+    program, _, _ = adder(card)
+    assert card.outstanding == 0
+    for count in range(1, 4):
+        card.submit(program, step())
+        assert card.outstanding == count
+    with pytest.raises(CardCommandError):
+        card.submit(program, b"no step")
+    while card.counters().queued:
+        clock_of(card).sleep(0.001)
+    assert card.outstanding == 3, "finished is not taken"
+    taken = len(card.completions())
+    assert card.outstanding == 3 - taken
+    collect(card, 3 - taken)
+    assert card.outstanding == 0
+
+
+def test_what_was_aborted_is_outstanding_until_it_is_taken(card: CardDevice) -> None:
+    program, _, _ = adder(card, n=8192)
+    for _ in range(3):
+        card.submit(program, step(tokens=4))
+    card.abort(2)
+    assert card.outstanding == 3
+    collect(card, 3)
+    assert card.outstanding == 0
+
+
 def test_busy_time_is_that_of_the_step(card: CardDevice) -> None:
     program, _, _ = adder(card, n=8192)
     begin = clock_of(card).now_ns()
@@ -481,6 +508,7 @@ def test_a_reopened_card_is_as_new_or_says_that_it_cannot_be(make_rig: MakeRig, 
         pytest.skip("this body's cards cannot be reopened")
     assert a.counters() == new
     assert a.completions() == []
+    assert a.outstanding == 0
     with pytest.raises(CardCommandError):
         a.read(buffer, 0, 1)
     for card in (a, b):

@@ -479,6 +479,16 @@ def test_a_card_with_other_work_is_refused_and_keeps_it(card: AxiRecorder, case:
     assert_same_bits(product(case.a, case.b, *case.sizes, card=card), case.expected)
 
 
+def test_a_descriptor_that_is_readable_for_nothing_is_no_work(
+    card: AxiRecorder, case: Case
+) -> None:
+    fd = card.completion_fd
+    assert fd is not None
+    # As the signal of a completion that somebody had taken sooner.
+    os.eventfd_write(fd, 1)
+    assert_same_bits(product(case.a, case.b, *case.sizes, card=card), case.expected)
+
+
 class SlowCard(AxiRecorder):
     """Finishes long after its descriptor should have said so, and gets something done all along."""
 

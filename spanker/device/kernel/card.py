@@ -466,6 +466,10 @@ class KernelCard(CardDevice):
             loaded.variants[extra] = self._load(loaded.data, (*loaded.buffers, *extra))
         return loaded.variants[extra]
 
+    @property
+    def outstanding(self) -> int:
+        return len(self._pending)
+
     def completions(self) -> Sequence[Completion]:
         self._check_open()
         out: list[Completion] = []

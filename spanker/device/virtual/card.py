@@ -83,6 +83,7 @@ class VirtualCard(SoftCard):
         self._native: dict[int, Completion] = {}
         self._failed = 0  # the last fence that was given up
         self._done: deque[Completion] = deque()
+        self._outstanding = 0
         self._relayed: list[tuple[int, bytes]] = []
         self._recorder: Recorder | None = None
 
@@ -90,6 +91,10 @@ class VirtualCard(SoftCard):
     def completion_fd(self) -> int | None:
         _ = self.handle
         return self._fd
+
+    @property
+    def outstanding(self) -> int:
+        return self._outstanding
 
     # --- memory -------------------------------------------------------------------------
 
@@ -155,6 +160,7 @@ class VirtualCard(SoftCard):
         if self.hollow:
             self._reads_of[fence] = tuple(reads)
         engine.submit(self.number, Work(fence, self._programs[program], step_size(parameters)))
+        self._outstanding += 1
         self.rig.changed()
         return fence
 
@@ -163,6 +169,7 @@ class VirtualCard(SoftCard):
             os.eventfd_read(self._fd)
         done = list(self._done)
         self._done.clear()
+        self._outstanding -= len(done)
         return done
 
     def send_over_host(self, peer: int, nbytes: int, epoch: int, damaged: bool) -> None:
@@ -343,6 +350,7 @@ class VirtualCard(SoftCard):
         self._failed = 0
         self._recorder = None
         self.completions()
+        self._outstanding = 0
         self.rig.changed()
 
     def close(self) -> None:
