@@ -909,7 +909,11 @@ class Fleet:
         )
 
     async def stats(self) -> FleetStats:
-        """Read the counters of every card that is not lost."""
+        """Read the counters of every card that is not lost, in order of their numbers.
+
+        All are asked at the same time; one that does not answer within the hang timeout, 2 s at
+        least, is lost.
+        """
         counters = await self._coordinator.counters_of(range(len(self.cards)))
         # A model without a replica has nothing on any card.
         plan = self.plan if self._models and self._models[-1]._replicas.alive else None
@@ -994,7 +998,8 @@ async def open_fleet(
     the odds).  With `rebalance` a card that becomes twice as slow as it was, beside the
     others, gets a smaller share; emulated cards, which share the cores of a machine, may only seem
     so.  `topology` says which emulated cards have links, by default all with all; those without
-    exchange over others, or over the host.  Raises ConfigError and CardError.
+    exchange over others, or over the host.  Raises ConfigError and CardError, CardHungError where
+    a card says nothing for the hang timeout, 2 s at least.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)

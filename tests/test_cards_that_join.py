@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 from crowd import FAULTS, HANG_TIMEOUT_S, ITEMS, Answers, At, Crowd, check_nothing_held, kinds
+from silent_cards import SilentCards
 from waiting import until
 
 import spanker
@@ -130,17 +131,14 @@ def test_a_join_that_is_cancelled_leaves_nothing(cards: str, tiny: Path) -> None
 async def test_a_card_that_is_silent_does_not_join(
     tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+    monkeypatch.setattr(coordinators, "STOP_S", HANG_TIMEOUT_S)
+    around = SilentCards(2)
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S, _around=around) as fleet:
         model = await fleet.load(tiny, plan="tp")
-
-        async def silent(client: object) -> None:
-            await trio.sleep_forever()
-
-        with monkeypatch.context() as patch:
-            patch.setattr(coordinators, "_describe", silent)
-            with pytest.raises(CardHungError, match="card 2 has not answered"):
-                await fleet.add("soft:1")
-        assert len(fleet.cards) == 2
+        with pytest.raises(CardHungError, match="card 2 has not answered Describe"):
+            await fleet.add("soft:1")
+        assert len(fleet.cards) == 2 and fleet.health().lost == ()
+        around.from_the_start.clear()
         assert await Crowd(model).run() == expected
         assert await fleet.add("soft:1") == 2
         assert await Crowd(model).run() == expected

@@ -14,7 +14,7 @@ import trio
 
 from spanker.actors.card import CardActor
 from spanker.actors.channel import Channel
-from spanker.actors.client import CardClient, Relay
+from spanker.actors.client import CardClient, Failed, Relay
 from spanker.device.base import CardDevice
 from spanker.errors import CardLostError
 
@@ -24,7 +24,8 @@ if sys.version_info < (3, 11):
 
 class CardLife:
     """One card's tasks.  `pair` makes both ends of a channel, the host's and the card's, by its
-    name; `relay` takes what the card sends its peers over the host."""
+    name; `relay` takes what the card sends its peers over the host; `failed` is told when it has
+    failed."""
 
     def __init__(
         self,
@@ -32,11 +33,13 @@ class CardLife:
         device: CardDevice,
         pair: Callable[[str], tuple[Channel, Channel]],
         relay: Relay,
+        failed: Failed,
     ) -> None:
         self._nursery = nursery
         self._device = device
         self._pair = pair
         self._relay = relay
+        self._failed = failed
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self._ended.set()
@@ -45,7 +48,8 @@ class CardLife:
         """Start the card's actor; the client for it.  Only while it has none."""
         number = self._device.number
         host_end, card_end = self._pair(f"channel of card {number}")
-        client, actor = CardClient(number, host_end, self._relay), CardActor(card_end, self._device)
+        client = CardClient(number, host_end, self._relay, self._failed)
+        actor = CardActor(card_end, self._device)
         # Cancellation from outside must not reach a card before its coordinator has asked it to
         # stop; it does so itself, in bounded time.
         self._scope, self._ended = trio.CancelScope(shield=True), trio.Event()

@@ -39,6 +39,8 @@ ReplyT = TypeVar("ReplyT", bound=Message)
 Callback = Callable[[Message | SpankerError], None]
 # Who takes what a card sends its peers over the host.
 Relay = Callable[[int, Relayed], None]
+# Who is told, once, that a client has failed, and why.
+Failed = Callable[["CardClient", CardError], None]
 
 # What may wait to be sent to a card for its peers; what is beyond gets lost.
 RELAYED_BYTES_MAX = 64 << 20
@@ -47,10 +49,17 @@ RELAYED_BYTES_MAX = 64 << 20
 class CardClient:
     """Requests to one card.  `run` must be running in a nursery for anything to move."""
 
-    def __init__(self, number: int, channel: Channel, relay: Relay | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        channel: Channel,
+        relay: Relay | None = None,
+        failed: Failed | None = None,
+    ) -> None:
         self.number = number
         self._channel = channel
         self._relay = relay
+        self._failed = failed
         # What other cards have sent this one over the host.
         self._relayed: deque[Relayed] = deque()
         self._relayed_bytes = 0
@@ -59,7 +68,7 @@ class CardClient:
         self._relayed_in = self._relayed_out = 0
         self._waiting: dict[int, tuple[Request[Message], Callback]] = {}
         self._next_id = 0
-        self._failure: SpankerError | None = None
+        self._failure: CardError | None = None
         # Requests handed to the writing task and not written: none must be overtaken.
         self._unwritten = 0
         # Without room: a request is either with its caller or being written.
@@ -67,7 +76,7 @@ class CardClient:
         channel.listen(self._arrived)
 
     @property
-    def failure(self) -> SpankerError | None:
+    def failure(self) -> CardError | None:
         """Why the card can no longer be reached, or None."""
         return self._failure
 
@@ -171,11 +180,18 @@ class CardClient:
             callback(request.check_reply(reply))
         except SpankerError as error:
             callback(error.with_traceback(None))
+            self.reported(error)
         return True
+
+    def reported(self, error: SpankerError) -> None:
+        """Take in what the card reports: that it is gone is so for everybody."""
+        if isinstance(error, CardLostError) and error.card == self.number:
+            self.fail(again(error))
 
     def fail(self, error: SpankerError) -> None:
         """The card is gone: everything waiting, and every later request, gets this error."""
         self._writing.close()
+        first = self._failure is None
         if self._failure is None:
             if isinstance(error, CardError):
                 self._failure = error
@@ -186,6 +202,8 @@ class CardClient:
         waiting, self._waiting = self._waiting, {}
         for _, callback in waiting.values():
             callback(again(self._failure))
+        if first and self._failed is not None:
+            self._failed(self, self._failure)
 
     async def post(self, request: Request[ReplyT], callback: Callback) -> None:
         """Send a request; `callback` gets the reply or the error, once, in a task of the client

@@ -270,6 +270,8 @@ class Collectives:
             untold.remove(card)
             if isinstance(outcome, Completion):
                 flight.completed(card, outcome)
+                if isinstance(outcome.error, SpankerError):
+                    self._clients[card].reported(outcome.error)
                 continue
             run = prepared.cards[card].run
             assert run is not None

@@ -111,6 +111,8 @@ class Coordinator:
         self._lives = list(lives)
         self._new_life = new_life
         self._reviving = trio.Lock()
+        # While cards are told to end, that they do is no loss.
+        self._stopping = False
         # How often each card has been taken into use anew: what was put on it before is gone.
         self.births = [0] * len(clients)
         self.profile = profile
@@ -147,14 +149,45 @@ class Coordinator:
         self._given_back = trio.Event()
 
     async def discover(self) -> None:
-        """Ask every card what it is; refuses a card that speaks or computes differently."""
-        self.cards = tuple([await _describe(client) for client in self.clients])
+        """Ask every card what it is, all at the same time; refuses a card that speaks or computes
+        differently.  Raises as `ask`."""
+        found: dict[int, CardInfo] = {}
+
+        async def meet(client: CardClient) -> None:
+            found[client.number] = await self._describe(client)
+
+        await loading.run_all([functools.partial(meet, client) for client in self.clients])
+        self.cards = tuple([found[client.number] for client in self.clients])
+
+    async def _describe(self, client: CardClient) -> CardInfo:
+        """What a card says of itself; CardError where it speaks or computes differently."""
+        info = await self.ask_client(client, Describe())
+        if info.protocol_version != PROTOCOL_VERSION:
+            raise CardError(
+                f"card {client.number} speaks protocol {info.protocol_version}, expected "
+                f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
+                card=client.number,
+            )
+        if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
+            raise CardError(
+                f"card {client.number} computes by semantics {info.semantics_version}, "
+                f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
+                card=client.number,
+            )
+        return info
 
     @property
     def alive(self) -> tuple[int, ...]:
         """The cards that models may use: neither drained nor, as far as anybody knows, lost."""
         out = self.drained.union(self.lost)
         return tuple(card for card in self._every_card if card not in out)
+
+    def failed(self, client: CardClient, error: CardError) -> None:
+        """For the clients: whoever finds out that a card is gone or hangs has its client fail, and
+        that is how a card is lost, unless there is a newer one or the fleet is being closed."""
+        used = client.number < len(self.clients) and self.clients[client.number] is client
+        if used and not self._stopping:
+            self.lose(error)
 
     def lose(self, error: CardError, births: Sequence[int] = ()) -> bool:
         """Use the card of this error no more: its actor ends, and whoever asks it for something
@@ -183,21 +216,19 @@ class Coordinator:
                 await self._revive(card)
 
     async def _revive(self, card: int) -> None:
-        life = self._lives[card]
-        client: CardClient | None = None
-        info: CardInfo | None = None
-        own: Counters | None = None
+        life, begun = self._lives[card], list[CardClient]()
 
         async def begin() -> None:
-            nonlocal client, info, own
-            client = await life.again()
-            info = await _describe(client)
-            own = await client.request(ReadCounters())
+            begun.append(await life.again())
 
         try:
             if not await in_time(self._hang_timeout_s, begin):
-                raise self.silent(card)
-            assert client is not None and info is not None and own is not None
+                raise self.hung(
+                    self.clients[card], f"has not ended for {self._hang_timeout_s:.3g} s"
+                )
+            client = begun[0]
+            info = await self._describe(client)
+            own = await self.ask_client(client, ReadCounters())
             others = await self.counters_of([c for c in self._every_card if c not in self.lost])
             if client.failure is not None:
                 raise again(client.failure)
@@ -226,14 +257,8 @@ class Coordinator:
         assert device.number == card and self._new_life is not None
         life = self._new_life(device)
         client = life.begin()
-        found: list[CardInfo] = []
-
-        async def meet() -> None:
-            found.append(await _describe(client))
-
         try:
-            if not await in_time(self._hang_timeout_s, meet):
-                raise self.silent(card)
+            info = await self._describe(client)
             async with self.changing_memory():
                 if client.failure is not None:
                     raise again(client.failure)
@@ -245,7 +270,7 @@ class Coordinator:
                 links = link()
                 # All of it at once, and nobody has the cards meanwhile who does not know of it.
                 self.clients.append(client)
-                self.cards = (*self.cards, *found)
+                self.cards = (*self.cards, info)
                 self._lives.append(life)
                 self.births.append(0)
                 self._epochs.append(None)
@@ -257,7 +282,7 @@ class Coordinator:
             with trio.CancelScope(shield=True):
                 await life.ended()
             raise
-        self.events.tell(CardJoined(trio.current_time(), card, found[0].name))
+        self.events.tell(CardJoined(trio.current_time(), card, info.name))
 
     def pace(self, factors: Mapping[int, float]) -> None:
         """Plan from now on with cards that take so many times as long as they should."""
@@ -313,13 +338,19 @@ class Coordinator:
         """The cards and the links between them, as they are now."""
         return self.links.topology
 
-    def silent(self, card: int) -> CardHungError:
-        """The error for a card that has answered nothing for the hang timeout."""
-        return CardHungError(
-            f"card {card} has not answered for {self._hang_timeout_s:.3g} s; "
-            f"close the fleet and open it without that card",
-            card=card,
+    def hung(self, client: CardClient, what: str) -> CardHungError:
+        """A card does nothing any more, as `what` says: it is lost, and this is the error for who
+        has found out."""
+        error = CardHungError(
+            f"card {client.number} {what}; close the fleet and open it without that card",
+            card=client.number,
         )
+        client.fail(error)
+        return again(error)
+
+    def silent(self, client: CardClient) -> CardHungError:
+        """The same where it has answered nothing for the hang timeout."""
+        return self.hung(client, f"has not answered for {self._hang_timeout_s:.3g} s")
 
     # --- loading ----------------------------------------------------------------------
 
@@ -558,7 +589,7 @@ class Coordinator:
             return
         posting = functools.partial(client.post, request, callback)
         if not await in_time(self._hang_timeout_s, posting):
-            raise self.silent(card)
+            raise self.silent(client)
 
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """A request that a card answers at once, or after the work of a message; CardHungError
@@ -585,11 +616,8 @@ class Coordinator:
 
         if await in_time(limit_s, wait):
             return reply.pop()
-        raise CardHungError(
-            f"card {client.number} has not answered {type(request).__name__} for {limit_s:.3g} s; "
-            f"close the fleet and open it without that card",
-            card=client.number,
-        )
+        what = type(request).__name__
+        raise self.hung(client, f"has not answered {what} for {limit_s:.3g} s")
 
     async def allocate(self, card: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
@@ -610,11 +638,10 @@ class Coordinator:
     async def give_programs_back(self, programs: Mapping[int, int], births: Sequence[int]) -> None:
         """The end of what `load_program` began, by card, which is waited for a while whatever is
         being cancelled; `births` were those of the cards then."""
-        then = tuple(births)
         jobs = [
-            functools.partial(self._give_back, card, then, [UnloadProgram(program)])
+            functools.partial(self._give_back, self.clients[card], [UnloadProgram(program)])
             for card, program in programs.items()
-            if then[card] == self.births[card]
+            if births[card] == self.births[card]
         ]
         with trio.move_on_after(STOP_S, shield=True):
             await self._surely(jobs)
@@ -671,18 +698,12 @@ class Coordinator:
                     [UnloadProgram(loaded.programs.pop(card))] if card in loaded.programs else []
                 )
                 rest = [FreeBuffer(handles.pop(name)) for name in tuple(names)]
-                jobs.append(functools.partial(self._give_back, card, loaded.births, first, rest))
+                jobs.append(functools.partial(self._give_back, self.clients[card], first, rest))
         return jobs
 
-    async def _give_back(
-        self,
-        card: int,
-        births: Sequence[int],
-        *batches: Sequence[Request[Ok]],
-    ) -> None:
-        """Requests after which a card has less, one batch after the other; `births` were those of
-        the cards when what is given back was taken."""
-        client, patience = self.clients[card], Patience(self._hang_timeout_s)
+    async def _give_back(self, client: CardClient, *batches: Sequence[Request[Ok]]) -> None:
+        """Requests after which a card has less, one batch after the other."""
+        patience = Patience(self._hang_timeout_s)
 
         async def ask(request: Request[Ok]) -> None:
             with contextlib.suppress(CardError):
@@ -697,7 +718,7 @@ class Coordinator:
 
         if not await patience.with_(give_back):
             # What it still holds nobody will ever know.
-            self.lose(self.silent(card), births)
+            self.silent(client)
 
     async def _surely(self, jobs: Sequence[loading.Job]) -> None:
         """Run what gives something back, all together, to its end, also where the caller is
@@ -854,9 +875,9 @@ class Coordinator:
         with nothing queued."""
         if self._agreed(cards):
             return
-        entering = self._entering(cards)
+        entering, clients = self._entering(cards), [self.clients[card] for card in cards]
         await in_time(self._hang_timeout_s, functools.partial(loading.run_all, entering))
-        silent = [card for card in cards if self._epochs[card] is None]
+        silent = [client for client in clients if self._epochs[client.number] is None]
         if silent:
             raise self.silent(silent[0])
 
@@ -879,12 +900,16 @@ class Coordinator:
         return tuple([await client.request(ReadCounters()) for client in self.clients])
 
     async def counters_of(self, cards: Sequence[int]) -> dict[int, Counters]:
-        """Those of these cards that answer, by number."""
+        """Those of these cards that answer, in this order; all are asked at the same time, and one
+        that is silent is lost."""
         found: dict[int, Counters] = {}
-        for card in cards:
+
+        async def count(card: int) -> None:
             with contextlib.suppress(CardError):
                 found[card] = await self.ask(card, ReadCounters())
-        return found
+
+        await loading.run_all([functools.partial(count, card) for card in cards])
+        return {card: found[card] for card in cards if card in found}
 
     def end_lives(self) -> None:
         """Have every card's actor end, whatever it is at."""
@@ -893,30 +918,13 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
+        self._stopping = True
         with trio.move_on_after(STOP_S):
             # At the same time, so that a card that does not answer holds up no other.
             async with trio.open_nursery() as nursery:
                 for client in self.clients:
                     stopping = functools.partial(client.request, Stop())
                     nursery.start_soon(_ignoring_errors, stopping)
-
-
-async def _describe(client: CardClient) -> CardInfo:
-    """What a card says of itself; CardError where it speaks or computes differently."""
-    info = await client.request(Describe())
-    if info.protocol_version != PROTOCOL_VERSION:
-        raise CardError(
-            f"card {client.number} speaks protocol {info.protocol_version}, expected "
-            f"{PROTOCOL_VERSION}: run the same Spanker on both sides",
-            card=client.number,
-        )
-    if info.semantics_version != lib.SPK_SEMANTICS_VERSION:
-        raise CardError(
-            f"card {client.number} computes by semantics {info.semantics_version}, "
-            f"expected {lib.SPK_SEMANTICS_VERSION}: its answers could differ; update it",
-            card=client.number,
-        )
-    return info
 
 
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
@@ -964,8 +972,12 @@ async def open_coordinator(
         def relay(card: int, message: Relayed) -> None:
             coordinator.relay(card, message)
 
+        def failed(client: CardClient, error: CardError) -> None:
+            coordinator.failed(client, error)
+
         def new_life(device: CardDevice) -> CardLife:
-            return CardLife(nursery, device, functools.partial(pair, device.number), relay)
+            ends = functools.partial(pair, device.number)
+            return CardLife(nursery, device, ends, relay, failed)
 
         lives = [new_life(device) for device in devices]
         coordinator = Coordinator(

@@ -325,17 +325,18 @@ class Placement:
         coordinator, found = self._coordinator, dict[int, Counters]()
 
         async def ask(card: int) -> None:
+            client = coordinator.clients[card]
+
             async def count() -> None:
-                found[card] = await coordinator.clients[card].request(ReadCounters())
+                found[card] = await client.request(ReadCounters())
 
             try:
                 await coordinator.emptied(card)
                 if not await in_time(coordinator.hang_timeout_s, count):
-                    raise coordinator.silent(card)
-            except (CardLostError, CardHungError) as error:
+                    raise coordinator.silent(client)
+            except (CardLostError, CardHungError):
                 if not self._recover:
                     raise
-                coordinator.lose(error)
 
         await run_all([functools.partial(ask, card) for card in candidates])
         if not found:

@@ -24,7 +24,6 @@ from spanker.actors.patience import in_time
 from spanker.device.base import Completion
 from spanker.errors import (
     CardAbortedError,
-    CardHungError,
     CardLinkDownError,
     CardLinkError,
     SpankerError,
@@ -354,7 +353,7 @@ class ProgressWatch:
     ) -> None:
         self._coordinator = coordinator
         self._avoided = avoided
-        self._cards = cards
+        self._clients = {card: coordinator.clients[card] for card in cards}
         self._looks = looks
         self._left = looks
         self._progress = -1
@@ -368,13 +367,13 @@ class ProgressWatch:
         lossy: list[int] = []
 
         async def count() -> None:
-            for card in self._cards:
-                counters[card], lost = await self._coordinator.clients[card].count()
+            for card, client in self._clients.items():
+                counters[card], lost = await client.count()
                 if lost:
                     lossy.append(card)
 
         await in_time(self._coordinator.hang_timeout_s, count)
-        missing = [card for card in self._cards if card not in counters]
+        missing = [card for card in self._clients if card not in counters]
         for card, own in counters.items():
             if own.waiting_for in own.links_down and (own.waiting_for, card) not in self._avoided:
                 raise CardLinkDownError(
@@ -402,12 +401,11 @@ class ProgressWatch:
             stuck = missing or idle or [c for c in counters if self._has_what_it_needs(c, counters)]
             # One that holds nothing and has not answered was not reached, or not heard.
             unheard = [c for c, own in counters.items() if flight.misses(c) and not own.queued]
-            card = next(iter((*stuck, *unheard, *self._cards)))
+            card = next(iter((*stuck, *unheard, *self._clients)))
             does = "holds a step" if stuck or not unheard else "has not answered a step"
-            raise CardHungError(
-                f"card {card} hangs: it {does} and no card of the fleet has made progress for "
-                f"{idle_s:.1f} s; close the fleet and open it without that card",
-                card=card,
+            raise self._coordinator.hung(
+                self._clients[card],
+                f"hangs: it {does} and no card of the fleet has made progress for {idle_s:.1f} s",
             )
 
     def _has_what_it_needs(self, card: int, counters: dict[int, Counters]) -> bool:

@@ -107,12 +107,9 @@ class Tracer:
             raise
 
     async def _switch_on_at(self, card: int) -> None:
-        births = tuple(self._coordinator.births)
-        try:
+        # The others go on without a card that is lost by that, traced.
+        with contextlib.suppress(CardLostError, CardHungError):
             await self._coordinator.ask(card, StartTrace(self._events_max))
-        except (CardLostError, CardHungError) as error:
-            # Found out here, as nobody else could ask it meanwhile; the others go on, traced.
-            self._coordinator.lose(error, births)
 
     async def _switch_off(self) -> None:
         if self._coordinator.trace is not self.trace:

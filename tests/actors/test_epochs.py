@@ -184,8 +184,9 @@ async def test_a_card_that_is_lost_or_silent_is_told_when_cards_must_agree(
             patch.setattr(fleet.coordinator.clients[2], "request", never)
             with pytest.raises(CardHungError, match="card 2 has not answered"):
                 await fleet.step(fleet.on(0, 2))
-        fleet.coordinator.clients[2].fail(CardLostError("pulled out", card=2))
+        fleet.coordinator.clients[1].fail(CardLostError("pulled out", card=1))
         with pytest.raises(CardLostError, match="pulled out"):
-            await fleet.step(fleet.on(0, 2))
+            await fleet.step(fleet.on(0, 1))
+        assert sorted(fleet.coordinator.lost) == [1, 2]
         # Nobody has kept a card.
-        await fleet.step(fleet.on(0, 1, 3))
+        await fleet.step(fleet.on(0, 3))

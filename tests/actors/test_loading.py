@@ -499,7 +499,9 @@ async def test_a_card_that_dies_while_it_is_loaded_is_named_alone(
         with trio.fail_after(5), pytest.raises(CardLostError, match=f"card {card}") as caught:
             await load(coordinator, path)
         assert caught.value.card == card
-        assert [n for i, n in enumerate(used_bytes(rig)) if i != card] == [0, 0]
+        left = [device for device in rig.cards if device.number != card]
+        assert [device.counters().ddr_used_bytes for device in left] == [0, 0]
+        assert list(coordinator.lost) == [card]
 
 
 @CHANNELS
