@@ -40,6 +40,7 @@ from spanker.actors.placement import ModelFile, Placement, Wanted
 from spanker.actors.replicas import Replicas
 from spanker.actors.session import Sampled, Scored, Session, SessionStats
 from spanker.actors.steps import F32, LoadedModel
+from spanker.actors.threads import WorkThreads
 from spanker.device.kernel.spec import KernelCardSpec
 from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
@@ -100,6 +101,8 @@ DEFAULT_MAX_TOKENS = 256
 _Put = tuple[Placement, FleetPlan, tuple[LoadedModel, ...]]
 _Joining = tuple[
     "SoftCard | RemoteCard | KernelCard",
+    # What waits in a thread until it has started, where that takes its time.
+    "RemoteCard | None",
     Callable[[], "Sequence[Link] | None"],
     Callable[[], None],
 ]
@@ -802,7 +805,7 @@ class Fleet:
     async def add(self, card: str | CardSpec) -> int:
         """Take one more card into the running fleet; its number.  It is given like those of
         `open_fleet`, as `soft:1` or `virtual:1:64MiB`, is of a kind that goes with theirs, and is
-        linked with all; `riscv:1` blocks until its process has started, a tenth of a second.
+        linked with all.
         `kernel:1` is the first card behind the kernel module that no fleet has: it is reset, and
         has the links that are there.
 
@@ -823,38 +826,42 @@ class Fleet:
 
     async def _join(self, spec: CardSpec, *, chosen: bool) -> int:
         coordinator = self._coordinator
-        # Nobody who measures or loads is to find another fleet half way.
-        async with self._load_lock:
-            card, link, discard = self._create(spec, chosen=chosen)
+        card, starting, link, discard = self._create(spec, chosen=chosen)
+        try:
+            if starting is not None:
+                await _started(starting)
             device = card if self._around is None else self._around.device(card)
-            try:
+            # Nobody who measures or loads is to find another fleet half way.
+            async with self._load_lock:
                 await coordinator.join(device, link)
-            except BaseException:
-                discard()
-                raise
-            self._devices.append(device)
-            return card.number
+                self._devices.append(device)
+        except BaseException:
+            discard()
+            raise
+        return card.number
 
     def _create(self, spec: CardSpec, *, chosen: bool) -> _Joining:
-        """A new card of the rig, what links it with the others, and what lets it go; `chosen` where
-        that very card of the kernel module is asked for."""
+        """A new card of the rig, that again where it is a process that has yet to start, what links
+        it with the others, and what lets it go; `chosen` where that very card of the kernel module
+        is asked for."""
         rig, coordinator = self._rig, self._coordinator
         if isinstance(rig, SoftRig):
             if isinstance(spec, SoftCardSpec | RiscvCardSpec):
                 here = rig.create(spec)
-                return here, lambda: rig.join(here), lambda: rig.discard(here)
+                starting = None if isinstance(here, SoftCard) else here
+                return here, starting, lambda: rig.join(here), lambda: rig.discard(here)
         elif isinstance(spec, VirtualCardSpec) and coordinator.modelled:
             from spanker.device.virtual.card import VirtualRig
 
             if isinstance(rig, VirtualRig) and spec.hollow == coordinator.hollow:
                 virtual = rig.create(spec)
-                return virtual, lambda: rig.join(virtual), virtual.release
+                return virtual, None, lambda: rig.join(virtual), virtual.release
         elif isinstance(spec, KernelCardSpec) and not coordinator.modelled:
             from spanker.device.kernel.rig import KernelRig
 
             assert isinstance(rig, KernelRig)
             kernel = rig.create(spec if chosen else None)
-            return kernel, lambda: rig.join(kernel), kernel.release
+            return kernel, None, lambda: rig.join(kernel), kernel.release
         kind = "soft" if isinstance(rig, SoftRig) else "kernel"
         if coordinator.modelled:
             kind = "hollow" if coordinator.hollow else "virtual"
@@ -937,6 +944,16 @@ class Fleet:
             for number, c in counters.items()
         )
         return FleetStats(cards, tuple(m.stats for m in self._models))
+
+
+async def _started(card: RemoteCard) -> None:
+    """Wait until the process of a card has started, while everybody else goes on; cancelled, it is
+    killed.  Not one of trio's threads, which stay for a while."""
+    threads = WorkThreads("spanker-starter", 1)
+    try:
+        await threads.run(card.greet, card.kill_process)
+    finally:
+        threads.close()
 
 
 async def _moved(session: Session) -> None:

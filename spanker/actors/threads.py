@@ -21,20 +21,27 @@ class WorkThreads:
         self._running = 0
         self._closed = False
 
-    async def run(self, work: Callable[[], None]) -> None:
+    async def run(
+        self, work: Callable[[], None], cut_short: Callable[[], None] = lambda: None
+    ) -> None:
         """Run `work` in a thread, behind what was given to all of them before; what it raises is
         raised.  A checkpoint; RuntimeError after `close`.
 
-        Cancellation waits for it: it may be using memory that the caller would free.
+        Cancellation waits for it: it may be using memory that the caller would free.  `cut_short`
+        is called then, in this thread, and may have it end sooner.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
         future = self._pool.submit(work)
-        future.add_done_callback(lambda _: token.run_sync_soon(done.set))
+        future.add_done_callback(lambda _: token.run_sync_soon(trio.lowlevel.reschedule, task))
         self._running += 1
+
+        def cancelled(_: object) -> trio.lowlevel.Abort:
+            cut_short()
+            return trio.lowlevel.Abort.FAILED
+
         try:
-            with trio.CancelScope(shield=True):
-                await done.wait()
+            await trio.lowlevel.wait_task_rescheduled(cancelled)
             await trio.lowlevel.checkpoint_if_cancelled()
             future.result()
         finally:

@@ -58,7 +58,7 @@ class LinkEnd:
 
 class RemoteCard(CoreCard):
     """One card of a rig; `start` makes its process, now and whenever it is opened again, when
-    `links` are the ends that it has by then."""
+    `links` are the ends that it has by then.  It is of use once it has been greeted."""
 
     # Of what only other bodies have: speeds that are kept.
     pace = None
@@ -80,14 +80,19 @@ class RemoteCard(CoreCard):
         self._process: CardProcess | None = None
         # One request at a time; whoever finds the card lost keeps it so.
         self._turn = threading.Lock()
-        self._open()
+        self._begin()
 
-    def _open(self) -> None:
+    def _begin(self) -> None:
+        """Start the process, which must be done by the thread that the card is to end with."""
         self._lost: CardLostError | None = None
         self._told = wire.Completions()
         # The sizes of what each queued step brings back, oldest first.
         self._sizes: deque[tuple[int, ...]] = deque()
         self._process = self._start()
+
+    def greet(self) -> None:
+        """Wait, ANSWER_S at most, until the process says what it is: in an emulator a tenth of a
+        second.  In any thread.  Raises CardLostError and FirmwareError, and has ended it then."""
         try:
             self._info = self._hello()
             for end in self._links():
@@ -423,7 +428,15 @@ class RemoteCard(CoreCard):
                 card=self.number,
             )
         self._end()
-        self._open()
+        self._begin()
+        self.greet()
+
+    def kill_process(self) -> None:
+        """For who does not want to wait until another thread has greeted the card: that one gets
+        CardLostError.  Does not block."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -659,6 +659,9 @@ class SoftRig(CardRig):
         try:
             for spec in specs:
                 self.cards.append(self._new(spec))
+            for card in self.cards:
+                if not isinstance(card, SoftCard):
+                    card.greet()
             ring_bytes = ring_bytes_of(len(specs))
             for a, b in _pairs(self.cards, topology):
                 self._link(a, b, ring_bytes)
@@ -677,7 +680,7 @@ class SoftRig(CardRig):
         return [card for card in self.cards if isinstance(card, SoftCard)]
 
     def _new(self, spec: SoftCardSpec | RiscvCardSpec) -> SoftCard | RemoteCard:
-        """A card of the next number."""
+        """A card of the next number, to be greeted where it is a process."""
         number = len(self.cards)
         if isinstance(spec, SoftCardSpec):
             return SoftCard(self, number, spec)
@@ -702,7 +705,7 @@ class SoftRig(CardRig):
 
     def create(self, spec: SoftCardSpec | RiscvCardSpec) -> SoftCard | RemoteCard:
         """One more card, of the next number; nobody works with it before `join`, and without that
-        it goes with `discard`.  Blocks while a process starts.  ConfigError where there can be no
+        it goes with `discard`.  A process has yet to be greeted.  ConfigError where there can be no
         such card, and as the rig itself."""
         if len(self.cards) == CARDS_MAX:
             raise ConfigError(f"a soft fleet has at most {CARDS_MAX} cards")

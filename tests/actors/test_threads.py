@@ -143,6 +143,29 @@ async def test_cancellation_waits_for_the_work(threads: WorkThreads) -> None:
     assert scope.cancelled_caught and ended
 
 
+async def test_cancellation_may_cut_the_work_short(threads: WorkThreads) -> None:
+    started, cut = threading.Event(), threading.Event()
+    where: list[threading.Thread] = []
+
+    def work() -> None:
+        started.set()
+        assert cut.wait(20)
+
+    def cut_short() -> None:
+        where.append(threading.current_thread())
+        cut.set()
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, work, cut_short)
+            await until(started.is_set)
+            scope.cancel()
+    assert scope.cancelled_caught and where == [threading.current_thread()]
+    # Work that ends by itself is not.
+    await threads.run(lambda: None, cut_short)
+    assert len(where) == 1
+
+
 async def test_work_of_a_cancelled_task_does_not_begin(threads: WorkThreads) -> None:
     done: list[int] = []
     with trio.CancelScope() as scope:

@@ -21,14 +21,19 @@ from typing import Any, NamedTuple
 import attrs
 import numpy as np
 import pytest
+import trio
 from conformance_rigs import adder, collect, finish, floats, make_program, sender, step, waiter
+from crowd import Answers, Crowd, lost_cards
 from waiting import until
 
+import spanker
 from spanker.device import remote, wire
 from spanker.device.process import CardProcess, Launch
 from spanker.device.remote import LinkEnd, RemoteCard
+from spanker.device.riscv.emulator import Emulator
+from spanker.device.riscv.processes import Launcher
 from spanker.device.riscv.spec import RiscvCardSpec
-from spanker.device.soft import SoftCardSpec, SoftRig
+from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.errors import (
     CardCommandError,
     CardLostError,
@@ -42,6 +47,7 @@ from spanker.kernels.program import Ref, Transfer
 from spanker.native import ffi, lib
 from spanker.sched.bandwidth import REV_A
 from spanker.sched.topology import Topology
+from spanker.testing import nothing_leaked
 from spanker.testing.assertions import open_descriptors
 
 DDR_BYTES = 1 << 20
@@ -59,6 +65,19 @@ class Here:
 
     def launch(self, spec: RiscvCardSpec) -> Launch:
         return Launch((str(self.path),))
+
+    def close(self) -> None: ...
+
+
+class Sleeping:
+    """Starts what never answers."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def launch(self, spec: RiscvCardSpec) -> Launch:
+        self.started = True
+        return Launch(("sh", "-c", "exec sleep 60", "--"))
 
     def close(self) -> None: ...
 
@@ -363,7 +382,7 @@ def test_a_card_that_answers_senselessly_or_not_is_lost(
     monkeypatch.setattr(remote, "ANSWER_S", 0.2)
     liar = Liar(says)
     with pytest.raises(CardLostError, match=words):
-        RemoteCard(rig, 0, "lying", lambda: liar, tuple)  # type: ignore[arg-type,return-value]
+        RemoteCard(rig, 0, "lying", lambda: liar, tuple).greet()  # type: ignore[arg-type,return-value]
     assert liar.ends
 
 
@@ -371,7 +390,7 @@ def test_a_card_that_answers_senselessly_or_not_is_lost(
 def test_firmware_of_another_interface_is_refused(rig: SoftRig, wrong: dict[str, int]) -> None:
     liar = Liar(hello(**wrong))
     with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 2"):
-        RemoteCard(rig, 0, "old", lambda: liar, tuple)  # type: ignore[arg-type,return-value]
+        RemoteCard(rig, 0, "old", lambda: liar, tuple).greet()  # type: ignore[arg-type,return-value]
 
 
 def test_a_stopped_process_is_lost_in_bounded_time(
@@ -519,6 +538,13 @@ def test_a_card_at_work_takes_no_link(rig: SoftRig, link: int) -> None:
 FAR, NEAR = RiscvCardSpec(ddr_bytes=DDR_BYTES), SoftCardSpec(ddr_bytes=DDR_BYTES)
 
 
+def created(rig: SoftRig, spec: RiscvCardSpec | SoftCardSpec) -> SoftCard | RemoteCard:
+    card = rig.create(spec)
+    if isinstance(card, RemoteCard):
+        card.greet()
+    return card
+
+
 @pytest.mark.usefixtures("nothing_left_behind")
 @pytest.mark.parametrize("first", [[FAR], [NEAR], [FAR, NEAR], [NEAR, FAR]])
 @pytest.mark.parametrize("then", [[FAR, NEAR], [NEAR, FAR, FAR]])
@@ -529,7 +555,7 @@ def test_cards_of_both_kinds_join_each_other(
 ) -> None:
     with SoftRig(first, launcher=Here(card_process)) as rig:
         for spec in then:
-            card = rig.create(spec)
+            card = created(rig, spec)
             rig.join(card)
             assert rig.cards[-1] is card and card.number == len(rig.cards) - 1
             for each in rig.cards:
@@ -554,13 +580,13 @@ def test_a_card_that_cannot_be_linked_leaves_nothing(
         before = open_descriptors()
         # Where the last one's link is to be there is one.
         far[1].attach(LinkEnd(3, link, 1, RING_BYTES))
-        card = rig.create(spec)
+        card = created(rig, spec)
         with pytest.raises(CardCommandError, match="card 2: linking it with card 3"):
             rig.join(card)
         rig.discard(card)
         assert len(rig.cards) == 3 and open_descriptors() == before
         assert [links_of(each.process.pid) for each in far] == [2, 2]
-        again = rig.create(spec)
+        again = created(rig, spec)
         rig.join(again)
         for each in rig.cards:
             each.abort(2)
@@ -606,22 +632,88 @@ def test_a_fleet_of_soft_cards_keeps_nothing_of_a_process_that_did_not_join(
     monkeypatch.setattr(remote, "ANSWER_S", 0.3)
     closed = []
 
-    class Sleeping(Here):
-        def launch(self, spec: RiscvCardSpec) -> Launch:
-            return Launch(("sleep", "60", "--"))
-
+    class Watched(Sleeping):
         def close(self) -> None:
             closed.append(self)
 
-    with SoftRig([NEAR], launcher=Sleeping(card_process)) as rig:
+    with SoftRig([NEAR], launcher=Watched()) as rig:
         before = open_descriptors()
+        card = rig.create(FAR)
+        assert isinstance(card, RemoteCard)
         with pytest.raises(CardLostError, match=r"card 1: greeting it: the card"):
-            rig.create(FAR)
+            card.greet()
+        rig.discard(card)
         assert open_descriptors() == before and len(closed) == 1 and len(rig.cards) == 1
         rig.join(rig.create(NEAR))
         for each in rig.cards:
             each.abort(2)
         everybody_exchanges(rig, 2)
+
+
+async def joining(fleet: spanker.Fleet, launcher: Launcher) -> None:
+    """Add a card whose process `launcher` starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Emulator, "find", lambda: launcher)
+        await fleet.add(RiscvCardSpec(ddr_bytes=8 << 20))
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_generations_go_on_while_a_process_starts_and_it_can_be_cancelled(
+    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 1000)
+    with trio.fail_after(20):
+        async with spanker.open_fleet("soft:2") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            sleeping, held = Sleeping(), open_descriptors()
+            async with nothing_leaked(fleet), trio.open_nursery() as nursery:
+                nursery.start_soon(joining, fleet, sleeping)
+                await until(lambda: sleeping.started)
+                assert await Crowd(model).run() == expected
+                # Nor does a load wait for it.
+                await (await fleet.load(tiny, plan="tp")).unload()
+                assert len(open_descriptors()) > len(held)
+                nursery.cancel_scope.cancel()
+            assert len(fleet.cards) == len(fleet.devices) == 2 and fleet.events.history == ()
+            assert await fleet.add("soft:1") == 2
+            assert await Crowd(model).run() == expected
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_fleet_is_closed_while_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 1000)
+    sleeping = Sleeping()
+    async with nothing_leaked():
+        with trio.fail_after(20), trio.CancelScope() as scope:
+            async with spanker.open_fleet("soft:2") as fleet, trio.open_nursery() as nursery:
+                nursery.start_soon(joining, fleet, sleeping)
+                await until(lambda: sleeping.started)
+                scope.cancel()
+        assert scope.cancelled_caught
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_process_that_never_answers_does_not_join_and_another_one_does(
+    tiny: Path, expected: Answers, card_process: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trio.fail_after(60):
+        async with spanker.open_fleet("soft:2") as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            with monkeypatch.context() as patch:
+                patch.setattr(remote, "ANSWER_S", 0.3)
+                async with nothing_leaked(fleet):
+                    with pytest.raises(CardLostError, match="card 2: greeting it"):
+                        await joining(fleet, Sleeping())
+            assert len(fleet.cards) == 2
+            await joining(fleet, Here(card_process))
+            assert len(fleet.cards) == 3 and model.plan.cards == (0, 1, 2)
+            assert await Crowd(model).run() == expected
+            # It is found out by whoever asks first.
+            device = fleet.devices[2]
+            assert isinstance(device, RemoteCard)
+            os.kill(device.process.pid, signal.SIGKILL)
+            assert [card.number for card in (await fleet.stats()).cards] == [0, 1]
+            assert fleet.health().cards == (0, 1) and lost_cards(fleet) == [2]
 
 
 @pytest.mark.parametrize(

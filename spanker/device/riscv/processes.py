@@ -44,8 +44,7 @@ class ProcessCards:
         self._links: dict[tuple[int, int], tuple[int, int]] = {}
 
     def start(self, number: int, spec: RiscvCardSpec) -> RemoteCard:
-        """One card; CardLostError where it does not start.  Blocks while it does: in an emulator a
-        tenth of a second."""
+        """One card, to be greeted; CardLostError where it does not start."""
         launch = self._launcher.launch(spec)
         start = functools.partial(CardProcess, number, launch, spec.ddr_bytes, spec.isa)
         return RemoteCard(self._rig, number, "riscv", start, functools.partial(self._ends, number))
