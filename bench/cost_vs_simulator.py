@@ -4,12 +4,13 @@
     python bench/cost_vs_simulator.py [--only WORD] [--json FILE]
 
 One computes in closed form, the other event by event, and they share nothing but a profile's
-constants.  Nothing here depends on the machine it runs on.
+constants and the ways around missing links.  Nothing here depends on the machine it runs on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -84,11 +85,23 @@ def weighted_plan(model: ModelShape, stages: Sequence[Sequence[float]]) -> Plan:
     return Plan(name, tuple(made))
 
 
-# Where no way leads over other cards, what cards exchange goes over the host.
+def _without(a: int, b: int) -> Callable[[int], Topology]:
+    """A mesh in which these two cards have no link."""
+    return lambda n: Topology.of_pairs(
+        n, [ends for ends in itertools.combinations(range(n), 2) if ends != (a, b)]
+    )
+
+
+# Over other cards where links lead there; what cards exchange goes over the host where none do.
 TOPOLOGIES: dict[str, Callable[[int], Topology]] = {
     "mesh": Topology.with_mock,
     "none": lambda n: Topology.of_pairs(n, []),
     "pairs": lambda n: Topology.of_pairs(n, [(a, a + 1) for a in range(0, n - 1, 2)]),
+    "line": Topology.line,
+    "ring": Topology.ring,
+    "star": lambda n: Topology.of_pairs(n, [(0, a) for a in range(1, n)]),
+    "one cut": _without(0, 1),
+    "last cut": _without(1, 2),
 }
 
 # --- cases -------------------------------------------------------------------------------
@@ -259,6 +272,28 @@ CASES = (
     Case("no links, pipeline", "mixed", 3, "pp", REV_A, prompt=96, chunk=16, links="none"),
     Case("two pairs, a stage each", "mixed", 4, "tp2xpp2", REV_A, prompt=64, links="pairs"),
     Case("a whole model without a link", "smollm2-135m", 2, "tp", REV_A, prompt=32, links="none"),
+    Case("a link cut", "grouped", 4, "tp", REV_A, prompt=200, chunk=64, links="one cut"),
+    Case("a link cut, three cards", "grouped", 3, "tp", REV_A, batch=4, links="one cut"),
+    Case("a link cut, uneven heads", "small", 4, "tp", REV_A, prompt=70, chunk=16, links="one cut"),
+    Case("a link cut, far links", "grouped", 4, "tp", _FAR_LINKS, links="one cut"),
+    Case("a link cut, slow links", "grouped", 4, "tp", _SLOW_LINKS, batch=4, links="one cut"),
+    Case("a link cut, narrow ports", "grouped", 6, "tp", _NARROW, batch=4, links="one cut"),
+    Case("a link cut, two cores", "grouped", 4, "tp", _TWO_CORES, batch=4, links="one cut"),
+    Case("a link cut, a slow link", "grouped", 4, "tp", _TWO_BOARDS, batch=4, links="one cut"),
+    Case("a link cut in a stage", "mixed", 4, "tp2xpp2", REV_A, prompt=96, links="one cut"),
+    Case("a link cut between stages", "mixed", 4, "tp2xpp2", REV_A, prompt=96, links="last cut"),
+    Case("a link cut in a pipeline", "mixed", 3, "pp", REV_A, prompt=96, links="one cut"),
+    Case("a link cut, two replicas", "grouped", 4, "dp2xtp2", REV_A, batch=2, links="last cut"),
+    Case("a line of three", "grouped", 3, "tp", REV_A, prompt=200, chunk=64, links="line"),
+    Case("a line of five", "grouped", 5, "tp", REV_A, batch=4, links="line"),
+    Case("a line, a stage each", "mixed", 4, "pp", REV_A, prompt=96, chunk=16, links="line"),
+    Case("a line, two by two", "mixed", 4, "tp2xpp2", REV_A, prompt=96, links="line"),
+    Case("a ring of six", "small", 6, "tp", REV_A, prompt=70, chunk=32, links="ring"),
+    Case("a ring, two stages", "grouped", 6, "tp3xpp2", REV_A, batch=4, links="ring"),
+    Case("a star", "grouped", 5, "tp", REV_A, prompt=100, chunk=40, links="star"),
+    Case("three cards and one pair", "grouped", 3, "tp", REV_A, batch=4, links="pairs"),
+    Case("two pairs, one stage", "small", 4, "tp", REV_A, prompt=70, links="pairs"),
+    Case("a whole model, a link cut", "smollm2-135m", 4, "tp", REV_A, prompt=32, links="one cut"),
     Case("replicas of a whole model", "smollm2-135m", 4, "dp2xtp2", REV_B, batch=4),
 )
 
@@ -346,6 +381,7 @@ def compare(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             "prompt": case.prompt,
             "chunk": case.chunk,
             "tokens": case.tokens,
+            "links": case.links,
             "cost_model": _rounded(attrs.asdict(model)),
             "simulator": _rounded(attrs.asdict(events)),
             "error": {part: None if e is None else round(e, 6) for part, e in off.items()},

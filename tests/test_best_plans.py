@@ -37,13 +37,20 @@ MORE = [
     ("tinyllama", 7, REV_B, 5),
     ("llama-7b", 16, REV_A, 1),
 ]
+# Other cards lead around the links that are missing.
+PARTLY_LINKED = [
+    ("smollm2-135m", Topology.line(3), REV_A, 1),
+    ("smollm2-135m", Topology.of_pairs(4, [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]), REV_A, 1),
+    pytest.param("smollm2-360m", Topology.line(5), REV_A, 2, marks=pytest.mark.long),
+]
 
 
-def rank(shape: str, cards: int, profile: Profile, batch: int) -> None:
+def rank(shape: str, topology: Topology, profile: Profile, batch: int) -> None:
+    cards = len(topology.cards)
     request = Request(
         named_shape(shape),
         profile,
-        Topology.with_mock(cards),
+        topology,
         (16 << 30,) * cards,
         step_limits(named_shape(shape), 512),
         batch=batch,
@@ -62,6 +69,7 @@ def rank(shape: str, cards: int, profile: Profile, batch: int) -> None:
                 tokens=TOKENS,
                 batch=batch,
                 ctx=512,
+                topology=topology,
             )
         )
         rates = [rate for rate in result.sequence_rates if rate is not None]
@@ -75,7 +83,14 @@ def rank(shape: str, cards: int, profile: Profile, batch: int) -> None:
 def test_the_simulator_ranks_the_choice_first(
     shape: str, cards: int, profile: Profile, batch: int
 ) -> None:
-    rank(shape, cards, profile, batch)
+    rank(shape, Topology.with_mock(cards), profile, batch)
+
+
+@pytest.mark.parametrize(("shape", "topology", "profile", "batch"), PARTLY_LINKED)
+def test_the_simulator_ranks_the_choice_first_where_links_are_missing(
+    shape: str, topology: Topology, profile: Profile, batch: int
+) -> None:
+    rank(shape, topology, profile, batch)
 
 
 @pytest.mark.long
@@ -83,4 +98,4 @@ def test_the_simulator_ranks_the_choice_first(
 def test_the_simulator_ranks_more_choices_first(
     shape: str, cards: int, profile: Profile, batch: int
 ) -> None:
-    rank(shape, cards, profile, batch)
+    rank(shape, Topology.with_mock(cards), profile, batch)

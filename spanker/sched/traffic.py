@@ -92,8 +92,9 @@ def moved(shape: ModelShape, plan: Plan, batch: int = 1) -> Moved:
                 for target in stage.cards:
                     send(source, target, phase.count * nbytes)
     for before, after in zip(plan.stages, plan.stages[1:], strict=False):
-        for source, target, nbytes in pieces.handover_moves(before.cards, after.cards):
-            send(source, target, nbytes)
+        for moves in pieces.handover_moves(before.cards, after.cards):
+            for source, target, nbytes in moves:
+                send(source, target, nbytes)
     for voter in plan.voters:
         for embedder in plan.embedders:
             send(voter, embedder, BEST_BYTES * batch)

@@ -116,6 +116,11 @@ def test_replicas_behind_slow_links_come_from_the_host() -> None:
     assert found.seconds == found.from_host_s
 
 
+def test_replicas_in_a_fleet_without_some_link_come_from_the_host() -> None:
+    found = cost.load(SHAPE, fleet_of(SHAPE, 1, 3), BYTES, Topology.line(3), LIMITS)
+    assert found.seconds == found.from_host_s
+
+
 def test_replicas_that_are_not_alike_come_from_the_host() -> None:
     pair, single = tensor_pipeline(SHAPE, 2, 1), moved(tensor_pipeline(SHAPE, 1, 1), 2)
     found = load(FleetPlan("dp", (pair, single)), BYTES)

@@ -58,22 +58,23 @@ def test_cards_that_compute_together_share_cores_and_memory() -> None:
 def test_infinite_speeds_take_no_time() -> None:
     pace = machine(elements_per_s=math.inf, int8_madds_per_s=math.inf).pace(0)
     assert pace.s_per_work[:2] == (0, 0)
-    assert machine(intercard_bytes_per_s=math.inf, port_bytes_per_s=None).gather_s(
+    assert machine(intercard_bytes_per_s=math.inf, port_bytes_per_s=None).gather(
         (0, 1), (1e9, 1e9)
-    ) == pytest.approx(0.25)
+    ).seconds == pytest.approx(0.25)
 
 
 def test_a_gather_is_bound_by_ports_or_else_by_links() -> None:
     # Card 0 sends 2 x 60 bytes through a port of 150 bytes/s.
-    assert machine().gather_s((0, 1, 2), (60, 30, 0)) == pytest.approx(120 / 150 + 0.25)
+    assert machine().gather((0, 1, 2), (60, 30, 0)).seconds == pytest.approx(120 / 150 + 0.25)
     # Card 3 receives 180.
-    assert machine(4).gather_s((0, 1, 2, 3), (60, 60, 60, 0)) == pytest.approx(180 / 150 + 0.25)
-    assert machine(port_bytes_per_s=None).gather_s((0, 1, 2), (60, 30, 0)) == 60 / 100 + 0.25
+    received = machine(4).gather((0, 1, 2, 3), (60, 60, 60, 0)).seconds
+    assert received == pytest.approx(180 / 150 + 0.25)
+    assert machine(port_bytes_per_s=None).gather((0, 1, 2), (60, 30, 0)).seconds == 60 / 100 + 0.25
 
 
 def test_what_moves_nothing_takes_nothing() -> None:
-    assert machine().gather_s((0, 1, 2), (0, 0, 0)) == 0
-    assert machine().gather_s((1,), (100,)) == 0
+    assert machine().gather((0, 1, 2), (0, 0, 0)).seconds == 0
+    assert machine().gather((1,), (100,)).seconds == 0
     assert machine().moves_s([]) == 0
     assert machine().moves_s([(0, 1, 0), (1, 1, 50)]) == 0
 
@@ -88,37 +89,52 @@ def test_moves_over_one_link_go_one_after_the_other() -> None:
 def test_a_gather_on_equal_links_is_its_moves(nbytes: tuple[float, ...]) -> None:
     cards = (2, 0, 1)
     moves = [(a, b, n) for a, n in zip(cards, nbytes, strict=True) for b in cards if a != b]
-    assert machine().gather_s(cards, nbytes) == pytest.approx(machine().moves_s(moves))
+    assert machine().gather(cards, nbytes).seconds == pytest.approx(machine().moves_s(moves))
 
 
 def test_a_slow_link_holds_up_its_gather_and_no_other() -> None:
     links = (LinkSpeed(0, 1, bytes_per_s=10, latency_s=1.0),)
-    assert machine(links=links).gather_s((0, 1), (30, 30)) == 30 / 10 + 1.0
-    assert machine(links=links).gather_s((1, 2), (30, 30)) == 30 / 100 + 0.25
+    assert machine(links=links).gather((0, 1), (30, 30)).seconds == 30 / 10 + 1.0
+    assert machine(links=links).gather((1, 2), (30, 30)).seconds == 30 / 100 + 0.25
 
 
 def test_a_link_far_away_and_a_slow_one_are_no_sum() -> None:
     links = (LinkSpeed(0, 1, 10, latency_s=0.0), LinkSpeed(1, 0, 1e9, latency_s=2.0))
-    found = machine(links=links, port_bytes_per_s=None).gather_s((0, 1), (30, 30))
+    found = machine(links=links, port_bytes_per_s=None).gather((0, 1), (30, 30)).seconds
     assert found == pytest.approx(3.0)
     # What a card receives has come when the farthest of it has.
     assert machine(3, links=links).moves_s([(1, 0, 75), (2, 0, 75)]) == pytest.approx(1 + 2.0)
 
 
-def test_cards_without_a_link_are_relayed_over_the_host_link() -> None:
+def test_where_a_link_is_missing_the_card_between_hands_on_in_a_second_exchange() -> None:
     line = Machine(PROFILE, Topology.line(3))
-    assert line.relays((0, 1, 2)) == [(0, 2), (2, 0)]
+    found = line.gather((0, 1, 2), (20, 30, 40), command_s=0.125)
+    # First 60 bytes come to card 1 and 60 leave it, or 40 over a link; then 60 leave it again.
+    assert found.first_s == pytest.approx(0.125 + 40 / 100 + 0.25)
+    assert found.links_s == pytest.approx(2 * (40 / 100 + 0.25))
+    assert found.commands_s == 2 * 0.125
+    # Nothing of cards 0 and 2 is nothing to hand on.
+    once = line.gather((0, 1, 2), (0, 30, 0), command_s=0.125)
+    assert once.seconds == pytest.approx(0.125 + 60 / 150 + 0.25)
+    # A vote of each for card 0; the votes of card 2 go over card 1, for which this is a vote, too.
+    votes = line.choice((0, 1, 2), (0,), 10, command_s=0.125)
+    assert votes.seconds == pytest.approx(2 * (0.125 + 10 / 100 + 0.25))
+
+
+def test_cards_between_which_none_leads_are_relayed_over_the_host_link() -> None:
+    line = Machine(PROFILE, Topology.line(3))
+    assert line.down == {(0, 2), (2, 0)}
     # 20 bytes of each of two cards, in messages, go up at 10 bytes/s, but for the turn by which one
     # is ahead; then the last message comes down, and two latencies.
     whole = 20 * (1 + 67 / 16384) + 67
     nbytes = 2 * whole - 10 * 500e-6 + 20 + 67
-    assert line.gather_s((0, 1, 2), (20, 20, 20)) == pytest.approx(nbytes / 10 + 2 * 0.5)
-    assert line.gather_s((0, 1), (20, 20)) == pytest.approx(20 / 100 + 0.25)
+    assert line.gather((0, 2), (20, 20)).seconds == pytest.approx(nbytes / 10 + 2 * 0.5)
+    assert line.gather((0, 1), (20, 20)).seconds == pytest.approx(20 / 100 + 0.25)
 
 
 def test_a_link_that_is_down_is_none() -> None:
     down = Topology((0, 1), (Link(0, 1, LinkState.UP), Link(1, 0, LinkState.DOWN)))
-    assert Machine(PROFILE, down).relays((0, 1)) == [(1, 0)]
+    assert Machine(PROFILE, down).down == {(1, 0)}
 
 
 def test_a_host_link_without_a_limit_relays_for_its_latency() -> None:

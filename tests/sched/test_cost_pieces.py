@@ -195,9 +195,9 @@ def test_blocks_are_gathered_where_no_share_cuts_one() -> None:
 
 def test_a_handover_sends_a_row_to_each_card_of_the_next_stage() -> None:
     links = attrs.evolve(BYTES, local_ddr_bytes_per_s=1e30, intercard_latency_s=0.5, command_s=2.0)
-    assert pieces(links, cards=4).handover((0, 1), (2, 3)) == 2 + 256 * 4 + 0.5
+    assert pieces(links, cards=4).handover((0, 1), (2, 3)).seconds == 2 + 256 * 4 + 0.5
     ports = attrs.evolve(links, port_bytes_per_s=1.0)
-    assert pieces(ports, cards=4).handover((0,), (1, 2, 3)) == 2 + 3 * 256 * 4 + 0.5
+    assert pieces(ports, cards=4).handover((0,), (1, 2, 3)).seconds == 2 + 3 * 256 * 4 + 0.5
 
 
 def test_choosing_among_cards_and_alone() -> None:

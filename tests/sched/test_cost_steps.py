@@ -91,7 +91,7 @@ def test_a_price_is_the_sum_of_its_pieces() -> None:
         exchange_s = p.exchange_s(len(cards))
 
         def gathered(nbytes: list[float], cards: tuple[int, ...] = cards) -> float:
-            return p.exchange_s(len(cards)) + p.machine.gather_s(cards, nbytes)
+            return p.exchange_s(len(cards)) + p.machine.gather(cards, nbytes).seconds
 
         if number == 0:
             total += max(p.embed(s.card, s.columns) for s in shares)
@@ -111,7 +111,7 @@ def test_a_price_is_the_sum_of_its_pieces() -> None:
             total += gathered([p.project_gather(s.hidden.size) for s in shares])
         total += max(p.add(s.card) + p.output(s.card, s.vocabulary, 64) for s in shares)
         assert exchange_s == profile.command_s
-    total += p.handover(plan.stages[0].cards, plan.stages[1].cards)
+    total += p.handover(plan.stages[0].cards, plan.stages[1].cards).seconds
     total += p.choose(plan.voters, plan.embedders)
     assert decode(plan, profile, batch=batch).cards_s == pytest.approx(total, rel=1e-12)
 
@@ -172,12 +172,22 @@ def test_a_batch_has_so_many_tokens_a_step() -> None:
     assert one.seconds < eight.seconds < 8 * one.seconds
 
 
-def test_missing_links_are_relayed_and_cost_it() -> None:
+def test_around_missing_links_there_are_exchanges_more() -> None:
     plan = tensor_pipeline(SHAPE, 4, 1)
     mesh = cost.decode(SHAPE, plan, REV_A, Topology.with_mock(4), context=10)
     ring = cost.decode(SHAPE, plan, REV_A, Topology.ring(4), context=10)
-    # Each of 4 gathers a layer, the embedding's and the choice take two round trips at least.
-    assert ring.seconds - mesh.seconds > (4 * LAYERS + 2) * REV_A.host_link_latency_s
+    apart = cost.decode(SHAPE, plan, REV_A, Topology.of_pairs(4, []), context=10)
+    # One for each of 4 gathers a layer, for the embedding's and the choice.
+    more, taken = 4 * LAYERS + 2, ring.cards_s - mesh.cards_s
+    exchange_s = REV_A.command_s + REV_A.intercard_latency_s
+    assert more * exchange_s < taken < more * 2 * exchange_s
+    commands_s = ring.spent[Bound.COMMANDS] - mesh.spent[Bound.COMMANDS]
+    assert commands_s == pytest.approx(more * REV_A.command_s)
+    # Where no card leads on, two latencies of the host's.
+    assert apart.cards_s - mesh.cards_s > more * REV_A.host_link_latency_s
+
+
+def test_missing_links_that_none_leads_around_are_relayed_and_cost_it() -> None:
     line = Topology.line(3)
     stages = tensor_pipeline(SHAPE, 1, 3)
     found = cost.decode(SHAPE, stages, REV_A, line, context=10)

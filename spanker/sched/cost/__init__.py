@@ -4,7 +4,8 @@
 `Pieces` prices what one card does between two exchanges, `Machine` an exchange.  What a plan takes
 is the sum of those pieces and of nothing else, so who makes the pieces smaller makes the plan
 faster.  No I/O, no clock, no events: `spanker.simulation` has those, and shares no expression with
-this package (bench/cost_vs_simulator.py lays them side by side).  Seconds and bytes throughout.
+this package (bench/cost_vs_simulator.py lays them side by side).  Which card hands what on to whom
+where links are missing both have from `sched.detours`.  Seconds and bytes throughout.
 
 What a sum of pieces does not see, it prices too high rather than too low: the cards of a stage are
 taken to wait for each other in every exchange, so that the latency of one counts even where the

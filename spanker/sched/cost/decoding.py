@@ -15,7 +15,7 @@ import attrs
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost.host import HostMessages, step_messages
-from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.machine import Exchanges, Machine
 from spanker.sched.cost.phases import Bound, StagePrice, price_stage, spent_on, stage_pieces
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
@@ -104,13 +104,14 @@ def decode(
     rows = StepRows.decode(batch, context)
     by_stage = stage_pieces(shape, plan, machine, rows, beside, kv_copies)
     stages = [price_stage(p, plan, n, candidates) for n, p in enumerate(by_stage)]
-    handovers = handover_times(by_stage, plan)
+    handed = handovers(by_stage, plan)
+    handover_s = [exchanges.seconds for exchanges in handed]
     choose_s = by_stage[-1].choose(plan.voters, plan.embedders)
     stage_s = sum(stage.seconds for stage in stages)
-    cards_s = profile.step_s + stage_s + sum(handovers) + choose_s
+    cards_s = profile.step_s + stage_s + sum(handover_s) + choose_s
 
     host = step_messages(plan, profile, rows, batch, context, candidates)
-    round_s = _round_s(profile, host, stages, handovers) + choose_s + host.end_s
+    round_s = _round_s(profile, host, stages, handover_s) + choose_s + host.end_s
     if sampling:
         host_s = round_s + profile.host_step_s
     else:
@@ -123,10 +124,13 @@ def decode(
     for stage in stages:
         for bound, part_s in stage.spent.items():
             spent[bound] += part_s
-    between = [*handovers, choose_s]
-    links_s = sum(between) - _choose_spent(by_stage[-1], plan, spent)
+    for exchanges in (*handed, by_stage[-1].votes(plan.voters, plan.embedders)):
+        spent[Bound.COMMANDS] += exchanges.commands_s
+        spent[Bound.LINKS] += exchanges.links_s
+    choosing = by_stage[-1].choose_commands(len(plan.voters))
+    for bound, part_s in spent_on(by_stage[-1], plan.embedders[0], choosing).items():
+        spent[bound] += part_s
     spent[Bound.COMMANDS] += profile.step_s
-    spent[Bound.LINKS] += links_s
     spent[Bound.HOST_WORK] = profile.host_step_s if sampling else 0.0
     spent[Bound.HOST_LINK] = max(seconds - cards_s - spent[Bound.HOST_WORK], 0.0)
     return StepCost(
@@ -207,8 +211,8 @@ def check_fits(shape: ModelShape, plan: Plan, machine: Machine) -> None:
         )
 
 
-def handover_times(by_stage: tuple[Pieces, ...], plan: Plan) -> list[float]:
-    """Seconds of each handover from a stage to the next one."""
+def handovers(by_stage: tuple[Pieces, ...], plan: Plan) -> list[Exchanges]:
+    """Each handover from a stage to the next one."""
     return [
         pieces.handover(plan.stages[n].cards, plan.stages[n + 1].cards)
         for n, pieces in enumerate(by_stage[:-1])
@@ -216,23 +220,13 @@ def handover_times(by_stage: tuple[Pieces, ...], plan: Plan) -> list[float]:
 
 
 def _round_s(
-    profile: Profile, host: HostMessages, stages: list[StagePrice], handovers: list[float]
+    profile: Profile, host: HostMessages, stages: list[StagePrice], handover_s: list[float]
 ) -> float:
     """From when the host submits a step that idle cards wait for to when the voters have their
     best tokens."""
     at = host.begin_s[0] + profile.step_s + stages[0].seconds
-    for stage, handover_s, begin_s in zip(stages[1:], handovers, host.begin_s[1:], strict=True):
+    for stage, handed_s, begin_s in zip(stages[1:], handover_s, host.begin_s[1:], strict=True):
         # A card of a later stage has long waited for the row, or else has yet to take up the step.
         ready = begin_s + profile.step_s + profile.command_s
-        at = max(at + handover_s, ready) + stage.seconds
+        at = max(at + handed_s, ready) + stage.seconds
     return at
-
-
-def _choose_spent(pieces: Pieces, plan: Plan, spent: dict[Bound, float]) -> float:
-    """Book what the commands of handovers and of the choice take; how much that is."""
-    taken = spent_on(pieces, plan.embedders[0], pieces.choose_commands(len(plan.voters)))
-    alone = set(plan.voters) == set(plan.embedders) and len(plan.voters) == 1
-    taken[Bound.COMMANDS] += pieces.exchange_s(2) * (len(plan.stages) - 1 + (not alone))
-    for bound, seconds in taken.items():
-        spent[bound] += seconds
-    return sum(taken.values())

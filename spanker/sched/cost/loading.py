@@ -102,7 +102,7 @@ def load(
         check_fits(shape, p, machine)
     uploads = {u.card: u for p in replicas for u in _uploads(shape, p, machine, limits)}
     cards, every = len(topology.cards), list(uploads.values())
-    chains = _chains(profile, replicas)
+    chains = _chains(profile, replicas, straight=topology.fully_meshed)
     programs_s = _programs_s(profile, every)
     from_host_s = _load_s(profile, every, cards, len(every)) + programs_s
     if len(chains) == len(every):
@@ -190,11 +190,14 @@ def _programs_s(
 # --- from card to card ------------------------------------------------------------------
 
 
-def _chains(profile: Profile, replicas: Sequence[Plan]) -> list[list[tuple[Plan, int]]]:
+def _chains(
+    profile: Profile, replicas: Sequence[Plan], *, straight: bool
+) -> list[list[tuple[Plan, int]]]:
     """Cards that get the same bytes, the first from the host and each other one from the one
-    before: of replicas that are alike, where links are faster than the host's."""
+    before: of replicas that are alike, where links are faster than the host's, and every card can
+    send `straight` to every other."""
     host = profile.host_link_bytes_per_s
-    slow = host is not None and host < profile.intercard_bytes_per_s
+    slow = straight and host is not None and host < profile.intercard_bytes_per_s
     alike: dict[object, list[Plan]] = {}
     for number, plan in enumerate(replicas):
         form = on_cards(plan, [0] * (max(plan.cards) + 1)).stages if slow else number

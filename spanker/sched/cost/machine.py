@@ -3,17 +3,24 @@
 an exchange takes.
 
 The links of a topology that are up are those there are.  Where two cards have none, what one sends
-the other goes over the host link, message by message up and then down.
+the other goes as `sched.detours` has it: over other cards, in further exchanges, and where none of
+them leads there over the host link, message by message up and then down.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 
 from spanker.sched.bandwidth import Profile
 from spanker.sched.cost.messages import RELAYED_BYTES, RELAYED_HEADER_BYTES
+from spanker.sched.detours import ALL_UP, Down, choice_phases, gather_phases
+from spanker.sched.moves import Move
+from spanker.sched.shares import Share
 from spanker.sched.topology import Topology
 from spanker.values import Value
 
@@ -31,6 +38,34 @@ class Pace(Value):
     s_per_byte: float
     s_per_work: tuple[float, float, float]
     command_s: float
+
+
+Moves = Sequence[tuple[int, int, float]]
+"""(source, target, bytes)"""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Exchanges(Value):
+    """One or more exchanges, one after the other: seconds for taking them up, and from when all
+    cards are there; `first_s` is the first one's, both together."""
+
+    commands_s: float
+    links_s: float
+    first_s: float
+
+    NONE: ClassVar[Exchanges]
+
+    @classmethod
+    def once(cls, command_s: float, links_s: float) -> Exchanges:
+        """A single one."""
+        return cls(command_s, links_s, command_s + links_s)
+
+    @property
+    def seconds(self) -> float:
+        return self.commands_s + self.links_s
+
+
+Exchanges.NONE = Exchanges(0.0, 0.0, 0.0)
 
 
 class Machine:
@@ -81,42 +116,75 @@ class Machine:
 
     # --- exchanges ----------------------------------------------------------------------
 
-    def gather_s(self, cards: Sequence[int], nbytes: Sequence[float]) -> float:
-        """An all-gather: cards[i] sends its nbytes[i] to each other one.  From when all are there
-        (without command_s); 0 where nothing moves."""
+    @functools.cached_property
+    def down(self) -> Down:
+        """Which card cannot send straight to which."""
+        if self.topology.fully_meshed:
+            return ALL_UP
+        is_up = self.topology.is_up
+        return frozenset(ends for ends in itertools.permutations(self.cards, 2) if not is_up(*ends))
+
+    def gather(
+        self, cards: Sequence[int], nbytes: Sequence[float], command_s: float = 0.0
+    ) -> Exchanges:
+        """An all-gather: cards[i] sends its nbytes[i] to each other one.  From when all are there;
+        0 on the links where nothing moves."""
         others = len(cards) - 1
         if others < 1:
-            return 0.0
-        if not self._are_alike(tuple(cards)):
-            return self.moves_s(
-                [(a, b, n) for a, n in zip(cards, nbytes, strict=True) for b in cards if a != b]
+            return Exchanges.NONE
+        if not self.alike(tuple(cards)):
+            return self.in_phases(
+                [
+                    [(m.source, m.target, n) for m in moves if (n := nbytes[m.part.start])]
+                    for moves in self.gather_ways(cards)
+                ],
+                command_s,
             )
         most = max(nbytes)
         if not most:
-            return 0.0
+            return Exchanges.once(command_s, 0.0)
         # Who has most sends most; who has least receives most.
         port_bytes = max(others * most, sum(nbytes) - min(nbytes))
         latency_s = self.profile.intercard_latency_s
-        return max(most * self._link_s, port_bytes * self._port_s) + latency_s
+        links_s = max(most * self._link_s, port_bytes * self._port_s) + latency_s
+        return Exchanges.once(command_s, links_s)
 
-    def each_to_each_s(
-        self, sources: Sequence[int], targets: Sequence[int], nbytes: float
-    ) -> float:
+    def gather_ways(self, cards: Sequence[int]) -> Sequence[Sequence[Move]]:
+        """The moves of each exchange of an all-gather in which the part of cards[i] is [i, i + 1).
+        Which way one goes does not depend on what the others have."""
+        parts = tuple(Share(i, i + 1) for i in range(len(cards)))
+        return gather_phases(tuple(cards), parts, self.down)
+
+    def choice(
+        self, sources: Sequence[int], targets: Sequence[int], nbytes: float, command_s: float = 0.0
+    ) -> Exchanges:
         """Every source sends so many bytes to every target that it is not itself."""
         if not self.uniform:
-            return self.moves_s([(s, t, nbytes) for s in sources for t in targets])
+            # The commands are there, even for no bytes.
+            phases = choice_phases(sources, targets, self.down)
+            return self.in_phases(
+                [[(m.source, m.target, nbytes) for m in moves] for moves in phases], command_s
+            )
         both = set(sources) & set(targets)
         pairs = len(sources) * len(targets) - len(both)
-        if not pairs or not nbytes:
-            return 0.0
+        if not pairs:
+            return Exchanges.NONE
+        if not nbytes:
+            return Exchanges.once(command_s, 0.0)
         # Some source is no target and sends to all, or else all of them send to one less.
         sent = len(targets) - (len(both) == len(sources))
         received = len(sources) - (len(both) == len(targets))
         port_s = nbytes * max(sent, received) * self._port_s
-        return max(nbytes * self._link_s, port_s) + self.profile.intercard_latency_s
+        links_s = max(nbytes * self._link_s, port_s) + self.profile.intercard_latency_s
+        return Exchanges.once(command_s, links_s)
 
-    def moves_s(self, moves: Sequence[tuple[int, int, float]]) -> float:
-        """Any exchange: (source, target, bytes) side by side.
+    def in_phases(self, phases: Sequence[Moves], command_s: float) -> Exchanges:
+        """One exchange after the other, one at least: those in which nothing moves are none."""
+        times = [self.moves_s(moves) for moves in phases if moves] or [0.0]
+        return Exchanges(len(times) * command_s, sum(times), command_s + times[0])
+
+    def moves_s(self, moves: Moves) -> float:
+        """Any exchange, all moves side by side, those for which there is no link over the host.
 
         The longest of what any link, any port that sends and any that receives takes for its bytes,
         each with its own latency, a port's being the largest of its links; and the relayed bytes.
@@ -144,11 +212,6 @@ class Machine:
             longest = max(longest, nbytes * self._port_s + latency_s)
         return longest
 
-    def relays(self, cards: Sequence[int]) -> list[tuple[int, int]]:
-        """(source, target) of each two cards with no link from one to the other."""
-        is_up = self.topology.is_up
-        return [(a, b) for a in cards for b in cards if a != b and not is_up(a, b)]
-
     def _relay_s(self, moves: Sequence[tuple[int, float]]) -> float:
         """(source, bytes) from card to card over the host: all up, and down what has come; at the
         end the last message alone.
@@ -165,13 +228,15 @@ class Machine:
         nbytes = max(sum(sent.values()) - ahead, most) + last
         return nbytes * self.host_s_per_byte + 2 * self.profile.host_link_latency_s
 
-    def _are_alike(self, cards: tuple[int, ...]) -> bool:
+    def alike(self, cards: tuple[int, ...]) -> bool:
+        """Whether cards are linked each with each, by links that are as all others."""
         if self.uniform:
             return True
         found = self._alike.get(cards)
         if found is None:
-            among = set(cards)
-            found = self._alike[cards] = not self.relays(cards) and not any(
-                link.source in among and link.target in among for link in self.profile.links
+            found = self._alike[cards] = self.down.isdisjoint(
+                itertools.permutations(cards, 2)
+            ) and not any(
+                link.source in cards and link.target in cards for link in self.profile.links
             )
         return found

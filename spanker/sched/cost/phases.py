@@ -2,7 +2,7 @@
 """The phases of a stage: what each card does up to an exchange, and what it sends in that.
 
 The cards of a stage wait for each other in every exchange, so a phase takes what the slowest of
-them computes, and then the exchange.
+them computes, and then the exchange; or several, where links are missing and others hand on.
 """
 
 from __future__ import annotations
@@ -200,12 +200,12 @@ def price_stage(pieces: Pieces, plan: Plan, number: int, candidates: int) -> Sta
         computing += phase.count * run_s
         if phase.sends is not None and len(cards) > 1:
             if phase.moves:
-                gather_s = pieces.machine.moves_s(phase.moves)
+                exchanges = pieces.machine.in_phases([phase.moves], exchange_s)
             else:
-                gather_s = pieces.machine.gather_s(cards, phase.sends)
-            total += phase.count * (exchange_s + gather_s)
-            spent[Bound.COMMANDS] += phase.count * exchange_s
-            spent[Bound.LINKS] += phase.count * gather_s
+                exchanges = pieces.machine.gather(cards, phase.sends, exchange_s)
+            total += phase.count * exchanges.seconds
+            spent[Bound.COMMANDS] += phase.count * exchanges.commands_s
+            spent[Bound.LINKS] += phase.count * exchanges.links_s
     return StagePrice(total + computing, computing, spent)
 
 

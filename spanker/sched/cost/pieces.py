@@ -7,18 +7,20 @@ One layer on the cards of a stage, `|` being an exchange, and what stands before
 
 Where copies of KV are kept, one more exchange and their KV append come before the first project.
 The `add` is that of the layer before, so the first layer of a stage has none, and one comes before
-the output or the handover.  On a stage of one card there are no exchanges.  A piece of an empty
-share takes nothing.
+the output or the handover.  On a stage of one card there are no exchanges, and
+where links are missing one may be several.  A piece of an empty share takes nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from spanker.sched.cost import commands
 from spanker.sched.cost.commands import Command
-from spanker.sched.cost.machine import Machine, Pace
+from spanker.sched.cost.machine import Exchanges, Machine, Moves, Pace
 from spanker.sched.cost.rows import StepRows
+from spanker.sched.detours import handover_phases
 from spanker.sched.layout import q8_bytes
 from spanker.sched.plan import Q8_BLOCK, LayerShape, ModelShape, WeightShape
 from spanker.sched.shares import Share
@@ -115,27 +117,42 @@ class Pieces:
             return 0.0
         return next(iter(self._paces.values())).command_s
 
-    def handover(self, sources: Sequence[int], targets: Sequence[int]) -> float:
-        """Whole rows from the cards of a stage to those of the next, its EXCHANGE included; the
-        next stage's cards wait for it."""
-        return self.exchange_s(2) + self.machine.moves_s(self.handover_moves(sources, targets))
+    def handover(self, sources: Sequence[int], targets: Sequence[int]) -> Exchanges:
+        """Whole rows from the cards of a stage to those of the next, who wait for it.  The senders
+        take part in the first exchange only."""
+        phases = self.handover_moves(sources, targets)
+        return self.machine.in_phases(phases, self.exchange_s(2))
 
-    def handover_moves(
-        self, sources: Sequence[int], targets: Sequence[int]
-    ) -> list[tuple[int, int, float]]:
-        """(source, target, bytes) of a handover: a row to each target, the sources taking turns."""
+    def handover_moves(self, sources: Sequence[int], targets: Sequence[int]) -> list[Moves]:
+        """The moves of each exchange of a handover: a row to each target, the sources taking
+        turns."""
         row = self.rows.tokens * self.shape.hidden * 4
-        return [(sources[i % len(sources)], target, row) for i, target in enumerate(targets)]
+        return [
+            [(move.source, move.target, row) for move in moves]
+            for moves in handover_phases(sources, targets, row, self.machine.down)
+        ]
 
     def choose(self, voters: Sequence[int], embedders: Sequence[int]) -> float:
-        """Each voter's best tokens to each embedder, the EXCHANGE included, and their choice; from
-        when the last voter has its best."""
-        nbytes = BEST_BYTES * self.rows.outputs
-        moves_s = self.machine.each_to_each_s(voters, embedders, nbytes)
-        alone = len(set(voters) | set(embedders)) < 2
-        exchange_s = 0.0 if alone else self.exchange_s(2) + moves_s
+        """Each voter's best tokens to each embedder, and their choice; from when the last voter has
+        its best."""
+        votes_s = self.votes(voters, embedders).seconds
         chosen = self.choose_commands(len(voters))
-        return exchange_s + max((self.seconds(card, chosen) for card in embedders), default=0.0)
+        return votes_s + max((self.seconds(card, chosen) for card in embedders), default=0.0)
+
+    def votes(self, voters: Sequence[int], embedders: Sequence[int]) -> Exchanges:
+        """The exchanges of that."""
+        nbytes = BEST_BYTES * self.rows.outputs
+        return self.machine.choice(voters, embedders, nbytes, self.exchange_s(2))
+
+    def choose_most(self, cards: Sequence[int]) -> float:
+        """What no choice takes longer than, whoever of these cards votes and embeds."""
+        if not self.machine.down:
+            return self.choose(cards, cards)
+        # No more exchanges than cards, and in none all votes over all links and the host.
+        nbytes = BEST_BYTES * self.rows.outputs * len(cards)
+        moves = [(a, b, nbytes) for a, b in itertools.permutations(cards, 2)]
+        exchange_s = self.exchange_s(2) + self.machine.moves_s(moves)
+        return len(cards) * exchange_s + self.choose(cards[:1], cards[:1])
 
     # --- bytes that a card sends to each other card of its stage --------------------------
 

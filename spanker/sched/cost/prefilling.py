@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from spanker.errors import PlanError
 from spanker.sched.bandwidth import Profile
-from spanker.sched.cost.decoding import STEPS_AHEAD, check_fits, handover_times
+from spanker.sched.cost.decoding import STEPS_AHEAD, check_fits, handovers
 from spanker.sched.cost.host import HostMessages, step_messages
-from spanker.sched.cost.machine import Machine
+from spanker.sched.cost.machine import Exchanges, Machine
 from spanker.sched.cost.phases import Bound, StagePrice, price_stage, stage_pieces
 from spanker.sched.cost.pieces import Pieces
 from spanker.sched.cost.rows import StepRows
@@ -48,7 +48,7 @@ class _Step(Value):
     """One step's prices."""
 
     stages: list[StagePrice]
-    handovers: list[float]
+    handovers: list[Exchanges]
     choose_s: float
     host: HostMessages
     chooses: bool
@@ -196,7 +196,7 @@ def _price(
         stages = _beside_another(shape, plan, machine, rows, stages, follows, candidates, kv_copies)
     return _Step(
         stages=stages,
-        handovers=handover_times(by_stage, plan),
+        handovers=handovers(by_stage, plan),
         choose_s=by_stage[-1].choose(plan.voters, plan.embedders),
         host=step_messages(plan, machine.profile, rows, sequences, context, candidates),
         chooses=rows.outputs > 0,
@@ -254,10 +254,10 @@ def _run(profile: Profile, steps: Sequence[_Step]) -> float:
             for before, message_s in zip(done, step.host.begin_s, strict=True)
         ]
         at = begins[0] + step.stages[0].seconds
-        for n, handover_s in enumerate(step.handovers):
-            at += handover_s
+        for n, handover in enumerate(step.handovers):
             # The senders are done when it has left.
-            done[n] = at - min(profile.intercard_latency_s, handover_s)
+            done[n] = at + handover.first_s - min(profile.intercard_latency_s, handover.first_s)
+            at += handover.seconds
             at = max(at, begins[n + 1] + profile.command_s) + step.stages[n + 1].seconds
         done[-1] = at = at + step.choose_s
         if step.chooses:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -25,6 +26,7 @@ import numpy.typing as npt
 
 from spanker.sched.cost.machine import RELAYED_RATIO, Machine
 from spanker.sched.cost.messages import RELAYED_BYTES, RELAYED_HEADER_BYTES
+from spanker.sched.moves import Move
 from spanker.values import Value
 
 F64 = npt.NDArray[np.float64]
@@ -42,78 +44,174 @@ _USERS_MAX = 5
 
 
 class Gather:
-    """`Machine.gather_s` for many ways at once; rows of `nbytes` are ways, columns cards."""
+    """`Machine.gather` for many ways at once; rows of `nbytes` are ways, columns cards.  Of taking
+    up the exchanges, `command_s` each, it counts those behind the first."""
 
-    def __init__(self, machine: Machine, cards: Sequence[int]) -> None:
-        n, profile = len(cards), machine.profile
-        self._cards, self._uniform = n, machine.uniform
+    def __init__(self, machine: Machine, cards: Sequence[int], command_s: float = 0.0) -> None:
+        profile = machine.profile
+        self._cards, self._alike = len(cards), machine.alike(tuple(cards))
+        self._command_s = command_s
         self._link_s = 1 / profile.intercard_bytes_per_s
         self._latency_s = profile.intercard_latency_s
         self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
-        self._host_s_per_byte = machine.host_s_per_byte
-        self._host_turn_bytes = machine.host_turn_bytes
-        self._host_latency_s = profile.host_link_latency_s
-        self._up = ~np.eye(n, dtype=bool)
-        # [source, target]: seconds a byte, and latencies.
-        self._links_s, self._latencies = np.zeros((n, n)), np.zeros((n, n))
-        if not machine.uniform:
-            for (i, a), (j, b) in itertools.permutations(enumerate(cards), 2):
-                link = profile.link(a, b)
-                self._up[i, j] = machine.topology.is_up(a, b)
-                self._links_s[i, j] = 1 / link.bytes_per_s
-                self._latencies[i, j] = link.latency_s
-        self._links = self._up.sum(axis=1)
-        self._relays = n - 1 - self._links
+        ways = () if self._alike else machine.gather_ways(cards)
+        self._exchanges = [_Exchange(machine, moves) for moves in ways]
 
     def seconds(self, nbytes: F64) -> F64:
-        """(ways,): how long each way's exchange takes."""
+        """(ways,): how long each way's exchanges take."""
         n = self._cards
         if n == 1:
             return np.zeros(len(nbytes))
-        if self._uniform:
+        if self._alike:
             most = nbytes.max(axis=1)
             received = nbytes.sum(axis=1) - nbytes.min(axis=1)
             port_bytes = np.maximum(most * (n - 1), received)
             taken = np.maximum(most * self._link_s, port_bytes * self._port_s) + self._latency_s
             return np.where(most > 0, taken, 0.0)
-        # (ways, sources, targets): over which link something goes.
-        used = (nbytes > 0)[:, :, None] & self._up
-        latencies = np.where(used, self._latencies, 0.0)
-        sent = np.where(used, nbytes[:, :, None], 0.0)
-        longest: F64 = (sent * self._links_s + latencies).max(axis=(1, 2))
-        for axis in (1, 2):
-            ports = sent.sum(axis=axis) * self._port_s + latencies.max(axis=axis)
-            longest = np.maximum(longest, ports.max(axis=1))
-        return np.maximum(longest, self._relay_s(nbytes)) if self._relays.any() else longest
-
-    def _relay_s(self, nbytes: F64) -> F64:
-        moved = nbytes * (self._relays > 0)
-        headers = (moved > 0) * float(RELAYED_HEADER_BYTES)
-        sent = (moved * RELAYED_RATIO + headers) * self._relays
-        last = np.minimum(moved.max(axis=1), RELAYED_BYTES) + RELAYED_HEADER_BYTES
-        most, total = sent.max(axis=1), sent.sum(axis=1)
-        link = np.maximum(total - np.minimum(most, self._host_turn_bytes), most) + last
-        seconds: F64 = link * self._host_s_per_byte + 2 * self._host_latency_s
-        return np.where(total > 0, seconds, 0.0)
+        total: F64 = np.zeros(len(nbytes))
+        for number, exchange in enumerate(self._exchanges):
+            total += exchange.seconds(nbytes)
+            if number and self._command_s:
+                total += self._command_s * exchange.moves_any(nbytes)
+        return total
 
     def least(self, total: float) -> float:
         """What no way of dividing so many bytes can beat."""
         n = self._cards
         if n == 1 or not total:
             return 0.0
-        if self._uniform:
+        if self._alike:
             longest = max(total / n * self._link_s, total * (n - 1) / n * self._port_s)
             return longest + self._latency_s
-        relayed = total * float(self._relays.min())
-        relayed = max(relayed - self._host_turn_bytes, relayed / 2)
-        relay = relayed * self._host_s_per_byte + 2 * self._host_latency_s if relayed else 0.0
-        if not self._links.all():
-            return relay
-        # Each card's own part takes at least its slowest link and its port.
-        slowest = np.where(self._up, self._links_s, 0.0).max(axis=1)
-        per_byte = np.maximum(slowest, self._links * self._port_s)
-        direct = total / float((1 / per_byte).sum()) if per_byte.all() else 0.0
-        return max(direct + float(self._latencies[self._up].min()), relay)
+        per_byte, fixed_s = self._alone
+        # Each card's own part takes at least its slowest link, or port, in each exchange.
+        direct_s = total / float((1 / per_byte).sum()) if per_byte.all() else 0.0
+        return max(direct_s + float(fixed_s.min()), self._least_relay_s(total))
+
+    @functools.cached_property
+    def _alone(self) -> tuple[F64, F64]:
+        """What each card's part takes if nothing else moves: for a byte, and besides, at least."""
+        per_byte, fixed_s = np.zeros(self._cards), np.full(self._cards, -self._command_s)
+        for exchange in self._exchanges:
+            for part, (byte_s, latency_s) in exchange.alone().items():
+                per_byte[part] += byte_s
+                fixed_s[part] += latency_s + self._command_s
+        return per_byte, fixed_s
+
+    def _least_relay_s(self, total: float) -> float:
+        """What all takes that goes over the host, whoever is ahead in his turn."""
+        relays = sum(
+            (exchange.relays(self._cards) for exchange in self._exchanges), np.zeros(self._cards)
+        )
+        relayed = total * float(relays.min())
+        if not relayed:
+            return 0.0
+        turns = sum(exchange.host_turn_bytes for exchange in self._exchanges)
+        first = self._exchanges[0]
+        link_s = max(relayed - turns, relayed / 2) * first.host_s_per_byte
+        return link_s + first.host_latency_s
+
+
+class _Exchange:
+    """`Machine.moves_s` of one exchange of a gather, for many ways at once."""
+
+    def __init__(self, machine: Machine, moves: Sequence[Move]) -> None:
+        profile, down = machine.profile, machine.down
+        self.host_s_per_byte = machine.host_s_per_byte
+        self.host_turn_bytes = machine.host_turn_bytes
+        # Up and down.
+        self.host_latency_s = 2 * profile.host_link_latency_s
+        self._port_s = 1 / profile.port_bytes_per_s if profile.port_bytes_per_s else 0.0
+        ends = sorted((move.source, move.target, move.part.start) for move in moves)
+        self._up = [end for end in ends if end[:2] not in down]
+        self._hosted = [end for end in ends if end[:2] in down]
+        self._parts = np.unique([part for *_, part in ends])
+        # Which parts go over each link, and which links leave each card and come to each.
+        self._over = _Runs([(end[:2], end[2]) for end in self._up])
+        links = sorted({end[:2] for end in self._up})
+        self._out = _Runs([(source, i) for i, (source, _) in enumerate(links)])
+        self._into = _Runs(sorted((target, i) for i, (_, target) in enumerate(links)))
+        speeds = [profile.link(*link) for link in links]
+        self._links_s = np.array([1 / speed.bytes_per_s for speed in speeds])
+        self._latencies = np.array([speed.latency_s for speed in speeds])
+        self._speeds = dict(zip(links, speeds, strict=True))
+        self._relayed = _Runs([(source, part) for source, _, part in self._hosted])
+
+    def moves_any(self, nbytes: F64) -> npt.NDArray[np.bool_]:
+        """(ways,): whether anything moves."""
+        moved: npt.NDArray[np.bool_] = nbytes[:, self._parts].max(axis=1) > 0
+        return moved
+
+    def seconds(self, nbytes: F64) -> F64:
+        """(ways,): how long each way's exchange takes."""
+        longest: F64 = np.zeros(len(nbytes))
+        if self._up:
+            # (ways, links)
+            sent = self._over.sums(nbytes)
+            latencies = np.where(sent > 0, self._latencies, 0.0)
+            longest = (sent * self._links_s + latencies).max(axis=1)
+            for ports in (self._out, self._into):
+                taken = ports.sums(sent) * self._port_s + ports.largest(latencies)
+                longest = np.maximum(longest, taken.max(axis=1))
+        if self._hosted:
+            longest = np.maximum(longest, self._relay_s(nbytes))
+        return longest
+
+    def _relay_s(self, nbytes: F64) -> F64:
+        whole = nbytes * RELAYED_RATIO + (nbytes > 0) * float(RELAYED_HEADER_BYTES)
+        sent = self._relayed.sums(whole)
+        largest = nbytes[:, self._relayed.items].max(axis=1)
+        last = np.minimum(largest, RELAYED_BYTES) + RELAYED_HEADER_BYTES
+        most, total = sent.max(axis=1), sent.sum(axis=1)
+        link = np.maximum(total - np.minimum(most, self.host_turn_bytes), most) + last
+        seconds: F64 = link * self.host_s_per_byte + self.host_latency_s
+        return np.where(total > 0, seconds, 0.0)
+
+    def alone(self) -> dict[int, tuple[float, float]]:
+        """By part, if nothing else moves: seconds for a byte, and at least besides."""
+        found: dict[int, tuple[float, float]] = {}
+
+        def add(part: int, byte_s: float, latency_s: float) -> None:
+            known = found.get(part, (0.0, math.inf))
+            found[part] = max(known[0], byte_s), min(known[1], latency_s)
+
+        for source, target, part in self._up:
+            speed = self._speeds[source, target]
+            add(part, 1 / speed.bytes_per_s, speed.latency_s)
+        for ends, byte_s, latency_s in (
+            (self._up, self._port_s, math.inf),
+            (self._hosted, self.host_s_per_byte * RELAYED_RATIO, self.host_latency_s),
+        ):
+            for (part, _), count in Counter((part, source) for source, _, part in ends).items():
+                add(part, count * byte_s, latency_s)
+        return found
+
+    def relays(self, parts: int) -> I64:
+        """(parts,): how often each goes over the host."""
+        return np.bincount([part for *_, part in self._hosted], minlength=parts)
+
+
+class _Runs:
+    """Items with their keys, equal keys side by side."""
+
+    def __init__(self, pairs: Sequence[tuple[object, int]]) -> None:
+        self.items = np.array([item for _, item in pairs], np.int64)
+        keys = [key for key, _ in pairs]
+        self._begins = [i for i, key in enumerate(keys) if not i or key != keys[i - 1]]
+
+    def sums(self, values: F64) -> F64:
+        """(ways, keys): the sums of the columns that are a key's items."""
+        return self._reduced(np.add, values)
+
+    def largest(self, values: F64) -> F64:
+        """(ways, keys): the largest of them."""
+        return self._reduced(np.maximum, values)
+
+    def _reduced(self, how: np.ufunc, values: F64) -> F64:
+        found: F64 = values[:, self.items]
+        if len(self._begins) < len(self.items):
+            found = how.reduceat(found, self._begins, axis=1)
+        return found
 
 
 @attrs.frozen(eq=False)

@@ -154,7 +154,7 @@ class Options:
         self._end_bytes: dict[tuple[int, ...], int] = {}
         self._stages: dict[tuple[int, ...], _Stage] = {}
         # What no choice of a token takes longer than.
-        self.choose_most_s = self.alone.choose(machine.cards, machine.cards)
+        self.choose_most_s = self.alone.choose_most(machine.cards)
 
     def of(self, cards: tuple[int, ...]) -> tuple[Option, ...]:
         """The options of a set of cards: the fastest shares, and shares by memory where those
@@ -227,7 +227,7 @@ class Options:
         return sum(b.ddr_bytes for b in (*work, *embedding, *output))
 
     def handover(self, sources: tuple[int, ...], targets: Sequence[int]) -> float:
-        return self.pieces(sources).handover(sources, targets)
+        return self.pieces(sources).handover(sources, targets).seconds
 
     def choose(self, embedders: Sequence[int], voters: Sequence[int], last: Cards) -> float:
         """What joins the `last` stage to the first."""
@@ -254,7 +254,8 @@ class _Stage:
     def _dimensions_of(self, pieces: Pieces, tables: dict[object, F64]) -> Dimensions:
         of, cards = self._of, self._cards
         like = [of.like[card] for card in cards]
-        return Dimensions(pieces, of.candidates, Gather(of.machine, cards), cards, like, tables)
+        gather = Gather(of.machine, cards, pieces.exchange_s(len(cards)))
+        return Dimensions(pieces, of.candidates, gather, cards, like, tables)
 
     @functools.cached_property
     def options(self) -> tuple[Option, ...]:

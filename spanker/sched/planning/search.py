@@ -315,11 +315,11 @@ def _idealised(request: Request) -> Request:
     rates, latencies = [x.bytes_per_s for x in links], [x.latency_s for x in links]
     port = profile.port_bytes_per_s
     if not request.topology.fully_meshed:
-        # What is relayed goes over the host link, and through no port.
-        relay = profile.host_link_bytes_per_s or math.inf
-        rates.append(relay)
+        # What is relayed goes over the host link, and through no port; and where cards hand on, one
+        # port does not have to send to all.
+        rates.append(profile.host_link_bytes_per_s or math.inf)
         latencies.append(2 * profile.host_link_latency_s)
-        port = port + relay if port else None
+        port = None
     return attrs.evolve(
         request,
         profile=attrs.evolve(
@@ -338,11 +338,13 @@ def _idealised(request: Request) -> Request:
 
 
 def _only_choice(found: Rows) -> bool:
-    """Whether only the choice of the token stands between the best row and the bound."""
+    """Whether only the choice of the token stands between the best row and the bound: but for it
+    some row, if not the best, is as fast as that."""
     if not found.rows:
         return False
-    best, most = found.rows[0], found.bound * (1 + _ROUNDING)
-    return most < best.seconds <= most + best.choose_s * (1 + _ROUNDING)
+    most = found.bound * (1 + _ROUNDING)
+    least = min(row.seconds - row.choose_s for row in found.rows)
+    return least <= most < found.rows[0].seconds
 
 
 def _counts(most: int, cards: int) -> list[int]:

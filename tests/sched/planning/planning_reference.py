@@ -421,7 +421,7 @@ class BruteForce:
         first, last = plan.stages[0], plan.stages[-1]
         total += self._end(first, "first", "columns") + self._end(last, "last", "vocabulary")
         for a, b in itertools.pairwise(plan.stages):
-            total += self._pieces(a.cards, self.shape).handover(a.cards, b.cards)
+            total += self._pieces(a.cards, self.shape).handover(a.cards, b.cards).seconds
         return total + self.choose(plan.voters, plan.embedders, last.cards)
 
     def _end(self, stage: Stage, where: str, field: str) -> float:
@@ -476,7 +476,7 @@ class BruteForce:
                 self._ends[ends] = self.ends(*ends)
             seconds = self.request.profile.step_s + self._ends[ends][0]
             for a, b in itertools.pairwise(sets):
-                seconds += self._pieces(a, self.shape).handover(a, b)
+                seconds += self._pieces(a, self.shape).handover(a, b).seconds
             for own, (begin, stop) in zip(sets, itertools.pairwise(edges), strict=True):
                 seconds += self.span(own, begin, stop)[0]
             if seconds < best[0]:

@@ -18,6 +18,8 @@ from spanker.sched.planning import dividing
 from spanker.sched.planning.dividing import Division, Gather, Phase
 from spanker.sched.topology import Link, LinkState, Topology
 
+COMMAND_S = 3e-6
+
 
 def any_machine(rng: random.Random, n: int) -> Machine:
     """Links of any speed, some missing, with ports or without, relays for nothing or dear."""
@@ -70,7 +72,9 @@ def by_hand(division: Division, way: tuple[int, ...], machine: Machine) -> float
             table = phase.ending if last else phase.seconds
             times.append(table[card, start % phase.seconds.shape[1], count])
             sends.append(count * phase.unit_bytes - (phase.less_bytes if last else 0.0))
-        total += max(times) + machine.gather_s(machine.cards, sends)
+        found = machine.gather(machine.cards, sends, COMMAND_S)
+        # Of commands those of the exchanges behind the first.
+        total += max(times) + found.seconds - COMMAND_S * (len(sends) > 1)
     return total
 
 
@@ -94,7 +98,7 @@ def test_no_way_is_better_than_the_bound_nor_the_best_missed(
     phases = [
         any_phase(rng, n, units, alike=alike, monotone=alike) for _ in range(rng.randint(1, 2))
     ]
-    division = Division(units, phases, Gather(machine, machine.cards), alike)
+    division = Division(units, phases, Gather(machine, machine.cards, COMMAND_S), alike)
     prices = {way: by_hand(division, way, machine) for way in all_ways(units, n)}
     solution = division.solve()
     assert solution.seconds == pytest.approx(prices[solution.units], rel=1e-12)
@@ -127,7 +131,7 @@ def test_ways_of_whole_blocks_can_be_ruled_out(seed: int) -> None:
     n, units, avoid = rng.randint(2, 3), rng.choice([4, 6]), 2
     machine = any_machine(rng, n)
     phase = any_phase(rng, n, units, alike=False, monotone=False)
-    division = Division(units, [phase], Gather(machine, machine.cards), False, avoid)
+    division = Division(units, [phase], Gather(machine, machine.cards, COMMAND_S), False, avoid)
     allowed = [w for w in all_ways(units, n) if any(count % avoid for count in w)]
     best = min(by_hand(division, way, machine) for way in allowed)
     assert division.solve().units in allowed
@@ -154,8 +158,9 @@ def test_a_gather_of_many_ways_is_the_machines(seed: int) -> None:
     cards = rng.sample(range(n), rng.randint(1, n))
     ways = [[rng.choice([0.0, 1.0, rng.random() * 1e5]) for _ in cards] for _ in range(5)]
     ways.append([0.0] * len(cards))
-    gather = Gather(machine, cards)
+    gather = Gather(machine, cards, COMMAND_S)
     found = gather.seconds(np.array(ways))
     for way, seconds in zip(ways, found, strict=True):
-        assert seconds == pytest.approx(machine.gather_s(cards, way), rel=1e-12, abs=0)
+        gathered = machine.gather(cards, way, COMMAND_S).seconds - COMMAND_S * (len(cards) > 1)
+        assert seconds == pytest.approx(gathered, rel=1e-9, abs=1e-18)
         assert gather.least(math.fsum(way)) <= seconds * (1 + 1e-12)
