@@ -22,6 +22,7 @@ import spanker
 from spanker.actors import loading
 from spanker.actors.coordinator import Coordinator
 from spanker.errors import CardLostError, CardMemoryError, SpankerError
+from spanker.events import LinkDown, Rerouted
 from spanker.sched.bandwidth import REV_A
 from spanker.testing import kill, run_virtual
 from spanker.testing.injection import faulty_fleet
@@ -161,6 +162,28 @@ async def test_a_card_that_joins_ends_no_model(tiny: Path, tokens: tuple[int, ..
         assert tuple(generation.token_ids) == tokens
 
 
+async def test_a_model_that_finds_no_room_where_links_lead_goes_over_the_host(
+    tiny: Path, tokens: tuple[int, ...]
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=1) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        generation = await begun(model)
+        kinds: list[type] = []
+        # Around a link that is down, then to cards 1 and 2, then to card 0.
+        for a, b, starving in ((0, 1, None), (0, 2, 1), (1, 2, 0)):
+            if starving is not None:
+                fleet.devices[starving].starve(3)
+            fleet.devices[a].cut(b)
+            kinds += LinkDown, Rerouted
+            while [type(e) for e in fleet.events.history] != kinds:
+                await anext(generation)
+        fleet.devices[0].mend(1)
+        await generation.collect()
+        assert tuple(generation.token_ids) == tokens
+        assert model.plan.cards == (0, 1, 2)
+        assert fleet.health().serving
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_memory_in_pieces_ends_no_generation(
     tiny: Path, tokens: tuple[int, ...], seed: int
@@ -249,6 +272,21 @@ async def test_a_model_whose_file_has_changed_keeps_no_other_from_moving(
             await fleet.admit(2)
         assert first.plan.cards == (0, 1)
         assert second.plan.cards == (0, 1, 2)
+
+
+async def test_a_model_whose_file_has_changed_goes_over_the_host_where_a_link_is_down(
+    tiny: Path, tokens: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = shutil.copy(tiny, tmp_path / "other.gguf")
+    async with spanker.open_fleet(2, hang_timeout_s=1) as fleet:
+        model = await fleet.load(path, plan="tp")
+        generation = await begun(model)
+        os.utime(path, ns=(1, 1))
+        fleet.devices[0].cut(1)
+        await generation.collect()
+        assert tuple(generation.token_ids) == tokens
+        assert [type(e) for e in fleet.events.history] == [LinkDown, Rerouted]
+        assert fleet.health().serving
 
 
 @pytest.mark.parametrize("plan", ["dp2", "dp2xtp2"])

@@ -207,7 +207,7 @@ class Placement:
                         break
                     if coordinator.whole(held) and self._stays(held.plan, plan, cards):
                         stay = tuple(table.pages for table in tables)
-                        return await self._rerouted(number, held), stay
+                        return await self.go_around(number), stay
                     with self._opened() as (gguf, packed):
                         held, self.replicas[number], moving = None, None, True
                         beside = [replica for replica in self.replicas if replica is not None]
@@ -235,8 +235,15 @@ class Placement:
         if not self._is_there(before):
             return
         with contextlib.suppress(SpankerError):
+            if not self._coordinator.relays:
+                self._check_ways(before.plan)
             plan = FleetPlan.of(before.plan)
             (self.replicas[number],) = await self._load(plan, before.limits, None)
+
+    def has_all(self, number: int) -> bool:
+        """Whether all that a replica needs is still on its cards, as far as anybody knows."""
+        held = self.replicas[number]
+        return held is not None and self._is_there(held) and self._coordinator.whole(held)
 
     def _is_there(self, replica: LoadedModel) -> bool:
         """Whether no card of a replica is lost."""
@@ -273,7 +280,7 @@ class Placement:
             may_stay = self._coordinator.relays and not (self._flexible and self._recover)
             if not may_stay and not await self._is_best(number, held):
                 check_ways(held.plan, down)
-        return await self._rerouted(number, held)
+        return await self.go_around(number)
 
     async def _is_best(self, number: int, held: LoadedModel) -> bool:
         """Whether a replica is as well placed as it can be."""
@@ -287,8 +294,10 @@ class Placement:
             return True
         return self._stays(held.plan, plan, cards)
 
-    async def _rerouted(self, number: int, held: LoadedModel) -> LoadedModel:
-        links = self._coordinator.links
+    async def go_around(self, number: int) -> LoadedModel:
+        """As `reroute`, wherever else it would be better placed."""
+        held, links = self.replicas[number], self._coordinator.links
+        assert held is not None
         if links.down_among(held.plan.cards) != held.down:
             held = self.replicas[number] = await self._coordinator.reroute(held)
         return held

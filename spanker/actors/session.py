@@ -505,9 +505,9 @@ class Session:
         except SpankerError as error:
             if error is not failure:
                 error.__cause__ = failure
-            await placement.give_up(self.number)
-            self._suspend()
-            self._give_up(error, moved)
+            # Whose card is lost cannot stay; whose link is down may not have to move.
+            if not (placement.has_all(self.number) and await self._stay(placement, begin)):
+                await self._give_up(error, moved)
             return
         resumed, kept = self._resume_on(loaded, zip(tables, seats, strict=True))
         lost = tuple(card for card in before.cards if card in self.coordinator.lost)
@@ -540,6 +540,7 @@ class Session:
             return
         if placement is None:
             return
+        before = self.loaded
         try:
             self.loaded = await placement.reroute(self.number)
         except PlanError as error:
@@ -548,9 +549,14 @@ class Session:
         except SpankerError as error:
             await self._recover(error)
         else:
-            now, down = trio.current_time(), tuple(sorted(self.loaded.down))
-            hosted = self.loaded.hosted
-            coordinator.events.tell(Rerouted(now, self.name, down, now - begin, hosted))
+            self._tell_rerouted(before, begin)
+
+    def _tell_rerouted(self, before: LoadedModel, begin: float) -> None:
+        """Where steps take other ways than before."""
+        now, loaded = trio.current_time(), self.loaded
+        if loaded.down != before.down:
+            down = tuple(sorted(loaded.down))
+            self.coordinator.events.tell(Rerouted(now, self.name, down, now - begin, loaded.hosted))
 
     def _tables(self) -> dict[Sequence, Table]:
         """The KV pages of the sequences that have some; none where they may be wrong."""
@@ -624,7 +630,7 @@ class Session:
             await self._placement.give_up(self.number)
 
     async def _move(self) -> None:
-        placement, begin, before = self._placement, trio.current_time(), self.loaded.plan
+        placement, begin, before = self._placement, trio.current_time(), self.loaded
         assert placement is not None
         asked, error, tables = len(self._moves), None, self._tables()
         try:
@@ -636,23 +642,39 @@ class Session:
                 await placement.give_up(self.number)
             else:
                 error = caught
-            back = placement.replicas[self.number]
-            if back is None:
-                self._suspend()
-                self._give_up(caught)
-            elif back.handles is not self.loaded.handles:
-                # Where it was, but all of it had been freed.
-                self._suspend()
-                self._resume_on(back, ())
+            if not await self._stay(placement, begin):
+                await self._give_up(caught)
         else:
-            if loaded.handles is self.loaded.handles:
-                self.loaded = loaded  # at most its ways are others
+            if loaded.handles is before.handles:
+                self.loaded = loaded
+                self._tell_rerouted(before, begin)
             else:
                 resumed, kept = self._resume_on(loaded, zip(tables, seats, strict=True))
-                self._tell_replanned((), before, resumed, kept, begin)
+                self._tell_replanned((), before.plan, resumed, kept, begin)
         for move in self._moves[:asked]:
             move.end(error)
         del self._moves[:asked]
+
+    async def _stay(self, placement: Placement, begin: float) -> bool:
+        """Go on where the replica is after a move that failed, around the links that are down;
+        False where it is no more, or there is no way."""
+        back, before = placement.replicas[self.number], self.loaded
+        if back is None:
+            return False
+        if back.handles is not before.handles:
+            # Where it was, but all of it had been freed.
+            self._suspend()
+            self._resume_on(back, ())
+        if placement.has_all(self.number):
+            try:
+                self.loaded = await placement.go_around(self.number)
+            except PlanError:
+                return False
+            except SpankerError as error:
+                await self._recover(error)
+            else:
+                self._tell_rerouted(before, begin)
+        return True
 
     def _resume_on(
         self, loaded: LoadedModel, seats: Iterable[tuple[Sequence, Seq[int]]]
@@ -683,8 +705,12 @@ class Session:
         self._waiting = deque(s for s in waiting if s.session is self)
         return moved
 
-    def _give_up(self, error: SpankerError, moved: int = 0) -> None:
-        """The session is over; whoever can may have its sequences, as `moved` have already."""
+    async def _give_up(self, error: SpankerError, moved: int = 0) -> None:
+        """The session is over, and nothing of the replica is left on its cards; whoever can may
+        have its sequences, as `moved` have already."""
+        if self._placement is not None:
+            await self._placement.give_up(self.number)
+        self._suspend()
         # Not the one with the traceback, whose frames hold the model's file open.
         self._failure = error = again(error)
         moved += self._hand_over()
