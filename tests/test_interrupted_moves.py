@@ -289,6 +289,16 @@ async def test_a_model_whose_file_has_changed_goes_over_the_host_where_a_link_is
         assert fleet.health().serving
 
 
+async def test_a_card_is_drained_of_a_model_that_ends_meanwhile(tiny: Path) -> None:
+    async with spanker.open_fleet(3, recover=False) as fleet:
+        generation = await begun(await fleet.load(tiny, plan="tp"))
+        kill(fleet, 0)
+        await fleet.drain(1)
+        assert fleet.health().drained == (1,) and await used(fleet) == [0, 0]
+        with pytest.raises(CardLostError, match="card 0"):
+            await generation.collect()
+
+
 @pytest.mark.parametrize("plan", ["dp2", "dp2xtp2"])
 def test_replicas_are_loaded_around_a_link_that_is_down(tiny: Path, plan: str) -> None:
     """Their bytes would go along it."""

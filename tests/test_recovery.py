@@ -253,6 +253,7 @@ async def test_without_recovery_the_first_loss_is_the_end(tiny: Path, expected: 
             await model.generate([1]).collect()
         assert fleet.health().cards == (0, 2) and lost_cards(fleet) == [1]
         assert not fleet.health().serving
+        assert [card.ddr_used_bytes for card in (await fleet.stats()).cards] == [0, 0]
         await fleet.admit(1)
         again = await fleet.load(tiny, plan="tp3")
         assert await Crowd(again).run() == expected

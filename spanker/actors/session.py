@@ -486,13 +486,14 @@ class Session:
         if lost or not self.coordinator.whole(self.loaded):
             await self._replace(begin, failure)
         else:
-            self._fail(failure)
+            await self._end_all(failure)
 
     async def _replace(self, begin: float, failure: SpankerError | None) -> None:
         """Have the model put on cards that can hold it, and go on there."""
         placement, before = self._placement, self.loaded.plan
         if placement is None or not self._recovers:
-            self._fail(failure or CardLostError("a card that holds the model was lost"))
+            failure = failure or CardLostError("a card that holds the model was lost")
+            await self._end_all(failure)
             return
         moved = 0
         if self.heir is not None and not self.loaded.limits.kv_copies:
@@ -985,6 +986,15 @@ class Session:
         if sequence in self._running:
             self._running.remove(sequence)
         self.pool.give(sequence.pages)
+
+    async def _end_all(self, error: SpankerError) -> None:
+        """The session is over, and nothing of the replica is left on its cards; all its sequences
+        end."""
+        if self._placement is not None:
+            await self._placement.give_up(self.number)
+        # Whoever wants the replica to leave a card has what they wanted.
+        self._end_moves(None)
+        self._fail(error)
 
     def _fail(self, error: SpankerError) -> None:
         """The session is over; the first reason stays."""
