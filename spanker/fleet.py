@@ -47,6 +47,7 @@ from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.device.spec import CardSpec, parse_fleet
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import (
+    CardHungError,
     CardLostError,
     ConfigError,
     PlanError,
@@ -789,15 +790,19 @@ class Fleet:
         with it, each between two of its steps, and go back to the plan that was asked for where
         they can.
 
-        Raises ConfigError where the card is neither, and of one that is lost what still stands in
-        its way: CardLostError where it is gone, CardCommandError where its kind cannot be opened
-        again.  Models that had no card left have ended, and can be loaded again; so have replicas,
-        which come back when their model is loaded again.
+        Raises ConfigError where the card is neither, and of one that is lost, or has failed while
+        drained, what still stands in its way: CardLostError where it is gone, CardCommandError
+        where its kind cannot be opened again.  Models that had no card left have ended, and can be
+        loaded again; so have replicas, which come back when their model is loaded again.
         """
         coordinator = self._coordinator
         if card not in coordinator.lost and card not in coordinator.drained:
             raise ConfigError(f"card {card} is neither drained nor lost")
         async with self._draining:
+            if card not in coordinator.lost:
+                # It may have died while no model was on it.
+                with contextlib.suppress(CardLostError, CardHungError):
+                    await coordinator.look_for(card)
             await coordinator.revive(card)
             coordinator.drained.discard(card)
             await self._place_anew()

@@ -297,6 +297,21 @@ async def test_a_card_that_was_lost_comes_back(fault: str, tiny: Path, expected:
         assert [device.counters().ddr_used_bytes for device in fleet.devices] == used
 
 
+@pytest.mark.parametrize("fault", [*FAULTS, "reset"])
+async def test_a_drained_card_that_has_failed_meanwhile_comes_back(
+    fault: str, tiny: Path, expected: Answers
+) -> None:
+    async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        before = model.plan
+        await fleet.drain(1)
+        getattr(fleet.devices[1], fault)()
+        await fleet.admit(1)
+        assert kinds(fleet) == [Replanned, CardLost, CardReturned, Replanned]
+        assert fleet.health().cards == (0, 1, 2) and model.plan == before
+        assert await Crowd(model).run() == expected
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_card_comes_back_while_sequences_run(
     seed: int, tiny: Path, expected: Answers

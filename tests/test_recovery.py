@@ -41,6 +41,7 @@ from spanker.errors import (
     CardMemoryError,
     ConfigError,
     ModelError,
+    PlanError,
 )
 from spanker.events import CardLost, Event, LinkDown, LinkRetried, Replanned, ReplicaLost
 from spanker.sched import resharding
@@ -508,6 +509,8 @@ async def test_a_plan_for_certain_cards_comes_back(tiny: Path, expected: Answers
         await fleet.drain(2)
         assert 2 not in model.plan.cards
         assert await Crowd(model).run() == expected
+        with pytest.raises(PlanError, match=r"uses card 2, which is drained; `Fleet\.admit` takes"):
+            await fleet.load(tiny, plan=before)
         await fleet.admit(2)
         assert model.plan == before
         assert await Crowd(model).run() == expected

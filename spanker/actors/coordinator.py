@@ -64,7 +64,7 @@ from spanker.events import CardJoined, CardLost, CardReturned, CardSlow, EventLo
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.ggml.packed import PackedFile
-from spanker.kernels.program import SequenceStep
+from spanker.kernels.program import Program, SequenceStep
 from spanker.native import lib
 from spanker.sched.bandwidth import CardSpeed, Profile
 from spanker.sched.copies import check_copy_ways
@@ -863,6 +863,13 @@ class Coordinator:
         if self._epochs[card] is None:
             async with self._locks.holding((card,)):
                 await self._agree((card,))
+
+    async def look_for(self, card: int) -> None:
+        """Have a card do nothing, as a step: one that is gone or hangs is found out, and lost.
+        Raises what it reports, CardHungError where it does not even that."""
+        nothing = {card: Program((), 1, 1, 1).encode({})}
+        async with copying.loaded(self, nothing) as programs:
+            await copying.run(self, programs)
 
     def _agreed(self, cards: Sequence[int]) -> bool:
         """Whether these cards are in one epoch, and it is known which."""

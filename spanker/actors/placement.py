@@ -542,7 +542,11 @@ class Placement:
         check_fleet_plan(shape, plan, len(self._coordinator.clients))
         missing = sorted(set(plan.cards) - set(cards))
         if missing:
-            raise PlanError(f"plan {plan.name} uses card {missing[0]}, which is lost")
+            drained = missing[0] in self._coordinator.drained.difference(self._coordinator.lost)
+            raise PlanError(
+                f"plan {plan.name} uses card {missing[0]}, which is "
+                f"{'drained' if drained else 'lost'}; `Fleet.admit` takes it back"
+            )
         for replica in () if hosted else plan.replicas:
             self._check_ways(replica)
         return plan
