@@ -1017,11 +1017,12 @@ async def open_fleet(
     that are left, every generation with the very tokens it would have had; without `recover` they
     fail.  After every `audit_every` steps of a replica one tile of a matrix, drawn at random, is
     computed again on the host, and a card that has it wrong is lost (spanker/actors/audit.py has
-    the odds).  With `rebalance` a card that becomes twice as slow as it was, beside the
-    others, gets a smaller share; emulated cards, which share the cores of a machine, may only seem
-    so.  `topology` says which emulated cards have links, by default all with all; those without
-    exchange over others, or over the host.  Raises ConfigError and CardError, CardHungError where
-    a card says nothing for the hang timeout, 2 s at least.
+    the odds); then no card gets weights from another one, but from the file, which over a slow
+    host link takes longer.  With `rebalance` a card that becomes twice as slow as it was, beside
+    the others, gets a smaller share; emulated cards, which share the cores of a machine, may only
+    seem so.  `topology` says which emulated cards have links, by default all with all; those
+    without exchange over others, or over the host.  Raises ConfigError and CardError, CardHungError
+    where a card says nothing for the hang timeout, 2 s at least.
 
     The cards of `virtual:3` do the same arithmetic, but each step takes the time that the profile
     says, by trio's clock: under a virtual one (`spanker.testing.run_virtual`, or trio's MockClock)
@@ -1047,6 +1048,7 @@ async def open_fleet(
                 hang_timeout_s=hang_timeout_s,
                 topology=_topology(rig, topology),
                 around=_around,
+                hands_on=audit_every is None,
             ) as coordinator,
             trio.open_nursery() as nursery,
         ):

@@ -102,6 +102,36 @@ async def test_a_card_with_damaged_weights_is_lost_and_the_answers_are_right_aga
         assert right == await answer(await fleet.load(path))
 
 
+async def test_what_is_wrong_on_a_card_stays_there(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    async with spanker.open_fleet(2, audit_every=1) as fleet:
+        model = await fleet.load(path, plan="tp")
+        right = await answer(model)
+        for name, handle in model._replicas.sessions[0].loaded.handles[0].items():
+            if name.endswith(".weight") and "norm" not in name:
+                old = fleet.devices[0].read(handle, 0, 64)
+                fleet.devices[0].write(handle, 0, bytes(b ^ 0x11 for b in old))
+        await fleet.drain(0)
+        assert model.plan.cards == (1,)
+        for _ in range(5):
+            assert await answer(model) == right
+        assert fleet.health().lost == () and fleet.health().serving
+
+
+@pytest.mark.parametrize("audit_every", [None, 1])
+def test_with_audits_replicas_are_loaded_from_the_host(
+    audit_every: int | None, tmp_path: Path
+) -> None:
+    async def main() -> list[bool]:
+        async with spanker.open_fleet(
+            "virtual:2", profile="rev-a", audit_every=audit_every
+        ) as fleet:
+            await fleet.load(written(tmp_path), plan="dp2")
+            return [any(device.counters().link_tx_bytes) for device in fleet.devices]
+
+    assert run_virtual(main) == [audit_every is None, False]
+
+
 async def test_without_recovery_a_lying_card_ends_its_sequences(tmp_path: Path) -> None:
     async with spanker.open_fleet(2, audit_every=1, recover=False) as fleet:
         model = await fleet.load(written(tmp_path), plan="tp")

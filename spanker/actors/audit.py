@@ -10,6 +10,9 @@ Of a card with a part p of its tiles damaged, n audits find nothing with a proba
 an arithmetic unit that is wrong in a part p of all products the same.  What the card has answered
 before is not made good: the event says since when it has not been found right.
 
+In a fleet with audits all weights that a card does not hold yet come from the host, never from
+another card: damage stays where it is, and an audit blames the card that has done it.
+
 An audit moves k bytes (the row), 16 rows of weights and 64 bytes; it takes a fraction of a
 millisecond on the card and the host, and the next step is not queued behind the last one.
 """

@@ -104,6 +104,7 @@ class Coordinator:
         topology: Topology | None = None,
         lives: Sequence[CardLife] = (),
         new_life: Callable[[CardDevice], CardLife] | None = None,
+        hands_on: bool = True,
         nursery: trio.Nursery,
     ) -> None:
         # By card number; one that returns has a new one.
@@ -127,6 +128,8 @@ class Coordinator:
         # As of the cards; a fleet is of one kind.
         self.modelled = modelled
         self.hollow = hollow
+        # Whether cards bring each other weights: what is wrong on one would be on others then.
+        self.hands_on = hands_on
         # The model of the host link, where there is one.
         self.host_link: HostLink | PacedLink | None = None
         self.links = LinkWatch(self, topology or Topology.with_mock(len(clients)))
@@ -397,7 +400,7 @@ class Coordinator:
             for replica in plan.replicas
         )
         # Along a chain everything goes over one link after the other.
-        chains = copying.chains(plan, self.profile, straight=not self.links.down)
+        chains = copying.chains(plan, self.profile, straight=self.hands_on and not self.links.down)
         todo = {
             card: llama.uploads(model, gguf, plan.replicas[number], card, limits, packed)
             for (number, card), *_ in chains
@@ -501,8 +504,9 @@ class Coordinator:
         tables: Sequence[Table] = (),
     ) -> tuple[LoadedModel, Seats]:
         """Put what is `held` of a model onto the cards of another plan: weights come from where
-        they are, on its cards and on those of its replicas `beside`, and else as in `load`.  The
-        pages of these `tables` go along where they are all there, to the seats that come back.
+        they are, on its cards and on those of its replicas `beside`, as far as cards hand them on,
+        and else as in `load`.  The pages of these `tables` go along where they are all there, to
+        the seats that come back.
 
         `free`: bytes on each card when nothing of it is there any more.  On any failure,
         cancellation included, all of it is freed.  Raises what cards report.
@@ -959,13 +963,15 @@ async def open_coordinator(
     hang_timeout_s: float = 10.0,
     topology: Topology | None = None,
     around: Around | None = None,
+    hands_on: bool = True,
 ) -> AsyncIterator[Coordinator]:
     """Start a card actor for each device, discover the cards, and stop everything at exit.
 
     `topology` says which cards are linked; without it all are.  `channel` is how messages travel:
     `memory` or `unix`.  A profile with a throttled host link
     sends them over that link instead.  The actors own the devices, all modelled or none, and close
-    them.  `around` stands around the host's end of every channel.
+    them.  `around` stands around the host's end of every channel.  Without `hands_on` no card gets
+    weights from another one.
     """
     if not math.isfinite(hang_timeout_s) or hang_timeout_s <= 0:
         raise ConfigError(f"the hang timeout must be a positive time, got {hang_timeout_s}")
@@ -996,6 +1002,7 @@ async def open_coordinator(
             topology=topology,
             lives=lives,
             new_life=new_life,
+            hands_on=hands_on,
             nursery=nursery,
         )
         coordinator.host_link = channels.link

@@ -112,6 +112,7 @@ class Move:
             granule=granule,
             pages=self._pages,
             mapped=bool(self._mapping) or any(map(self.held.maps_table, self.held.handles)),
+            from_peers=coordinator.hands_on,
         )
         check_reshard(shape, self._holdings, self.loaded.plan, made, context=context)
         return made

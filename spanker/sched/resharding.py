@@ -205,10 +205,12 @@ def reshard(
     granule: int = DDR_ALIGN,
     pages: PageMove | None = None,
     mapped: bool = False,
+    from_peers: bool = True,
 ) -> Reshard:
     """How the cards of `after` get what it gives them.  `room`: bytes free on each card beside the
     weights that it holds; `granule`: memory is taken in multiples of that.  `mapped`: weights all
-    come from the host, which lets cards map its file.
+    come from the host, which lets cards map its file; without `from_peers`, all that a card does
+    not hold itself.
 
     A row that several peers hold comes from the one that has sent the least.  `pages` go along
     where a card that is left holds every one of them, and there is room.
@@ -218,7 +220,7 @@ def reshard(
         old = _by_buffer(shape, held, context, pages)
         new = _wanted(shape, after, context, pages)
         return _Resharding(
-            old, new, held.own, after.cards, topology, room, granule, pages, mapped
+            old, new, held.own, after.cards, topology, room, granule, pages, mapped, from_peers
         ).made()
 
     made = make(pages) or make(None)
@@ -267,10 +269,11 @@ class _Resharding:
         granule: int,
         pages: PageMove | None,
         mapped: bool,
+        from_peers: bool,
     ) -> None:
         self._old, self._new, self._own, self._cards = old, new, own, cards
         self._topology, self._granule = topology, granule
-        self._pages, self._mapped = pages, mapped
+        self._pages, self._mapped, self._from_peers = pages, mapped, from_peers
         self._room = dict(room)
         # Who holds pages of a layer.
         self._pools: dict[int, list[tuple[int, Pool]]] = {}
@@ -417,7 +420,7 @@ class _Resharding:
         old = {c: its for c, its in self._old.get(buffer, {}).items() if isinstance(its, Content)}
         holders: dict[int, tuple[int, int]] = {}
         for holder, its in old.items():
-            if holder == card or self._topology.is_up(holder, card):
+            if holder == card or (self._from_peers and self._topology.is_up(holder, card)):
                 begin, end = content.shared(its)
                 if begin < end:
                     holders[holder] = begin, end

@@ -166,6 +166,16 @@ def test_the_host_link_brings_what_the_lost_card_had_and_the_embedding() -> None
     )
 
 
+def test_with_audits_what_a_card_does_not_hold_comes_from_the_host() -> None:
+    held = Holdings.of(TP4, (), (0, 1, 3))
+    found = resharding(SHAPE, held, TP3, REV_A, FOUR, LIMITS, from_peers=False)
+    assert found.links == 0 < found.copied
+    assert found.copied + found.from_host == pytest.approx(WEIGHTS, rel=0.02)
+    peers, own, host = (recovery(weights=w) for w in (Weights.PEERS, Weights.OWN, Weights.HOST))
+    assert own.weights_s == pytest.approx(found.seconds)
+    assert peers.weights_s < own.weights_s < host.weights_s
+
+
 def test_a_replica_is_filled_from_its_like() -> None:
     first, second = make_plan("dp2xtp2", SHAPE, 4).replicas
     alone = on_cards(tensor_pipeline(SHAPE, 1, 1), (1,))

@@ -33,11 +33,13 @@ WATCH_S = 1.0
 
 class Weights(enum.Enum):
     """Where the weights of the plan afterwards come from: what any card that is left holds from
-    that one, and the rest from the host, as a fleet does it; all of them from the host, as it does
-    where that fails; or they are there, with their programs, on a replica that takes the sequences.
+    that one, and the rest from the host, as a fleet does it; what each card holds itself, and the
+    rest from the host, as it does with audits; all of them from the host, as it does where that
+    fails; or they are there, with their programs, on a replica that takes the sequences.
     """
 
     PEERS = "peers"
+    OWN = "own"
     HOST = "host"
     HELD = "held"
 
@@ -110,9 +112,17 @@ def recovery(
         loading = load(shape, after, profile, left, limits)
         weights_s, programs_s = loading.seconds - loading.programs_s, loading.programs_s
         counts = [len(card_buffers(shape, before, card, limits)) for card in held.own]
-        if weights is Weights.PEERS:
-            pages = _page_move(positions, limits)
-            moved = resharding(shape, held, after, profile, left, limits, pages=pages)
+        if weights is not Weights.HOST:
+            moved = resharding(
+                shape,
+                held,
+                after,
+                profile,
+                left,
+                limits,
+                pages=_page_move(positions, limits),
+                from_peers=weights is Weights.PEERS,
+            )
             weights_s, kept = moved.seconds, moved.keeps
             for i, card in enumerate(held.own):
                 counts[i] -= len(contents(shape, before, card, limits.context))

@@ -62,14 +62,24 @@ def resharding(
     *,
     room: Mapping[int, int] | None = None,
     pages: PageMove | None = None,
+    from_peers: bool = True,
 ) -> ReshardCost:
     """What the cards of `after` take for what `sched.resharding.reshard` says; `room`: bytes free
-    on each card, without end where it is None.  `pages` go along where links lead.  Without a
-    modelled host link what the cards do themselves."""
+    on each card, without end where it is None.  `pages` go along where links lead, and so do
+    weights with `from_peers`.  Without a modelled host link what the cards do themselves."""
     machine, context = Machine(profile, topology), limits.context
     room = dict.fromkeys(after.cards, 1 << 62) if room is None else room
     pages = None if pages is None else attrs.evolve(pages, relayed=False)
-    made = reshard(shape, held, after, topology, context=context, room=room, pages=pages)
+    made = reshard(
+        shape,
+        held,
+        after,
+        topology,
+        context=context,
+        room=room,
+        pages=pages,
+        from_peers=from_peers,
+    )
     new = {
         card: {c.buffer: c for c in contents(shape, after, card, context)} for card in after.cards
     }
