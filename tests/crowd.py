@@ -17,7 +17,7 @@ from spanker.actors.coordinator import Coordinator
 from spanker.events import CardLost, Event
 from spanker.testing import hang, kill
 
-HANG_TIMEOUT_S = 0.3
+HANG_TIMEOUT_S = 0.5
 TOKENS = 40
 FAULTS = {"kill": kill, "hang": hang}
 Fault = Callable[[spanker.Fleet, int], None]
