@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from crowd import (
 from waiting import until
 
 import spanker
-from spanker.actors import link_watch
+from spanker.actors import collective_programs, collectives, link_watch
+from spanker.actors.collective_programs import CardWork
 from spanker.actors.message import ReadBuffer
 from spanker.errors import (
     CardLinkDownError,
@@ -156,6 +158,42 @@ async def test_collectives_go_around_a_link_too(tiny: Path) -> None:
         gathered = await spanker.all_gather(fleet, [array.copy() for array in whole])
         for array in gathered:
             assert np.array_equal(array, np.concatenate(whole))
+
+
+@pytest.mark.parametrize("channel", ["memory", "unix"])
+@pytest.mark.parametrize("elements", [10, 100_000])
+async def test_cards_meet_while_their_links_are_up_and_else_go_around(
+    elements: int, channel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_watch, "LOOK_S", 0.05)
+    met: list[bool] = []
+
+    def build(*args: Any, meet: bool) -> list[CardWork]:
+        met.append(meet)
+        return collective_programs.build(*args, meet=meet)
+
+    monkeypatch.setattr(collectives, "build", build)
+    draw = np.random.default_rng(elements)
+    data = [draw.normal(size=elements).astype(np.float32) for _ in range(3)]
+    folded = (data[0] + data[1] + data[2]).tobytes()
+
+    async def reduced(fleet: spanker.Fleet) -> bool:
+        arrays = [array.copy() for array in data]
+        await spanker.all_reduce(fleet, arrays)
+        return all(array.tobytes() == folded for array in arrays)
+
+    with trio.fail_after(10):
+        async with spanker.open_fleet(3, channel=channel, hang_timeout_s=1) as fleet:
+            assert await reduced(fleet)
+            cut(fleet, 0, 1)
+            with pytest.raises(CardLinkDownError):
+                await reduced(fleet)
+            for _ in range(2):
+                assert await reduced(fleet)
+            mend(fleet, 0, 1)
+            await until(lambda: fleet.topology.is_up(0, 1))
+            assert await reduced(fleet)
+    assert met == [True, False, True]
 
 
 # --- links that come back ------------------------------------------------------------------

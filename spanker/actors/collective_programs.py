@@ -146,7 +146,8 @@ def plans(work: Work, topology: Topology) -> Iterator[tuple[int, CollectivePlan]
 def build(work: Work, topology: Topology, *, meet: bool = False) -> list[CardWork]:
     """The programs of all cards of a topology, which are numbered from 0.
 
-    `meet`: cards reach each other's memory, and do an all-reduce as one command.
+    `meet`: cards reach each other's memory over links that are all up, and do an all-reduce as one
+    command.
     """
     cards = len(topology.cards)
     if meet and work.kind is Kind.ALL_REDUCE and cards > 1 and work.elements:

@@ -378,8 +378,10 @@ class Collectives:
                 for card in range(self.cards):
                     self._check(array, card)
         lent = self.lends and not any(key.resident) and self._lendable(key.work)
-        meet = all(info.meets for info in self._coordinator.cards)
-        works = build(key.work, self._coordinator.topology, meet=meet)
+        coordinator = self._coordinator
+        # To meet is something of a link: around one that is down there is a plan, in its order.
+        meet = not coordinator.links.down and all(info.meets for info in coordinator.cards)
+        works = build(key.work, coordinator.topology, meet=meet)
         resident = {
             name: buffers
             for name, buffers in zip(key.work.arrays, key.resident, strict=False)
