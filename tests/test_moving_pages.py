@@ -37,7 +37,7 @@ from spanker.actors.session import Session
 from spanker.actors.steps import LoadedModel, StepResult
 from spanker.device.virtual.spec import VirtualCardSpec
 from spanker.errors import CardAuditError, ConfigError, PlanError
-from spanker.events import Replanned
+from spanker.events import Replanned, Rerouted
 from spanker.ggml.architectures import llama
 from spanker.ggml.gguf import GGUFFile
 from spanker.sched import cost, resharding
@@ -300,6 +300,9 @@ async def test_copies_go_over_the_host_where_a_link_is_down(
             assert await Crowd(model, wish).run() == expected
             assert lost_cards(fleet) == [2]
             assert moves(fleet)[0].kept > 0
+            rerouted = next(e for e in fleet.events.history if isinstance(e, Rerouted))
+            # Everything else goes over card 2, and card 1's copies are not on card 0.
+            assert rerouted.hosted == ((0, 1),)
 
 
 async def test_copies_need_a_link_where_the_host_does_not_relay(

@@ -31,6 +31,7 @@ from spanker.errors import (
 from spanker.ggml.architectures import llama
 from spanker.kernels.native import fold_stats
 from spanker.kernels.program import Program, SequenceStep, encode_step
+from spanker.sched.copies import copies_over_host
 from spanker.sched.detours import ALL_UP, Down, over_host
 from spanker.sched.layout import chunks
 from spanker.sched.plan import CardShare, Limits, Plan
@@ -80,8 +81,9 @@ class LoadedModel(Value):
 
     @property
     def hosted(self) -> tuple[tuple[int, int], ...]:
-        """From which card to which its steps go over the host."""
-        return over_host(self.plan, self.down)
+        """From which card to which its steps go over the host, with their copies of KV."""
+        copies = copies_over_host(self.plan, self.down) if self.limits.kv_copies else ()
+        return tuple(sorted({*over_host(self.plan, self.down), *copies}))
 
     @property
     def output_shares(self) -> tuple[CardShare, ...]:

@@ -43,15 +43,22 @@ def keeps_all(plan: Plan | FleetPlan) -> bool:
     return all(len(stage.cards) > 1 for replica in replicas for stage in replica.stages)
 
 
+def copies_over_host(plan: Plan, down: Down) -> tuple[tuple[int, int], ...]:
+    """From which card to which copies go over the host: no other card hands them on."""
+    return tuple(
+        (card, to)
+        for card in plan.cards
+        if (to := keeper(plan, card)) is not None and (card, to) in down
+    )
+
+
 def check_copy_ways(plan: Plan, down: Down) -> None:
     """PlanError where a link to who keeps a copy is down: no other card leads there."""
-    for card in plan.cards:
-        to = keeper(plan, card)
-        if to is not None and (card, to) in down:
-            raise PlanError(
-                f"card {to} keeps a copy of the keys and values of card {card}, and the link "
-                f"between them is down"
-            )
+    for card, to in copies_over_host(plan, down):
+        raise PlanError(
+            f"card {to} keeps a copy of the keys and values of card {card}, and the link "
+            f"between them is down"
+        )
 
 
 def check_copies(plan: FleetPlan) -> None:
