@@ -8,6 +8,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -19,6 +20,7 @@ import spanker
 from spanker.actors import coordinator as coordinators
 from spanker.errors import CardHungError, CardLostError
 from spanker.events import CardLost
+from spanker.sched.bandwidth import REV_A
 from spanker.testing import kill, nothing_leaked, run_virtual
 
 # --- from the start -----------------------------------------------------------------------
@@ -201,3 +203,27 @@ async def test_a_card_that_a_collective_has_found_dead_comes_back(channel: str) 
         summed = ones()
         await spanker.all_reduce(fleet, summed)
         assert all((own == 3).all() for own in summed)
+
+
+# --- not at all ---------------------------------------------------------------------------
+
+
+SLOW_LINK = attrs.evolve(REV_A, host_link_bytes_per_s=5_000_000)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_card_that_gets_large_arrays_over_the_host_link_is_not_silent(cancelled: bool) -> None:
+    async def main() -> None:
+        async with spanker.open_fleet("virtual:3", profile=SLOW_LINK, hang_timeout_s=0.5) as fleet:
+            if cancelled:
+                with trio.move_on_after(0.1):
+                    await spanker.all_reduce(fleet, large())
+            arrays = large()
+            await spanker.all_reduce(fleet, arrays)
+            assert all((array == 6).all() for array in arrays)
+            assert trio.current_time() > 10 and not lost_cards(fleet)
+
+    def large() -> list[npt.NDArray[np.int32]]:
+        return [np.full(2 << 20, card + 1, np.int32) for card in range(3)]
+
+    run_virtual(main)

@@ -46,6 +46,11 @@ Failed = Callable[["CardClient", CardError], None]
 RELAYED_BYTES_MAX = 64 << 20
 
 
+def raw_bytes(request: Request[Message]) -> int:
+    """The raw bytes of a request and of its answer."""
+    return sum(map(len, request.buffers)) + sum(request.reply_sizes())
+
+
 class CardClient:
     """Requests to one card.  `run` must be running in a nursery for anything to move."""
 
@@ -84,6 +89,12 @@ class CardClient:
     def behind(self) -> bool:
         """Whether requests wait to be written, so that another one would have to wait, too."""
         return self._unwritten > 0
+
+    @property
+    def unanswered_bytes(self) -> int:
+        """The raw bytes of all requests that have not been answered, and of their answers: another
+        one comes behind them."""
+        return sum(raw_bytes(request) for request, _ in self._waiting.values())
 
     @property
     def shares_memory(self) -> bool:

@@ -28,7 +28,7 @@ from spanker.actors.channel import (
     memory_channel_pair,
     unix_channel_pair,
 )
-from spanker.actors.client import Callback, CardClient
+from spanker.actors.client import Callback, CardClient, raw_bytes
 from spanker.actors.link_watch import LinkWatch
 from spanker.actors.message import (
     PROTOCOL_VERSION,
@@ -88,6 +88,9 @@ _NO_SPAN = contextlib.nullcontext()
 
 # How long an orderly stop or abort may take.
 STOP_S = 2.0
+# What may be ahead of a message to a card, or of its answer, besides requests: what goes over the
+# host between cards, as far as the host link takes it before it is read.
+RELAYED_AHEAD_BYTES = 512 << 10
 
 
 class Coordinator:
@@ -592,7 +595,7 @@ class Coordinator:
             await client.post(request, callback)
             return
         posting = functools.partial(client.post, request, callback)
-        if not await in_time(self._hang_timeout_s, posting):
+        if not await in_time(self._hang_timeout_s + self.link_s((client,)), posting):
             raise self.silent(client)
 
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
@@ -607,12 +610,7 @@ class Coordinator:
 
     async def ask_client(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """As `ask`, of a card that may have become a new one since, which is not asked."""
-        limit_s = max(self._hang_timeout_s, STOP_S)
-        if self.profile.host_link_bytes_per_s is not None:
-            nbytes = 4096 + sum(len(buffer) for buffer in request.buffers)
-            if isinstance(request, ReadBuffer):
-                nbytes += request.nbytes
-            limit_s += len(self.clients) * nbytes / self.profile.host_link_bytes_per_s
+        limit_s = max(self._hang_timeout_s, STOP_S) + self.link_s((client,), raw_bytes(request))
         reply: list[ReplyT] = []
 
         async def wait() -> None:
@@ -622,6 +620,16 @@ class Coordinator:
             return reply.pop()
         what = type(request).__name__
         raise self.hung(client, f"has not answered {what} for {limit_s:.3g} s")
+
+    def link_s(self, clients: Sequence[CardClient], nbytes: int = 0) -> float:
+        """How long the host link may keep a message of so many bytes to one of these cards, and its
+        answer, behind what that card has yet to answer, with as many turns for every other card; 0
+        where it is not modelled.  So much longer whoever waits for a card has patience."""
+        rate = self.profile.host_link_bytes_per_s
+        if rate is None:
+            return 0.0
+        ahead = max(client.unanswered_bytes for client in clients)
+        return len(self.clients) * (RELAYED_AHEAD_BYTES + ahead + nbytes) / rate
 
     async def allocate(self, card: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """Buffers of these sizes on a card, between two steps; whoever asks gives them back."""
@@ -707,7 +715,7 @@ class Coordinator:
 
     async def _give_back(self, client: CardClient, *batches: Sequence[Request[Ok]]) -> None:
         """Requests after which a card has less, one batch after the other."""
-        patience = Patience(self._hang_timeout_s)
+        patience = Patience(self._hang_timeout_s + self.link_s((client,)))
 
         async def ask(request: Request[Ok]) -> None:
             with contextlib.suppress(CardError):
@@ -887,7 +895,8 @@ class Coordinator:
         if self._agreed(cards):
             return
         entering, clients = self._entering(cards), [self.clients[card] for card in cards]
-        await in_time(self._hang_timeout_s, functools.partial(loading.run_all, entering))
+        limit_s = self._hang_timeout_s + self.link_s(clients)
+        await in_time(limit_s, functools.partial(loading.run_all, entering))
         silent = [client for client in clients if self._epochs[client.number] is None]
         if silent:
             raise self.silent(silent[0])

@@ -341,7 +341,8 @@ class Placement:
 
             try:
                 await coordinator.emptied(card)
-                if not await in_time(coordinator.hang_timeout_s, count):
+                limit_s = coordinator.hang_timeout_s + coordinator.link_s((client,))
+                if not await in_time(limit_s, count):
                     raise coordinator.silent(client)
             except (CardLostError, CardHungError):
                 if not self._recover:

@@ -374,7 +374,9 @@ class ProgressWatch:
                 if lost:
                     lossy.append(card)
 
-        await in_time(self._coordinator.hang_timeout_s, count)
+        coordinator = self._coordinator
+        link_s = coordinator.link_s(tuple(self._clients.values()))
+        await in_time(coordinator.hang_timeout_s + link_s, count)
         missing = [card for card in self._clients if card not in counters]
         for card, own in counters.items():
             if own.waiting_for in own.links_down and (own.waiting_for, card) not in self._avoided:
