@@ -4,8 +4,9 @@ failures have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trio
@@ -13,7 +14,6 @@ from waiting import until
 
 import spanker
 from spanker.actors import copying
-from spanker.actors.coordinator import Coordinator
 from spanker.events import CardLost, Event
 from spanker.testing import hang, kill
 
@@ -111,13 +111,13 @@ class FailingMove:
         self._fleet, self._run, self._fault = fleet, run, fault
         self._original = copying.run
 
-    async def __call__(self, coordinator: Coordinator, programs: Mapping[int, int]) -> None:
+    async def __call__(self, *args: Any) -> None:
         self.runs += 1
         if self.runs == self._run and self._fault == "cut":
             self._fleet.devices[0].cut(1)  # type: ignore[union-attr]
         elif self.runs == self._run:
             FAULTS[self._fault](self._fleet, 3)
-        await self._original(coordinator, programs)
+        await self._original(*args)
 
 
 def lost_cards(fleet: spanker.Fleet) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -141,14 +142,41 @@ async def test_cards_without_a_link_get_pages_over_the_host(
     assert sum(computed) == POSITIONS
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_pages_that_are_on_their_way_over_the_host_for_long_arrive(cut: bool) -> None:
+    """For many looks and hang timeouts nothing moves but messages, and nobody waits for the link
+    that is down."""
+    shape = shape_of(Dimensions(1, 512, 4, 4, 512, 512, 1024))
+    profile = attrs.evolve(REV_A, host_link_bytes_per_s=1_000_000)
+    topology = None if cut else Topology.of_pairs(2, [])
+
+    async def main() -> None:
+        async with spanker.open_fleet(
+            "hollow:2", profile=profile, topology=topology, hang_timeout_s=0.1
+        ) as fleet:
+            if cut:
+                fleet.devices[0].cut(1)  # type: ignore[union-attr]
+            model = await fleet.load_shape(shape, plan="tp", ctx=1024)
+            generation = model.generate([5] * 1000, max_tokens=20, ignore_eos=True)
+            await anext(generation)
+            assert len(model.plan.cards) == 1
+            await fleet.drain(model.plan.cards[0])
+            *_, moved = moves(fleet)
+            assert moved.kept == moved.sequences == 1 and moved.seconds > 3
+            assert not lost_cards(fleet)
+            generation.close()
+
+    run_virtual(main)
+
+
 async def test_who_leaves_while_its_pages_move_leaves_nothing(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = copying.run
 
-    async def leaving(coordinator: Coordinator, programs: dict[int, int]) -> None:
+    async def leaving(*args: Any) -> None:
         generations[1].close()
-        await original(coordinator, programs)
+        await original(*args)
 
     async with spanker.open_fleet(3) as fleet:
         model = await fleet.load(tiny, plan="tp")

@@ -20,6 +20,7 @@ from spanker.actors.steps import Flight, settled
 from spanker.kernels import program as op
 from spanker.kernels.program import Command, Program, Ref, Transfer, encode_step
 from spanker.sched.bandwidth import Profile
+from spanker.sched.detours import ALL_UP, Down
 from spanker.sched.layout import BufferSpec
 from spanker.sched.plan import FleetPlan, Plan
 
@@ -120,8 +121,10 @@ async def loaded(
         await coordinator.give_programs_back(programs, births)
 
 
-async def run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
-    """Run these programs, by card, together."""
+async def run(
+    coordinator: Coordinator, programs: Mapping[int, int], avoided: Down = ALL_UP
+) -> None:
+    """Run these programs, by card, together, which need none of the links that are `avoided`."""
     cards = tuple(programs)
     await coordinator.take_cards(cards)
     try:
@@ -132,7 +135,7 @@ async def run(coordinator: Coordinator, programs: Mapping[int, int]) -> None:
                 request = RunStep(programs[card], buffers=(encode_step([]),))
                 await coordinator.post(card, request, flight.callback(card))
                 posted += 1
-            await settled(coordinator, flight, cards)
+            await settled(coordinator, flight, cards, avoided=avoided)
         finally:
             flight.forget(len(cards) - posted)
             if not flight.settled.is_set() or flight.errors:

@@ -61,6 +61,8 @@ class Move:
         self._packed = packed
         self._pages = pages
         self.keeps_pages = False
+        # As the links are now; what it needs of them may not stay so.
+        self._topology, self._avoided = coordinator.topology, coordinator.links.down
         self._mapping = coordinator.mapping(loaded.plan.cards, packed)
         # One that maps the embedding has no columns of it to lend.
         self._lenders = {
@@ -106,7 +108,7 @@ class Move:
             shape,
             self._holdings,
             self.loaded.plan,
-            coordinator.topology,
+            self._topology,
             context=context,
             room=room,
             granule=granule,
@@ -153,7 +155,8 @@ class Move:
         jobs = self._uploads(round_.from_host, at_once)
         async with copying.loaded(self._coordinator, data) as numbers:
             if numbers:
-                jobs.append(functools.partial(copying.run, self._coordinator, numbers))
+                run = functools.partial(copying.run, self._coordinator, numbers, self._avoided)
+                jobs.append(run)
             await loading.run_all(jobs)
         freed: dict[int, list[str]] = {}
         for card, buffer in round_.freed:

@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -218,9 +219,9 @@ def at_run(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[[], None]]:
     todo: dict[int, Callable[[], None]] = {}
     runs, original = itertools.count(1), copying.run
 
-    async def run(coordinator: Coordinator, numbers: dict[int, int]) -> None:
+    async def run(*args: Any) -> None:
         todo.pop(next(runs), lambda: None)()
-        await original(coordinator, numbers)
+        await original(*args)
 
     monkeypatch.setattr(resharding, "ROUND_BYTES", 5_000)
     monkeypatch.setattr(copying, "run", run)

@@ -126,6 +126,35 @@ def test_a_card_is_where_the_time_says_it_is() -> None:
 # --- flows ------------------------------------------------------------------------------
 
 
+def test_what_moves_is_progress_and_what_stands_still_is_not() -> None:
+    fleet = Fleet(LINKS, 3)
+    engine = fleet.engine
+    fleet.submit(0, swap({1: 100_000}))
+    fleet.submit(1, swap({}, {0: 100_000, 2: 20}))
+
+    def grows(card: int, nanoseconds: int) -> bool:
+        before = engine.state(card).progress
+        engine.advance(engine.now + nanoseconds * 1000)
+        return engine.state(card).progress > before
+
+    engine.advance(BEGIN * 1000)
+    assert grows(0, 1000) and not grows(1, 1000)
+    engine.want_link(0, 1, False)
+    engine.advance(engine.now)
+    assert not grows(0, 1000) and not grows(0, 50_000)
+    engine.want_link(0, 1, True)
+    assert grows(0, 1000)
+    fleet.run()
+    assert not grows(1, 1000)
+    for _ in range(2):
+        # Half of it comes over the host, and then the other half.
+        before = engine.state(1).progress
+        engine.take(2, 1, 10, 1, False)
+        assert engine.state(1).progress > before
+    fleet.run()
+    assert [engine.state(card).steps for card in range(3)] == [1, 1, 0]
+
+
 @pytest.mark.parametrize("profile", [LINKS, PORTS], ids=lambda p: p.name)
 def test_a_flow_leaves_at_its_links_rate_and_arrives_a_latency_later(profile: Profile) -> None:
     fleet = Fleet(profile, 2)

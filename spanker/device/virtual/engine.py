@@ -27,7 +27,8 @@ from spanker.device.virtual.recorder import Recorder
 from spanker.device.virtual.units import PS_PER_S, to_ps
 from spanker.sched.bandwidth import Profile
 
-# Of the progress that a card reports, what one picosecond of computing counts: microseconds.
+# What counts one in the progress that a card reports: a microsecond of computing or of sending, and
+# whatever comes over the host.
 _PROGRESS_PS = 10**6
 
 
@@ -139,6 +140,7 @@ class _Card:
         self.commands = self.steps = self.read = self.written = 0
         self.busy_ps = 0
         self.taking_up_ps = 0
+        self.relayed = 0  # how often something has come over the host
         self.waiting_ps: dict[int, int] = {}
         self.recorder: Recorder | None = None
         # How many times longer it takes, and what happens when a step gets to a command.
@@ -311,6 +313,7 @@ class Engine:
 
     def take(self, card: int, peer: int, nbytes: int, epoch: int, damaged: bool) -> None:
         """What a card has sent over the host comes to its peer."""
+        self._cards[peer].relayed += 1
         of = np.array([card * len(self._cards) + peer])
         bad = np.array([True]) if damaged else None
         arrivals = Arrivals(of, np.array([nbytes]), np.array([epoch]), bad)
@@ -598,16 +601,18 @@ class Engine:
     def _since_begin(self, c: _Card) -> CardState:
         busy_ps = c.busy_ps + (self.now - c.since if c.phase is _Phase.RUNNING else 0)
         taking_up_ps = c.taking_up_ps + (self.now - c.since if c.phase is _Phase.TAKING_UP else 0)
+        moving_ps = self._network.moving_ps(c.number, self.now)
         waiting_for = None
         if c.phase is _Phase.EXCHANGING:
             waiting_for = self._network.waits_for(c.number)
+        spent_ps = busy_ps + taking_up_ps + moving_ps
         return CardState(
             commands=c.commands,
             steps=c.steps,
             read_bytes=c.read,
             written_bytes=c.written,
             busy_ps=busy_ps,
-            progress=c.commands + c.steps + (busy_ps + taking_up_ps) // _PROGRESS_PS,
+            progress=c.commands + c.steps + c.relayed + spent_ps // _PROGRESS_PS,
             queued=len(c.queue),
             waiting_for=waiting_for,
         )

@@ -489,6 +489,13 @@ class Network:
         sent = self._sent[out] + self._hosted[out] - self._sent_before[out]
         return int(sent), int(self._dropped[into] + taken - self._taken_before[into])
 
+    def moving_ps(self, card: int, now: int) -> int:
+        """How long there has been something to move from a card to others, without what stands
+        still now: that counts once it has moved."""
+        out = slice(card * self._n, (card + 1) * self._n)
+        moving = self._active[out] & (self._rate[out] > 0)
+        return int(self._busy_ps[out].sum() + (now - self._begun[out])[moving].sum())
+
     def use(self, now: int) -> list[tuple[int, int, int, int]]:
         """Of each link that ever carried something: its ends, how long, and how many bytes left."""
         busy = self._busy_ps + np.where(self._active, now - self._begun, 0)
