@@ -212,7 +212,7 @@ async def test_a_load_goes_on_without_a_card_that_says_nothing_any_more(
         model = await fleet.load(tiny, plan="tp")
         assert await Crowd(model).run() == expected
         assert model.plan.cards == (0, 2)
-        assert "has not answered WriteBuffers for 0.3 s" in str(fleet.events.history[0])
+        assert "has not answered WriteBuffers for 0.5 s" in str(fleet.events.history[0])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -718,7 +718,7 @@ async def test_events_are_lines_and_log_records(
         stop()
         lines = [str(event) for event in fleet.events.history]
     assert lines[0] == (
-        "card 2 lost: hangs: it holds a step and no card of the fleet has made progress for 0.3 s"
+        "card 2 lost: hangs: it holds a step and no card of the fleet has made progress for 0.5 s"
     )
     assert lines[1].startswith(
         "tiny llama: re-planned tp3 -> tp2 on cards 0, 1; resumed 1 sequence after 0."
