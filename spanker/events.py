@@ -198,15 +198,17 @@ class EventLog:
         return tuple(self._history)
 
     def listen(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `listener` with every event from now on, in the fleet's task: it must neither block
-        nor raise.  What comes back ends that."""
+        """Call `listener` with every event from now on, in the fleet's task: it must not block.
+        What it raises is not the fleet's matter: it goes, with its traceback, to the logger
+        `spanker.fleet`.  What comes back ends that."""
         number = self._next
         self._next += 1
         self._listeners[number] = listener
         return lambda: self._listeners.pop(number, None) and None
 
     def tell(self, event: Event) -> None:
-        """For the fleet: it happened."""
+        """For the fleet: it happened.  No listener's exception comes out of here: whoever tells may
+        be half way through a change of the fleet."""
         import logging  # a fleet that nothing happens to starts without it
 
         self._history.append(event)
@@ -216,4 +218,7 @@ class EventLog:
             logger.addHandler(logging.NullHandler())
         logger.warning("%s", event, extra={"event": event})
         for listener in tuple(self._listeners.values()):
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("a listener raised when it was told: %s", event)

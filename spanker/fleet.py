@@ -836,12 +836,18 @@ class Fleet:
             if starting is not None:
                 await _started(starting)
             device = card if self._around is None else self._around.device(card)
+
+            def linked() -> Sequence[Link] | None:
+                links = link()
+                self._devices.append(device)
+                return links
+
             # Nobody who measures or loads is to find another fleet half way.
             async with self._load_lock:
-                await coordinator.join(device, link)
-                self._devices.append(device)
+                await coordinator.join(device, linked)
         except BaseException:
-            discard()
+            if card not in self._rig.cards:
+                discard()
             raise
         return card.number
 

@@ -24,6 +24,8 @@ from waiting import until
 import spanker
 from spanker.actors import collectives
 from spanker.actors import coordinator as coordinators
+from spanker.device import soft
+from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.errors import (
     CardHungError,
     CardLostError,
@@ -31,7 +33,8 @@ from spanker.errors import (
     RequestError,
     TopologyMismatchError,
 )
-from spanker.events import CardJoined, CardLost, Replanned
+from spanker.events import CardJoined, CardLost, Event, Replanned
+from spanker.native import lib
 from spanker.sched.topology import Topology
 from spanker.testing import hang, kill, run_virtual
 
@@ -142,6 +145,76 @@ async def test_a_card_that_is_silent_does_not_join(
         assert await Crowd(model).run() == expected
         assert await fleet.add("soft:1") == 2
         assert await Crowd(model).run() == expected
+
+
+async def test_a_listener_that_raises_stands_in_the_way_of_nobody(
+    tiny: Path, expected: Answers, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raises(event: Event) -> None:
+        raise ValueError(f"of the listener, at {event}")
+
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        told: list[Event] = []
+        for listener in (raises, told.append):
+            fleet.events.listen(listener)
+        assert await fleet.add("soft:1") == 2
+        assert len(fleet.cards) == len(fleet.devices) == 3
+        kill(fleet, 0)
+        assert await Crowd(model).run() == expected
+        assert model.plan.cards == (1, 2)
+        assert tuple(told) == fleet.events.history
+    # The traceback, with the name of the listener, goes where the events go.
+    failures = [record.exc_text for record in caplog.records if record.exc_info]
+    assert len(failures) == len(told) and all("in raises" in str(text) for text in failures)
+
+
+async def test_a_card_that_has_joined_stays_whatever_comes_after(
+    tiny: Path, expected: Answers
+) -> None:
+    """Ctrl-C while listeners are told: nothing may be undone that others know of."""
+
+    def interrupt(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    async with spanker.open_fleet(2, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+        model = await fleet.load(tiny, plan="tp")
+        stop = fleet.events.listen(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            await fleet.add("soft:1")
+        stop()
+        assert len(fleet.cards) == len(fleet.devices) == 3
+        assert not fleet.devices[2].closed  # type: ignore[union-attr]
+        assert await fleet.add("soft:1") == 3
+        assert await Crowd(model).run() == expected
+        assert model.plan.cards == (0, 1, 2, 3)
+
+
+def test_a_card_that_workers_have_is_not_freed_before_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever is raised once they have it, and whoever lets it go then."""
+
+    class Interrupting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def spk_pool_add(self, *arguments: object) -> int:
+            assert lib.spk_pool_add(*arguments) == 0
+            raise KeyboardInterrupt
+
+    with SoftRig([SoftCardSpec()] * 2) as rig:
+        cards = [rig.create(SoftCardSpec())]
+        with monkeypatch.context() as patch:
+            patch.setattr(soft, "lib", Interrupting())
+            with pytest.raises(KeyboardInterrupt):
+                rig.join(cards[0])
+        cards.append(rig.create(SoftCardSpec()))
+        rig.join(cards[1])
+        for card in cards:
+            rig.discard(card)
+            assert isinstance(card, SoftCard) and card.closed and card.native is not None
+    assert all(card.native is None for card in cards)  # type: ignore[union-attr]
 
 
 async def test_who_cannot_join(tmp_path: Path) -> None:

@@ -273,22 +273,33 @@ class Coordinator:
                     raise ConfigError(
                         "a fleet that is traced takes no more cards: end the trace first"
                     )
-                links = link()
-                # All of it at once, and nobody has the cards meanwhile who does not know of it.
-                self.clients.append(client)
-                self.cards = (*self.cards, info)
-                self._lives.append(life)
-                self.births.append(0)
-                self._epochs.append(None)
-                self._locks.add()
-                self._every_card = range(card + 1)
-                self.links.join(card, links)
+                # Nobody has the cards meanwhile who does not know of it.
+                self._take_in(client, info, life, link)
         except BaseException:
             life.end()
             with trio.CancelScope(shield=True):
                 await life.ended()
             raise
         self.events.tell(CardJoined(trio.current_time(), card, info.name))
+
+    @trio.lowlevel.enable_ki_protection
+    def _take_in(
+        self,
+        client: CardClient,
+        info: CardInfo,
+        life: CardLife,
+        link: Callable[[], Sequence[Link] | None],
+    ) -> None:
+        """Have one more card, or, where it cannot be linked, not: Ctrl-C comes before or after."""
+        links = link()
+        self.clients.append(client)
+        self.cards = (*self.cards, info)
+        self._lives.append(life)
+        self.births.append(0)
+        self._epochs.append(None)
+        self._locks.add()
+        self._every_card = range(len(self.clients))
+        self.links.join(client.number, links)
 
     def pace(self, factors: Mapping[int, float]) -> None:
         """Plan from now on with cards that take so many times as long as they should."""

@@ -41,6 +41,7 @@ from spanker.errors import (
     CardCommandError,
     CardLostError,
     ConfigError,
+    SpankerError,
 )
 from spanker.native import check, default_isa, ffi, isa_number, lib
 from spanker.sched.bandwidth import Profile
@@ -652,6 +653,8 @@ class SoftRig(CardRig):
         self._profile = throttle
         self._workers_max = workers or len(os.sched_getaffinity(0))
         self._pool: Any = None
+        # Cards that the pool may have: they are released once it has ended, and not before.
+        self._stepped: list[SoftCard] = []
         self._throttle: Throttle | None = None
         self._launcher = launcher
         # What RISC-V cards need, while there are any.
@@ -669,6 +672,7 @@ class SoftRig(CardRig):
             if throttle is not None:
                 self._throttle = Throttle([c.handle for c in soft], throttle)
             if soft:
+                self._stepped += soft
                 self._pool = start_workers(soft, self._workers_max)
         except BaseException:
             self.close()
@@ -749,15 +753,24 @@ class SoftRig(CardRig):
                 lib.spk_pool_resume(pool)
 
     def _have_stepped(self, card: SoftCard) -> None:
-        if self._pool is None:
-            self._pool = start_workers([card], self._workers_max)
-        else:
-            status = lib.spk_pool_add(self._pool, card.handle, self._workers_max)
-            check(status, f"starting card {card.number}")
+        self._stepped.append(card)
+        try:
+            if self._pool is None:
+                self._pool = start_workers([card], self._workers_max)
+            else:
+                status = lib.spk_pool_add(self._pool, card.handle, self._workers_max)
+                check(status, f"starting card {card.number}")
+        except SpankerError:
+            self._stepped.remove(card)  # which it was refused
+            raise
 
     def discard(self, card: SoftCard | RemoteCard) -> None:
-        """Let a card go that has not joined."""
-        card.release()
+        """Let a card go that has not joined; one that workers have is only closed, as they look at
+        it until the rig is closed."""
+        if card in self._stepped:
+            card.close()
+        else:
+            card.release()
         self._drop_processes()
 
     def _drop_processes(self) -> None:
@@ -787,6 +800,6 @@ class SoftRig(CardRig):
         throttle, self._throttle = self._throttle, None
         if throttle is not None:
             throttle.close()
-        for card in self.cards:
+        for card in (*self.cards, *self._stepped):
             card.release()
         self._close_processes()
