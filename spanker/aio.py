@@ -168,15 +168,18 @@ class _Portal:
         """Wait for the end of the thread, blocking the event loop: not at all after `aclose`."""
         self._thread.join(_JOIN_S)
 
-    async def call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run an async function in the trio thread; RequestError once the fleet is closed."""
+    async def call(
+        self, function: Callable[..., Awaitable[T]], *args: object, to_the_end: bool = False
+    ) -> T:
+        """Run an async function in the trio thread; RequestError once the fleet is closed.  With
+        `to_the_end` only that cancels it, and whoever calls waits for its end all the same."""
         outcome: _Outcome[T] = _Outcome()
         scope = trio.CancelScope()
         self._calls.add(outcome)
         try:
             if self._over or not self.post(self._begin, outcome, scope, function, args):
                 raise self._closed()
-            return await outcome.wait(lambda: self.post(scope.cancel))
+            return await outcome.wait(lambda: to_the_end or self.post(scope.cancel))
         finally:
             self._calls.discard(outcome)
 
@@ -187,7 +190,7 @@ class _Portal:
         *args: object,
     ) -> T:
         """As `call`, for what somebody must give back: cancelled when it has just been made, which
-        is when nobody will ever have it, it is given back first."""
+        is when nobody will ever have it, it is given back first, however often it is cancelled."""
         made: list[T] = []
 
         async def make() -> None:
@@ -199,7 +202,7 @@ class _Portal:
             for value in made:
                 # What cannot be given back is with a card that is lost, or a fleet that is closed.
                 with contextlib.suppress(SpankerError):
-                    await self.call(give_back, value)
+                    await self.call(give_back, value, to_the_end=True)
             raise
         return made.pop()
 

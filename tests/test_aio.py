@@ -264,11 +264,13 @@ def test_a_cancelled_load_has_freed_its_memory_when_it_returns(tiny_model: Path)
     run(main)
 
 
+@pytest.mark.parametrize("often", [False, True], ids=["once", "often"])
 @pytest.mark.parametrize("what", ["load", "arrays", "trace"])
 def test_what_is_cancelled_when_it_has_just_been_made_is_given_back(
-    what: str, tiny_model: Path, tmp_path: Path
+    what: str, often: bool, tiny_model: Path, tmp_path: Path
 ):
-    """The fleet's thread has done it, and the event loop has yet to hear of it."""
+    """The fleet's thread has done it, and the event loop has yet to hear of it; also where it is
+    cancelled again and again while that is given back."""
 
     async def main() -> None:
         async with aio.open_fleet("soft:2", plan="tp", channel="unix") as fleet:
@@ -295,6 +297,9 @@ def test_what_is_cancelled_when_it_has_just_been_made_is_given_back(
                 time.sleep(0.001)  # noqa: ASYNC251 - the event loop is busy with something else
             time.sleep(0.1)  # noqa: ASYNC251
             task.cancel()
+            while often and not task.done():
+                await asyncio.sleep(0)
+                task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert not made()
