@@ -700,8 +700,8 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
-        """Record every command of every card that is not lost, and what the host does, within the
-        block.
+        """Record every command of every card, drained or not, and what the host does, within the
+        block; of one that is lost what was fetched before, and all again once it is admitted.
 
         At its end, however it ends, `path` holds a trace for ui.perfetto.dev or chrome://tracing,
         and the value tells how many `steps` and `commands` are in it and how many were `lost`.

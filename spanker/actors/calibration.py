@@ -466,7 +466,7 @@ async def _prepared(
     """A bench whose cards record what they do; nothing of it is left afterwards."""
     bench = _Bench(coordinator, seconds, progress)
     # Whoever wants to record a trace meanwhile is told that there is one.
-    coordinator.trace = Trace(coordinator.cards, time.monotonic_ns())
+    coordinator.trace = Trace(coordinator.cards, time.monotonic_ns(), card_events=_TRACE_EVENTS)
     try:
         async with coordinator.between_steps():
             for client in coordinator.clients:

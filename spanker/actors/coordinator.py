@@ -46,6 +46,7 @@ from spanker.actors.message import (
     ReadCounters,
     Relayed,
     Request,
+    StartTrace,
     Stop,
     UnloadProgram,
 )
@@ -236,6 +237,10 @@ class Coordinator:
             info = await self._describe(client)
             own = await self.ask_client(client, ReadCounters())
             others = await self.counters_of([c for c in self._every_card if c not in self.lost])
+            traced: Trace | None = None
+            while traced is not self.trace:  # one may begin, or end, meanwhile
+                traced = self.trace
+                await self.ask_client(client, StartTrace(traced.card_events if traced else 0))
             if client.failure is not None:
                 raise again(client.failure)
         except BaseException:
@@ -246,6 +251,8 @@ class Coordinator:
         self.cards = (*self.cards[:card], info, *self.cards[card + 1 :])
         self.births[card] += 1
         self._epochs[card] = None
+        if traced is not None:
+            traced.returned(card)
         del self.lost[card]
         self.slow.pop(card, None)
         self.links.forget(card, {**others, card: own})

@@ -169,10 +169,11 @@ class _Total:
 
 @attrs.define
 class _Card:
-    """One card's events, packed as they came, and which step each of its fences belongs to."""
+    """One card's events, packed as they came, beside which step each of their fences belongs to;
+    `steps` and `lost_there` are of the card as it is now, `lost_here` of all time."""
 
     info: CardInfo
-    data: list[bytes] = attrs.Factory(list)
+    data: list[tuple[dict[int, int], bytes]] = attrs.Factory(list)
     events: int = 0
     lost_there: int = 0
     lost_here: int = 0
@@ -187,7 +188,8 @@ class _Card:
 
 class Trace:
     """Events of a fleet from `begin_ns` on, and their text.  `now_ns` is the time by which its
-    cards tell theirs, `clock` the name of that."""
+    cards tell theirs, `clock` the name of that, and `card_events` how many a card keeps until they
+    are fetched."""
 
     def __init__(
         self,
@@ -195,7 +197,9 @@ class Trace:
         begin_ns: int,
         now_ns: Callable[[], int] = time.monotonic_ns,
         clock: str = "CLOCK_MONOTONIC",
+        card_events: int = 0,
     ) -> None:
+        self.card_events = card_events
         self._begin_ns = begin_ns
         self._now_ns = now_ns
         self._clock = clock
@@ -252,6 +256,14 @@ class Trace:
             return
         told.steps[told.last_fence] = step
 
+    def returned(self, card: int) -> None:
+        """A card begins anew: its fences are counted from the first again, and so is what finds no
+        room on it."""
+        told = self._cards[card]
+        told.steps, told.last_fence = {}, None
+        told.lost_here += told.lost_there
+        told.lost_there = 0
+
     def add(self, card: int, data: bytes, lost: int) -> None:
         """Events of a card as `CardDevice.trace_events` gave them; `lost` is its count so far."""
         told = self._cards[card]
@@ -260,7 +272,7 @@ class Trace:
         room = min(count, EVENTS_MAX - self.commands)
         told.lost_here += count - room
         if room:
-            told.data.append(data[: room * TRACE_EVENT.size])
+            told.data.append((told.steps, data[: room * TRACE_EVENT.size]))
             told.events += room
 
     # --- the text ---------------------------------------------------------------------------
@@ -323,9 +335,9 @@ class Trace:
         card.totals.clear()
         # Of each label, what does not change from event to event.
         texts: dict[int, tuple[str, str]] = {}
-        for data in card.data:
+        for steps, data in card.data:
             for begin_ns, end_ns, fence, command, op, fmt in TRACE_EVENT.iter_unpack(data):
-                step_number = card.steps.get(fence)
+                step_number = steps.get(fence)
                 step = None if step_number is None else self._steps.get(step_number)
                 label = self._label(number, step, command, op, fmt)
                 if label is None:

@@ -89,18 +89,23 @@ class Tracer:
         coordinator = self._coordinator
         if coordinator.trace is not None:
             raise ConfigError("a trace of this fleet is being recorded already: end that first")
-        clock = "virtual" if coordinator.modelled else "CLOCK_MONOTONIC"
-        self.trace = Trace(coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock)
-        self._events_max, self._fetch_s = CARD_EVENTS_MAX, FETCH_S
+        clock, self._events_max, self._fetch_s = "CLOCK_MONOTONIC", CARD_EVENTS_MAX, FETCH_S
         if coordinator.modelled:
             # Cards with room for all that is kept are asked once, in the end.
-            self._events_max, self._fetch_s = EVENTS_MAX // len(coordinator.cards), math.inf
+            clock, self._events_max = "virtual", EVENTS_MAX // len(coordinator.cards)
+            self._fetch_s = math.inf
+        self.trace = Trace(
+            coordinator.cards, coordinator.now_ns(), coordinator.now_ns, clock, self._events_max
+        )
+        # Cards that are lost by now are switched on when they come back.
         coordinator.trace = self.trace
 
     async def _switch_on(self) -> None:
-        alive = self._coordinator.alive
+        there = [
+            c for c in range(len(self._coordinator.clients)) if c not in self._coordinator.lost
+        ]
         try:
-            await run_all([functools.partial(self._switch_on_at, card) for card in alive])
+            await run_all([functools.partial(self._switch_on_at, card) for card in there])
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._switch_off()

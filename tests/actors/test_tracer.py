@@ -280,6 +280,78 @@ async def test_a_card_that_is_silent_when_a_trace_begins_is_lost(
     assert sorted(events_of(path)) == [HOST, CARD, CARD + 2]
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+@pytest.mark.parametrize("how", ["drained", "lost"])
+async def test_a_card_that_is_admitted_is_traced(
+    how: str, when: str, tiny: Path, tmp_path: Path
+) -> None:
+    """It is out of use when the trace begins, or goes and comes back within it: then its fences,
+    and what it counts, begin again."""
+
+    async def use() -> list[int]:
+        return await tokens_of(model.generate([1, 2], max_tokens=4, ignore_eos=True))
+
+    async def go() -> None:
+        if how == "drained":
+            await fleet.drain(2)
+        else:
+            fleet.devices[2].kill()
+            assert await use() == expected
+            assert [card for card, _ in fleet.health().lost] == [2]
+
+    path = tmp_path / "trace.json"
+    async with spanker.open_fleet(3, plan="tp") as fleet:
+        model = await fleet.load(tiny)
+        expected = await use()
+        if when == "before":
+            await go()
+        begin = (await fleet.stats()).cards[2].commands if how == "drained" else 0
+        async with fleet.trace(path) as trace:
+            if when == "within":
+                assert await use() == expected
+                await trio.sleep(3 * tracers.FETCH_S)  # until that is fetched
+                await go()
+            await fleet.admit(2)
+            assert await use() == expected
+            end = (await fleet.stats()).cards[2].commands
+        assert trace.lost == 0 and model.plan.cards == (0, 1, 2)
+        # And it is switched off like the others.
+        assert [d.trace_events(100) for d in fleet.devices] == [(b"", 0)] * 3
+    # Of a card that was lost within the trace there is what it did before, too.
+    earlier = other_of(path)["cards"][2]["commands"] - (end - begin)
+    assert earlier > 60 if (how, when) == ("lost", "within") else earlier == 0
+    threads = events_of(path)
+    # A model's commands have their weights' names only where their step is known.
+    named = [[e for e in threads[CARD + card] if "weight" in e["args"]] for card in (0, 2)]
+    numbers = [[e["args"]["step"] for e in events] for events in named]
+    assert numbers[1] == sorted(numbers[1]) and numbers[1][-1] == numbers[0][-1]
+    assert len(set(numbers[1])) == (4 if when == "before" else 8)
+
+
+async def test_a_trace_may_begin_and_end_while_a_card_comes_back(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.json"
+    async with spanker.open_fleet(2, plan="tp", channel="unix") as fleet:
+        model = await fleet.load(tiny)
+        coordinator = fleet._coordinator
+        for turns in range(16):
+            fleet.devices[1].kill()
+            await tokens_of(model.generate([1], max_tokens=2, ignore_eos=True))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fleet.admit, 1)
+                for _ in range(2 * (turns % 8)):
+                    await trio.lowlevel.checkpoint()
+                async with fleet.trace(path) as trace:
+                    if turns < 8:
+                        await until(lambda: 1 not in coordinator.lost)
+                        await tokens_of(model.generate([1], max_tokens=2, ignore_eos=True))
+            if turns < 8:
+                assert len(events_of(path)[CARD + 1]) > 30 and trace.lost == 0
+            await tokens_of(model.generate([1], max_tokens=2, ignore_eos=True))
+            assert [d.trace_events(100) for d in fleet.devices] == [(b"", 0)] * 2
+
+
 async def test_a_card_that_falls_silent_keeps_nothing_of_the_others(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
