@@ -1010,7 +1010,8 @@ async def open_fleet(
     topology: Topology | None = None,
     _around: Around | None = None,
 ) -> AsyncIterator[Fleet]:
-    """Open a fleet of cards; everything it starts ends with the `async with` block.
+    """Open a fleet of cards; everything it starts ends with the `async with` block, within 0.8 s of
+    its being left, or cancelled from outside, also where cards answer no more.
 
     `cards` is a number or a specification such as `soft:3`, `soft:2@avx2,soft:1@scalar` or
     `soft:4:64MiB`, or `kernel:2` or `kernel` for cards behind the kernel module; `profile` names
@@ -1076,6 +1077,7 @@ async def open_fleet(
                     first.append(error)
                 raise
             finally:
+                coordinator.closing()
                 nursery.cancel_scope.cancel()
 
 

@@ -56,7 +56,7 @@ def test_cards_have_two_seconds_at_least_to_say_what_they_are(
             ):
                 raise AssertionError("it was opened")
         # The others are told to stop, and do not hear it.
-        assert trio.current_time() - begin < limit_s + coordinators.STOP_S + 0.1
+        assert trio.current_time() - begin < limit_s + coordinators.CLOSE_S + 0.1
 
     run_virtual(main)
 

@@ -87,11 +87,13 @@ Progress = Callable[[int, int], None]
 
 _NO_SPAN = contextlib.nullcontext()
 
-# How long an orderly stop or abort may take.
+# How long an abort may take, or giving back what a failed load has taken, and an answer at least.
 STOP_S = 2.0
 # What may be ahead of a message to a card, or of its answer, besides requests: what goes over the
 # host between cards, as far as the host link takes it before it is read.
 RELAYED_AHEAD_BYTES = 512 << 10
+# How long a fleet takes to close, all of that included: then its cards are killed.
+CLOSE_S = 0.8
 
 
 class Coordinator:
@@ -118,6 +120,8 @@ class Coordinator:
         self._reviving = trio.Lock()
         # While cards are told to end, that they do is no loss.
         self._stopping = False
+        self._in_use = trio.CancelScope()
+        self._left = trio.Event()
         # How often each card has been taken into use anew: what was put on it before is gone.
         self.births = [0] * len(clients)
         self.profile = profile
@@ -949,20 +953,46 @@ class Coordinator:
         await loading.run_all([functools.partial(count, card) for card in cards])
         return {card: found[card] for card in cards if card in found}
 
-    def end_lives(self) -> None:
-        """Have every card's actor end, whatever it is at."""
+    # --- the end ----------------------------------------------------------------------
+
+    def closing(self) -> None:
+        """The fleet is to close: from now on its cards have CLOSE_S, whoever is at work on them."""
+        self._in_use.cancel()
+
+    def left(self) -> None:
+        """Nobody is at work on the cards any more, so that they may stop."""
+        self.closing()
+        self._left.set()
+
+    async def run(self) -> None:
+        """End the cards once the fleet is `closing`, or cancelled: as soon as it is `left` each is
+        asked to stop, and all that are there after CLOSE_S are killed, which also ends whatever
+        waits for them."""
+        try:
+            with self._in_use:
+                await trio.sleep_forever()
+        finally:
+            with trio.move_on_after(CLOSE_S, shield=True):
+                await self._left.wait()
+                await self._stop()
+            self._kill()
+            with trio.CancelScope(shield=True):
+                await self._left.wait()
+            # Who is shielded from that cancellation may have opened some again.
+            self._kill()
+
+    def _kill(self) -> None:
+        self._stopping = True
         for life in self._lives:
             life.end()
 
-    async def stop(self) -> None:
-        """Ask every card actor to stop; bounded in time, errors ignored: killing comes next."""
+    async def _stop(self) -> None:
         self._stopping = True
-        with trio.move_on_after(STOP_S):
-            # At the same time, so that a card that does not answer holds up no other.
-            async with trio.open_nursery() as nursery:
-                for client in self.clients:
-                    stopping = functools.partial(client.request, Stop())
-                    nursery.start_soon(_ignoring_errors, stopping)
+        # At the same time, so that a card that does not answer holds up no other.
+        async with trio.open_nursery() as nursery:
+            for client in self.clients:
+                stopping = functools.partial(client.request, Stop())
+                nursery.start_soon(_ignoring_errors, stopping)
 
 
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:
@@ -992,7 +1022,8 @@ async def open_coordinator(
     around: Around | None = None,
     hands_on: bool = True,
 ) -> AsyncIterator[Coordinator]:
-    """Start a card actor for each device, discover the cards, and stop everything at exit.
+    """Start a card actor for each device, discover the cards, and stop everything at exit, which
+    takes CLOSE_S at most, and no longer after a cancellation from outside.
 
     `topology` says which cards are linked; without it all are.  `channel` is how messages travel:
     `memory` or `unix`.  A profile with a throttled host link
@@ -1039,15 +1070,14 @@ async def open_coordinator(
             with watching:
                 await coordinator.links.run()
 
+        nursery.start_soon(coordinator.run)
         try:
             await coordinator.discover()
             nursery.start_soon(watch)
             yield coordinator
         finally:
             watching.cancel()
-            with trio.CancelScope(shield=True):
-                await coordinator.stop()
-            coordinator.end_lives()
+            coordinator.left()
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -452,7 +452,7 @@ async def test_leaving_stops_the_actors_and_closes_the_cards() -> None:
 async def test_a_card_that_does_not_answer_cannot_hold_up_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(coordinators, "STOP_S", 0.1)
+    monkeypatch.setattr(coordinators, "CLOSE_S", 0.1)
     device = FakeDevice()
 
     async with open_coordinator([device], NATIVE) as coordinator:

@@ -7,6 +7,8 @@ behind (the fixture `nothing_left_behind` looks at threads and descriptors after
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
 import random
@@ -18,7 +20,9 @@ import pytest
 import trio
 
 import spanker
+from spanker.actors.coordinator import CLOSE_S
 from spanker.errors import CardLostError, ConfigError, ModelNotFoundError, RequestError
+from spanker.testing import faulty_fleet, run_virtual
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -206,6 +210,57 @@ async def test_cancelling_a_fleet_with_a_hung_card_does_not_wait_for_the_card(
             await reach(phase, fleet, long_model, strike)
     assert scope.cancelled_caught
     assert trio.current_time() - scope.deadline < SOON_S
+
+
+@pytest.mark.parametrize(
+    ("work", "how"),
+    [("decode", "left"), ("decode", "cancelled"), ("load", "cancelled"), ("trace", "cancelled")],
+)
+def test_a_silent_card_cannot_hold_up_the_end(
+    work: str, how: str, tiny_model: Path, tmp_path: Path
+):
+    """Aborting what is under way and stopping the cards take CLOSE_S together, in virtual time."""
+
+    async def main() -> float:
+        with trio.CancelScope() as scope:
+            async with (
+                faulty_fleet("virtual:3", "", hang_timeout_s=30) as (fleet, injection),
+                trio.open_nursery() as nursery,
+            ):
+                model = await fleet.load(tiny_model, plan="tp")
+                generation = model.generate([1, 2, 3], max_tokens=200, ignore_eos=True)
+                await anext(generation)
+                tracing = fleet.trace(tmp_path / "trace.json")
+                async with tracing if work == "trace" else contextlib.nullcontext():
+                    injection.strike("stall channel:1@time:0 for 1000s")
+                    if work == "load":
+                        nursery.start_soon(functools.partial(fleet.load, tiny_model, plan="tp"))
+                    await trio.sleep(0.5)
+                    begin = trio.current_time()
+                    if how == "cancelled":
+                        scope.cancel()
+                        await trio.lowlevel.checkpoint()
+        return trio.current_time() - begin
+
+    assert 0 < run_virtual(main) <= CLOSE_S + 1e-6
+
+
+def test_what_is_opened_again_while_the_fleet_closes_ends_with_it(tiny_model: Path):
+    """By who shields himself from the cancellation that closes it."""
+
+    async def main() -> None:
+        with trio.fail_after(10), trio.CancelScope() as scope:
+            async with spanker.open_fleet("virtual:2", plan="tp") as fleet:
+                model = await fleet.load(tiny_model)
+                spanker.testing.kill(fleet, 1)
+                await model.generate("Hello", max_tokens=2).collect()
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(CLOSE_S + 0.1)
+                    await fleet.admit(1)
+        assert scope.cancelled_caught
+
+    run_virtual(main)
 
 
 async def test_leaving_the_block_ends_generations_that_run_outside_of_it(tiny_model: Path):

@@ -36,7 +36,7 @@ from spanker.testing.misfortune.world import World
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-# The coordinator gives an abort, or a stop, so long.
+# The coordinator gives an abort so long.
 _STOP_S = 2.0
 
 
