@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 
 import attrs
 import numpy as np
@@ -21,12 +22,13 @@ import trio
 
 from spanker._version import __version__
 from spanker.actors.coordinator import STOP_S, Coordinator
+from spanker.actors.loading import run_all
 from spanker.actors.message import Describe, ReadTrace, StartTrace, WriteBuffers
 from spanker.actors.session import Session
 from spanker.actors.steps import LoadedModel
 from spanker.actors.trace import Trace
 from spanker.device.base import TraceEvent, unpack_events
-from spanker.errors import CardMemoryError, ConfigError
+from spanker.errors import CardError, CardMemoryError, ConfigError
 from spanker.ggml.architectures import llama
 from spanker.ggml.sampling import SamplingParams
 from spanker.kernels import program as op
@@ -111,7 +113,8 @@ async def calibrate(
 
     Nobody else should be using the fleet.  `progress(done, total)` counts measurements.  What was
     put on the cards is gone afterwards, however this ends.  Raises ConfigError where a trace is
-    being recorded, and CardMemoryError where a card has no room for a megabyte of weights.
+    being recorded, CardMemoryError where a card has no room for a megabyte of weights, and
+    CardLostError and CardHungError where one is gone or falls silent, which is lost by that.
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"calibrating takes a time above 0 s, got {seconds}")
@@ -323,6 +326,10 @@ def _limits(candidates: int) -> Limits:
     )
 
 
+def _writing(handle: int, offset: int, data: bytes) -> WriteBuffers:
+    return WriteBuffers(((handle, offset, len(data)),), buffers=(data,))
+
+
 class _Bench:
     """The cards with buffers for all probes on them."""
 
@@ -382,17 +389,23 @@ class _Bench:
             await self._fill_weights(card)
             self.advance()
 
-    async def _write(self, card: int, buffer: str, data: bytes, offset: int = 0) -> None:
-        writes = ((self.handles[card][buffer], offset, len(data)),)
-        await self.coordinator.clients[card].request(WriteBuffers(writes, buffers=(data,)))
+    async def _write(self, card: int, buffer: str, data: bytes) -> None:
+        await self.coordinator.ask(card, _writing(self.handles[card][buffer], 0, data))
 
     async def _fill_weights(self, card: int) -> None:
-        piece = _PATTERN * _WRITE_BYTES
-        for at in range(0, self.stream_bytes[card], _WRITE_BYTES):
-            nbytes = min(_WRITE_BYTES, self.stream_bytes[card] - at)
-            begin = time.perf_counter()
-            await self._write(card, "weights", piece[:nbytes], at)
-            self.write_s_per_byte.append((time.perf_counter() - begin) / nbytes)
+        piece, handle = _PATTERN * _WRITE_BYTES, self.handles[card]["weights"]
+        places = range(0, self.stream_bytes[card], _WRITE_BYTES)
+        sizes = [min(_WRITE_BYTES, self.stream_bytes[card] - at) for at in places]
+        took_s = await self.coordinator.ask_each(
+            card,
+            [_writing(handle, at, piece[:n]) for at, n in zip(places, sizes, strict=True)],
+        )
+        self.write_s_per_byte += [t / n for t, n in zip(took_s, sizes, strict=True)]
+
+    async def untraced(self, card: int) -> None:
+        """A card records nothing any more, if it is there."""
+        with contextlib.suppress(CardError):
+            await self.coordinator.ask(card, StartTrace(0))
 
     async def empty(self) -> None:
         """Free the buffers; bounded in time."""
@@ -455,7 +468,7 @@ class _Bench:
 
     async def events(self, card: int) -> tuple[TraceEvent, ...]:
         """What a card has done since the last time."""
-        reply = await self.coordinator.clients[card].request(ReadTrace(_TRACE_EVENTS))
+        reply = await self.coordinator.ask(card, ReadTrace(_TRACE_EVENTS))
         return unpack_events(bytes(reply.buffers[0]))
 
 
@@ -469,16 +482,15 @@ async def _prepared(
     coordinator.trace = Trace(coordinator.cards, time.monotonic_ns(), card_events=_TRACE_EVENTS)
     try:
         async with coordinator.between_steps():
-            for client in coordinator.clients:
-                await client.request(StartTrace(_TRACE_EVENTS))
+            for card in bench.cards:
+                await coordinator.ask(card, StartTrace(_TRACE_EVENTS))
         await bench.fill()
         yield bench
     finally:
         coordinator.trace = None
         with trio.move_on_after(STOP_S, shield=True):
-            await bench.empty()
-            for client in coordinator.clients:
-                await client.request(StartTrace(0))
+            # All together: a card that does not answer keeps nothing of the others.
+            await run_all([bench.empty, *(partial(bench.untraced, card) for card in bench.cards)])
 
 
 # --- measuring ------------------------------------------------------------------------------
@@ -701,12 +713,7 @@ class _Calibrator:
 
     async def _host_link(self) -> tuple[float, float]:
         """The round trip of a small message, and the bytes per second of large ones."""
-        client = self._coordinator.clients[0]
-        trips = []
-        for _ in range(40):
-            begin = time.perf_counter()
-            await client.request(Describe())
-            trips.append(time.perf_counter() - begin)
+        trips = await self._coordinator.ask_each(0, [Describe()] * 40)
         self._bench.advance()
         round_trip_s = self._note("round trip of a message", "s", trips)
         writes = [
@@ -722,22 +729,27 @@ class _Calibrator:
         programs = {card: _outputs(i * LOGIT_CHUNK) for i, card in enumerate(cards)}
         sampled = SamplingParams(temperature=1.0, top_k=8)
         per_step: list[float] = []
-        async with (
-            self._bench.loaded(programs, LOGIT_CHUNK) as loaded,
-            trio.open_nursery() as nursery,
-        ):
+        in_use = trio.CancelScope()
+        async with self._bench.loaded(programs, LOGIT_CHUNK) as loaded:
             session = Session(self._coordinator, loaded)
-            nursery.start_soon(session.run)
-            for _ in range(2 * _REPEATS_MIN):
-                begin = time.thread_time()
-                sequence = session.add([1], _SESSION_TOKENS, sampled)
-                try:
-                    while await sequence.next() is not None:
-                        pass
-                finally:
-                    session.release(sequence)
-                per_step.append((time.thread_time() - begin) / _SESSION_TOKENS)
-            nursery.cancel_scope.cancel()
+
+            async def serve() -> None:
+                with in_use:
+                    await session.run()
+
+            async def sample() -> None:
+                for _ in range(2 * _REPEATS_MIN):
+                    begin = time.thread_time()
+                    sequence = session.add([1], _SESSION_TOKENS, sampled)
+                    try:
+                        while await sequence.next() is not None:
+                            pass
+                    finally:
+                        session.release(sequence)
+                    per_step.append((time.thread_time() - begin) / _SESSION_TOKENS)
+                in_use.cancel()
+
+            await run_all([serve, sample])
         self._bench.advance()
         return self._note("host's work for a step", "s", per_step)
 

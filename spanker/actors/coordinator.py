@@ -632,7 +632,7 @@ class Coordinator:
 
     async def ask_client(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
         """As `ask`, of a card that may have become a new one since, which is not asked."""
-        limit_s = max(self._hang_timeout_s, STOP_S) + self.link_s((client,), raw_bytes(request))
+        limit_s = self._answer_s(client, request)
         reply: list[ReplyT] = []
 
         async def wait() -> None:
@@ -640,8 +640,35 @@ class Coordinator:
 
         if await in_time(limit_s, wait):
             return reply.pop()
+        raise self._unanswered(client, request, limit_s)
+
+    async def ask_each(self, card: int, requests: Sequence[Request[Message]]) -> list[float]:
+        """Requests to a card, one after the other, each of which is answered as by `ask`: the
+        seconds that each answer took to come."""
+        client, took_s = self.clients[card], list[float]()
+        limit_s = max(self._answer_s(client, request) for request in requests)
+        patience = Patience(limit_s)
+
+        async def ask() -> None:
+            for request in requests:
+                begin = time.perf_counter()
+                await client.request(request)
+                took_s.append(time.perf_counter() - begin)
+                patience.came()
+
+        if await patience.with_(ask):
+            return took_s
+        raise self._unanswered(client, requests[len(took_s)], limit_s)
+
+    def _answer_s(self, client: CardClient, request: Request[ReplyT]) -> float:
+        """How long a card may take to answer a request that is made now."""
+        return max(self._hang_timeout_s, STOP_S) + self.link_s((client,), raw_bytes(request))
+
+    def _unanswered(
+        self, client: CardClient, request: Request[ReplyT], limit_s: float
+    ) -> CardHungError:
         what = type(request).__name__
-        raise self.hung(client, f"has not answered {what} for {limit_s:.3g} s")
+        return self.hung(client, f"has not answered {what} for {limit_s:.3g} s")
 
     def link_s(self, clients: Sequence[CardClient], nbytes: int = 0) -> float:
         """How long the host link may keep a message of so many bytes to one of these cards, and its
@@ -938,8 +965,8 @@ class Coordinator:
         return [functools.partial(enter, card) for card in cards]
 
     async def counters(self) -> tuple[Counters, ...]:
-        """The counters of every card."""
-        return tuple([await client.request(ReadCounters()) for client in self.clients])
+        """The counters of every card.  Raises as `ask`."""
+        return tuple([await self.ask(card, ReadCounters()) for card in self._every_card])
 
     async def counters_of(self, cards: Sequence[int]) -> dict[int, Counters]:
         """Those of these cards that answer, in this order; all are asked at the same time, and one

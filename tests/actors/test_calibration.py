@@ -6,19 +6,24 @@ Traces of throttled cards tell the model's times, so that a busy machine does no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Values
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
+from silent_cards import SilentCards
 
+from spanker.actors import calibration
+from spanker.actors import coordinator as coordinators
 from spanker.actors.calibration import STREAM_BYTES, Calibration, calibrate, figure
 from spanker.actors.coordinator import Coordinator, open_coordinator
+from spanker.actors.session import Sequence, Session
 from spanker.actors.tracer import Tracer
 from spanker.device.soft import SoftCardSpec, SoftRig
-from spanker.errors import CardMemoryError, ConfigError
+from spanker.errors import CardHungError, CardMemoryError, ConfigError
 from spanker.sched.bandwidth import NATIVE, CardSpeed, LinkSpeed, Profile
 
 # A tenth as slow as a real board, so that a measurement takes a second.
@@ -52,7 +57,7 @@ async def fleet(
         rig.close()
 
 
-async def left_over(coordinator: Coordinator) -> Sequence[int]:
+async def left_over(coordinator: Coordinator) -> Values[int]:
     return [c.ddr_used_bytes for c in await coordinator.counters()]
 
 
@@ -131,6 +136,46 @@ async def test_what_does_not_fit_is_refused_and_leaves_nothing() -> None:
             await calibrate(coordinator)
         assert await left_over(coordinator) == [0, 0]
     assert STREAM_BYTES > 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("after", "silent"),
+    # Nothing; the first card filled; both; the host link; some of a card; all but the host's work,
+    # and in the middle of that.
+    [(0, 1), (1, 1), (2, 0), (3, 0), (5, 1), (19, 1), (20, 1)],
+)
+async def test_a_card_that_falls_silent_is_lost_and_ends_it(
+    after: int, silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinators, "STOP_S", 0.3)
+    monkeypatch.setattr(calibration, "STOP_S", 1.0)
+    cards, rig = SilentCards(), SoftRig([SoftCardSpec(ddr_bytes=16 << 20)] * 2)
+
+    def progress(done: int, total: int) -> None:
+        assert total == 20
+        if done == after:
+            cards.silence(silent)
+
+    class Falling(Session):
+        def release(self, sequence: Sequence) -> None:
+            super().release(sequence)
+            if after == 20:
+                cards.silence(silent)
+
+    monkeypatch.setattr(calibration, "Session", Falling)
+    with trio.fail_after(20), rig:
+        async with open_coordinator(
+            rig.cards, NATIVE, hang_timeout_s=0.3, around=cards
+        ) as coordinator:
+            if not after:
+                cards.silence(silent)
+            with pytest.raises(CardHungError) as caught:
+                await calibrate(coordinator, seconds=0.01, progress=progress)
+            assert caught.value.card == silent and list(coordinator.lost) == [silent]
+            # Nothing is left on the other.
+            other = rig.cards[1 - silent]
+            assert coordinator.trace is None and other.trace_events(100) == (b"", 0)
+            assert other.counters().ddr_used_bytes == 0
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
