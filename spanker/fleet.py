@@ -34,7 +34,7 @@ import numpy.typing as npt
 import trio
 
 from spanker.actors import session as sessions
-from spanker.actors.coordinator import Coordinator, Progress, open_coordinator
+from spanker.actors.coordinator import STOP_S, Coordinator, Progress, open_coordinator
 from spanker.actors.message import CardInfo
 from spanker.actors.placement import ModelFile, Placement, Wanted
 from spanker.actors.replicas import Replicas
@@ -962,7 +962,7 @@ async def _started(card: RemoteCard) -> None:
     killed.  Not one of trio's threads, which stay for a while."""
     threads = WorkThreads("spanker-starter", 1)
     try:
-        await threads.run(card.greet, card.kill_process)
+        await threads.run(card.greet, card.cut_short)
     finally:
         threads.close()
 
@@ -1041,7 +1041,8 @@ async def open_fleet(
     specs = parse_fleet(cards) if isinstance(cards, str | int) else tuple(cards)
     chosen = profiles.find(profile) if isinstance(profile, str) else profile
     first: list[Exception] = []
-    with _one_error(first), _rig(specs, chosen, workers, throttle, topology) as rig:
+    answer_s = max(hang_timeout_s, STOP_S)
+    with _one_error(first), _rig(specs, chosen, workers, throttle, topology, answer_s) as rig:
         rig.held = True  # the last card of a fleet may come back
         devices: Sequence[CardDevice] = rig.cards
         if _around is not None:
@@ -1087,6 +1088,7 @@ def _rig(
     workers: int | None,
     throttle: bool,
     topology: Topology | None,
+    answer_s: float,
 ) -> SoftRig | VirtualRig | KernelRig:
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
@@ -1113,7 +1115,8 @@ def _rig(
     if apart and topology is not None:
         raise ConfigError("RISC-V cards are linked all with all: leave the topology out")
     if not virtual:
-        return SoftRig(here, workers, profile if throttle else None, topology)
+        pace = profile if throttle else None
+        return SoftRig(here, workers, pace, topology, answer_s=answer_s, greeted=False)
     if workers is not None:
         raise ConfigError("virtual cards have no workers: leave them out")
     if throttle:

@@ -9,12 +9,14 @@ device is closed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import trio
 
+from spanker.actors.calls import Calls
 from spanker.actors.channel import Channel
 from spanker.actors.frame import DEFAULT_LIMITS, Deferred, flat_buffer
 from spanker.actors.message import (
@@ -71,10 +73,13 @@ LARGE_WRITE_BYTES = 256 << 10
 
 
 class KernelQueue:
-    """A bounded, in-order queue of submissions to one card."""
+    """A bounded, in-order queue of submissions to one card, by `calls` where its body waits."""
 
-    def __init__(self, device: CardDevice, capacity: int = QUEUE_MAX) -> None:
+    def __init__(
+        self, device: CardDevice, capacity: int = QUEUE_MAX, calls: Calls | None = None
+    ) -> None:
         self._device = device
+        self._calls = calls
         # A slot that somebody waits for is handed over: it does not become free.
         self._free_slots = capacity
         self._waiting = trio.lowlevel.ParkingLot()
@@ -92,6 +97,9 @@ class KernelQueue:
         else:
             await self._waiting.park()
         try:
+            if self._calls is not None:
+                submit = functools.partial(self._device.submit, program, parameters, reads, lent)
+                return await self._calls.make(submit)
             if lent:
                 return self._device.submit(program, parameters, reads, lent)
             return self._device.submit(program, parameters, reads)
@@ -120,7 +128,12 @@ class KernelQueue:
             else:
                 await trio.lowlevel.wait_readable(fd)
             # In this order: this makes the descriptor quiet.
-            done = self._device.completions()
+            if self._calls is None:
+                done = self._device.completions()
+            else:
+                # A completion may be there before its submission has returned.
+                async with self._calls.between():
+                    done = self._device.completions()
             if looked is not None:
                 await looked()
             if done:
@@ -134,7 +147,8 @@ class CardActor:
     def __init__(self, channel: Channel, device: CardDevice) -> None:
         self._channel = channel
         self._device = device
-        self._queue = KernelQueue(device)
+        self._calls = Calls(device) if device.waits else None
+        self._queue = KernelQueue(device, calls=self._calls)
         # Request and fence of what is queued on the card, oldest first.
         self._pending: deque[tuple[int, int]] = deque()
         self._submitted = trio.Event()
@@ -153,7 +167,8 @@ class CardActor:
 
     async def serve(self) -> None:
         """Serve until Stop or the end of the channel."""
-        self._channel.expose(self)
+        if self._calls is None:
+            self._channel.expose(self)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._collect)
             try:
@@ -166,8 +181,11 @@ class CardActor:
         """Close the device and the channel, once no write uses the card's memory any more."""
         with trio.CancelScope(shield=True):
             await self._all_written()
+            if self._calls is not None:
+                await self._calls.close_device()
         self._writers.close()
-        self._device.close()
+        if self._calls is None:
+            self._device.close()
         await trio.aclose_forcefully(self._channel)
 
     async def _serve(self, nursery: trio.Nursery) -> None:
@@ -194,7 +212,12 @@ class CardActor:
                     self._pending.append((request_id, fence))
                     self._submitted.set()
                     continue
-                reply = self._answer(request)
+                if self._calls is None:
+                    reply = self._answer(request)
+                else:
+                    reply = await self._calls.make(functools.partial(self._answer, request))
+                if isinstance(request, Abort):
+                    self._relayed_out = self._relayed_in = 0
             except SpankerError as error:
                 reply = failed(error, self._device.number)
             await self._send(reply, request_id)
@@ -238,6 +261,7 @@ class CardActor:
         return await self._queue.submit(request.program, parameters, lent=_windows(request))
 
     def _answer(self, request: Message) -> Message:
+        """Do what is asked, in whichever thread that the card's body is called in."""
         device = self._device
         if isinstance(request, WriteBuffers):
             self._write_all(request)
@@ -265,7 +289,6 @@ class CardActor:
             return Ok()
         if isinstance(request, Abort):
             device.abort(request.epoch)
-            self._relayed_out = self._relayed_in = 0
             return Ok()
         if isinstance(request, Describe):
             return self._describe()
@@ -307,7 +330,7 @@ class CardActor:
         """Do one write in a thread and answer it; the caller has taken a writer for it."""
         reply: Message = Ok()
         try:
-            await self._writers.run(lambda: self._write_all(request))
+            await self._writers.run(lambda: self._write_all(request), self._device.cut_short)
         except SpankerError as error:
             reply = failed(error, self._device.number)
         finally:

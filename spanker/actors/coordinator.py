@@ -277,6 +277,9 @@ class Coordinator:
         try:
             info = await self._describe(client)
             async with self.changing_memory():
+                if not self.modelled:
+                    # Those that it is linked with answer: `link` waits for none that is silent.
+                    await self.counters_of([c for c in self._every_card if c not in self.lost])
                 if client.failure is not None:
                     raise again(client.failure)
                 # A trace may have begun while the cards were waited for.

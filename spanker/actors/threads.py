@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import trio
+
+T = TypeVar("T")
 
 
 class WorkThreads:
@@ -21,11 +24,9 @@ class WorkThreads:
         self._running = 0
         self._closed = False
 
-    async def run(
-        self, work: Callable[[], None], cut_short: Callable[[], None] = lambda: None
-    ) -> None:
-        """Run `work` in a thread, behind what was given to all of them before; what it raises is
-        raised.  A checkpoint; RuntimeError after `close`.
+    async def run(self, work: Callable[[], T], cut_short: Callable[[], None] = lambda: None) -> T:
+        """Run `work` in a thread, behind what was given to all of them before; returns what it
+        returns, raises what it raises.  A checkpoint; RuntimeError after `close`.
 
         Cancellation waits for it: it may be using memory that the caller would free.  `cut_short`
         is called then, in this thread, and may have it end sooner.
@@ -43,7 +44,7 @@ class WorkThreads:
         try:
             await trio.lowlevel.wait_task_rescheduled(cancelled)
             await trio.lowlevel.checkpoint_if_cancelled()
-            future.result()
+            return future.result()
         finally:
             # The traceback of its error refers to this frame: a cycle.
             del future

@@ -249,6 +249,7 @@ class AxiRecorder(CardDevice):
                 card=device.number,
             )
         self.number = device.number
+        self.waits = device.waits
         self._device = device
         self._entries: list[Entry] = []
         self._regions: dict[int, _Region] = {}
@@ -406,6 +407,9 @@ class AxiRecorder(CardDevice):
 
     def trace_events(self, most: int) -> tuple[bytes, int]:
         return self._device.trace_events(most)
+
+    def cut_short(self) -> None:
+        self._device.cut_short()
 
     def close(self) -> None:
         self._device.close()

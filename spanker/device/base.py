@@ -177,12 +177,15 @@ class CardDevice(abc.ABC):
 
     `modelled`: what the card takes for its work is modelled, so nothing that concerns it may wait
     for a thread, whose time is real.  `hollow`: it keeps no bytes; what is written to it need not
-    even be made.
+    even be made.  `waits`: its calls wait for another process to answer, so who has other things to
+    do makes them in a thread, one after the other; all but `completions`, `completion_fd`,
+    `outstanding`, `relayed`, `relay`, `cut_short`, and `reopen` once it is closed.
     """
 
     number: int
     modelled: bool = False
     hollow: bool = False
+    waits: bool = False
 
     @property
     @abc.abstractmethod
@@ -325,6 +328,10 @@ class CardDevice(abc.ABC):
         """Give the card a firmware image (docs/api/program-container.md), checked already, which it
         keeps until it is reset.  CardCommandError by a body that takes none."""
         raise CardCommandError(f"card {self.number} takes no firmware image", card=self.number)
+
+    def cut_short(self) -> None:  # noqa: B027, most bodies have nothing to do
+        """For who waits no longer for calls in other threads: those of a body that `waits` end at
+        once, by CardLostError, and the card is lost.  Does not block."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `remote` card: the C core in a process of its own, spoken to over two sockets.
 
-Every call but `completions` is a request whose reply is waited for, at most ANSWER_S; a card that
-does not answer in time, or not as docs/api/card-protocol.md has it, is killed and lost.  The
+Every call but `completions` is a request whose reply is waited for, as long as the rig says at
+most; a card that does not answer in time, or not as docs/api/card-protocol.md has it, is killed
+and lost.  The
 descriptor to wait for is the socket that completions come over.
 """
 
@@ -13,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import attrs
 
@@ -39,11 +41,17 @@ from spanker.errors import (
 )
 from spanker.native import ffi, lib
 
-# What the slowest request takes on a busy machine is a thousandth of this.
-ANSWER_S = 10.0
 _RECEIVE_BYTES = 1 << 20
 # Pieces this small are sent together with their header.
 _TOGETHER_BYTES = 1 << 16
+
+
+class RemoteRig(Rig, Protocol):
+    """What owns the cards of a fleet some of which are processes."""
+
+    @property
+    def answer_s(self) -> float:
+        """How many seconds a process may take to answer a request."""
 
 
 @attrs.frozen
@@ -58,14 +66,17 @@ class LinkEnd:
 
 class RemoteCard(CoreCard):
     """One card of a rig; `start` makes its process, now and whenever it is opened again, when
-    `links` are the ends that it has by then.  It is of use once it has been greeted."""
+    `links` are the ends that it has by then.  Whoever asks it first greets it, which waits until it
+    has started."""
 
+    _rig: RemoteRig
+    waits = True
     # Of what only other bodies have: speeds that are kept.
     pace = None
 
     def __init__(
         self,
-        rig: Rig,
+        rig: RemoteRig,
         number: int,
         kind: str,
         start: Callable[[], CardProcess],
@@ -79,27 +90,39 @@ class RemoteCard(CoreCard):
         self._released = False
         self._process: CardProcess | None = None
         # One request at a time; whoever finds the card lost keeps it so.
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._begin()
 
     def _begin(self) -> None:
         """Start the process, which must be done by the thread that the card is to end with."""
         self._lost: CardLostError | None = None
+        self._greeted = False
         self._told = wire.Completions()
         # The sizes of what each queued step brings back, oldest first.
         self._sizes: deque[tuple[int, ...]] = deque()
         self._process = self._start()
 
+    @property
+    def greeted(self) -> bool:
+        """Whether it has been, or is being, greeted: from then on it is told of new links."""
+        return self._greeted
+
     def greet(self) -> None:
-        """Wait, ANSWER_S at most, until the process says what it is: in an emulator a tenth of a
-        second.  In any thread.  Raises CardLostError and FirmwareError, and has ended it then."""
-        try:
-            self._info = self._hello()
-            for end in self._links():
-                self.attach(end)
-        except BaseException:
-            self._end()
-            raise
+        """Unless that has been done, wait until the process says what it is, in an emulator a tenth
+        of a second, and tell it of its links.  In any thread.  Raises CardLostError and
+        FirmwareError, and has ended it then."""
+        with self._turn:
+            if self._greeted:
+                return
+            self._greeted = True
+            try:
+                self._info = self._hello()
+                for end in self._links():
+                    self.attach(end)
+            except BaseException as error:
+                why = str(error).removeprefix(f"card {self.number}: ")
+                self._lose(f"greeting it: {why}", at_once=True)
+                raise
 
     def _hello(self) -> DeviceInfo:
         size = ffi.sizeof("struct spk_wire_hello")
@@ -123,6 +146,13 @@ class RemoteCard(CoreCard):
             ddr_bytes=h.ddr_bytes,
             programs_max=h.programs_max,
         )
+
+    @property
+    def info(self) -> DeviceInfo:
+        self.greet()
+        if self._lost is not None:
+            raise again(self._lost)
+        return self._info
 
     @property
     def closed(self) -> bool:
@@ -178,12 +208,13 @@ class RemoteCard(CoreCard):
                 card=self.number,
             )
         with self._turn:
+            self.greet()
             if self._lost is not None:
                 raise again(self._lost)
-            control = self.process.control
-            end = time.monotonic() + ANSWER_S
+            control, answer_s = self.process.control, self._rig.answer_s
+            end = time.monotonic() + answer_s
             try:
-                control.settimeout(ANSWER_S)
+                control.settimeout(answer_s)
                 if files:
                     # Too few bytes to go in pieces.
                     socket.send_fds(control, [wire.request(kind, nbytes) + body], files)
@@ -196,7 +227,7 @@ class RemoteCard(CoreCard):
                 reply = wire.reply(head, kind, expected, at_least)
                 return reply.status, reply.command, self._receive(control, reply.nbytes, end)
             except TimeoutError:
-                why = f"has not answered for {ANSWER_S:g} s"
+                why = f"has not answered for {answer_s:.3g} s"
             except OSError:
                 why = ""
             except RemoteProtocolError as error:
@@ -331,6 +362,8 @@ class RemoteCard(CoreCard):
             what, at_once = "the card is gone", False
         except RemoteProtocolError as error:
             what, at_once = f"it tells of completions with {error}", True
+        # Nobody waits for whoever waits for its answer.  Where it has ended, this changes nothing.
+        self.cut_short()
         with self._turn:
             lost = self._lose(what, at_once)
         out += [Completion(fence, 0, again(lost)) for fence in self._told.expected]
@@ -429,11 +462,8 @@ class RemoteCard(CoreCard):
             )
         self._end()
         self._begin()
-        self.greet()
 
-    def kill_process(self) -> None:
-        """For who does not want to wait until another thread has greeted the card: that one gets
-        CardLostError.  Does not block."""
+    def cut_short(self) -> None:
         process = self._process
         if process is not None:
             process.kill()

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 
 _Card = TypeVar("_Card", bound=CoreCard)
 
+# What the slowest request to a process takes on a busy machine is a thousandth of this.
+ANSWER_S = 10.0
+# Sockets take no longer times than some weeks.
+ANSWER_MAX_S = 1e6
 DEFAULT_DDR_BYTES = 16 << 30
 # What one process can address on every machine that this runs on.
 DDR_BYTES_MAX = 1 << 46
@@ -630,8 +634,10 @@ class SoftRig(CardRig):
 
     `throttle` is a profile whose speeds the cards keep in real time, as far as the machine can.
     `launcher` is what runs the firmware of RISC-V cards, which is looked for without one; it is
-    closed with the rig.  Raises ConfigError and FirmwareError where something is missing or wrong,
-    CardLostError where a card does not start.
+    closed with the rig.  They have `answer_s` seconds to answer a request.  Their processes start
+    side by side and are waited for, unless they are to be `greeted` later, by whoever asks them
+    first.  Raises ConfigError and FirmwareError where something is missing or wrong, CardLostError
+    where a card does not start.
     """
 
     def __init__(
@@ -641,6 +647,8 @@ class SoftRig(CardRig):
         throttle: Profile | None = None,
         topology: Topology | None = None,
         launcher: Launcher | None = None,
+        answer_s: float = ANSWER_S,
+        greeted: bool = True,
     ) -> None:
         if not 1 <= len(specs) <= CARDS_MAX:
             raise ConfigError(f"a soft fleet has 1 to {CARDS_MAX} cards, got {len(specs)}")
@@ -657,13 +665,14 @@ class SoftRig(CardRig):
         self._stepped: list[SoftCard] = []
         self._throttle: Throttle | None = None
         self._launcher = launcher
+        self.answer_s = min(answer_s, ANSWER_MAX_S)
         # What RISC-V cards need, while there are any.
         self._processes: ProcessCards | None = None
         try:
             for spec in specs:
                 self.cards.append(self._new(spec))
             for card in self.cards:
-                if not isinstance(card, SoftCard):
+                if greeted and not isinstance(card, SoftCard):
                     card.greet()
             ring_bytes = ring_bytes_of(len(specs))
             for a, b in _pairs(self.cards, topology):

@@ -68,6 +68,7 @@ class FaultyCard(CardDevice):
         self.number = device.number
         self.modelled = device.modelled
         self.hollow = device.hollow
+        self.waits = device.waits
         self._device = device
         self._clock = clock
         self._later = later
@@ -335,6 +336,9 @@ class FaultyCard(CardDevice):
 
     def load_image(self, image: Buffer) -> None:
         self._live().load_image(image)
+
+    def cut_short(self) -> None:
+        self._device.cut_short()
 
     def close(self) -> None:
         self._device.close()

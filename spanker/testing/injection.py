@@ -10,6 +10,7 @@ Everything is timed by trio's clock, so under a virtual one a plan does the same
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import math
@@ -132,7 +133,12 @@ class Injection:
     def device(self, device: CardDevice) -> FaultyCard:
         """As Around."""
         number = device.number
-        card = FaultyCard(device, trio.current_time, self.at, lambda n: self._submitting(number, n))
+        clock, token = trio.lowlevel.current_clock(), trio.lowlevel.current_trio_token()
+        struck = functools.partial(self._submitting, number)
+        if device.waits:
+            # What submits to it is another thread.
+            struck = functools.partial(trio.from_thread.run_sync, struck, trio_token=token)
+        card = FaultyCard(device, clock.current_time, self.at, struck)
         self._cards[number] = card
         for fault in self.plan.faults:
             self._check_able(fault, card)

@@ -70,6 +70,7 @@ from spanker.device.soft import SoftCardSpec, SoftRig
 from spanker.errors import (
     CardError,
     CardFaultError,
+    CardLostError,
     ChannelClosedError,
     ModelError,
     RemoteProtocolError,
@@ -715,6 +716,88 @@ async def test_fences_out_of_order_are_a_crash_that_says_so() -> None:
         with pytest.raises(ChannelClosedError):
             await host.channel.receive()
     assert "card 4: fence 2 completed, 1 was next" in repr(host.crash)
+
+
+# --- bodies that wait for another process ---------------------------------------------------------
+
+
+class Waiting(FakeDevice):
+    """`threads` are those that it was called in; a submission returns when `go_on` is set, after
+    its completion has come."""
+
+    waits = True
+
+    def __init__(self) -> None:
+        super().__init__(automatic=True)
+        self.threads: set[threading.Thread] = set()
+        self.submitting, self.go_on = threading.Event(), threading.Event()
+        self.cut = False
+
+    def alloc(self, nbytes: int) -> int:
+        self.threads.add(threading.current_thread())
+        return super().alloc(nbytes)
+
+    def read(self, handle: int, offset: int, nbytes: int) -> bytes:
+        self.threads.add(threading.current_thread())
+        return super().read(handle, offset, nbytes)
+
+    def submit(self, program: int, parameters: Any, reads: Any = (), lent: Any = ()) -> int:
+        fence = super().submit(program, parameters, reads)
+        self.threads.add(threading.current_thread())
+        self.submitting.set()
+        self.go_on.wait(20)
+        if self.cut:
+            raise CardLostError("card 0 was cut short", card=0)
+        return fence
+
+    def completions(self) -> Any:
+        assert not self.submitting.is_set() or self.go_on.is_set(), "while a call is under way"
+        return super().completions()
+
+    def cut_short(self) -> None:
+        self.cut = True
+        self.go_on.set()
+
+    def close(self) -> None:
+        self.threads.add(threading.current_thread())
+        super().close()
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("kind", PAIRS)
+async def test_a_body_that_waits_is_called_in_one_thread_and_in_order(kind: str) -> None:
+    device = Waiting()
+    async with serving(device, kind) as host:
+        handle = await host.alloc(4)
+        for request in (RunStep(1, buffers=(b"p",)), write(handle, 0, b"abcd")):
+            await host.post(request)
+        await until(device.submitting.is_set)
+        await host.post(ReadBuffer(handle, 0, 4))
+        # Its completion is there, and nobody asks for it.
+        await trio.sleep(0.01)
+        assert device.calls == ["alloc", "submit"]
+        device.go_on.set()
+        replies = dict([await host.channel.receive() for _ in range(3)])
+        assert isinstance(replies[2], StepDone) and replies[3] == Ok()
+        assert isinstance(replies[4], BufferData) and bytes(replies[4].buffers[0]) == b"abcd"
+        assert isinstance(await host.ask(RunStep(666, buffers=(b"p",))), Failed)
+    assert len(device.threads) == 1 and threading.current_thread() not in device.threads
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_body_that_waits_is_cut_short_where_its_actor_is_cancelled() -> None:
+    device = Waiting()
+    async with serving(device) as host:
+        await host.post(RunStep(1, buffers=(b"p",)))
+        await until(device.submitting.is_set)
+        assert not device.cut
+    assert device.cut and device.closed == 1
+
+
+async def test_a_body_that_waits_is_not_called_without_messages() -> None:
+    async with serving(Waiting()) as host:
+        await host.alloc(4)
+        assert host.channel.reach() is None
 
 
 # --- requests that come twice or late ------------------------------------------------------------

@@ -7,6 +7,7 @@ fails where one of them has something to say, or anything leaks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -14,7 +15,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ import attrs
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from conformance_rigs import adder, collect, finish, floats, make_program, sender, step, waiter
 from crowd import Answers, Crowd, lost_cards
 from waiting import until
 
 import spanker
-from spanker.device import remote, wire
+from spanker.actors import coordinator as coordinators
+from spanker.actors.card import LARGE_WRITE_BYTES
+from spanker.actors.message import FreeBuffer, WriteBuffers
+from spanker.device import wire
 from spanker.device.process import CardProcess, Launch
 from spanker.device.remote import LinkEnd, RemoteCard
 from spanker.device.riscv.emulator import Emulator
@@ -36,6 +41,7 @@ from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCard, SoftCardSpec, SoftRig
 from spanker.errors import (
     CardCommandError,
+    CardHungError,
     CardLostError,
     CardMemoryError,
     ConfigError,
@@ -47,7 +53,7 @@ from spanker.kernels.program import Ref, Transfer
 from spanker.native import ffi, lib
 from spanker.sched.bandwidth import REV_A
 from spanker.sched.topology import Topology
-from spanker.testing import nothing_leaked
+from spanker.testing import faulty_fleet, nothing_leaked
 from spanker.testing.assertions import open_descriptors
 
 DDR_BYTES = 1 << 20
@@ -377,26 +383,28 @@ def hello(**wrong: int) -> bytes:
     ],
 )
 def test_a_card_that_answers_senselessly_or_not_is_lost(
-    rig: SoftRig, monkeypatch: pytest.MonkeyPatch, says: bytes, words: str
+    rig: SoftRig, says: bytes, words: str
 ) -> None:
-    monkeypatch.setattr(remote, "ANSWER_S", 0.2)
-    liar = Liar(says)
-    with pytest.raises(CardLostError, match=words):
-        RemoteCard(rig, 0, "lying", lambda: liar, tuple).greet()  # type: ignore[arg-type,return-value]
-    assert liar.ends
+    rig.answer_s = 0.2
+    with contextlib.closing(Liar(says)) as liar:
+        with pytest.raises(CardLostError, match=words):
+            RemoteCard(rig, 0, "lying", lambda: liar, tuple).greet()  # type: ignore[arg-type,return-value]
+        assert liar.ends
 
 
 @pytest.mark.parametrize("wrong", [{"version": 1}, {"major": 2}, {"minor": 9}])
 def test_firmware_of_another_interface_is_refused(rig: SoftRig, wrong: dict[str, int]) -> None:
-    liar = Liar(hello(**wrong))
-    with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 2"):
-        RemoteCard(rig, 0, "old", lambda: liar, tuple).greet()  # type: ignore[arg-type,return-value]
+    with contextlib.closing(Liar(hello(**wrong))) as liar:
+        card = RemoteCard(rig, 0, "old", lambda: liar, tuple)  # type: ignore[arg-type,return-value]
+        with pytest.raises(FirmwareError, match=r"this Spanker knows 1\.0 and 2"):
+            card.greet()
+        assert liar.ends
+        with pytest.raises(CardLostError, match=r"card 0: greeting it: its firmware has version"):
+            card.counters()
 
 
-def test_a_stopped_process_is_lost_in_bounded_time(
-    card: RemoteCard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "ANSWER_S", 0.3)
+def test_a_stopped_process_is_lost_in_bounded_time(rig: SoftRig, card: RemoteCard) -> None:
+    rig.answer_s = 0.3
     program, _, _ = adder(card)
     os.kill(card.process.pid, signal.SIGSTOP)
     begin = time.monotonic()
@@ -627,16 +635,15 @@ def test_a_soft_card_does_not_miss_what_comes_after_whoever_submitted_has_looked
 
 @pytest.mark.usefixtures("nothing_left_behind")
 def test_a_fleet_of_soft_cards_keeps_nothing_of_a_process_that_did_not_join(
-    card_process: Path, monkeypatch: pytest.MonkeyPatch
+    card_process: Path,
 ) -> None:
-    monkeypatch.setattr(remote, "ANSWER_S", 0.3)
     closed = []
 
     class Watched(Sleeping):
         def close(self) -> None:
             closed.append(self)
 
-    with SoftRig([NEAR], launcher=Watched()) as rig:
+    with SoftRig([NEAR], launcher=Watched(), answer_s=0.3) as rig:
         before = open_descriptors()
         card = rig.create(FAR)
         assert isinstance(card, RemoteCard)
@@ -659,11 +666,10 @@ async def joining(fleet: spanker.Fleet, launcher: Launcher) -> None:
 
 @pytest.mark.usefixtures("nothing_left_behind")
 async def test_generations_go_on_while_a_process_starts_and_it_can_be_cancelled(
-    tiny: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, expected: Answers
 ) -> None:
-    monkeypatch.setattr(remote, "ANSWER_S", 1000)
     with trio.fail_after(20):
-        async with spanker.open_fleet("soft:2") as fleet:
+        async with spanker.open_fleet("soft:2", hang_timeout_s=1000) as fleet:
             model = await fleet.load(tiny, plan="tp")
             sleeping, held = Sleeping(), open_descriptors()
             async with nothing_leaked(fleet), trio.open_nursery() as nursery:
@@ -680,12 +686,14 @@ async def test_generations_go_on_while_a_process_starts_and_it_can_be_cancelled(
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
-async def test_a_fleet_is_closed_while_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "ANSWER_S", 1000)
+async def test_a_fleet_is_closed_while_a_process_starts() -> None:
     sleeping = Sleeping()
     async with nothing_leaked():
         with trio.fail_after(20), trio.CancelScope() as scope:
-            async with spanker.open_fleet("soft:2") as fleet, trio.open_nursery() as nursery:
+            async with (
+                spanker.open_fleet("soft:2", hang_timeout_s=1000) as fleet,
+                trio.open_nursery() as nursery,
+            ):
                 nursery.start_soon(joining, fleet, sleeping)
                 await until(lambda: sleeping.started)
                 scope.cancel()
@@ -700,7 +708,7 @@ async def test_a_process_that_never_answers_does_not_join_and_another_one_does(
         async with spanker.open_fleet("soft:2") as fleet:
             model = await fleet.load(tiny, plan="tp")
             with monkeypatch.context() as patch:
-                patch.setattr(remote, "ANSWER_S", 0.3)
+                patch.setattr(fleet._rig, "answer_s", 0.3)
                 async with nothing_leaked(fleet):
                     with pytest.raises(CardLostError, match="card 2: greeting it"):
                         await joining(fleet, Sleeping())
@@ -714,6 +722,191 @@ async def test_a_process_that_never_answers_does_not_join_and_another_one_does(
             os.kill(device.process.pid, signal.SIGKILL)
             assert [card.number for card in (await fleet.stats()).cards] == [0, 1]
             assert fleet.health().cards == (0, 1) and lost_cards(fleet) == [2]
+
+
+# --- processes that stand still -----------------------------------------------------------
+
+NEVER_S = 1000.0
+Ask = Callable[[spanker.Fleet, spanker.Model, Path], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def fleet_of_both(
+    launcher: Launcher, hang_timeout_s: float = NEVER_S
+) -> AsyncIterator[spanker.Fleet]:
+    """A soft card, and a process that `launcher` starts."""
+    specs = [attrs.evolve(NEAR, ddr_bytes=8 << 20), attrs.evolve(FAR, ddr_bytes=8 << 20)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Emulator, "find", lambda: launcher)
+        async with spanker.open_fleet(specs, hang_timeout_s=hang_timeout_s) as fleet:
+            yield fleet
+
+
+def process_of(fleet: spanker.Fleet) -> RemoteCard:
+    card = fleet.devices[1]
+    assert isinstance(card, RemoteCard)
+    return card
+
+
+def send(fleet: spanker.Fleet, what: signal.Signals) -> None:
+    os.kill(process_of(fleet).process.pid, what)
+
+
+async def decode(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await model.generate([1, 2, 3], max_tokens=3, ignore_eos=True).collect()
+
+
+async def count(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await fleet.stats()
+
+
+async def load(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await (await fleet.load(tiny, plan="tp")).unload()
+
+
+async def large_write(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    coordinator, data = fleet._coordinator, bytes(2 * LARGE_WRITE_BYTES)
+    [buffer] = await coordinator.allocate(1, [len(data)])
+    await coordinator.ask(1, WriteBuffers(((buffer, 0, len(data)),), buffers=(data,)))
+    await coordinator.ask(1, FreeBuffer(buffer))
+
+
+async def join(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await fleet.add("soft:1")
+
+
+ASKING = [decode, count, load, large_write, join]
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("ask", ASKING)
+async def test_who_asks_a_process_that_stands_still_is_the_only_one_to_wait(
+    ask: Ask,
+    tiny: Path,
+    expected: Answers,
+    card_process: Path,
+) -> None:
+    with trio.fail_after(60):
+        async with spanker.open_fleet(2) as other, fleet_of_both(Here(card_process)) as fleet:
+            model, elsewhere = await fleet.load(tiny, plan="tp"), await other.load(tiny)
+            send(fleet, signal.SIGSTOP)
+            asked = trio.Event()
+
+            async def wait() -> None:
+                await ask(fleet, model, tiny)
+                asked.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                assert await Crowd(elsewhere).run() == expected
+                assert not asked.is_set()
+                send(fleet, signal.SIGCONT)
+            assert asked.is_set() and fleet.health().lost == ()
+            assert await Crowd(model).run() == expected
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("ask", ASKING)
+async def test_a_process_that_stands_still_is_lost_and_its_fleet_goes_on(
+    ask: Ask,
+    tiny: Path,
+    expected: Answers,
+    card_process: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinators, "STOP_S", 1.0)
+    with trio.fail_after(60):
+        async with fleet_of_both(Here(card_process), hang_timeout_s=1) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            send(fleet, signal.SIGSTOP)
+            with contextlib.suppress(CardHungError, CardLostError):
+                await ask(fleet, model, tiny)
+            assert lost_cards(fleet) == [1]
+            assert await Crowd(model).run() == expected
+            await until(lambda: process_of(fleet).closed)
+            await fleet.admit(1)
+            assert await Crowd(model).run() == expected
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("ask", [None, decode, count])
+async def test_a_fleet_ends_whose_process_stands_still(
+    ask: Ask | None,
+    tiny: Path,
+    card_process: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinators, "STOP_S", 0.5)
+    launcher = Here(card_process)
+    with trio.fail_after(20), trio.CancelScope() as scope:
+        async with fleet_of_both(launcher, 0.5) as fleet, trio.open_nursery() as nursery:
+            model, process = await fleet.load(tiny, plan="tp"), process_of(fleet).process
+            send(fleet, signal.SIGSTOP)
+            if ask is not None:
+                nursery.start_soon(ask, fleet, model, tiny)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            scope.cancel()
+    assert scope.cancelled_caught and _state(process.pid) == ""
+
+
+def never_answering() -> CardProcess:
+    return CardProcess(1, Sleeping().launch(FAR), 8 << 20, None)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_card_that_is_taken_back_keeps_nobody_waiting(
+    tiny: Path, expected: Answers, card_process: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trio.fail_after(60):
+        async with fleet_of_both(Here(card_process)) as fleet:
+            model, card = await fleet.load(tiny, plan="tp"), process_of(fleet)
+            send(fleet, signal.SIGKILL)
+            assert await Crowd(model).run() == expected
+            await until(lambda: card.closed)
+            with monkeypatch.context() as patch:
+                patch.setattr(card, "_start", never_answering)
+                async with nothing_leaked(fleet), trio.open_nursery() as nursery:
+                    nursery.start_soon(fleet.admit, 1)
+                    await until(lambda: not card.closed)
+                    assert await Crowd(model).run() == expected
+                    nursery.cancel_scope.cancel()
+                await until(lambda: card.closed)
+            assert fleet.health().cards == (0,)
+            await fleet.admit(1)
+            assert await Crowd(model).run() == expected and model.plan.cards == (0, 1)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_fleet_whose_process_never_starts_can_be_cancelled() -> None:
+    sleeping, opened = Sleeping(), False
+    async with nothing_leaked():
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+
+                async def open_it() -> None:
+                    nonlocal opened
+                    async with fleet_of_both(sleeping):
+                        opened = True
+
+                nursery.start_soon(open_it)
+                await until(lambda: sleeping.started)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                nursery.cancel_scope.cancel()
+    assert not opened
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("faults", ["kill 1@step:3", "hang 1@step:3", "kill 1@command:3:5"])
+async def test_a_process_fails_by_a_plan(
+    faults: str, tiny: Path, expected: Answers, card_process: Path
+) -> None:
+    with trio.fail_after(60), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Emulator, "find", lambda: Here(card_process))
+        specs = [attrs.evolve(spec, ddr_bytes=8 << 20) for spec in (NEAR, FAR)]
+        async with faulty_fleet(specs, faults, hang_timeout_s=1) as (fleet, injection):
+            model = await fleet.load(tiny, plan="tp")
+            assert await Crowd(model).run() == expected
+            assert lost_cards(fleet) == [1] and injection.pending == ()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from crowd import Answers, At, Crowd, Schedule, check_nothing_held, kinds, lost_
 from waiting import until
 
 import spanker
-from spanker.device import remote as remote_cards
 from spanker.device.firmware import NOTE_HEADER, parse_firmware, sealed
 from spanker.device.process import CardProcess
 from spanker.device.remote import RemoteCard
@@ -398,7 +397,7 @@ async def test_a_process_that_does_not_answer_does_not_join(
             model = await fleet.load(tiny, plan="tp")
             before, descriptors = children(), open_descriptors()
             with monkeypatch.context() as patch:
-                patch.setattr(remote_cards, "ANSWER_S", 0.3)
+                patch.setattr(fleet._rig, "answer_s", 0.3)
                 patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
                 with pytest.raises(CardLostError, match=r"card 2: greeting it: .* not answered"):
                     await fleet.add("riscv:1")

@@ -12,9 +12,8 @@ import functools
 import os
 from typing import Protocol
 
-from spanker.device.core import Rig
 from spanker.device.process import CardProcess, Launch
-from spanker.device.remote import LinkEnd, RemoteCard
+from spanker.device.remote import LinkEnd, RemoteCard, RemoteRig
 from spanker.device.riscv.emulator import Emulator
 from spanker.device.riscv.spec import RiscvCardSpec
 from spanker.device.soft import SoftCard
@@ -37,20 +36,20 @@ class ProcessCards:
     Raises ConfigError and FirmwareError where something is missing or wrong.
     """
 
-    def __init__(self, rig: Rig, launcher: Launcher | None = None) -> None:
+    def __init__(self, rig: RemoteRig, launcher: Launcher | None = None) -> None:
         self._rig = rig
         self._launcher = launcher or Emulator.find()
         # The file of each link and the bytes of its rings, by its ends' numbers, end 1 first.
         self._links: dict[tuple[int, int], tuple[int, int]] = {}
 
     def start(self, number: int, spec: RiscvCardSpec) -> RemoteCard:
-        """One card, to be greeted; CardLostError where it does not start."""
+        """One card, which nobody has greeted; CardLostError where it cannot be started."""
         launch = self._launcher.launch(spec)
         start = functools.partial(CardProcess, number, launch, spec.ddr_bytes, spec.isa)
         return RemoteCard(self._rig, number, "riscv", start, functools.partial(self._ends, number))
 
     def _ends(self, number: int) -> list[LinkEnd]:
-        """Those of a card that is opened again."""
+        """Those of a card that is greeted."""
         return [
             LinkEnd(a + b - number, file, 1 if number == a else 2, ring_bytes)
             for (a, b), (file, ring_bytes) in self._links.items()
@@ -59,8 +58,8 @@ class ProcessCards:
 
     def link(self, a: SoftCard | RemoteCard, b: SoftCard | RemoteCard, ring_bytes: int) -> None:
         """Link two cards, `a` being that of the lower number, while nothing is queued on them and
-        nobody steps those of this process.  A process that is gone has its end when it is opened
-        again."""
+        nobody steps those of this process.  A process that is gone, or has not been greeted,
+        has its end when it is."""
         file = int(lib.spk_link_create(ring_bytes))
         if file < 0:
             raise CardError(f"no memory or descriptor for the link of {a.number} and {b.number}")
@@ -68,8 +67,9 @@ class ProcessCards:
         for card, peer, number in ((a, b, 1), (b, a, 2)):
             end = LinkEnd(peer.number, file, number, ring_bytes)
             if isinstance(card, RemoteCard):
-                with contextlib.suppress(CardLostError):
-                    card.attach(end)
+                if card.greeted:
+                    with contextlib.suppress(CardLostError):
+                        card.attach(end)
             else:
                 check(
                     lib.spk_link_attach(card.native, end.peer, file, end.end, ring_bytes),
