@@ -16,7 +16,7 @@ from spanker.actors.card import CardActor
 from spanker.actors.channel import Channel
 from spanker.actors.client import CardClient, Failed, Relay
 from spanker.device.base import CardDevice
-from spanker.errors import CardLostError
+from spanker.errors import CardLostError, again
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -97,11 +97,14 @@ async def _supervise(actor: CardActor, client: CardClient) -> None:
             crash = raised
             while isinstance(crash, ExceptionGroup):
                 crash = crash.exceptions[0]
-            error = CardLostError(
-                f"card {client.number} is lost: its actor crashed with "
-                f"{type(crash).__name__}: {crash}; close the fleet and open it again",
-                card=client.number,
-            )
+            if isinstance(crash, CardLostError):
+                error = again(crash)
+            else:
+                error = CardLostError(
+                    f"card {client.number} is lost: its actor crashed with "
+                    f"{type(crash).__name__}: {crash}; close the fleet and open it again",
+                    card=client.number,
+                )
             error.__cause__ = crash
         client.fail(error)
     finally:

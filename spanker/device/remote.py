@@ -369,6 +369,9 @@ class RemoteCard(CoreCard):
         out += [Completion(fence, 0, again(lost)) for fence in self._told.expected]
         self._told = wire.Completions()
         self._sizes.clear()
+        if not out:
+            # Its descriptor stays readable: nobody is to look at it for ever.
+            raise again(lost)
         return out
 
     def _completion(self, told: wire.Told) -> Completion:

@@ -413,7 +413,8 @@ def test_a_stopped_process_is_lost_in_bounded_time(rig: SoftRig, card: RemoteCar
     assert time.monotonic() - begin < 5
     with pytest.raises(CardLostError, match="has not answered"):
         card.counters()
-    assert card.completions() == []
+    with pytest.raises(CardLostError, match="has not answered"):
+        card.completions()
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
@@ -825,6 +826,19 @@ async def test_a_process_that_stands_still_is_lost_and_its_fleet_goes_on(
             assert await Crowd(model).run() == expected
             await until(lambda: process_of(fleet).closed)
             await fleet.admit(1)
+            assert await Crowd(model).run() == expected
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+async def test_a_process_that_dies_with_nothing_to_do_is_found_out_at_once(
+    tiny: Path, expected: Answers, card_process: Path
+) -> None:
+    with trio.fail_after(60):
+        async with fleet_of_both(Here(card_process)) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            send(fleet, signal.SIGKILL)
+            await until(lambda: lost_cards(fleet) == [1])
+            assert "SIGKILL" in str(fleet.events.history[0])
             assert await Crowd(model).run() == expected
 
 
