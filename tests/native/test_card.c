@@ -142,7 +142,11 @@ static void lent_memory_stands_for_a_buffer(void)
     CHECK_EQUAL(spk_card_lend(c, a, NULL, 128), SPK_E_BOUNDS);
     CHECK_EQUAL(spk_card_lend(c, a, memory, 127), SPK_E_BOUNDS);
     CHECK_EQUAL(spk_card_lend(c, a, memory + 16, 128), SPK_E_BOUNDS);
-    CHECK_EQUAL(spk_card_lend(c, window, memory, 128), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_lend(c, window, memory, 127), SPK_E_BOUNDS);
+    CHECK_EQUAL(spk_card_lend(c, window, memory, 128), SPK_OK);
+    CHECK_EQUAL(spk_card_write(c, window, 0, data, 128), SPK_E_HANDLE);
+    CHECK_EQUAL(spk_card_free(c, window), SPK_OK);
+    CHECK(memory[0] == 5 && memory[127] == 5); /* it was never the card's */
     CHECK_EQUAL(spk_card_lend(c, 9, memory, 128), SPK_E_HANDLE);
     CHECK_EQUAL(spk_card_lend(c, a, memory, 128), SPK_OK);
     CHECK_EQUAL(spk_card_lend(c, a, memory + 32, 128), SPK_OK); /* and again */
