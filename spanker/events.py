@@ -7,6 +7,9 @@ record's `event`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 from collections import deque
 from collections.abc import Callable
 
@@ -207,8 +210,8 @@ class EventLog:
         return lambda: self._listeners.pop(number, None) and None
 
     def tell(self, event: Event) -> None:
-        """For the fleet: it happened.  No listener's exception comes out of here: whoever tells may
-        be half way through a change of the fleet."""
+        """For the fleet: it happened.  No exception of a listener or of a handler of the logger
+        comes out of here: whoever tells may be half way through a change of the fleet."""
         import logging  # a fleet that nothing happens to starts without it
 
         self._history.append(event)
@@ -216,9 +219,24 @@ class EventLog:
         if not logger.handlers:
             # Whoever has configured no logging wants no lines on standard error.
             logger.addHandler(logging.NullHandler())
-        logger.warning("%s", event, extra={"event": event})
+        _log(functools.partial(logger.warning, "%s", event, extra={"event": event}))
         for listener in tuple(self._listeners.values()):
             try:
                 listener(event)
             except Exception:
-                logger.exception("a listener raised when it was told: %s", event)
+                said = "a listener raised when it was told: %s"
+                _log(functools.partial(logger.exception, said, event))
+
+
+def _log(write: Callable[[], None]) -> None:
+    """Write to a logger.  What a handler raises goes to standard error, where there is one: as
+    `logging.Handler.handleError` does, unless `logging.raiseExceptions` is off."""
+    import logging
+    import traceback
+
+    try:
+        write()
+    except Exception:
+        if logging.raiseExceptions and sys.stderr:
+            with contextlib.suppress(OSError, ValueError):  # it may be closed
+                traceback.print_exc()

@@ -7,7 +7,9 @@ A failing case is replayed by its name: moments are drawn from the seed in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -33,7 +35,7 @@ from spanker.errors import (
     RequestError,
     TopologyMismatchError,
 )
-from spanker.events import CardJoined, CardLost, Event, Replanned
+from spanker.events import LOGGER, CardJoined, CardLost, Event, Replanned
 from spanker.native import lib
 from spanker.sched.topology import Topology
 from spanker.testing import hang, kill, run_virtual
@@ -167,6 +169,43 @@ async def test_a_listener_that_raises_stands_in_the_way_of_nobody(
     # The traceback, with the name of the listener, goes where the events go.
     failures = [record.exc_text for record in caplog.records if record.exc_info]
     assert len(failures) == len(told) and all("in raises" in str(text) for text in failures)
+
+
+class FullDisk(logging.Handler):
+    """Like one that is written without `handleError`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+async def test_a_log_that_cannot_be_written_stands_in_the_way_of_nobody(
+    tiny: Path,
+    expected: Answers,
+    shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raises(event: Event) -> None:
+        raise ValueError("of the listener")
+
+    monkeypatch.setattr(logging, "raiseExceptions", shown)
+    full = FullDisk()
+    logging.getLogger(LOGGER).addHandler(full)
+    try:
+        async with spanker.open_fleet(3, hang_timeout_s=HANG_TIMEOUT_S) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            told: list[Event] = []
+            for listener in (raises, told.append):
+                fleet.events.listen(listener)
+            kill(fleet, 0)
+            assert await Crowd(model).run() == expected
+            assert model.plan.cards == (1, 2)
+            assert told and tuple(told) == fleet.events.history
+    finally:
+        logging.getLogger(LOGGER).removeHandler(full)
+    # Each event, and what the listener raised at it.
+    assert capsys.readouterr().err.count("] disk full") == (2 * len(told) if shown else 0)
 
 
 async def test_a_card_that_has_joined_stays_whatever_comes_after(
