@@ -205,6 +205,43 @@ async def test_a_card_that_a_collective_has_found_dead_comes_back(channel: str) 
         assert all((own == 3).all() for own in summed)
 
 
+# --- by nobody, who has given up --------------------------------------------------------
+
+
+async def reduce_first(fleet: spanker.Fleet) -> None:
+    await spanker.all_reduce(fleet, ones())
+
+
+async def allocate(fleet: spanker.Fleet) -> None:
+    await fleet.arrays(64)
+
+
+async def admit(fleet: spanker.Fleet) -> None:
+    await fleet.admit(1)
+
+
+@pytest.mark.parametrize("deed", [reduce_first, allocate, admit])
+def test_whoever_gives_up_on_a_silent_card_is_back_at_once_and_it_is_lost(
+    deed: Callable[[spanker.Fleet], Awaitable[None]], tiny: Path
+) -> None:
+    async def main() -> None:
+        around = SilentCards()
+        async with spanker.open_fleet("virtual:3", hang_timeout_s=10, _around=around) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            await fleet.drain(1)
+            around.silence(1)
+            begin = trio.current_time()
+            with trio.move_on_after(0.2) as scope:
+                await deed(fleet)
+            assert scope.cancelled_caught
+            assert trio.current_time() - begin < 0.3
+            await model.generate([1, 2], max_tokens=4, ignore_eos=True).collect()
+            await trio.sleep(25)
+            assert lost_cards(fleet) == [1]
+
+    run_virtual(main)
+
+
 # --- not at all ---------------------------------------------------------------------------
 
 

@@ -12,8 +12,10 @@ import random
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import trio
 import trio.testing
@@ -378,6 +380,76 @@ async def test_what_a_cancelled_load_has_taken_comes_back_however_slow_the_card(
         await model.unload()
         assert await used(fleet) == [0, 0]
         assert not fleet.health().lost
+
+
+class Programs:
+    """Counts the programs that are on a fleet's cards."""
+
+    def __init__(self, fleet: spanker.Fleet) -> None:
+        self.loaded = 0
+        for device in fleet.devices:
+            device.load_program = self._counting(device.load_program, 1)  # type: ignore[method-assign]
+            device.unload_program = self._counting(device.unload_program, -1)  # type: ignore[method-assign]
+
+    def _counting(self, call: Callable[..., Any], by: int) -> Callable[..., Any]:
+        def counted(argument: object) -> Any:
+            result = call(argument)
+            self.loaded += by
+            return result
+
+        return counted
+
+
+async def load(fleet: spanker.Fleet, tiny: Path) -> None:
+    await (await fleet.load(tiny, plan="tp")).unload()
+
+
+async def arrays(fleet: spanker.Fleet, tiny: Path) -> None:
+    async with await fleet.arrays(1000):
+        pass
+
+
+async def reduce(fleet: spanker.Fleet, tiny: Path) -> None:
+    await spanker.all_reduce(fleet, [np.ones(500, np.float32) for _ in range(2)])
+
+
+Deed = Callable[[spanker.Fleet, Path], Awaitable[None]]
+
+
+@pytest.mark.parametrize("deed", [load, arrays, reduce])
+def test_what_a_slow_card_is_asked_for_in_vain_comes_back(
+    tiny: Path, deed: Deed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled while a card takes its time with one request after the other."""
+    owning, cancelled = Coordinator.owning, 0
+
+    async def main(late: int) -> bool:
+        asked = 0
+        async with faulty_fleet("virtual:2", "", hang_timeout_s=5) as (fleet, injection):
+            programs = Programs(fleet)
+            with trio.CancelScope() as scope:
+
+                async def asking(self: Coordinator, client: Any, request: Any) -> Any:
+                    nonlocal asked
+                    asked += 1
+                    if asked == late:
+                        injection.strike(f"stall channel:{client.number}@time:0 for 1s")
+                        scope.deadline = trio.current_time() + 0.3
+                    return await owning(self, client, request)
+
+                monkeypatch.setattr(Coordinator, "owning", asking)
+                await deed(fleet, tiny)
+            # The answer may have yet to come, and disturbs nobody.
+            await load(fleet, tiny)
+            await trio.sleep(2)
+            await fleet._collectives.trim()
+            assert (await used(fleet), programs.loaded) == ([0, 0], 0)
+            assert not fleet.health().lost
+        return scope.cancelled_caught
+
+    while run_virtual(main, cancelled + 1):
+        cancelled += 1
+    assert cancelled >= 2
 
 
 async def test_a_load_without_a_card_in_use_says_why(tiny: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
@@ -49,6 +49,34 @@ RELAYED_BYTES_MAX = 64 << 20
 def raw_bytes(request: Request[Message]) -> int:
     """The raw bytes of a request and of its answer."""
     return sum(map(len, request.buffers)) + sum(request.reply_sizes())
+
+
+class Answer(Generic[ReplyT]):
+    """What comes of one request: `arrived` is the callback for it."""
+
+    def __init__(self) -> None:
+        self._come = trio.Event()
+        self._outcome: Message | SpankerError | None = None
+
+    def arrived(self, outcome: Message | SpankerError) -> None:
+        self._outcome = outcome
+        self._come.set()
+
+    async def come(self) -> None:
+        """Wait until it is there."""
+        await self._come.wait()
+
+    def take(self) -> ReplyT:
+        """The reply, for whoever takes it first.  Raises what the card reports."""
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, SpankerError):
+            try:
+                raise outcome
+            finally:
+                # Its traceback refers to this frame: a cycle, which would keep whatever the callers
+                # hold, an open file perhaps, until it is collected.
+                del outcome
+        return outcome  # type: ignore[return-value]
 
 
 class CardClient:
@@ -274,24 +302,10 @@ class CardClient:
 
         A cancelled request may still be carried out; its reply is dropped.
         """
-        done = trio.Event()
-        outcome: list[Message | SpankerError] = []
-
-        def arrived(reply: Message | SpankerError) -> None:
-            outcome.append(reply)
-            done.set()
-
-        await self.post(request, arrived)
-        await done.wait()
-        reply = outcome.pop()
-        if isinstance(reply, SpankerError):
-            try:
-                raise reply
-            finally:
-                # Its traceback refers to this frame: a cycle, which would keep whatever the callers
-                # hold, an open file perhaps, until it is collected.
-                del reply
-        return reply  # type: ignore[return-value]
+        answer = Answer[ReplyT]()
+        await self.post(request, answer.arrived)
+        await answer.come()
+        return answer.take()
 
     async def count(self) -> tuple[Counters, bool]:
         """The card's counters, and whether a message between it and its peers has got lost between

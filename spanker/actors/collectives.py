@@ -558,25 +558,25 @@ class Collectives:
         with trio.move_on_after(RELEASE_S, shield=True):
             async with trio.open_nursery() as nursery:
                 for client, requests in self._owed.items():
-                    nursery.start_soon(_send, client, requests)
+                    nursery.start_soon(self._send, client, requests)
         self._owed = {client: requests for client, requests in self._owed.items() if requests}
 
+    async def _send(self, client: CardClient, requests: deque[Request[Ok]]) -> None:
+        """Send these, taking off what has been sent, and wait until the card has done all.  A card
+        that is lost has nothing to give back."""
+        await self._coordinator.caught_up(client)
+        missing, done = len(requests), trio.Event()
 
-async def _send(client: CardClient, requests: deque[Request[Ok]]) -> None:
-    """Send these, taking off what has been sent, and wait until the card has done all.  A card that
-    is lost has nothing to give back."""
-    missing, done = len(requests), trio.Event()
+        def answered(reply: Message | SpankerError) -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                done.set()
 
-    def answered(reply: Message | SpankerError) -> None:
-        nonlocal missing
-        missing -= 1
-        if not missing:
-            done.set()
-
-    while requests:
-        await client.post(requests[0], answered)
-        requests.popleft()
-    await done.wait()
+        while requests:
+            await client.post(requests[0], answered)
+            requests.popleft()
+        await done.wait()
 
 
 def _lending(

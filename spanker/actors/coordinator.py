@@ -28,12 +28,13 @@ from spanker.actors.channel import (
     memory_channel_pair,
     unix_channel_pair,
 )
-from spanker.actors.client import Callback, CardClient, raw_bytes
+from spanker.actors.client import Answer, Callback, CardClient, raw_bytes
 from spanker.actors.link_watch import LinkWatch
 from spanker.actors.message import (
     PROTOCOL_VERSION,
     Abort,
     AllocBuffers,
+    BuffersAllocated,
     CardInfo,
     Counters,
     Describe,
@@ -42,6 +43,7 @@ from spanker.actors.message import (
     Message,
     Ok,
     OpenWindows,
+    ProgramLoaded,
     ReadBuffer,
     ReadCounters,
     Relayed,
@@ -56,7 +58,6 @@ from spanker.device.base import CardDevice
 from spanker.errors import (
     CardError,
     CardHungError,
-    CardLostError,
     ConfigError,
     SpankerError,
     again,
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from spanker.actors.trace import Trace
 
 ReplyT = TypeVar("ReplyT", bound=Message)
+OwnedT = TypeVar("OwnedT", BuffersAllocated, ProgramLoaded)
 Progress = Callable[[int, int], None]
 
 _NO_SPAN = contextlib.nullcontext()
@@ -158,6 +160,8 @@ class Coordinator:
         self._nursery = nursery
         self._giving_back = 0
         self._given_back = trio.Event()
+        # Clients that were asked for something nobody waits for, with the end of giving it back.
+        self._disowned: list[tuple[CardClient, trio.Event]] = []
 
     async def discover(self) -> None:
         """Ask every card what it is, all at the same time; refuses a card that speaks or computes
@@ -599,18 +603,48 @@ class Coordinator:
         loaded.programs.clear()
         await self.give_programs_back(programs, loaded.births or self.births)
 
-    async def owning(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
-        """A request whose reply names what must be given back later: shielded, since cancelled in
-        between it would leave on the card what nobody knows of.  A card answers it at once, once
-        it has come over a host link that all cards may be using."""
+    async def owning(self, client: CardClient, request: Request[OwnedT]) -> OwnedT:
+        """As `ask_client`, a request whose reply names what must be given back later.  Cancelled,
+        it is only the waiting that ends: what a late answer names is given back, since nobody else
+        knows of it."""
+        limit_s = self._answer_s(client, request)
+        answer, sent = Answer[OwnedT](), False
+
+        async def ask() -> None:
+            nonlocal sent
+            await client.post(request, answer.arrived)
+            sent = True
+            await answer.come()
+
         try:
-            with trio.CancelScope(shield=True):
-                reply = await self.ask_client(client, request)
-        except CardLostError:
-            # Where everything is being cancelled, the card with it, that is what happened.
-            await trio.lowlevel.checkpoint_if_cancelled()
+            answered = await in_time(limit_s, ask)
+        except BaseException:
+            if sent:
+                disowning = functools.partial(self._disown, client, request, answer)
+                self._disowned = [(c, over) for c, over in self._disowned if not over.is_set()]
+                self._disowned.append((client, self._give_back_soon([disowning])))
             raise
-        return reply
+        if not answered:
+            raise self._unanswered(client, request, limit_s)
+        return answer.take()
+
+    async def _disown(
+        self, client: CardClient, request: Request[OwnedT], answer: Answer[OwnedT]
+    ) -> None:
+        """Give back what a card answers to a request of somebody who does not wait any more."""
+        limit_s = self._answer_s(client, request)
+        if not await in_time(limit_s, answer.come):
+            self._unanswered(client, request, limit_s)
+            return
+        with contextlib.suppress(SpankerError):
+            await self._take_back(client, _given_back(answer.take()))
+
+    async def caught_up(self, client: CardClient) -> None:
+        """Wait until a card has been given back what it was asked for by those who do not wait any
+        more: a buffer that a program of theirs names cannot be freed before."""
+        for other, over in tuple(self._disowned):
+            if other is client:
+                await over.wait()
 
     async def post(self, card: int, request: Request[ReplyT], callback: Callback) -> None:
         """As `CardClient.post`; CardHungError where a card takes no message for the hang timeout,
@@ -762,11 +796,18 @@ class Coordinator:
                     [UnloadProgram(loaded.programs.pop(card))] if card in loaded.programs else []
                 )
                 rest = [FreeBuffer(handles.pop(name)) for name in tuple(names)]
-                jobs.append(functools.partial(self._give_back, self.clients[card], first, rest))
+                if first or rest:
+                    client = self.clients[card]
+                    jobs.append(functools.partial(self._give_back, client, first, rest))
         return jobs
 
     async def _give_back(self, client: CardClient, *batches: Sequence[Request[Ok]]) -> None:
         """Requests after which a card has less, one batch after the other."""
+        await self.caught_up(client)
+        await self._take_back(client, *batches)
+
+    async def _take_back(self, client: CardClient, *batches: Sequence[Request[Ok]]) -> None:
+        """The same of what nothing names that has yet to come."""
         patience = Patience(self._hang_timeout_s + self.link_s((client,)))
 
         async def ask(request: Request[Ok]) -> None:
@@ -787,6 +828,11 @@ class Coordinator:
     async def _surely(self, jobs: Sequence[loading.Job]) -> None:
         """Run what gives something back, all together, to its end, also where the caller is
         cancelled meanwhile."""
+        if jobs:
+            await self._give_back_soon(jobs).wait()
+
+    def _give_back_soon(self, jobs: Sequence[loading.Job]) -> trio.Event:
+        """The same for who does not wait, or as long as it likes: the event is its end."""
         done = trio.Event()
 
         async def run() -> None:
@@ -798,13 +844,11 @@ class Coordinator:
                 if not self._giving_back:
                     self._given_back.set()
 
-        if not jobs:
-            return
         if not self._giving_back:
             self._given_back = trio.Event()
         self._giving_back += 1
         self._nursery.start_soon(run)
-        await done.wait()
+        return done
 
     async def settled(self) -> None:
         """Nothing is being given back any more for somebody who has not waited for it."""
@@ -850,8 +894,10 @@ class Coordinator:
     @contextlib.asynccontextmanager
     async def changing_memory(self) -> AsyncIterator[None]:
         """Within the block nobody else allocates or frees on the cards, and no step is queued."""
-        async with self._load_lock, self.between_steps():
-            yield
+        async with self._load_lock:
+            await self.settled()
+            async with self.between_steps():
+                yield
 
     async def take_cards(self, cards: Sequence[int] | None = None) -> None:
         """Wait until no step of anybody is queued on these cards, or all; then only the caller may
@@ -1023,6 +1069,13 @@ class Coordinator:
             for client in self.clients:
                 stopping = functools.partial(client.request, Stop())
                 nursery.start_soon(_ignoring_errors, stopping)
+
+
+def _given_back(reply: BuffersAllocated | ProgramLoaded) -> list[Request[Ok]]:
+    """The requests that give back what a reply names."""
+    if isinstance(reply, ProgramLoaded):
+        return [UnloadProgram(reply.program)]
+    return [FreeBuffer(handle) for handle in reply.handles]
 
 
 async def _ignoring_errors(job: Callable[[], Awaitable[object]]) -> None:

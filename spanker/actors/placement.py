@@ -332,6 +332,7 @@ class Placement:
         those that are out of the question; what is `held` will be freed."""
         await self._make_room()
         coordinator, found = self._coordinator, dict[int, Counters]()
+        await coordinator.settled()
 
         async def ask(card: int) -> None:
             client = coordinator.clients[card]

@@ -24,7 +24,7 @@ from waiting import until
 
 from spanker.actors import loading
 from spanker.actors.channel import Channel, memory_channel_pair
-from spanker.actors.client import CardClient
+from spanker.actors.client import Callback, CardClient
 from spanker.actors.coordinator import Coordinator, open_coordinator
 from spanker.actors.frame import Deferred
 from spanker.actors.message import (
@@ -153,13 +153,13 @@ def used_bytes(rig: SoftRig) -> list[int]:
 
 def watch_requests(monkeypatch: pytest.MonkeyPatch, before: Hook) -> None:
     """Call `before` ahead of every request to any card."""
-    request = CardClient.request
+    post = CardClient.post
 
-    async def watched(client: CardClient, message: Request[Message]) -> Message:
+    async def watched(client: CardClient, message: Request[Message], callback: Callback) -> None:
         await before(client, message)
-        return await request(client, message)
+        await post(client, message, callback)
 
-    monkeypatch.setattr(CardClient, "request", watched)
+    monkeypatch.setattr(CardClient, "post", watched)
 
 
 class Fills:
@@ -545,10 +545,10 @@ async def test_a_load_cancelled_at_any_message_frees_everything(
     """Cancelled when the n-th message of a kind is about to be sent, and once it is under way."""
     monkeypatch.setattr(llama, "UPLOAD_BYTES", 30_000)
     monkeypatch.setattr(loading, "BATCH_MAX", 11)
-    request = CardClient.request
+    post = CardClient.post
     scope, left = trio.CancelScope(), 0
 
-    async def watched(client: CardClient, message: Request[Message]) -> Message:
+    async def watched(client: CardClient, message: Request[Message], callback: Callback) -> None:
         nonlocal left
         left -= isinstance(message, kind)
         if isinstance(message, kind) and left == 0:
@@ -556,12 +556,12 @@ async def test_a_load_cancelled_at_any_message_frees_everything(
                 scope.cancel()
             else:
                 trio.lowlevel.spawn_system_task(cancel_soon)
-        return await request(client, message)
+        await post(client, message, callback)
 
     async def cancel_soon() -> None:
         scope.cancel()
 
-    monkeypatch.setattr(CardClient, "request", watched)
+    monkeypatch.setattr(CardClient, "post", watched)
     fills = Fills(monkeypatch)
     turns = 0
     async with opened(3) as (coordinator, rig):
@@ -573,6 +573,7 @@ async def test_a_load_cancelled_at_any_message_frees_everything(
                 loaded = await load(coordinator, path)
             assert fills.running == 0
             if loaded is None:
+                await coordinator.settled()
                 assert used_bytes(rig) == [0, 0, 0]
             elif left > 0:
                 break  # there are not so many
