@@ -359,6 +359,43 @@ async def test_a_card_has_the_hang_timeout_to_allocate(
         assert [card for card, _ in fleet.health().lost] == [2]
 
 
+async def unload(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await model.unload()
+
+
+async def load_another(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await fleet.load(tiny)
+
+
+async def drain(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    await fleet.drain(0)
+
+
+async def agree(fleet: spanker.Fleet, model: spanker.Model, tiny: Path) -> None:
+    """As after a step that was aborted on a card that has not heard of it."""
+
+    async def back() -> None:
+        pass
+
+    await fleet._coordinator.abort(back)
+    await fleet._coordinator.take_cards()
+    fleet._coordinator.give_cards_back()
+
+
+@pytest.mark.parametrize("deed", [unload, load_another, drain, agree])
+def test_a_card_has_two_seconds_at_least_for_what_is_no_step(
+    tiny: Path, deed: Callable[[spanker.Fleet, spanker.Model, Path], Awaitable[None]]
+) -> None:
+    async def main() -> None:
+        async with faulty_fleet("virtual:2", "", hang_timeout_s=0.5) as (fleet, injection):
+            model = await fleet.load(tiny, plan="tp")
+            injection.strike("stall channel:1@time:0 for 1.2s")
+            await deed(fleet, model, tiny)
+            assert trio.current_time() >= 1.2 and not fleet.health().lost
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize("channel", ["memory", "unix"])
 async def test_what_a_cancelled_load_has_taken_comes_back_however_slow_the_card(
     tiny: Path, channel: str, monkeypatch: pytest.MonkeyPatch

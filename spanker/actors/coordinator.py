@@ -232,15 +232,14 @@ class Coordinator:
 
     async def _revive(self, card: int) -> None:
         life, begun = self._lives[card], list[CardClient]()
+        limit_s = self.answer_s((self.clients[card],))
 
         async def begin() -> None:
             begun.append(await life.again())
 
         try:
-            if not await in_time(self._hang_timeout_s, begin):
-                raise self.hung(
-                    self.clients[card], f"has not ended for {self._hang_timeout_s:.3g} s"
-                )
+            if not await in_time(limit_s, begin):
+                raise self.hung(self.clients[card], f"has not ended for {limit_s:.3g} s")
             client = begun[0]
             info = await self._describe(client)
             own = await self.ask_client(client, ReadCounters())
@@ -383,9 +382,9 @@ class Coordinator:
         client.fail(error)
         return again(error)
 
-    def silent(self, client: CardClient) -> CardHungError:
-        """The same where it has answered nothing for the hang timeout."""
-        return self.hung(client, f"has not answered for {self._hang_timeout_s:.3g} s")
+    def silent(self, client: CardClient, limit_s: float) -> CardHungError:
+        """The same where it has answered nothing for so long."""
+        return self.hung(client, f"has not answered for {limit_s:.3g} s")
 
     # --- loading ----------------------------------------------------------------------
 
@@ -654,12 +653,13 @@ class Coordinator:
             await client.post(request, callback)
             return
         posting = functools.partial(client.post, request, callback)
-        if not await in_time(self._hang_timeout_s + self.link_s((client,)), posting):
-            raise self.silent(client)
+        limit_s = self._hang_timeout_s + self.link_s((client,))
+        if not await in_time(limit_s, posting):
+            raise self.silent(client, limit_s)
 
     async def ask(self, card: int, request: Request[ReplyT]) -> ReplyT:
         """A request that a card answers at once, or after the work of a message; CardHungError
-        where it does not within the hang timeout."""
+        where it does not within `answer_s`."""
         return await self.ask_client(self.clients[card], request)
 
     async def ask_between_steps(self, card: int, request: Request[ReplyT]) -> ReplyT:
@@ -699,7 +699,12 @@ class Coordinator:
 
     def _answer_s(self, client: CardClient, request: Request[ReplyT]) -> float:
         """How long a card may take to answer a request that is made now."""
-        return max(self._hang_timeout_s, STOP_S) + self.link_s((client,), raw_bytes(request))
+        return self.answer_s((client,), raw_bytes(request))
+
+    def answer_s(self, clients: Sequence[CardClient], nbytes: int = 0) -> float:
+        """How long these cards may take to answer what they are asked for now, so many bytes at
+        most with the answer; not the progress of a step, for which they have the hang timeout."""
+        return max(self._hang_timeout_s, STOP_S) + self.link_s(clients, nbytes)
 
     def _unanswered(
         self, client: CardClient, request: Request[ReplyT], limit_s: float
@@ -777,8 +782,8 @@ class Coordinator:
 
     async def free(self, loaded: LoadedModel, buffers: Mapping[int, Sequence[str]]) -> None:
         """Free these buffers of a model, by card, and first its programs there; a card that is lost
-        has nothing to free, and one that answers nothing for the hang timeout is lost.  Cancelled,
-        it is only the waiting that ends.
+        has nothing to free, and one that answers nothing for `answer_s` is lost.  Cancelled, it is
+        only the waiting that ends.
 
         Not one by one: hundreds of answers over a slow host link take seconds, and a card that does
         not answer must not keep the others' memory.
@@ -808,7 +813,8 @@ class Coordinator:
 
     async def _take_back(self, client: CardClient, *batches: Sequence[Request[Ok]]) -> None:
         """The same of what nothing names that has yet to come."""
-        patience = Patience(self._hang_timeout_s + self.link_s((client,)))
+        limit_s = self.answer_s((client,))
+        patience = Patience(limit_s)
 
         async def ask(request: Request[Ok]) -> None:
             with contextlib.suppress(CardError):
@@ -823,7 +829,7 @@ class Coordinator:
 
         if not await patience.with_(give_back):
             # What it still holds nobody will ever know.
-            self.silent(client)
+            self.silent(client, limit_s)
 
     async def _surely(self, jobs: Sequence[loading.Job]) -> None:
         """Run what gives something back, all together, to its end, also where the caller is
@@ -993,11 +999,11 @@ class Coordinator:
         if self._agreed(cards):
             return
         entering, clients = self._entering(cards), [self.clients[card] for card in cards]
-        limit_s = self._hang_timeout_s + self.link_s(clients)
+        limit_s = self.answer_s(clients)
         await in_time(limit_s, functools.partial(loading.run_all, entering))
         silent = [client for client in clients if self._epochs[client.number] is None]
         if silent:
-            raise self.silent(silent[0])
+            raise self.silent(silent[0], limit_s)
 
     def _entering(self, cards: Sequence[int]) -> list[Callable[[], Awaitable[None]]]:
         """What takes each of these cards into a new epoch, the same for all of them."""

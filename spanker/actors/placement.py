@@ -342,9 +342,9 @@ class Placement:
 
             try:
                 await coordinator.emptied(card)
-                limit_s = coordinator.hang_timeout_s + coordinator.link_s((client,))
+                limit_s = coordinator.answer_s((client,))
                 if not await in_time(limit_s, count):
-                    raise coordinator.silent(client)
+                    raise coordinator.silent(client, limit_s)
             except (CardLostError, CardHungError):
                 if not self._recover:
                     raise
