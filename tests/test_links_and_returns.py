@@ -26,6 +26,7 @@ from crowd import (
     kinds,
     lost_cards,
 )
+from silent_cards import SilentCards
 from waiting import until
 
 import spanker
@@ -212,6 +213,21 @@ async def test_a_link_that_is_up_again_is_used_again(
         assert await Crowd(model).run() == expected
         assert kinds(fleet) == [LinkDown, Rerouted, LinkUp, Rerouted]
         assert str(fleet.events.history[-1]).startswith("tiny llama: steps go straight again")
+
+
+def test_whoever_looks_after_a_link_finds_out_that_a_card_is_silent(tiny: Path) -> None:
+    async def main() -> None:
+        around = SilentCards()
+        async with spanker.open_fleet("virtual:3", hang_timeout_s=3, _around=around) as fleet:
+            model = await fleet.load(tiny, plan="tp")
+            cut(fleet, 0, 1)
+            right = await tokens(model)
+            around.silence(1)
+            await trio.sleep(link_watch.LOOK_S + 3.1)
+            assert [card for card, _ in fleet.health().lost] == [1]
+            assert await tokens(model) == right
+
+    run_virtual(main)
 
 
 async def test_a_card_that_was_cut_off_has_its_share_again(

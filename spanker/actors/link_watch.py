@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from spanker.actors.message import Counters, ReadCounters
-from spanker.actors.patience import in_time
 from spanker.errors import CardError
 from spanker.events import LinkDown, LinkUp
 from spanker.sched.detours import Down
@@ -103,18 +102,11 @@ class LinkWatch:
 
     async def _look(self, pair: tuple[int, int]) -> None:
         coordinator = self._coordinator
-        up = False
-
-        async def ask() -> None:
-            nonlocal up
-            for card, peer in (pair, pair[::-1]):
-                counters = await coordinator.clients[card].request(ReadCounters())
-                if peer in counters.links_down:
-                    return
-            up = True
-
+        up = True
         try:
-            await in_time(coordinator.hang_timeout_s, ask)
+            for card, peer in (pair, pair[::-1]):
+                counters = await coordinator.ask(card, ReadCounters())
+                up = up and peer not in counters.links_down
         except CardError:
             up = False
         if pair not in self._broken:
