@@ -610,14 +610,14 @@ class Fleet:
     async def trace(self, path: str | os.PathLike[str]) -> AsyncIterator[Trace]:
         """Record every command of every card within the block into a file, as `spanker.Fleet.trace`
         does."""
-        tracer = await self._portal.obtain(Tracer.stop, self._fleet._start_trace, path)
+        tracer = await self._portal.obtain(Tracer.cut_short, self._fleet._start_trace, path)
         try:
             yield tracer.trace
         except GeneratorExit:
             raise  # the event loop is being torn down: nothing can be awaited any more
         except BaseException:
             with contextlib.suppress(ConfigError, RequestError):
-                await self._portal.call(tracer.stop)
+                await self._portal.call(tracer.cut_short)
             raise
         await self._portal.call(tracer.stop)
 

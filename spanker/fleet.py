@@ -705,8 +705,9 @@ class Fleet:
 
         At its end, however it ends, `path` holds a trace for ui.perfetto.dev or chrome://tracing,
         and the value tells how many `steps` and `commands` are in it and how many were `lost`.
-        One at a time; a card that is silent when it begins is lost.  Raises ConfigError, at once,
-        where the file cannot be written, and CardCommandError where a card cannot trace.
+        One at a time; a card that is silent when it begins or ends is lost.  After an exception
+        nobody waits for such a card: what it has not told by then is `lost`.  Raises ConfigError,
+        at once, where the file cannot be written, and CardCommandError where a card cannot trace.
         """
         tracer = await self._start_trace(path)
         try:
@@ -714,7 +715,7 @@ class Fleet:
         except BaseException:
             # What ends the block is what counts, not what may come of writing the file.
             with contextlib.suppress(ConfigError):
-                await tracer.stop()
+                await tracer.cut_short()
             raise
         await tracer.stop()
 

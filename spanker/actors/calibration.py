@@ -13,7 +13,7 @@ import datetime
 import math
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import attrs
@@ -21,8 +21,9 @@ import numpy as np
 import trio
 
 from spanker._version import __version__
-from spanker.actors.coordinator import STOP_S, Coordinator
-from spanker.actors.loading import run_all
+from spanker.actors.client import CardClient
+from spanker.actors.coordinator import Coordinator
+from spanker.actors.loading import Job, run_all
 from spanker.actors.message import Describe, ReadTrace, StartTrace, WriteBuffers
 from spanker.actors.session import Session
 from spanker.actors.steps import LoadedModel
@@ -402,16 +403,24 @@ class _Bench:
         )
         self.write_s_per_byte += [t / n for t, n in zip(took_s, sizes, strict=True)]
 
-    async def untraced(self, card: int) -> None:
-        """A card records nothing any more, if it is there."""
+    async def empty(self, card: int) -> None:
+        """Free the buffers of a card, which records nothing any more, if it is there."""
+        loaded = LoadedModel(_model(0), _plan(self.cards), _limits(0), self.handles, {})
+        # Together: each takes its time where the card is silent.
+        await run_all([partial(self._freed, loaded, card), partial(self._untraced, card)])
+
+    async def _freed(self, loaded: LoadedModel, card: int) -> None:
+        await self.coordinator.free(loaded, {card: tuple(loaded.handles[card])})
+
+    async def _untraced(self, card: int) -> None:
         with contextlib.suppress(CardError):
             await self.coordinator.ask(card, StartTrace(0))
 
-    async def empty(self) -> None:
-        """Free the buffers; bounded in time."""
-        loaded = LoadedModel(_model(0), _plan(self.cards), _limits(0), self.handles, {})
-        with trio.move_on_after(STOP_S, shield=True):
-            await self.coordinator.unload(loaded)
+    def each(
+        self, cards: Sequence[int], job: Callable[[int], Awaitable[None]]
+    ) -> dict[CardClient, Job]:
+        """Something to do at each of these cards, as `Coordinator.finishing` has it done."""
+        return {self.coordinator.clients[card]: partial(job, card) for card in cards}
 
     @contextlib.asynccontextmanager
     async def loaded(
@@ -422,7 +431,8 @@ class _Bench:
         # Without handles of its own: those of the buffers stay.
         empty: dict[int, dict[str, int]] = {card: {} for card in cards}
         made = LoadedModel(_model(0), _plan(cards), _limits(0), empty, {})
-        try:
+        freed = partial(self._freed, made)
+        async with self.coordinator.finishing(lambda: self.each(cards, freed)):
             for card, program in programs.items():
                 data = program.encode(self.handles[card])
                 made.programs[card] = await self.coordinator.load_program(card, data)
@@ -436,9 +446,6 @@ class _Bench:
                 )
             else:
                 yield made
-        finally:
-            with trio.move_on_after(STOP_S, shield=True):
-                await self.coordinator.unload(made)
 
     async def runs(self, probes: Mapping[int, Probe], together: int = 1) -> list[Run]:
         """Run probes on their cards at the same time, again and again for this measurement's part
@@ -480,17 +487,17 @@ async def _prepared(
     bench = _Bench(coordinator, seconds, progress)
     # Whoever wants to record a trace meanwhile is told that there is one.
     coordinator.trace = Trace(coordinator.cards, time.monotonic_ns(), card_events=_TRACE_EVENTS)
-    try:
+
+    def left() -> Mapping[CardClient, Job]:
+        coordinator.trace = None
+        return bench.each(bench.cards, bench.empty)
+
+    async with coordinator.finishing(left):
         async with coordinator.between_steps():
             for card in bench.cards:
                 await coordinator.ask(card, StartTrace(_TRACE_EVENTS))
         await bench.fill()
         yield bench
-    finally:
-        coordinator.trace = None
-        with trio.move_on_after(STOP_S, shield=True):
-            # All together: a card that does not answer keeps nothing of the others.
-            await run_all([bench.empty, *(partial(bench.untraced, card) for card in bench.cards)])
 
 
 # --- measuring ------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from spanker.actors.message import (
     ReadCounters,
     ReadTrace,
     Relayed,
+    Request,
     RunLent,
     RunStep,
     StartTrace,
@@ -50,7 +51,7 @@ from spanker.actors.message import (
     failed,
 )
 from spanker.actors.threads import WorkThreads
-from spanker.device.base import TRACE_EVENT, Buffer, CardDevice, Completion, Lent, Read
+from spanker.device.base import Buffer, CardDevice, Completion, Lent, Read
 from spanker.errors import (
     CardCommandError,
     CardError,
@@ -256,7 +257,7 @@ class CardActor:
     async def _submit(self, request: RunStep | RunLent) -> int:
         parameters = request.buffers[0]
         if isinstance(request, RunStep):
-            _check_reply_bytes(request, sum(request.reply_sizes()))
+            _check_reply_bytes(request)
             return await self._queue.submit(request.program, parameters, request.reads)
         return await self._queue.submit(request.program, parameters, lent=_windows(request))
 
@@ -276,7 +277,7 @@ class CardActor:
             device.map_file(request.file, request.places)
             return Ok()
         if isinstance(request, ReadBuffer):
-            _check_reply_bytes(request, request.nbytes)
+            _check_reply_bytes(request)
             data = device.read(request.handle, request.offset, request.nbytes)
             return BufferData(buffers=(data,))
         if isinstance(request, FreeBuffer):
@@ -302,7 +303,7 @@ class CardActor:
             device.trace(request.events)
             return Ok()
         if isinstance(request, ReadTrace):
-            _check_reply_bytes(request, request.events * TRACE_EVENT.size)
+            _check_reply_bytes(request)
             data, lost = device.trace_events(request.events)
             return TraceData(lost, buffers=(data,))
         if isinstance(request, Stop):
@@ -465,9 +466,9 @@ def _windows(request: RunLent) -> tuple[Lent, ...]:
     return tuple(zip(request.windows, lent, strict=True))
 
 
-def _check_reply_bytes(request: Message, nbytes: int) -> None:
+def _check_reply_bytes(request: Request[Message]) -> None:
     """Refuse before memory is taken for an answer that no channel carries."""
-    limit = DEFAULT_LIMITS.raw_bytes_max
+    limit, nbytes = DEFAULT_LIMITS.raw_bytes_max, request.reply_bytes()
     if nbytes > limit:
         raise CardCommandError(
             f"{type(request).__name__} asks for {nbytes:,} bytes at once, a reply carries at most "

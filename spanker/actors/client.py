@@ -47,20 +47,24 @@ RELAYED_BYTES_MAX = 64 << 20
 
 
 def raw_bytes(request: Request[Message]) -> int:
-    """The raw bytes of a request and of its answer."""
-    return sum(map(len, request.buffers)) + sum(request.reply_sizes())
+    """The raw bytes of a request and, at most, of its answer."""
+    return sum(map(len, request.buffers)) + request.reply_bytes()
 
 
 class Answer(Generic[ReplyT]):
-    """What comes of one request: `arrived` is the callback for it."""
+    """What comes of one request: `arrived` is the callback for it.  `told` gets the reply, too,
+    whoever takes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[ReplyT], None] | None = None) -> None:
+        self._told = told
         self._come = trio.Event()
         self._outcome: Message | SpankerError | None = None
 
     def arrived(self, outcome: Message | SpankerError) -> None:
         self._outcome = outcome
         self._come.set()
+        if self._told is not None and not isinstance(outcome, SpankerError):
+            self._told(outcome)  # type: ignore[arg-type]
 
     async def come(self) -> None:
         """Wait until it is there."""
@@ -297,12 +301,15 @@ class CardClient:
         self._waiting[request_id] = (request, callback)
         return request_id
 
-    async def request(self, request: Request[ReplyT]) -> ReplyT:
+    async def request(
+        self, request: Request[ReplyT], told: Callable[[ReplyT], None] | None = None
+    ) -> ReplyT:
         """Send a request and wait for its reply.  Raises what the card reports.
 
-        A cancelled request may still be carried out; its reply is dropped.
+        A cancelled request may still be carried out; its reply is dropped, but `told` gets it
+        whenever it comes.
         """
-        answer = Answer[ReplyT]()
+        answer = Answer(told)
         await self.post(request, answer.arrived)
         await answer.come()
         return answer.take()

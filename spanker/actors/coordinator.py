@@ -162,6 +162,8 @@ class Coordinator:
         self._given_back = trio.Event()
         # Clients that were asked for something nobody waits for, with the end of giving it back.
         self._disowned: list[tuple[CardClient, trio.Event]] = []
+        # Cards that have not answered after an exception, so far.
+        self._doubted = set[CardClient]()
 
     async def discover(self) -> None:
         """Ask every card what it is, all at the same time; refuses a card that speaks or computes
@@ -667,13 +669,20 @@ class Coordinator:
         async with self._locks.holding((card,)):
             return await self.ask(card, request)
 
-    async def ask_client(self, client: CardClient, request: Request[ReplyT]) -> ReplyT:
-        """As `ask`, of a card that may have become a new one since, which is not asked."""
+    async def ask_client(
+        self,
+        client: CardClient,
+        request: Request[ReplyT],
+        told: Callable[[ReplyT], None] | None = None,
+    ) -> ReplyT:
+        """As `ask`, of a card that may have become a new one since, which is not asked; `told` as
+        in `CardClient.request`."""
         limit_s = self._answer_s(client, request)
         reply: list[ReplyT] = []
+        asking = functools.partial(client.request, request, *(() if told is None else (told,)))
 
         async def wait() -> None:
-            reply.append(await client.request(request))
+            reply.append(await asking())
 
         if await in_time(limit_s, wait):
             return reply.pop()
@@ -856,6 +865,54 @@ class Coordinator:
         self._nursery.start_soon(run)
         return done
 
+    @contextlib.asynccontextmanager
+    async def finishing(
+        self, jobs: Callable[[], Mapping[CardClient, loading.Job]]
+    ) -> AsyncIterator[None]:
+        """At the end of the block do something at cards, all at the same time: to its end, or after
+        an exception as `cut_short`."""
+        try:
+            yield
+            await loading.run_all(tuple(jobs().values()))
+        except BaseException:
+            await self.cut_short(jobs())
+            raise
+
+    async def cut_short(self, jobs: Mapping[CardClient, loading.Job]) -> None:
+        """What an exception leaves to do at cards, all at the same time, whatever is cancelled; it
+        is only the waiting that ends early.
+
+        After CLOSE_S, and that once: until a card that has not done its part by then answers again,
+        nobody else waits for it like this, and closing the fleet begins with its end.
+        """
+        waiting, done = set(jobs) - self._doubted, trio.Event()
+
+        async def do(client: CardClient) -> None:
+            # It ends with the card, if not before.
+            with trio.CancelScope(shield=True):
+                await _ignoring_errors(jobs[client])  # type: ignore[arg-type]
+            waiting.discard(client)
+            if not waiting:
+                done.set()
+
+        for client in jobs:
+            self._nursery.start_soon(do, client)
+        if waiting:
+            with trio.move_on_after(CLOSE_S, shield=True):
+                await done.wait()
+        self._doubt(waiting)
+
+    def _doubt(self, clients: Iterable[CardClient]) -> None:
+        async def hear(client: CardClient) -> None:
+            try:
+                await _ignoring_errors(functools.partial(client.request, Describe()))
+            finally:
+                self._doubted.remove(client)
+
+        for client in set(clients) - self._doubted:
+            self._doubted.add(client)
+            self._nursery.start_soon(hear, client)
+
     async def settled(self) -> None:
         """Nothing is being given back any more for somebody who has not waited for it."""
         while self._giving_back:
@@ -873,12 +930,17 @@ class Coordinator:
         async with self._locks.holding(loaded.plan.cards):
             await self._agree(loaded.plan.cards)
             pipe = StepPipe(self, loaded)
+            limit_s = CLOSE_S
             try:
                 yield pipe
+                limit_s = STOP_S
+            except Exception:
+                limit_s = STOP_S
+                raise
             finally:
                 if pipe.in_flight:
                     with trio.CancelScope(shield=True), self.span("abort", pipe.oldest):
-                        await self.abort(pipe.all_back, loaded.plan.cards)
+                        await self.abort(pipe.all_back, loaded.plan.cards, limit_s)
 
     async def step(
         self, loaded: LoadedModel, sequences: Sequence[SequenceStep], *, logits: bool = False
@@ -924,9 +986,9 @@ class Coordinator:
         self._locks.give_back(self._every_card if cards is None else cards)
 
     @contextlib.asynccontextmanager
-    async def between_steps(self) -> AsyncIterator[None]:
-        """Within the block no step of any model is queued."""
-        async with self._locks.holding(self._every_card):
+    async def between_steps(self, cards: Sequence[int] | None = None) -> AsyncIterator[None]:
+        """Within the block no step of any model is queued on these cards, or all."""
+        async with self._locks.holding(self._every_card if cards is None else cards):
             yield
 
     def now_ns(self) -> int:
@@ -959,18 +1021,24 @@ class Coordinator:
         return np.concatenate(parts)
 
     async def abort(
-        self, all_back: Callable[[], Awaitable[None]], cards: Sequence[int] | None = None
+        self,
+        all_back: Callable[[], Awaitable[None]],
+        cards: Sequence[int] | None = None,
+        limit_s: float = STOP_S,
     ) -> None:
         """Enter a new epoch on these cards, or all, and wait until what was posted is back; bounded
         in time.  For who holds the cards between its own steps."""
+        cards = self._every_card if cards is None else cards
+        clients = [self.clients[card] for card in cards]
 
         async def enter() -> None:
             async with trio.open_nursery() as nursery:
-                for entering in self._entering(self._every_card if cards is None else cards):
+                for entering in self._entering(cards):
                     nursery.start_soon(_ignoring_errors, entering)
             await all_back()
 
-        await in_time(min(STOP_S, self._hang_timeout_s), enter)
+        if not await in_time(min(limit_s, self._hang_timeout_s), enter):
+            self._doubt(c for c in clients if self._epochs[c.number] is None)
 
     async def emptied(self, card: int) -> None:
         """Nothing is queued on a card by an aborted step: if it is not known whether it has heard
@@ -1049,12 +1117,15 @@ class Coordinator:
     async def run(self) -> None:
         """End the cards once the fleet is `closing`, or cancelled: as soon as it is `left` each is
         asked to stop, and all that are there after CLOSE_S are killed, which also ends whatever
-        waits for them."""
+        waits for them; at once one that has just kept `cut_short` waiting in vain."""
         try:
             with self._in_use:
                 await trio.sleep_forever()
         finally:
             with trio.move_on_after(CLOSE_S, shield=True):
+                self._stopping = bool(self._doubted)
+                for client in self._doubted.intersection(self.clients):
+                    self._lives[client.number].end()
                 await self._left.wait()
                 await self._stop()
             self._kill()

@@ -168,6 +168,10 @@ class Request(Message, Generic[ReplyT_co]):
         """The bytes of each raw buffer that the reply must carry."""
         return ()
 
+    def reply_bytes(self) -> int:
+        """The raw bytes that the reply carries, or may carry at most."""
+        return sum(self.reply_sizes())
+
     def check_reply(self, reply: Message) -> ReplyT_co:
         """`reply`, known to be the right answer to this request.
 
@@ -456,11 +460,14 @@ class ReadTrace(Request[TraceData]):
 
     events: U32
 
+    def reply_bytes(self) -> int:
+        return self.events * TRACE_EVENT.size
+
     def check_reply(self, reply: Message) -> TraceData:
         if not isinstance(reply, TraceData):
             return super().check_reply(reply)
         nbytes = len(reply.buffers[0])
-        if nbytes % TRACE_EVENT.size or nbytes > self.events * TRACE_EVENT.size:
+        if nbytes % TRACE_EVENT.size or nbytes > self.reply_bytes():
             raise RemoteProtocolError(
                 f"reply to ReadTrace: expected at most {self.events} events of "
                 f"{TRACE_EVENT.size} bytes, got {nbytes} bytes"

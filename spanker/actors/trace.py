@@ -222,7 +222,8 @@ class Trace:
 
     @property
     def lost(self) -> int:
-        """Commands that were executed and are not in the trace, for want of room."""
+        """Commands that were executed and are not in the trace, for want of room, or because their
+        card had not told them by the end, of which it is known only once it has."""
         return sum(card.lost for card in self._cards)
 
     # --- what is recorded -----------------------------------------------------------------
@@ -274,6 +275,12 @@ class Trace:
         if room:
             told.data.append((told.steps, data[: room * TRACE_EVENT.size]))
             told.events += room
+
+    def missed(self, card: int, data: bytes, lost: int) -> None:
+        """As `add`, for what is no part of the trace any more: it is lost."""
+        told = self._cards[card]
+        told.lost_there = lost
+        told.lost_here += len(data) // TRACE_EVENT.size
 
     # --- the text ---------------------------------------------------------------------------
 

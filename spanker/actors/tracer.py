@@ -7,15 +7,15 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import IO
 
 import trio
 
 from spanker.actors.client import CardClient
-from spanker.actors.coordinator import STOP_S, Coordinator
+from spanker.actors.coordinator import CLOSE_S, STOP_S, Coordinator
 from spanker.actors.loading import run_all
-from spanker.actors.message import ReadTrace, StartTrace
+from spanker.actors.message import ReadTrace, StartTrace, TraceData
 from spanker.actors.trace import EVENTS_MAX, Trace
 from spanker.device.base import TRACE_EVENT
 from spanker.errors import CardError, CardHungError, CardLostError, ConfigError
@@ -37,52 +37,62 @@ class Tracer:
     def __init__(self, coordinator: Coordinator, path: str | os.PathLike[str]) -> None:
         self._coordinator = coordinator
         self._path = os.fspath(path)
-        self._over = trio.Event()
-        # One at a time: pieces of a card's events must stay in order.
-        self._fetching = trio.Lock()
+        self._running = trio.CancelScope()
+        # The cards at which the trace has ended, and whether it is complete for good.
+        self._ended = set[CardClient]()
+        self._complete = False
         self._file: IO[str] | None = None
         with self._named_errors():
             self._file = open(self._path, "w", encoding="ascii")
 
     async def start(self) -> None:
         """Begin, between two steps.  CardCommandError where a card cannot trace."""
+        begun = False
         try:
             async with self._coordinator.between_steps():
                 self._begin()
+                begun = True
                 await self._switch_on()
         except BaseException:
+            if begun:
+                await self._end_soon()
             self._close()
             raise
 
     async def run(self) -> None:
         """Fetch events again and again, until stopped or cancelled."""
-        while True:
-            with trio.move_on_after(self._fetch_s):
-                await self._over.wait()
-            if self._over.is_set():
-                return
-            await self._fetch()
+        with self._running:
+            # One that is slow to answer keeps nobody from the others.
+            cards = range(len(self._coordinator.clients))
+            await run_all([functools.partial(self._follow, card) for card in cards])
 
     async def stop(self) -> None:
-        """End the trace between two steps, or at once when none ends in time, and write it.
+        """End the trace between two steps, or at once when none ends in time, and write it.  Of
+        cards that are there nothing is left out; one that is silent is lost.
 
-        Takes as long as writing takes; ConfigError when the file cannot be written.  Idempotent.
+        Takes as long as the cards and writing take; cancelled, as `cut_short`.  ConfigError when
+        the file cannot be written.  Idempotent.
         """
         if self._file is None:
             return
-        self._over.set()
         try:
-            with trio.CancelScope(shield=True):
-                with trio.move_on_after(STOP_S):
-                    async with self._coordinator.between_steps():
-                        await self._fetch()
-                        await self._switch_off()
-                if self._coordinator.trace is self.trace:
-                    await self._fetch()
-                    await self._switch_off()
-                await self._write()
-        finally:
+            await self._end()
+        except BaseException:
+            await self.cut_short()
+            raise
+        await self._finish()
+
+    async def cut_short(self) -> None:
+        """The same after an exception: in bounded time, however cards are, and whatever is
+        cancelled.  What a card has not told by then is lost."""
+        if self._file is None:
+            return
+        try:
+            await self._end_soon()
+        except BaseException:
             self._close()
+            raise
+        await self._finish()
 
     def _begin(self) -> None:
         """The trace of the cards there are: none joins until it has ended."""
@@ -104,52 +114,91 @@ class Tracer:
         there = [
             c for c in range(len(self._coordinator.clients)) if c not in self._coordinator.lost
         ]
-        try:
-            await run_all([functools.partial(self._switch_on_at, card) for card in there])
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._switch_off()
-            raise
+        await run_all([functools.partial(self._switch_on_at, card) for card in there])
 
     async def _switch_on_at(self, card: int) -> None:
         # The others go on without a card that is lost by that, traced.
         with contextlib.suppress(CardLostError, CardHungError):
             await self._coordinator.ask(card, StartTrace(self._events_max))
 
-    async def _switch_off(self) -> None:
-        if self._coordinator.trace is not self.trace:
-            return
-        self._coordinator.trace = None
-        with trio.move_on_after(STOP_S):
-            await self._at_every_card(lambda client: client.request(StartTrace(0)))
-
-    async def _fetch(self) -> None:
-        # Shielded: of a request that is cancelled the reply, with its events, would be dropped.
-        with trio.move_on_after(STOP_S, shield=True):
-            async with self._fetching:
-                await self._at_every_card(self._fetch_from)
-
-    async def _at_every_card(self, job: Callable[[CardClient], Awaitable[object]]) -> None:
-        """At the same time: one that does not answer keeps nobody from the others."""
-
-        async def do(client: CardClient) -> None:
+    async def _follow(self, card: int) -> None:
+        while True:
+            await trio.sleep(self._fetch_s)
             # A card that is lost records nothing any more; what it has told so far stays.
             with contextlib.suppress(CardError):
-                await job(client)
+                await self._fetch_from(self._coordinator.clients[card])
 
-        await run_all([functools.partial(do, client) for client in self._coordinator.clients])
+    async def _end(self) -> None:
+        """Fetch what is left and switch the trace off, at all cards."""
+        self._running.cancel()
+        async with contextlib.AsyncExitStack() as held:
+            with trio.move_on_after(STOP_S):
+                await held.enter_async_context(self._coordinator.between_steps())
+            # Cards may come back meanwhile.
+            while left := self._left():
+                await run_all([functools.partial(self._end_at, client) for client in left])
+            self._coordinator.trace = None
+
+    async def _end_soon(self) -> None:
+        """The same as `Coordinator.cut_short`."""
+        self._running.cancel()
+
+        async def end_at(client: CardClient) -> None:
+            async with contextlib.AsyncExitStack() as held:
+                with trio.move_on_after(CLOSE_S / 4):
+                    await held.enter_async_context(
+                        self._coordinator.between_steps((client.number,))
+                    )
+                await self._end_at(client)
+
+        try:
+            await self._coordinator.cut_short(
+                {client: functools.partial(end_at, client) for client in self._left()}
+            )
+        finally:
+            self._coordinator.trace = None
+
+    def _left(self) -> list[CardClient]:
+        return [client for client in self._coordinator.clients if client not in self._ended]
+
+    async def _end_at(self, client: CardClient) -> None:
+        with contextlib.suppress(CardError):
+            await self._fetch_from(client)
+        if not self._superseded:
+            with contextlib.suppress(CardError):
+                await self._coordinator.ask_client(client, StartTrace(0))
+        self._ended.add(client)
+
+    @property
+    def _superseded(self) -> bool:
+        """Another trace is being recorded: a card that has been silent until now is in that."""
+        return self._coordinator.trace not in (None, self.trace)
 
     async def _fetch_from(self, client: CardClient) -> None:
+        """Take a card's events; cancelled, those it was asked for come all the same."""
+        told = functools.partial(self._told, client.number)
         # A card makes events while they are fetched: not for ever.
         for _ in range(self._events_max // FETCH_EVENTS_MAX + 1):
-            reply = await client.request(ReadTrace(FETCH_EVENTS_MAX))
-            data = bytes(reply.buffers[0])
-            self.trace.add(client.number, data, reply.lost)
-            if len(data) < FETCH_EVENTS_MAX * TRACE_EVENT.size:
+            request = ReadTrace(FETCH_EVENTS_MAX)
+            reply = await self._coordinator.ask_client(client, request, told)
+            whole = len(reply.buffers[0]) < FETCH_EVENTS_MAX * TRACE_EVENT.size
+            if whole or self._superseded:
                 return
+
+    def _told(self, card: int, reply: TraceData) -> None:
+        take = self.trace.missed if self._complete else self.trace.add
+        take(card, bytes(reply.buffers[0]), reply.lost)
+
+    async def _finish(self) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await self._write()
+        finally:
+            self._close()
 
     async def _write(self) -> None:
         assert self._file is not None
+        self._complete = True
         for chunk in self.trace.chunks():
             with self._named_errors():
                 self._file.write(chunk)

@@ -148,7 +148,6 @@ async def test_a_card_that_falls_silent_is_lost_and_ends_it(
     after: int, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinators, "STOP_S", 0.3)
-    monkeypatch.setattr(calibration, "STOP_S", 1.0)
     cards, rig = SilentCards(), SoftRig([SoftCardSpec(ddr_bytes=16 << 20)] * 2)
 
     def progress(done: int, total: int) -> None:

@@ -31,7 +31,7 @@ from spanker.fleet import Fleet, Generation
 from spanker.ggml.architectures.llama import build_program
 from spanker.kernels.program import Op
 from spanker.sched.bandwidth import NATIVE
-from spanker.testing import faulty_fleet
+from spanker.testing import faulty_fleet, run_virtual
 from spanker.testing.models import tensor, tiny_llama
 
 TINY = tiny_llama()
@@ -352,21 +352,84 @@ async def test_a_trace_may_begin_and_end_while_a_card_comes_back(
             assert [d.trace_events(100) for d in fleet.devices] == [(b"", 0)] * 2
 
 
-async def test_a_card_that_falls_silent_keeps_nothing_of_the_others(
+@pytest.mark.parametrize("end", ["normal", "after an exception"])
+def test_a_card_that_falls_silent_keeps_nothing_of_the_others(
+    end: str, tiny: Path, tmp_path: Path
+) -> None:
+    """In a normal end it is lost by that, after the hang timeout."""
+    path = tmp_path / "trace.json"
+
+    async def main() -> float:
+        async with faulty_fleet("virtual:2", "", hang_timeout_s=30) as (fleet, injection):
+            model = await fleet.load(tiny, plan="tp")
+            with contextlib.suppress(KeyError):
+                async with fleet.trace(path):
+                    await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))
+                    injection.strike("stall channel:0@time:0 for 1000s")
+                    begin = trio.current_time()
+                    if end != "normal":
+                        raise KeyError
+            took_s = trio.current_time() - begin
+            assert fleet._coordinator.trace is None
+            assert [card for card, _ in fleet.health().lost] == ([0] if end == "normal" else [])
+            assert fleet.devices[1].trace_events(100) == (b"", 0)
+        return took_s
+
+    took_s = run_virtual(main)
+    assert took_s == pytest.approx(30 if end == "normal" else coordinators.CLOSE_S, abs=0.01)
+    assert len(events_of(path)[CARD + 1]) > 60
+
+
+async def commands_of(fleet: Fleet) -> int:
+    return sum(c.commands for c in (await fleet.stats()).cards)
+
+
+async def test_what_a_card_tells_late_is_not_left_out(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracers, "STOP_S", 0.1)
+    """Events that are fetched while their card's channel stands still."""
+    monkeypatch.setattr(tracers, "STOP_S", 0.05)
+    async with faulty_fleet("soft:2", "", plan="tp") as (fleet, injection):
+        model = await fleet.load(tiny)
+        commands = await commands_of(fleet)
+        async with fleet.trace(tmp_path / "trace.json") as trace:
+            for stalled_s in (3 * tracers.FETCH_S, 0.1):
+                await tokens_of(model.generate([1], max_tokens=5, ignore_eos=True))
+                injection.strike(f"stall channel:1@time:0 for {stalled_s}s")
+                await trio.sleep(stalled_s / 2)
+        assert trace.commands == await commands_of(fleet) - commands and trace.lost == 0
+        assert fleet.health().lost == ()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_card_tells_too_late_is_lost(again: bool, tiny: Path, tmp_path: Path) -> None:
+    """After an exception the trace is not waited for longer than a fleet takes to close."""
     path = tmp_path / "trace.json"
-    async with faulty_fleet("soft:2", "", hang_timeout_s=100.0) as (fleet, injection):
-        model = await fleet.load(tiny, plan="tp")
-        tracer = Tracer(fleet._coordinator, path)
-        await tracer.start()
-        await tokens_of(model.generate([1], max_tokens=3, ignore_eos=True))
-        injection.strike("stall channel:0@time:0 for 1000s")
-        with trio.fail_after(5):
-            await tracer.stop()
-        assert fleet.devices[1].trace_events(100) == (b"", 0)
-    assert len(events_of(path)[CARD + 1]) > 60
+
+    async def main() -> None:
+        async with faulty_fleet("virtual:2", "", plan="tp") as (fleet, injection):
+            model = await fleet.load(tiny)
+            commands = await commands_of(fleet)
+            with contextlib.suppress(KeyError):
+                async with fleet.trace(path) as trace:
+                    expected = await tokens_of(model.generate([1], max_tokens=5))
+                    injection.strike("stall channel:1@time:0 for 3s")
+                    raise KeyError
+            if again:
+                async with fleet.trace(tmp_path / "next.json") as another:
+                    assert await tokens_of(model.generate([1], max_tokens=5)) == expected
+            commands = await commands_of(fleet) - commands
+            if again:
+                assert (another.commands, another.lost) == (commands / 2, 0)
+                commands /= 2
+            assert trace.commands == other_of(path)["commands"] == commands / 2
+            assert trace.lost == commands / 2
+            # It lives, and records nothing any more.
+            assert await tokens_of(model.generate([1], max_tokens=5)) == expected
+            assert fleet.devices[1].trace_events(100) == (b"", 0)
+            assert fleet.health().lost == () and not fleet._coordinator._doubted
+
+    run_virtual(main)
 
 
 async def test_a_cancelled_block_leaves_a_whole_file(tiny: Path, tmp_path: Path) -> None:
@@ -432,7 +495,7 @@ async def test_a_trace_that_cannot_be_ended_leaves_no_file_open(
         tracer = Tracer(fleet._coordinator, tmp_path / "trace.json")
         await tracer.start()
         file = tracer._file
-        monkeypatch.setattr(tracer.trace, "add", lambda *args: 1 // 0)
+        monkeypatch.setattr(tracer.trace, "chunks", lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             await tracer.stop()
         assert file is not None and file.closed

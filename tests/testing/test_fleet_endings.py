@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import random
 import sys
@@ -21,6 +22,7 @@ import trio
 
 import spanker
 from spanker.actors.coordinator import CLOSE_S
+from spanker.actors.steps import StepPipe, StepResult
 from spanker.errors import CardLostError, ConfigError, ModelNotFoundError, RequestError
 from spanker.testing import faulty_fleet, run_virtual
 
@@ -214,7 +216,13 @@ async def test_cancelling_a_fleet_with_a_hung_card_does_not_wait_for_the_card(
 
 @pytest.mark.parametrize(
     ("work", "how"),
-    [("decode", "left"), ("decode", "cancelled"), ("load", "cancelled"), ("trace", "cancelled")],
+    [
+        ("decode", "left"),
+        ("decode", "cancelled"),
+        ("load", "cancelled"),
+        ("trace", "cancelled"),
+        ("trace", "interrupted"),
+    ],
 )
 def test_a_silent_card_cannot_hold_up_the_end(
     work: str, how: str, tiny_model: Path, tmp_path: Path
@@ -222,7 +230,7 @@ def test_a_silent_card_cannot_hold_up_the_end(
     """Aborting what is under way and stopping the cards take CLOSE_S together, in virtual time."""
 
     async def main() -> float:
-        with trio.CancelScope() as scope:
+        with trio.CancelScope() as scope, contextlib.suppress(KeyboardInterrupt):
             async with (
                 faulty_fleet("virtual:3", "", hang_timeout_s=30) as (fleet, injection),
                 trio.open_nursery() as nursery,
@@ -237,9 +245,42 @@ def test_a_silent_card_cannot_hold_up_the_end(
                         nursery.start_soon(functools.partial(fleet.load, tiny_model, plan="tp"))
                     await trio.sleep(0.5)
                     begin = trio.current_time()
+                    if how == "interrupted":
+                        raise KeyboardInterrupt
                     if how == "cancelled":
                         scope.cancel()
                         await trio.lowlevel.checkpoint()
+        return trio.current_time() - begin
+
+    assert 0 < run_virtual(main) <= CLOSE_S + 1e-6
+
+
+@pytest.mark.parametrize("where", ["between", "step"])
+def test_a_silent_card_cannot_hold_up_the_end_of_a_calibration(
+    where: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Aborting a step, unloading its programs and freeing everything take CLOSE_S together."""
+
+    async def main() -> float:
+        begin = math.nan
+
+        def strike(done: int = 6, total: int = 0) -> None:
+            nonlocal begin
+            if done == 6:
+                injection.strike("stall channel:0@time:0 for 1000s")
+                begin = trio.current_time()
+                raise KeyboardInterrupt
+
+        async def result(pipe: StepPipe) -> StepResult:
+            strike()
+            raise AssertionError
+
+        progress = strike if where == "between" else None
+        if where == "step":
+            monkeypatch.setattr(StepPipe, "result", result)
+        with pytest.raises(KeyboardInterrupt):
+            async with faulty_fleet("virtual:3", "", hang_timeout_s=30) as (fleet, injection):
+                await fleet.calibrate(progress=progress)
         return trio.current_time() - begin
 
     assert 0 < run_virtual(main) <= CLOSE_S + 1e-6
