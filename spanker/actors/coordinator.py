@@ -89,7 +89,7 @@ Progress = Callable[[int, int], None]
 
 _NO_SPAN = contextlib.nullcontext()
 
-# How long an abort may take, or giving back what a failed load has taken, and an answer at least.
+# How long an abort may take, or giving programs back, and an answer at least.
 STOP_S = 2.0
 # What may be ahead of a message to a card, or of its answer, besides requests: what goes over the
 # host between cards, as far as the host link takes it before it is read.
@@ -482,8 +482,7 @@ class Coordinator:
             await loading.run_all([functools.partial(load_chain, chain) for chain in chains])
             self._check_memory(replicas, before, await self._memory_used(plan))
         except BaseException:
-            with trio.move_on_after(STOP_S, shield=True):
-                await self.unload(*replicas)
+            await self._drop(*replicas)
             raise
         return replicas
 
@@ -570,8 +569,7 @@ class Coordinator:
                 await loading.run_all([functools.partial(load_step, c) for c in plan.cards])
                 self._check_memory((loaded,), before, await self._memory_used(FleetPlan.of(plan)))
             except BaseException:
-                with trio.move_on_after(STOP_S, shield=True):
-                    await self.unload(loaded, held)
+                await self._drop(loaded, held)
                 raise
         return loaded, seats
 
@@ -788,6 +786,17 @@ class Coordinator:
         """Free what models hold on their cards; as `free`."""
         everything = [(loaded, loaded.handles) for loaded in models]
         await self._surely([job for held in everything for job in self._freeing(*held)])
+
+    async def _drop(self, *models: LoadedModel) -> None:
+        """The same after an exception, as `cut_short`."""
+        jobs: dict[CardClient, list[loading.Job]] = {}
+        for loaded in models:
+            for card, buffers in loaded.handles.items():
+                freeing = self._freeing(loaded, {card: buffers})
+                jobs.setdefault(self.clients[card], []).extend(freeing)
+        await self.cut_short(
+            {client: functools.partial(self._surely, todo) for client, todo in jobs.items()}
+        )
 
     async def free(self, loaded: LoadedModel, buffers: Mapping[int, Sequence[str]]) -> None:
         """Free these buffers of a model, by card, and first its programs there; a card that is lost

@@ -240,7 +240,7 @@ def test_a_silent_card_cannot_hold_up_the_end(
                 await anext(generation)
                 tracing = fleet.trace(tmp_path / "trace.json")
                 async with tracing if work == "trace" else contextlib.nullcontext():
-                    injection.strike("stall channel:1@time:0 for 1000s")
+                    injection.strike("stall channel:2@time:0 for 1000s")
                     if work == "load":
                         nursery.start_soon(functools.partial(fleet.load, tiny_model, plan="tp"))
                     await trio.sleep(0.5)
@@ -255,32 +255,39 @@ def test_a_silent_card_cannot_hold_up_the_end(
     assert 0 < run_virtual(main) <= CLOSE_S + 1e-6
 
 
-@pytest.mark.parametrize("where", ["between", "step"])
-def test_a_silent_card_cannot_hold_up_the_end_of_a_calibration(
-    where: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["load", "calibration", "step of a calibration"])
+def test_a_silent_card_cannot_hold_up_what_an_exception_ends(
+    where: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Aborting a step, unloading its programs and freeing everything take CLOSE_S together."""
+    """Aborting a step, unloading its programs, freeing everything and closing the fleet take
+    CLOSE_S together."""
+
+    # The card of the step, and one that has not been given everything.
+    card = 1 if where == "load" else 0
 
     async def main() -> float:
         begin = math.nan
 
         def strike(done: int = 6, total: int = 0) -> None:
             nonlocal begin
-            if done == 6:
-                injection.strike("stall channel:0@time:0 for 1000s")
+            if done >= 6 and math.isnan(begin):
+                injection.strike(f"stall channel:{card}@time:0 for 1000s")
                 begin = trio.current_time()
-                raise KeyboardInterrupt
+                # Of tasks an Exception comes alone.
+                raise KeyError if where == "load" else KeyboardInterrupt
 
         async def result(pipe: StepPipe) -> StepResult:
             strike()
             raise AssertionError
 
-        progress = strike if where == "between" else None
-        if where == "step":
+        if where == "step of a calibration":
             monkeypatch.setattr(StepPipe, "result", result)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyError, KeyboardInterrupt)):
             async with faulty_fleet("virtual:3", "", hang_timeout_s=30) as (fleet, injection):
-                await fleet.calibrate(progress=progress)
+                if where == "load":
+                    await fleet.load(tiny_model, plan="tp", progress=strike)
+                else:
+                    await fleet.calibrate(progress=strike if where == "calibration" else None)
         return trio.current_time() - begin
 
     assert 0 < run_virtual(main) <= CLOSE_S + 1e-6
