@@ -30,11 +30,10 @@ from spanker.testing.fault_plan import (
     AtTime,
     AtToken,
     Card,
-    Cards,
-    Channel,
     Client,
     Fault,
     FaultPlan,
+    HostLink,
     Link,
     What,
 )
@@ -78,6 +77,8 @@ class Injection:
         self._pending = list(plan.faults)
         self._cards: dict[int, FaultyCard] = {}
         self._channels: dict[int, FaultyChannel] = {}
+        # The host link's own stall, which cards that come meanwhile find as well.
+        self._host_stalled_until_s = -math.inf
         self._tokens = 0
         self._story: list[tuple[float, str]] = []
         self._opened_s: float | None = None
@@ -110,6 +111,11 @@ class Injection:
     def tokens(self) -> int:
         """Tokens that were counted so far."""
         return self._tokens
+
+    def was_stalled(self, card: int) -> bool:
+        """Whether the newest channel of a card, which may still be joining, has ever been held up
+        by a stall or a partition."""
+        return card in self._channels and self._channels[card].stalled_until_s > -math.inf
 
     def token(self) -> None:
         """Count one token; what is to happen at it happens before this returns."""
@@ -156,8 +162,10 @@ class Injection:
                         self.strike(fault)
 
         faulty = FaultyChannel(host_end, f"channel of card {card}", counting)
+        # Whatever keeps host and card apart does so on a new channel, too.
+        if trio.current_time() < self._host_stalled_until_s:
+            faulty.stall(self._host_stalled_until_s)
         if card in self._channels:
-            # Whatever keeps host and card apart does so on a new channel, too.
             faulty.stall(self._channels[card].stalled_until_s)
         self._channels[card] = faulty
         return faulty
@@ -312,11 +320,14 @@ class Injection:
         self._start(release)
 
     def _stall(self, fault: Fault) -> None:
-        where = fault.where
-        cards = fault.cards if isinstance(where, Cards | Channel) else tuple(self._channels)
         lasts_s = math.inf if fault.duration_s is None else fault.duration_s
+        until_s = trio.current_time() + lasts_s
+        cards = fault.cards
+        if isinstance(fault.where, HostLink):
+            cards = tuple(self._channels)
+            self._host_stalled_until_s = max(self._host_stalled_until_s, until_s)
         for card in cards:
-            self._channels[card].stall(trio.current_time() + lasts_s)
+            self._channels[card].stall(until_s)
         self._later(fault, lambda: None)
 
     def _later(self, fault: Fault, end: Callable[[], None]) -> None:

@@ -231,6 +231,20 @@ async def test_a_fault_may_happen_at_a_word(tiny_model: Path, expected: Any) -> 
                 injection.strike(text)
 
 
+def test_a_card_that_joins_finds_the_host_link_stalled() -> None:
+    async def main() -> None:
+        async with faulty_fleet("virtual:1", "stall host@time:0.1 for 0.7s") as (fleet, injection):
+            await trio.sleep(0.2)
+            assert injection.was_stalled(0) and not injection.was_stalled(1)
+            assert await fleet.add("virtual:1") == 1
+            assert trio.current_time() >= 0.75
+            assert injection.was_stalled(1)
+            assert await fleet.add("virtual:1") == 2
+            assert not injection.was_stalled(2) and not lost(fleet)
+
+    run_virtual(main, seed=1)
+
+
 async def test_no_memory(tiny_model: Path) -> None:
     async with faulty_fleet(2, "out-of-memory 1@time:0") as (fleet, injection):
         await trio.sleep(0.01)

@@ -177,6 +177,24 @@ def test_a_crash_is_a_violation() -> None:
             ),
             id="a message that gets lost is the fault of nobody else",
         ),
+        pytest.param(
+            Scenario(
+                seed=0,
+                cards="virtual:1:16MiB",
+                ctx=32,
+                clients=(Client(prompt_first=100, tokens_max=0, score=True),),
+                deeds=(
+                    Deed(at=Moment(), what=What.HANG),
+                    Deed(at=Moment(), what=What.JOIN),
+                    Deed(
+                        at=Moment(then_s=0.005),
+                        what=What.INJECT,
+                        text="stall host@token:1 for 9s",
+                    ),
+                ),
+            ),
+            id="the host link stalls under a card that joins",
+        ),
         pytest.param(draw(84), id="a file that a kept error holds open"),
     ],
 )

@@ -74,7 +74,7 @@ class World:
         if isinstance(event, CardLost):
             if event.card in self.lost:
                 self.violate(f"card {event.card} was lost twice")
-            if event.card not in self.struck:
+            if event.card not in self.struck and not self._was_stalled(event.card):
                 self.violate(f"card {event.card} was taken for lost: nothing had happened to it")
             self.lost[event.card] = event.time_s
         elif isinstance(event, CardReturned):
@@ -90,6 +90,11 @@ class World:
             self.violate("nobody has cut a link")
         self._events += 1
         self._changed.unpark_all()
+
+    def _was_stalled(self, card: int) -> bool:
+        """Whether a card's messages were held up: one that joins is not among the fleet's cards yet
+        when the host link stalls."""
+        return self.injection is not None and self.injection.was_stalled(card)
 
     # --- waiting ----------------------------------------------------------------------------
 
