@@ -153,6 +153,7 @@ class Options:
         self._layer_bytes: dict[tuple[int, ...], list[int]] = {}
         self._end_bytes: dict[tuple[int, ...], int] = {}
         self._stages: dict[tuple[int, ...], _Stage] = {}
+        self._handovers: dict[tuple[Cards, Cards], float] = {}
         # What no choice of a token takes longer than.
         self.choose_most_s = self.alone.choose_most(machine.cards)
 
@@ -226,8 +227,13 @@ class Options:
         embedding, output = end_buffers(self.shape, share)
         return sum(b.ddr_bytes for b in (*work, *embedding, *output))
 
-    def handover(self, sources: tuple[int, ...], targets: Sequence[int]) -> float:
-        return self.pieces(sources).handover(sources, targets).seconds
+    def handover(self, sources: Cards, targets: Cards) -> float:
+        # The same two stages meet after all rows of stages that the first one can end.
+        found = self._handovers.get((sources, targets))
+        if found is None:
+            found = self.pieces(sources).handover(sources, targets).seconds
+            self._handovers[sources, targets] = found
+        return found
 
     def choose(self, embedders: Sequence[int], voters: Sequence[int], last: Cards) -> float:
         """What joins the `last` stage to the first."""
