@@ -77,7 +77,7 @@ class Injection:
         self._pending = list(plan.faults)
         self._cards: dict[int, FaultyCard] = {}
         self._channels: dict[int, FaultyChannel] = {}
-        # The host link's own stall, which cards that come meanwhile find as well.
+        # When the host link's own stalls end: cards that come before find it stalled as well.
         self._host_stalled_until_s = -math.inf
         self._tokens = 0
         self._story: list[tuple[float, str]] = []
@@ -162,11 +162,12 @@ class Injection:
                         self.strike(fault)
 
         faulty = FaultyChannel(host_end, f"channel of card {card}", counting)
-        # Whatever keeps host and card apart does so on a new channel, too.
-        if trio.current_time() < self._host_stalled_until_s:
-            faulty.stall(self._host_stalled_until_s)
+        # Whatever still keeps host and card apart does so on a new channel, too.
+        until_s = self._host_stalled_until_s
         if card in self._channels:
-            faulty.stall(self._channels[card].stalled_until_s)
+            until_s = max(until_s, self._channels[card].stalled_until_s)
+        if trio.current_time() < until_s:
+            faulty.stall(until_s)
         self._channels[card] = faulty
         return faulty
 
